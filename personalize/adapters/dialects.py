@@ -1,0 +1,242 @@
+"""Dialects: how tools spell an adapter's tensors. Rows that turn a file's keys into addresses, and addresses into keys.
+
+kohya      `lora_unet_down_blocks_0_..._to_q.lora_down.weight`, `.lora_up.weight`, `.alpha`: what UIs want, and our default.
+diffusers  `unet.down_blocks.0...to_q.lora_A.weight`, `.lora_B.weight`, and a LoraConfig as JSON in the header.
+peft       `base_model.model.down_blocks.0...to_q.lora_A.weight`: what PeftModel.save_pretrained writes for one module.
+           An adapter of one part is written just so; one of several parts as peft names a module that holds them:
+           `base_model.model.unet...`, `base_model.model.text_encoder...`. No UI reads these files, peft and we do.
+
+Text encoders say `text_model` whatever transformers calls its modules, since UIs know nothing else; only peft's files use the
+names of transformers >= 5.6, or peft would load nothing.
+
+diffusers refuses a file with a key that lacks the word "lora", such as `.alpha`, and peft never looks for one. In these two
+dialects the scale is therefore folded into `lora_B` and alpha = rank, which every reader assumes; kohya files keep alpha.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from ..errors import AdapterError, HostileFileError, UnmatchedKeysError, nearest
+from . import keys
+from .headers import Header, short
+
+DialectName = Literal["kohya", "diffusers", "peft"]
+DIALECTS: tuple[str, ...] = get_args(DialectName)
+
+ADAPTER_METADATA = "lora_adapter_metadata"  # diffusers' header key for the LoraConfigs, each key behind its part's name
+PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"  # the pair of names that peft looks for
+
+_KOHYA = {"up": ".lora_up.weight", "down": ".lora_down.weight", "alpha": ".alpha"}
+_LEAVES: tuple[tuple[re.Pattern[str], dict[str, str]], ...] = (
+    (re.compile(r"(?P<path>[\w.]+)\.lora_(?P<role>[AB])(\.\w+)?\.weight"), {"A": "down", "B": "up"}),
+    (re.compile(r"(?P<path>[\w.]+)\.(lora|lora_linear_layer)\.(?P<role>down|up)\.weight"), {"down": "down", "up": "up"}),
+    (re.compile(r"(?P<path>[\w.]+_lora)\.(?P<role>down|up)\.weight"), {"down": "down", "up": "up"}),
+    (re.compile(r"(?P<path>[\w.]+)\.(?P<role>alpha)"), {"alpha": "alpha"}),
+)
+_OLD_ATTENTION = re.compile(r"\.(?:processor\.)?to_(q|k|v|out)_lora$")  # diffusers before 0.22
+_KINDS = {  # a name between the dots of a key, or its beginning where it ends with _
+    "hada_": "LoHa",
+    "lokr_": "LoKr",
+    "oft_blocks": "OFT",
+    "dora_scale": "DoRA",
+    "lora_magnitude_vector": "DoRA",
+    "lora_mid": "LoCon (Tucker)",
+    "on_input": "IA3",
+    "w_norm": "norm",
+    "b_norm": "norm",
+    "diff": "full",
+    "diff_b": "full",
+    "emb_params": "textual inversion",
+}
+
+
+@dataclass
+class Slot:
+    """Where a file keeps the tensors of one module: their keys."""
+
+    up: str = ""
+    down: str = ""
+    alpha: str = ""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A file's keys, understood: canonical module path => slot."""
+
+    dialect: str
+    kind: str
+    slots: Mapping[str, Slot]
+    unmatched: tuple[str, ...]
+
+
+def read(header: Header) -> Reading:
+    """Understand all keys of a file. Those that belong to another dialect than most, or to no module, are unmatched."""
+    parsed = {key: address for key in header.tensors if (address := _parse(key))}
+    votes = Counter(dialect for dialect, _, _ in parsed.values())
+    dialect = max(DIALECTS, key=lambda name: votes[name]) if votes else ""
+    slots: dict[str, Slot] = {}
+    for key, (spoken, name, role) in parsed.items():
+        if spoken == dialect and not getattr(slots.setdefault(name, Slot()), role):
+            setattr(slots[name], role, key)
+    slots = {name: slot for name, slot in slots.items() if slot.up and slot.down and _check_pair(header, slot)}
+    if dialect == "kohya":
+        paths = keys.find_kohya({name: shape(header, slot) for name, slot in slots.items()}, header.metadata)
+        slots = {paths[name]: slot for name, slot in slots.items() if name in paths}
+    matched = {key for slot in slots.values() for key in (slot.up, slot.down, slot.alpha)}
+    unmatched = tuple(key for key in header.tensors if key not in matched)
+    return Reading(dialect, _kind(slots, unmatched), slots, unmatched)
+
+
+def rank(header: Header, slot: Slot) -> int:
+    """The rank of the update that a slot holds."""
+    return header.tensors[slot.down].shape[0]
+
+
+def shape(header: Header, slot: Slot) -> tuple[int, ...]:
+    """The shape of the dW that a slot holds: [out, in(, kh, kw)]."""
+    return (*header.tensors[slot.up].shape[:1], *header.tensors[slot.down].shape[1:])
+
+
+def unmatched_error(header: Header, reading: Reading) -> UnmatchedKeysError:
+    """The error that lists a file's unmatched keys."""
+    listed = ", ".join(short(key) for key in reading.unmatched[:3]) + (", …" if len(reading.unmatched) > 3 else "")
+    count = f"{len(reading.unmatched)} of {len(header.tensors)}"
+    what = f"{header.path}: {count} tensors are no half of a known module's pair: {listed}"
+    if reading.kind not in ("LoRA", "unknown"):
+        return UnmatchedKeysError(what, f"it holds {reading.kind} weights; only LoRA is read so far")
+    if not reading.slots:
+        return UnmatchedKeysError(what, "it holds no LoRA: name an adapter file")
+    families = ", ".join(family.name for family in keys.FAMILIES)
+    return UnmatchedKeysError(what, f"known families: {families}; allow_unmatched=True reads the rest")
+
+
+def configured_scales(header: Header, reading: Reading) -> dict[str, float]:
+    """Module path => alpha / rank, as a LoraConfig in the header, or peft's beside the file, says; empty without one.
+
+    Raises AdapterError if the config cannot be honoured exactly.
+    """
+    config = {} if reading.dialect == "kohya" else _config(header)
+    scales = {}
+    for module, slot in reading.slots.items():
+        part, _, inside = module.partition(".")
+        own = {key.removeprefix(f"{part}."): value for key, value in config.items()}  # peft's have no part in front
+        if "lora_alpha" in own:
+            r = rank(header, slot)
+            scales[module] = _alpha(header, own, inside) / (r**0.5 if own.get("use_rslora") else r)
+    return scales
+
+
+def keys_of(dialect: str, paths: Collection[str], names: Mapping[str, str]) -> dict[str, Slot]:
+    """Module path => the keys of its tensors in a dialect; `names` are kohya's names of the modules."""
+    if dialect == "kohya":
+        return {path: Slot(**{role: names[path] + leaf for role, leaf in _KOHYA.items()}) for path in paths}
+    stems = {path: path for path in paths}
+    if dialect == "peft":
+        alone = set(map(keys.part_of, paths)) in ({"unet"}, {"text_encoder"})  # the part can be told from the path behind it
+        native = {path: path.replace("text_encoder.text_model.", "text_encoder.") for path in paths}
+        stems = {path: f"base_model.model.{name.partition('.')[2] if alone else name}" for path, name in native.items()}
+    return {path: Slot(f"{stem}.lora_B.weight", f"{stem}.lora_A.weight") for path, stem in stems.items()}
+
+
+def check(dialect: str) -> str:
+    """The dialect's name, or an error with the nearest valid one."""
+    if dialect not in DIALECTS:
+        raise AdapterError(f"no dialect is called {dialect!r}", nearest(dialect, DIALECTS))
+    return dialect
+
+
+def lora_configs(ranks: Mapping[str, int]) -> dict[str, dict[str, Any]]:
+    """Part => the LoraConfig fields that peft needs to rebuild these modules (path => rank), with alpha = rank.
+
+    Text encoders are named without `text_model`, as a suffix that fits transformers before and after 5.6.
+    """
+    configs = {}
+    for part in dict.fromkeys(map(keys.part_of, ranks)):
+        own = {path: rank for path, rank in ranks.items() if keys.part_of(path) == part}
+        inside = {path.partition(".")[2].removeprefix("text_model."): rank for path, rank in own.items()}
+        usual = Counter(inside.values()).most_common(1)[0][0]
+        unusual = {path: rank for path, rank in inside.items() if rank != usual}
+        shared = {"r": usual, "lora_alpha": usual, "rank_pattern": unusual, "alpha_pattern": unusual}
+        configs[part] = {"peft_type": "LORA", "target_modules": sorted(inside), **shared}
+    return configs
+
+
+def _parse(key: str) -> tuple[str, str, str] | None:
+    """A file key => (dialect, kohya name or canonical path, role); None if no dialect has such a key."""
+    if key.startswith("lora_"):
+        role = next((role for role, leaf in _KOHYA.items() if key.endswith(leaf)), "")
+        return ("kohya", key.removesuffix(_KOHYA[role]), role) if role else None
+    for pattern, roles in _LEAVES:
+        if found := pattern.fullmatch(key):
+            path = found["path"]
+            dialect = "diffusers" if keys.part_of(path) in keys.PARTS else "peft"
+            full = _explicit(path.removeprefix("base_model.model."))
+            return (dialect, full, roles[found["role"]]) if full else None
+    return None
+
+
+def _explicit(path: str) -> str:
+    """The canonical path behind an explicit one, which may lack its part or use old attention names; "" if unknown."""
+    if keys.part_of(path) not in keys.PARTS:
+        homes = {"text_model": "text_encoder", "encoder": "text_encoder", "text_projection": "text_encoder_2"}
+        unet = ("down_blocks", "mid_block", "up_blocks", "conv_in", "conv_out", "time_embedding", "add_embedding")
+        part = homes.get(keys.part_of(path)) or ("unet" if keys.part_of(path) in unet else "")
+        path = f"{part}.{path}" if part else ""
+    if old := _OLD_ATTENTION.search(path):
+        leaf = f"to_{old[1]}" if path.startswith("unet.") else f"{old[1]}_proj"
+        path = f"{path[: old.start()]}.{'to_out.0' if leaf == 'to_out' else leaf}"
+    return keys.canonical(path)
+
+
+def _kind(slots: Mapping[str, Slot], unmatched: Iterable[str]) -> str:
+    names = {name for key in unmatched for name in key.split(".")}
+    for mark, kind in _KINDS.items():
+        if mark in names or (mark.endswith("_") and any(name.startswith(mark) for name in names)):
+            return kind
+    return "LoRA" if slots else "unknown"
+
+
+def _check_pair(header: Header, slot: Slot) -> bool:
+    """True, or HostileFileError if the shapes of a module's two factors cannot be multiplied."""
+    up, down = header.tensors[slot.up].shape, header.tensors[slot.down].shape
+    if not keys.fit(up, down):
+        raise HostileFileError(f"{header.path}: {short(slot.down)} of shape {list(down)} does not fit its other half {list(up)}")
+    return True
+
+
+def _config(header: Header) -> dict[str, Any]:
+    """The LoraConfig table of a file, from its header or from peft's file beside it; empty without one."""
+    beside = header.path.with_name(PEFT_CONFIG)
+    text = header.metadata.get(ADAPTER_METADATA, "")
+    if not text and header.path.name == PEFT_FILE and beside.is_file() and beside.stat().st_size < 1 << 20:
+        text = beside.read_text(encoding="utf-8", errors="replace")
+    try:
+        config = json.loads(text or "{}")
+    except (ValueError, RecursionError):
+        config = None
+    if not isinstance(config, dict):
+        raise HostileFileError(f"{header.path}: its LoraConfig is not sound JSON", "save it again with the tool that made it")
+    return config
+
+
+def _alpha(header: Header, config: Mapping[str, Any], module: str) -> float:
+    """The alpha that a LoraConfig gives a module: `alpha_pattern` names whole trailing parts of paths, `lora_alpha` the rest.
+
+    peft takes the patterns for regular expressions. Only plain names are honoured: a stranger's expression may never end.
+    """
+    alpha, patterns = config["lora_alpha"], config.get("alpha_pattern")
+    for pattern, value in reversed(patterns.items() if isinstance(patterns, dict) else ()):
+        name = pattern.removeprefix("^").removesuffix("$").replace("\\.", ".")
+        if not re.fullmatch(r"[\w.]+", name):
+            raise AdapterError(f"{header.path}: its alpha_pattern {short(pattern)} is no plain name", "save it with plain names")
+        if f".{module}".endswith(f".{name}"):
+            alpha = value
+    if type(alpha) not in (int, float) or not -1e30 < alpha < 1e30:
+        raise HostileFileError(f"{header.path}: its LoraConfig gives the alpha {short(alpha)}")
+    return float(alpha)
