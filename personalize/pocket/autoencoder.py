@@ -1,0 +1,110 @@
+"""The pocket's autoencoder: 8 times smaller each way, 16 channels, standardised latents."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from .pool import shuffled
+from .running import Plan, run
+
+CONFIG = dict(
+    in_channels=3,
+    out_channels=3,
+    latent_channels=16,
+    block_out_channels=(16, 32, 64, 128),
+    down_block_types=("DownEncoderBlock2D",) * 4,
+    up_block_types=("UpDecoderBlock2D",) * 4,
+    layers_per_block=1,
+    norm_num_groups=8,
+    scaling_factor=1.0,
+)
+KL = 2e-4  # per latent value, in nats: enough to keep neighbours in latent space alike
+
+
+def pixels(pictures: np.ndarray, device: str = "cpu") -> Tensor:
+    """uint8 `[n, h, w, 3]` as float `[n, 3, h, w]` in -1..1."""
+    return torch.from_numpy(np.ascontiguousarray(pictures)).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def slopes(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Differences between neighbouring pixels, across and down."""
+    return x[..., 1:] - x[..., :-1], x[..., 1:, :] - x[..., :-1, :]
+
+
+def reconstruction(vae: AutoencoderKL, x: Tensor, generator: torch.Generator) -> Tensor:
+    """L1 on pixels and on slopes (crisp edges), and the KL term (Kingma & Welling 2014)."""
+    posterior = vae.encode(x).latent_dist
+    noise = torch.randn(posterior.mean.shape, generator=generator, device=x.device)
+    y = vae.decode(posterior.mean + posterior.std * noise).sample.float()
+    edges = sum(F.l1_loss(a, b) for a, b in zip(slopes(y), slopes(x), strict=True))
+    kl = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar).mean()
+    return F.l1_loss(y, x) + edges + KL * kl
+
+
+@torch.no_grad()
+def standardise(vae: AutoencoderKL, x: Tensor) -> None:
+    """Shift and scale each latent channel to mean 0 and deviation 1, inside the 1x1 convolutions around the latent."""
+    mean = vae.encode(x).latent_dist.mean
+    centre, spread = mean.mean((0, 2, 3)), mean.std((0, 2, 3))
+    n = len(centre)
+    inner, outer = vae.quant_conv, vae.post_quant_conv
+    inner.weight[:n] /= spread[:, None, None, None]
+    inner.bias[:n] = (inner.bias[:n] - centre) / spread
+    inner.bias[n:] -= 2 * spread.log()  # log variance follows the scale
+    outer.bias += outer.weight[:, :, 0, 0] @ centre
+    outer.weight *= spread[None, :, None, None]
+
+
+def train(folder: Path, pictures: np.ndarray, plan: Plan, device: str, bf16: bool) -> AutoencoderKL:
+    """Train on a pool, resumably, and return the averaged, standardised autoencoder."""
+    torch.manual_seed(0)
+    vae = AutoencoderKL(**CONFIG).to(device)
+    vae.quant_conv.bias.data[CONFIG["latent_channels"] :] = -6.0  # start almost without noise: the decoder has something to read
+
+    def batches(start: int) -> Iterator[Tensor]:
+        return (pixels(pictures[i], device) for i in shuffled(len(pictures), plan.batch, 1, start))
+
+    def loss_of(x: Tensor, step: int) -> Tensor:
+        with torch.autocast(device, torch.bfloat16, enabled=bf16):
+            return reconstruction(vae, x, torch.Generator(device).manual_seed(step))
+
+    def picture(weights: dict[str, Tensor], step: int) -> None:
+        with torch.no_grad():
+            seen = pixels(pictures[:16], device)
+            shown = torch.func.functional_call(vae, weights, (seen,)).sample
+        rows = torch.cat([torch.cat(list(t), -1) for t in (seen[:8], shown[:8], seen[8:], shown[8:])], -2)
+        save_picture(rows, folder / f"sample-{step:06d}.png")
+
+    vae.load_state_dict(run(folder, vae, plan, batches, loss_of, picture))
+    standardise(vae, pixels(pictures[:: max(1, len(pictures) // 1024)][:1024], device))
+    return vae.eval()
+
+
+def save_picture(x: Tensor, file: Path, zoom: int = 2) -> None:
+    """Write `[3, h, w]` in -1..1 as a PNG, enlarged."""
+    array = ((x.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy()
+    image = Image.fromarray(array)
+    image.resize((image.width * zoom, image.height * zoom), Image.Resampling.NEAREST).save(file)
+
+
+@torch.no_grad()
+def encode_pool(vae: AutoencoderKL, pictures: np.ndarray, file: Path, device: str, batch: int = 250) -> None:
+    """Posterior mean and deviation of every picture, fp16 `[n, 2, 16, h/8, w/8]`, written once."""
+    if file.exists():
+        return
+    side = pictures.shape[1] // 8
+    temporary = file.with_suffix(".tmp.npy")
+    out = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float16, shape=(len(pictures), 2, 16, side, side))
+    for first in range(0, len(pictures), batch):
+        posterior = vae.encode(pixels(pictures[first : first + batch], device)).latent_dist
+        out[first : first + batch] = torch.stack([posterior.mean, posterior.std], 1).half().cpu().numpy()
+    out.flush()
+    temporary.rename(file)

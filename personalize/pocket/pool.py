@@ -1,0 +1,98 @@
+"""Pools of rendered pictures and captions on disk, and the tokenizer: what pretraining reads instead of the renderer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from itertools import islice
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+
+from .world import STYLE_WORDS, TRIGGERS, UNSEEN_STYLES, Scene, caption, render, scenes
+
+CHUNK = 2000  # pictures a worker draws at once
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+
+
+def with_strange_word(text: str, rng: np.random.Generator, share: float = 0.08) -> str:
+    """Now and then put a meaningless word in, so that the base learns to read past a trigger it has never met."""
+    if rng.random() >= share:
+        return text
+    strange = "".join(rng.choice(list(LETTERS), int(rng.integers(2, 8))))
+    if strange in TRIGGERS:
+        return text
+    words = text.split()
+    words.insert(int(rng.integers(len(words))), strange)
+    return " ".join(words)
+
+
+def draw_chunk(job: tuple[int, int, int]) -> tuple[np.ndarray, list[str]]:
+    """Pictures `[CHUNK, size, size, 3]` uint8 and their captions, from the stream of scenes numbered by the seed."""
+    seed, chunk, size = job
+    rng = np.random.default_rng([seed, chunk, 9])
+    drawn: list[Scene] = list(islice(scenes(seed * 100_003 + chunk), CHUNK))
+    pictures = np.stack([np.asarray(render(scene, size)) for scene in drawn])
+    return pictures, [with_strange_word(caption(scene, seed), rng) for scene in drawn]
+
+
+def build_pool(folder: Path, count: int, size: int, seed: int, workers: int) -> None:
+    """Draw `count` pictures into `pictures.npy` and `captions.json`; a pool that is already whole is kept."""
+    pictures_file, captions_file = folder / "pictures.npy", folder / "captions.json"
+    if captions_file.exists():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    chunks = -(-count // CHUNK)
+    pictures = np.lib.format.open_memmap(pictures_file, mode="w+", dtype=np.uint8, shape=(chunks * CHUNK, size, size, 3))
+    captions: list[str] = []
+    with get_context("spawn").Pool(workers) as workers_pool:
+        jobs = [(seed, chunk, size) for chunk in range(chunks)]
+        for chunk, (drawn, words) in enumerate(workers_pool.imap(draw_chunk, jobs)):
+            pictures[chunk * CHUNK : (chunk + 1) * CHUNK] = drawn
+            captions += words
+            print(f"pool: {len(captions)}/{chunks * CHUNK} pictures", flush=True)
+    pictures.flush()
+    captions_file.write_text(json.dumps(captions))
+
+
+def open_pool(folder: Path) -> tuple[np.ndarray, list[str]]:
+    """The pictures `[n, size, size, 3]` (memory-mapped uint8) and captions of a finished pool."""
+    return np.load(folder / "pictures.npy", mmap_mode="r"), json.loads((folder / "captions.json").read_text())
+
+
+def shuffled(count: int, batch: int, seed: int, start: int) -> Iterator[np.ndarray]:
+    """Endless batches of indices, each epoch a permutation; a pure function of the seed, so `start` resumes exactly."""
+    per_epoch = count // batch
+    for step in range(start, 1 << 62):
+        epoch, place = divmod(step, per_epoch)
+        if step == start or place == 0:
+            order = np.random.default_rng([seed, epoch]).permutation(count)
+        yield np.sort(order[place * batch : (place + 1) * batch])
+
+
+def build_tokenizer(folder: Path, captions: list[str], merges: int = 900) -> None:
+    """A CLIP byte-pair tokenizer learned from captions: all bytes are in it, so any typed word tokenizes; triggers are one token each."""
+    from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+    from transformers import CLIPTokenizer
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = [word for phrases in STYLE_WORDS.values() for phrase in phrases for word in phrase.split()]
+    corpus = captions[:20_000] + [*TRIGGERS, *UNSEEN_STYLES, *words] * 200
+    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token="<|endoftext|>"))
+    bpe.normalizer = normalizers.Lowercase()
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"), behavior="removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    trainer = trainers.BpeTrainer(vocab_size=512 + merges, initial_alphabet=alphabet, end_of_word_suffix="</w>", min_frequency=20)
+    bpe.train_from_iterator(corpus, trainer)
+    learned = json.loads(bpe.to_str())["model"]["merges"]
+    pairs = [tuple(pair.split(" ")) if isinstance(pair, str) else tuple(pair) for pair in learned]
+    vocabulary = [*alphabet, *(letter + "</w>" for letter in alphabet)]
+    vocabulary += [word for word in dict.fromkeys("".join(pair) for pair in pairs) if word not in set(vocabulary)]
+    vocabulary += ["<|startoftext|>", "<|endoftext|>"]
+    tokenizer = CLIPTokenizer(vocab={word: i for i, word in enumerate(vocabulary)}, merges=pairs, model_max_length=77)
+    tokenizer.save_pretrained(folder)

@@ -1,0 +1,177 @@
+"""Pretrain the pocket from nothing: `python -m personalize.pocket.pretrain --work DIR`. Run again, it goes on where it stopped.
+
+Stages, each resumable: pool (pictures and captions), vae, clip, latents and conditions, unet, export.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from torch import Tensor
+from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
+
+from . import WEIGHTS, autoencoder, clip, diffusion
+from .autoencoder import save_picture
+from .pool import build_pool, build_tokenizer, open_pool
+from .running import Plan
+
+GRID = (
+    "a red cat on the beach", "a large blue house in the snow, ink drawing", "pixel art of a green car in the city", "a small yellow bird at night",
+    "a watercolour of a purple flower in the forest", "an orange fish in a room, pastel drawing", "a pink umbrella in the desert", "a brown dog in a meadow on the left",
+)  # fmt: skip
+
+
+def arguments() -> argparse.Namespace:
+    """The command line; the defaults are the CPU recipe."""
+    parser = argparse.ArgumentParser(prog="python -m personalize.pocket.pretrain", description=__doc__)
+    add = parser.add_argument
+    add("--work", type=Path, required=True, help="folder of pools, states and logs")
+    add("--stage", default="all", choices=("all", "pool", "vae", "clip", "latents", "conditions", "unet", "export"))
+    add("--size", type=int, default=64, help="side of the pictures, in pixels")
+    add("--pool", type=int, default=120_000, help="pictures drawn")
+    add("--workers", type=int, default=2, help="processes that draw")
+    add("--vae-steps", type=int, default=5000)
+    add("--clip-steps", type=int, default=1500)
+    add("--unet-steps", type=int, default=12_000)
+    add("--unet-batch", type=int, default=64)
+    add("--unet-lr", type=float, default=8e-4)
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--compile", action="store_true", help="compile the UNet (needs a C++ compiler)")
+    add("--no-bf16", action="store_true")
+    add("--to", type=Path, default=WEIGHTS, help="folder the finished base is written to")
+    return parser.parse_args()
+
+
+def load_parts(work: Path) -> tuple[CLIPTokenizer, AutoencoderKL, CLIPModel]:
+    """The finished tokenizer, autoencoder and CLIP of a work folder."""
+    return (
+        CLIPTokenizer.from_pretrained(work / "tokenizer"),
+        AutoencoderKL.from_pretrained(work / "vae/done").eval(),
+        CLIPModel.from_pretrained(work / "clip/done").eval(),
+    )
+
+
+@torch.no_grad()
+def embed(text: CLIPTextModel, ids: Tensor) -> Tensor:
+    """Token states `[n, 77, d]` of token numbers `[n, 77]`."""
+    return text(ids).last_hidden_state
+
+
+def text_encoder(model: CLIPModel) -> CLIPTextModel:
+    """The text tower of a CLIPModel as the CLIPTextModel that Stable Diffusion uses."""
+    text = CLIPTextModel(model.config.text_config)
+    have = model.text_model.state_dict()
+    want = text.state_dict()
+    text.load_state_dict({key: have[key.removeprefix("text_model.")] for key in want})
+    return text.eval()
+
+
+def stage_pool(options: argparse.Namespace) -> None:
+    build_pool(options.work / "pool", options.pool, options.size, seed=1, workers=options.workers)
+    if not (options.work / "tokenizer").exists():
+        build_tokenizer(options.work / "tokenizer", open_pool(options.work / "pool")[1])
+
+
+def stage_vae(options: argparse.Namespace) -> None:
+    if not (options.work / "vae/done").exists():
+        pictures, _ = open_pool(options.work / "pool")
+        plan = Plan(options.vae_steps, batch=16, lr=2e-3, ema=0.995)
+        autoencoder.train(options.work / "vae", pictures, plan, options.device, not options.no_bf16).save_pretrained(options.work / "vae/done")
+
+
+def stage_clip(options: argparse.Namespace) -> None:
+    if not (options.work / "clip/done").exists():
+        pictures, captions = open_pool(options.work / "pool")
+        tokenizer = CLIPTokenizer.from_pretrained(options.work / "tokenizer")
+        plan = Plan(options.clip_steps, batch=128, lr=2e-3, ema=0.98)
+        model = clip.train(options.work / "clip", pictures, clip.tokens(tokenizer, captions), tokenizer, plan, options.device, not options.no_bf16)
+        model.save_pretrained(options.work / "clip/done")
+
+
+def stage_latents(options: argparse.Namespace) -> None:
+    """Encode all pictures, once."""
+    vae = AutoencoderKL.from_pretrained(options.work / "vae/done").eval().to(options.device)
+    autoencoder.encode_pool(vae, open_pool(options.work / "pool")[0], options.work / "latents.npy", options.device)
+
+
+@torch.no_grad()
+def stage_conditions(options: argparse.Namespace) -> None:
+    """Embed all captions, once: fp16 `[n, 77, d]`."""
+    file, temporary = options.work / "conditions.npy", options.work / "conditions.tmp.npy"
+    if file.exists():
+        return
+    tokenizer = CLIPTokenizer.from_pretrained(options.work / "tokenizer")
+    text = text_encoder(CLIPModel.from_pretrained(options.work / "clip/done")).to(options.device)
+    ids = clip.tokens(tokenizer, open_pool(options.work / "pool")[1]).to(options.device)
+    out = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float16, shape=(*ids.shape, clip.TEXT["hidden_size"]))
+    for first in range(0, len(ids), 500):
+        out[first : first + 500] = embed(text, ids[first : first + 500]).half().cpu().numpy()
+    out.flush()
+    temporary.rename(file)
+
+
+def assemble(options: argparse.Namespace, unet: UNet2DConditionModel) -> StableDiffusionPipeline:
+    """The ordinary pipeline around a UNet."""
+    tokenizer, vae, model = load_parts(options.work)
+    scheduler = DDIMScheduler(**diffusion.SCHEDULE)
+    return StableDiffusionPipeline(
+        vae=vae, text_encoder=text_encoder(model), tokenizer=tokenizer, unet=unet, scheduler=scheduler, safety_checker=None, feature_extractor=None
+    ).to(options.device)
+
+
+def stage_unet(options: argparse.Namespace) -> None:
+    tokenizer, _, model = load_parts(options.work)
+    latents, conditions = (np.load(options.work / f"{name}.npy", mmap_mode="r") for name in ("latents", "conditions"))
+    empty = embed(text_encoder(model), clip.tokens(tokenizer, [""]))[0]
+
+    def picture(unet: UNet2DConditionModel, step: int) -> None:
+        if step % 1000:
+            return
+        pipe = assemble(options, unet)
+        pipe.set_progress_bar_config(disable=True)
+        generators = [torch.Generator().manual_seed(i) for i in range(len(GRID))]
+        drawn = pipe(list(GRID), num_inference_steps=20, guidance_scale=3.0, generator=generators, output_type="pt").images
+        save_picture(torch.cat([torch.cat(list(drawn[:4]), -1), torch.cat(list(drawn[4:]), -1)], -2) * 2 - 1, options.work / f"unet/sample-{step:06d}.png", 3)
+
+    plan = Plan(options.unet_steps, options.unet_batch, options.unet_lr, warmup=300, decay=0.3, ema=0.9995, weight_decay=0.01)
+    unet = diffusion.train(options.work / "unet", latents, conditions, empty, plan, options.device, not options.no_bf16, options.compile, picture)
+    unet.save_pretrained(options.work / "unet/done")
+
+
+def stage_export(options: argparse.Namespace) -> None:
+    """Write the diffusers folder, fp16, in files of at most 16 MB, with the CLIP beside it."""
+    done = options.work / "unet/done"
+    pipe = assemble(options, UNet2DConditionModel.from_pretrained(done) if done.exists() else averaged_unet(options.work))
+    pipe.to("cpu", torch.float16)
+    pipe.save_pretrained(options.to, safe_serialization=True, max_shard_size="12MB")
+    load_parts(options.work)[2].half().save_pretrained(options.to / "clip")
+    (options.to / "pretraining.json").write_text(json.dumps({"size": options.size, "pool": options.pool, "log": last_log(options.work)}, indent=1))
+
+
+def averaged_unet(work: Path) -> UNet2DConditionModel:
+    """The averaged UNet of an unfinished run."""
+    from safetensors.torch import load_file
+
+    unet = UNet2DConditionModel(sample_size=np.load(work / "latents.npy", mmap_mode="r").shape[-1], **diffusion.CONFIG)
+    tensors = load_file(work / "unet/state.safetensors")
+    unet.load_state_dict({key.removeprefix("ema/"): t for key, t in tensors.items() if key.startswith("ema/")})
+    return unet
+
+
+def last_log(work: Path) -> dict[str, dict]:
+    """The last log line of every stage."""
+    return {file.parent.name: json.loads(file.read_text().splitlines()[-1]) for file in sorted(work.glob("*/log.jsonl"))}
+
+
+STAGES = {"pool": stage_pool, "vae": stage_vae, "clip": stage_clip, "latents": stage_latents, "conditions": stage_conditions, "unet": stage_unet, "export": stage_export}
+
+if __name__ == "__main__":
+    chosen = arguments()
+    for name, stage in STAGES.items():
+        if chosen.stage in ("all", name):
+            stage(chosen)
