@@ -1,0 +1,173 @@
+"""One picture file -> square RGB pixels, whatever it is stored as."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import importlib
+import struct
+import warnings
+import zlib
+from collections.abc import Iterator
+from io import BufferedReader
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..errors import DataError
+
+if TYPE_CHECKING:
+    from .folder import Example
+
+REFUSED = {"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"}  # programs, data and video, not pixels
+PLUGINS = ("pillow_heif", "pillow_avif", "pillow_jxl")
+ADVICE = {
+    **dict.fromkeys((".heic", ".heif", ".hif"), "this format needs a plugin: pip install pillow-heif"),
+    **dict.fromkeys((".avif", ".avifs"), "this format needs a plugin: pip install pillow-avif-plugin"),
+    ".jxl": "this format needs a plugin: pip install pillow-jxl-plugin",
+    **dict.fromkeys((".svg", ".eps", ".ps", ".wmf", ".emf"), "a drawing, not pixels: export it as PNG"),
+    **dict.fromkeys((".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2"), "a camera's raw data: export it as JPEG"),
+}
+BRANDS = {**dict.fromkeys((b"heic", b"heix", b"hevc", b"mif1", b"msf1"), ".heic"), b"avif": ".avif", b"avis": ".avif"}
+# What Pillow's decoders raise on files that are not what they claim to be.
+DAMAGE = (OSError, SyntaxError, ValueError, LookupError, TypeError, ArithmeticError, AttributeError, AssertionError, EOFError,
+          RuntimeError, struct.error, zlib.error)  # fmt: skip
+ORIENTATION = 0x0112
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class Unreadable(Exception):
+    """A picture that cannot be read; the message says why in a few words."""
+
+
+@functools.cache
+def formats() -> list[str]:
+    """Names of the formats that this Pillow and its installed plugins open, in the order in which to try them."""
+    for plugin in PLUGINS:
+        with contextlib.suppress(ImportError):
+            getattr(importlib.import_module(plugin), "register_heif_opener", lambda: None)()
+    Image.init()
+    return [name for name in Image.ID if name in Image.OPEN and name not in REFUSED]
+
+
+def is_picture(path: Path) -> bool:
+    """Whether the suffix (in any case) says that it is a picture: one that we read, or one to give advice about."""
+    return path.suffix.lower() in ADVICE or _by_suffix(path.suffix) in formats()
+
+
+def probe(path: Path) -> tuple[str, tuple[int, int]]:
+    """(sha256, upright (width, height)) of a picture that decodes to its last byte. Raises Unreadable."""
+    with _opened(path) as (sha256, image):
+        stored = image.size
+        scaled = image.draft(None, (64, 64))
+        _square(image, 8)
+        size = stored if scaled else image.size  # TIFF turns itself while it loads
+        return sha256, size[::-1] if _orientation(image) >= 5 else size
+
+
+def load_pixels(example: Example, resolution: int) -> Tensor:
+    """uint8 [3, resolution, resolution]: upright (EXIF), alpha over white, short side resized (Lanczos), centre-cropped.
+
+    Raises DataError when the file cannot be read any more, or is not the one that `read_folder` saw.
+    """
+    try:
+        with _opened(example.path) as (sha256, image):
+            if sha256 != example.sha256:
+                raise Unreadable("changed while it was in use")
+            image.draft(None, (2 * resolution, 2 * resolution))  # a large JPEG is decoded at 1/2, 1/4 or 1/8
+            square = _square(image, resolution)
+    except Unreadable as error:
+        raise DataError(f"{example.path}: {error}", "run the command again") from error
+    return torch.from_numpy(np.array(square)).permute(2, 0, 1).contiguous()
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[tuple[str, Image.Image]]:
+    """(sha256, opened picture) of a file. Whatever Pillow finds wrong, here or in the block, becomes Unreadable."""
+    try:
+        file = path.open("rb")
+    except OSError as error:
+        raise Unreadable(f"cannot be opened: {error.strerror}") from error
+    with file, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # odd EXIF and the like: the pixels are what matters
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        try:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+            file.seek(0)
+            with Image.open(file, formats=formats()) as image:
+                yield sha256, image
+        except Image.UnidentifiedImageError as error:
+            raise Unreadable(_advice(file, path)) from error
+        except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+            raise Unreadable(f"more than {Image.MAX_IMAGE_PIXELS:,} pixels: make it smaller first") from error
+        except DAMAGE as error:
+            raise Unreadable(f"damaged: {str(error) or type(error).__name__}") from error
+
+
+def _advice(file: BufferedReader, path: Path) -> str:
+    """Why Pillow does not know a file, and what to do. Phones and chats like to call HEIC pictures .jpg: look inside."""
+    file.seek(0)
+    start = file.read(12)
+    if not start:
+        return "empty"
+    suffix = BRANDS.get(start[8:], path.suffix.lower()) if start[4:8] == b"ftyp" else path.suffix.lower()
+    known = _by_suffix(suffix) in formats()
+    return "not a picture, whatever its name says" if known else ADVICE.get(suffix, "not a picture that Pillow reads")
+
+
+def _by_suffix(suffix: str) -> str:
+    """Pillow's format for a suffix in any case, or ""."""
+    return Image.registered_extensions().get(suffix.lower(), "")
+
+
+def _square(image: Image.Image, side: int) -> Image.Image:
+    """RGB [side, side]: the centre of a picture. Cropping and shrinking first keeps the memory of everything later low."""
+    image.load()
+    turn = TURNS.get(_orientation(image))
+    flat = _eight_bit(image)
+    short = min(flat.size)
+    left, top = (flat.width - short) / 2, (flat.height - short) / 2
+    box = (left, top, left + short, top + short)
+    small = flat.resize((side, side), Image.Resampling.LANCZOS, box=box, reducing_gap=3.0)
+    if small.mode == "RGBA":
+        small = Image.alpha_composite(Image.new("RGBA", small.size, "white"), small).convert("RGB")
+    return small if turn is None else small.transpose(turn)
+
+
+def _eight_bit(image: Image.Image) -> Image.Image:
+    """Any mode -> RGB, or RGBA where anything is transparent."""
+    if image.mode.startswith("I") or image.mode == "F":
+        return _deep(image)
+    return image.convert("RGBA" if image.has_transparency_data else "RGB")
+
+
+def _deep(image: Image.Image) -> Image.Image:
+    """16- and 32-bit greys -> RGB. I;16 spans its whole range; I and F say nothing of theirs, so the brightest pixel does."""
+    values = np.nan_to_num(np.asarray(image, dtype=np.float32), posinf=0, neginf=0)
+    if not image.mode.startswith("I;16"):
+        peak = float(values.max())
+        white = next((top for top in (1.0, 255.0, 65535.0) if peak <= top and (top > 1 or image.mode == "F")), peak)
+    else:
+        white = 65535.0
+    return Image.fromarray(np.clip(np.rint(values * (255 / white)), 0, 255).astype(np.uint8)).convert("RGB")
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF orientation, 1 to 8. Damaged EXIF is no reason to lose the picture."""
+    try:
+        return int(image.getexif().get(ORIENTATION, 1))
+    except DAMAGE:
+        return 1
