@@ -18,7 +18,7 @@ from personalize.adapters.keys import Family, kohya_names, kohya_paths, modules
 from personalize.errors import AdapterError, FamilyMismatchError
 
 ROWS = {family.name: family for family in FAMILIES}
-SEARCH = settings(max_examples=40, deadline=None)
+SEARCH = settings(max_examples=40, deadline=None, derandomize=True, database=None)
 
 
 def low_rank(shape: tuple[int, ...], rank: int = 2, alpha: float = 1.0, seed: int = 0) -> LowRank:
@@ -235,7 +235,7 @@ def test_two_updates_of_one_module_are_refused() -> None:
 def test_adapters_travel_between_processes() -> None:
     a = make(pick="to_q")
     b = pickle.loads(pickle.dumps(a))
-    assert distance(a, b) == 0 and b.family == "pocket"
+    assert distance(a, b) < 1e-12 and b.family == "pocket"
     assert repr(b) == f"Adapter(pocket, {len(a.deltas)} modules of unet)"
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import random
+import struct
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -80,7 +81,7 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "gap": (packed({DOWN: entry([2, 2], 16, 32)}, bytes(32)), "leaves a gap"),
     "overlap": (packed({DOWN: entry([2, 2]), UP: entry([2, 2], 8, 24)}, bytes(24)), "overlaps"),
     "no tensors": (packed({}), "holds no LoRA"),
-    "half a pair": (one(), "1 of 1 tensors are no half"),
+    "half a pair": (one(), "1 of 1 tensors belong to no"),
     "ranks differ": (packed({DOWN: entry([2, 2]), UP: entry([4, 1], 16, 32)}, bytes(32)), "does not fit its other half"),
     "rank zero": (packed({DOWN: entry([0, 2], 0, 0), UP: entry([2, 0], 0, 0)}), "does not fit its other half"),
     "scalars": (packed({DOWN: entry([], 0, 4), UP: entry([], 4, 8)}, bytes(8)), "does not fit its other half"),
@@ -88,6 +89,13 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "alpha of two": (
         packed({DOWN: entry([1, 4]), UP: entry([4, 1], 16, 32), ALPHA: entry([2], 32, 40)}, bytes(40)),
         "one number",
+    ),
+    "alpha too large": (
+        packed(
+            {ALPHA: entry([], 0, 8, "F64"), DOWN: entry([1, 1], 8, 12), UP: entry([1, 1], 12, 16)},
+            struct.pack("<dff", 1e300, 1, 1),
+        ),
+        "holds NaN or Inf",
     ),
     "control characters": (packed({"\x1b[31mred\nline": entry([2, 2])}, bytes(16)), r"\?\[31mred\?line"),
 }

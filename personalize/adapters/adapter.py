@@ -6,7 +6,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
@@ -196,7 +196,7 @@ class Adapter:
 def distance(a: Adapter, b: Adapter) -> float:
     """Relative distance of two adapters as updates: ||dW_a - dW_b|| / max(||dW_a||, ||dW_b||) over all modules together.
 
-    Factors, alphas and dialects do not matter, only what is added to the weights. 0 for equal ones; in fp64.
+    Factors, alphas and dialects do not matter, only what is added to the weights. In fp64: equal ones are 1e-15 apart.
     """
     apart = math.hypot(*(_apart(a.deltas.get(path), b.deltas.get(path)) for path in a.deltas.keys() | b.deltas.keys()))
     largest = max(math.hypot(*(delta.norm() for delta in one.deltas.values())) for one in (a, b))
@@ -219,10 +219,11 @@ def _read_deltas(header: Header, reading: dialects.Reading) -> dict[str, LowRank
 def _read_delta(file: BinaryIO, header: Header, slot: dialects.Slot, scale: float) -> LowRank:
     """One module's update. Its alpha is the file's own tensor, else what the config's scale says, else the rank."""
     up, down = (read_tensor(file, key, header.tensors[key]) for key in (slot.up, slot.down))
-    delta = LowRank(up, down, scale * len(down))
+    alpha = read_scalar(file, slot.alpha, header.tensors[slot.alpha]) if slot.alpha else scale * len(down)
+    delta = LowRank(up, down, alpha)
     if not delta.finite():
         raise AdapterError(f"{file.name}: {slot.down} or {slot.up} holds NaN or Inf", "the training that made it diverged")
-    return replace(delta, alpha=read_scalar(file, slot.alpha, header.tensors[slot.alpha])) if slot.alpha else delta
+    return delta
 
 
 def _portable(deltas: Mapping[str, LowRank], dialect: str) -> dict[str, LowRank]:
@@ -246,8 +247,11 @@ def _check_same(path: Path, temporary: Path, wanted: Adapter, dtype: str) -> Non
         raise AdapterError(f"{path} not written: it does not read back: {error.what}") from error
     if read.deltas.keys() != wanted.deltas.keys():
         raise AdapterError(f"{path} not written: {_some(sorted(read.deltas.keys() ^ wanted.deltas.keys()))} does not read back")
-    for module, delta in wanted.deltas.items():
-        if _apart(read.deltas[module], delta) > _TOLERANCE[dtype] * delta.norm():
+    norms = {module: delta.norm() for module, delta in wanted.deltas.items()}
+    floor = 1e-6 * max(norms.values())
+    for module, norm in norms.items():
+        weighty = max(norm, floor)  # what is a millionth of the rest may be rounded off
+        if _apart(read.deltas[module], wanted.deltas[module]) > _TOLERANCE[dtype] * weighty:
             raise AdapterError(f"{path} not written: {dtype} cannot hold {module} exactly enough", "save with dtype='fp32'")
 
 

@@ -53,7 +53,9 @@ class LowRank:
         return (self.scale * self.up.flatten(1) @ self.down.flatten(1)).reshape(self.shape)
 
     def finite(self) -> bool:
-        return all(bool(torch.isfinite(side).all()) for side in (self.up, self.down))
+        """Whether no entry of dW can be NaN or beyond fp32, judged by the largest entry of each factor."""
+        largest = self.rank * abs(self.scale) * float(self.up.abs().max()) * float(self.down.abs().max())
+        return largest < torch.finfo(torch.float32).max
 
     def with_alpha(self, alpha: float) -> LowRank:
         """The same dW under another alpha (not 0): their ratio goes into `up`."""

@@ -107,7 +107,7 @@ def unmatched_error(header: Header, reading: Reading) -> UnmatchedKeysError:
     """The error that lists a file's unmatched keys."""
     listed = ", ".join(short(key) for key in reading.unmatched[:3]) + (", …" if len(reading.unmatched) > 3 else "")
     count = f"{len(reading.unmatched)} of {len(header.tensors)}"
-    what = f"{header.path}: {count} tensors are no half of a known module's pair: {listed}"
+    what = f"{header.path}: {count} tensors belong to no known module or lack their other half: {listed}"
     if reading.kind not in ("LoRA", "unknown"):
         return UnmatchedKeysError(what, f"it holds {reading.kind} weights; only LoRA is read so far")
     if not reading.slots:

@@ -47,13 +47,13 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     entries, chunks, end = {}, [], 0
     for key in sorted(tensors, key=lambda key: (-tensors[key].element_size(), key)):  # widest first keeps all aligned
         tensor = tensors[key].contiguous()
-        chunks.append(tensor.reshape(-1).view(torch.uint8).numpy())
+        chunks.append(tensor.reshape(-1).view(torch.uint8).numpy().data)
         start, end = end, end + tensor.nbytes
         entries[key] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
-    data = b"".join(chunk.tobytes() for chunk in chunks)
+    data = b"".join(chunks)
     digest = hashlib.sha256(data).hexdigest()
     hashes = dict(zip(_HASHES, (digest, "0" * 8, f"0x{digest}"), strict=True))
-    draft = _header(entries, metadata, hashes) + data
+    draft = _header(entries, metadata, hashes) + data[:0x110000]
     hashes["sshs_legacy_hash"] = hashlib.sha256(draft[0x100000:0x110000]).hexdigest()[:8]
     with path.open("wb") as file:
         file.write(_header(entries, metadata, hashes))
