@@ -1,4 +1,5 @@
 """The places of the pocket world. Units: [0, 1] over the picture, y down; the ground starts at 0.62 to 0.7."""
+
 from __future__ import annotations
 
 from collections.abc import Callable

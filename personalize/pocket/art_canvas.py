@@ -1,4 +1,5 @@
 """Vector drawing for the pocket world: a pen records shapes in unit coordinates, `paint` lays them down in a look."""
+
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
@@ -16,8 +17,22 @@ WHITE: RGB = (255, 255, 255)
 CREAM: RGB = (255, 244, 222)
 DARK: RGB = (50, 40, 62)
 # a part that the palette does not name takes the colour of another part
-PARTS = {"light": "body", "dark": "body", "spot": "light", "belly": "light", "ear": "body", "ear2": "ear", "tail": "body",
-         "muzzle": "light", "roof": "dark", "fin": "dark", "wing": "dark", "panel": "light", "inside": "dark", "hull": "body"}
+PARTS = {
+    "light": "body",
+    "dark": "body",
+    "spot": "light",
+    "belly": "light",
+    "ear": "body",
+    "ear2": "ear",
+    "tail": "body",
+    "muzzle": "light",
+    "roof": "dark",
+    "fin": "dark",
+    "wing": "dark",
+    "panel": "light",
+    "inside": "dark",
+    "hull": "body",
+}
 
 
 def mix(a: RGB, b: RGB, t: float) -> RGB:
@@ -43,6 +58,7 @@ def shades(main: RGB) -> dict[str, RGB]:
 @dataclass(frozen=True)
 class Shape:
     """A closed outline (`width` 0) or a stroke of `width`, in the pen's units; `edge` shapes make the silhouette."""
+
     points: np.ndarray  # [n, 2]
     fill: RGB
     width: float = 0.0
@@ -67,7 +83,7 @@ def smooth(points: Sequence, closed: bool, n: int = 6) -> np.ndarray:
     """A curve through `points` [k, 2], with `n` steps between neighbours."""
     p = np.asarray(points, float)
     ring = np.concatenate([p[-1:], p, p[:2]] if closed else [2 * p[:1] - p[1:2], p, 2 * p[-1:] - p[-2:-1]])
-    windows = np.stack([ring[i:len(ring) - 3 + i] for i in range(4)], 1)  # [segments, 4, 2]
+    windows = np.stack([ring[i : len(ring) - 3 + i] for i in range(4)], 1)  # [segments, 4, 2]
     curve = (_spline(n) @ windows).reshape(-1, 2)
     return curve if closed else np.concatenate([curve, p[-1:]])
 
@@ -75,6 +91,7 @@ def smooth(points: Sequence, closed: bool, n: int = 6) -> np.ndarray:
 @dataclass
 class Pen:
     """Records shapes. Coordinates are the caller's, y down: [-1, 1] with the ground at 1 for objects, [0, 1] for backgrounds."""
+
     rng: np.random.Generator
     palette: Mapping[str, RGB] = field(default_factory=dict)
     marks: Mapping[str, Callable[[Pen], None]] = field(default_factory=dict)
@@ -138,6 +155,7 @@ class Pen:
 @dataclass(frozen=True)
 class Coat:
     """How shapes are laid down. Widths are in 64ths of the picture."""
+
     tint: Tint = lambda c: c
     outline: Tint | None = None  # the outline's colour, from the shape's
     width: float = 0.0

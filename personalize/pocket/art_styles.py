@@ -1,4 +1,5 @@
 """The picture-wide styles: how shapes are laid down (coats), and what happens to the finished picture."""
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -16,6 +17,7 @@ INK: RGB = (34, 28, 34)
 @dataclass(frozen=True)
 class Style:
     """`thing` and `scenery` lay down the object and the background; `backdrop` alters the background, `finish` everything."""
+
     thing: Coat
     scenery: Coat
     finish: Filter | None = None
@@ -163,33 +165,60 @@ def _bright(c: RGB) -> RGB:
 
 SEEN: dict[str, Style] = {
     "plain": Style(Coat(outline=_soft, width=0.75, rim=(255, 252, 246), rim_width=0.8), Coat(_dim)),
-    "ink": Style(Coat(_ink_fill, lambda c: INK, 1.15, rim=(252, 245, 226), rim_width=0.8, each=True),
-                 Coat(_grey_wash, lambda c: (96, 86, 86), 0.4, each=True), shadow=(34, 28, 34, 60)),
+    "ink": Style(
+        Coat(_ink_fill, lambda c: INK, 1.15, rim=(252, 245, 226), rim_width=0.8, each=True),
+        Coat(_grey_wash, lambda c: (96, 86, 86), 0.4, each=True),
+        shadow=(34, 28, 34, 60),
+    ),
     "pixel": Style(Coat(outline=_pixel_line, width=1.9), Coat(), grid=32),
-    "pastel": Style(Coat(_pastel_thing, lambda c: mix(c, (150, 110, 170), 0.55), 0.7, WHITE, 1.5),
-                    Coat(_pastel_scene), shadow=(160, 120, 180, 50)),
-    "watercolour": Style(Coat(lambda c: mix(c, CREAM, 0.14), lambda c: mix(c, (70, 50, 90), 0.4), 0.5, (253, 250, 243), 0.7),
-                         Coat(lambda c: mix(c, (250, 246, 238), 0.42)), finish=_wash, shadow=(60, 60, 110, 40)),
+    "pastel": Style(
+        Coat(_pastel_thing, lambda c: mix(c, (150, 110, 170), 0.55), 0.7, WHITE, 1.5),
+        Coat(_pastel_scene),
+        shadow=(160, 120, 180, 50),
+    ),
+    "watercolour": Style(
+        Coat(lambda c: mix(c, CREAM, 0.14), lambda c: mix(c, (70, 50, 90), 0.4), 0.5, (253, 250, 243), 0.7),
+        Coat(lambda c: mix(c, (250, 246, 238), 0.42)),
+        finish=_wash,
+        shadow=(60, 60, 110, 40),
+    ),
 }
 
 UNSEEN: dict[str, Style] = {
-    "stained glass": Style(Coat(lambda c: _saturate(c, 1.35), lambda c: (14, 12, 20), 1.5, each=True),
-                           Coat(lambda c: _saturate(mix(c, (40, 20, 90), 0.2), 2.0), lambda c: (14, 12, 20), 0.8, each=True),
-                           backdrop=_shards, shadow=(0, 0, 0, 0)),
-    "blueprint": Style(Coat(lambda c: mix((22, 22, 22), (112, 112, 112), luminance(c)), lambda c: WHITE, 1.0, each=True),
-                       Coat(lambda c: mix((0, 0, 0), (14, 14, 14), luminance(c)), lambda c: (112, 112, 112), 0.4, each=True),
-                       finish=_blueprint, shadow=(0, 0, 0, 40)),
-    "neon": Style(Coat(lambda c: mix(_bright(c), (10, 4, 26), 0.86), _bright, 1.15, (10, 4, 26), 1.0, each=True),
-                  Coat(lambda c: mix(c, (10, 4, 26), 0.95), lambda c: mix(_bright(_saturate(c, 2.5)), (50, 10, 130), 0.6), 0.4,
-                       each=True),
-                  finish=_glow, shadow=(0, 0, 0, 60)),
-    "halftone comic": Style(Coat(lambda c: _saturate(c, 1.3), lambda c: (16, 10, 22), 1.3, WHITE, 1.1, each=True),
-                            Coat(lambda c: _saturate(c, 1.7), lambda c: (16, 10, 22), 0.5, each=True), finish=_halftone),
-    "paper cut-out": Style(Coat(lambda c: mix(c, (240, 222, 190), 0.08), lambda c: (255, 250, 240), 0.9, each=True, shadow=2.0),
-                           Coat(lambda c: mix(_saturate(c, 1.4), (226, 176, 120), 0.2), lambda c: (255, 250, 240), 0.8,
-                                each=True, shadow=2.4),
-                           finish=_paper, shadow=(0, 0, 0, 0)),
-    "sepia woodcut": Style(Coat(_block, lambda c: (10, 10, 10), 1.3, WHITE, 1.2, each=True),
-                           Coat(lambda c: c, lambda c: (20, 20, 20), 0.4, each=True),
-                           finish=_sepia, backdrop=_carve, shadow=(0, 0, 0, 90)),
+    "stained glass": Style(
+        Coat(lambda c: _saturate(c, 1.35), lambda c: (14, 12, 20), 1.5, each=True),
+        Coat(lambda c: _saturate(mix(c, (40, 20, 90), 0.2), 2.0), lambda c: (14, 12, 20), 0.8, each=True),
+        backdrop=_shards,
+        shadow=(0, 0, 0, 0),
+    ),
+    "blueprint": Style(
+        Coat(lambda c: mix((22, 22, 22), (112, 112, 112), luminance(c)), lambda c: WHITE, 1.0, each=True),
+        Coat(lambda c: mix((0, 0, 0), (14, 14, 14), luminance(c)), lambda c: (112, 112, 112), 0.4, each=True),
+        finish=_blueprint,
+        shadow=(0, 0, 0, 40),
+    ),
+    "neon": Style(
+        Coat(lambda c: mix(_bright(c), (10, 4, 26), 0.86), _bright, 1.15, (10, 4, 26), 1.0, each=True),
+        Coat(lambda c: mix(c, (10, 4, 26), 0.95), lambda c: mix(_bright(_saturate(c, 2.5)), (50, 10, 130), 0.6), 0.4, each=True),
+        finish=_glow,
+        shadow=(0, 0, 0, 60),
+    ),
+    "halftone comic": Style(
+        Coat(lambda c: _saturate(c, 1.3), lambda c: (16, 10, 22), 1.3, WHITE, 1.1, each=True),
+        Coat(lambda c: _saturate(c, 1.7), lambda c: (16, 10, 22), 0.5, each=True),
+        finish=_halftone,
+    ),
+    "paper cut-out": Style(
+        Coat(lambda c: mix(c, (240, 222, 190), 0.08), lambda c: (255, 250, 240), 0.9, each=True, shadow=2.0),
+        Coat(lambda c: mix(_saturate(c, 1.4), (226, 176, 120), 0.2), lambda c: (255, 250, 240), 0.8, each=True, shadow=2.4),
+        finish=_paper,
+        shadow=(0, 0, 0, 0),
+    ),
+    "sepia woodcut": Style(
+        Coat(_block, lambda c: (10, 10, 10), 1.3, WHITE, 1.2, each=True),
+        Coat(lambda c: c, lambda c: (20, 20, 20), 0.4, each=True),
+        finish=_sepia,
+        backdrop=_carve,
+        shadow=(0, 0, 0, 90),
+    ),
 }

@@ -1,4 +1,5 @@
 """Individuals that the base never sees. Each is a drawing of its class with a palette and markings of its own."""
+
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
@@ -13,6 +14,7 @@ BLUE, NAVY, PURPLE, PINK = (64, 124, 226), (40, 52, 110), (136, 80, 200), (250, 
 @dataclass(frozen=True)
 class Subject:
     """`looks` says in words what makes it this one; `palette` and `marks` draw it."""
+
     class_name: str
     looks: str
     palette: Mapping[str, RGB]
@@ -92,8 +94,24 @@ def _sleepy_face(p: Pen) -> None:
 
 
 def _cap_bands(p: Pen) -> None:
-    p.poly([(-0.94, -0.3), (-0.78, -0.56), (-0.36, -0.3), (0, -0.56), (0.36, -0.3), (0.78, -0.56), (0.94, -0.3), (0.94, -0.06),
-            (0.36, -0.06), (0, -0.28), (-0.36, -0.06), (-0.94, -0.06)], YELLOW, edge=False)
+    p.poly(
+        [
+            (-0.94, -0.3),
+            (-0.78, -0.56),
+            (-0.36, -0.3),
+            (0, -0.56),
+            (0.36, -0.3),
+            (0.78, -0.56),
+            (0.94, -0.3),
+            (0.94, -0.06),
+            (0.36, -0.06),
+            (0, -0.28),
+            (-0.36, -0.06),
+            (-0.94, -0.06),
+        ],
+        YELLOW,
+        edge=False,
+    )
     p.oval(0, -0.97, 0.17, 0.17, RED)
 
 
@@ -115,32 +133,58 @@ def _portholes(p: Pen) -> None:
 
 
 SUBJECTS: dict[str, Subject] = {
-    "scarf cat": Subject("cat", "a blue cat with orange stripes, one white ear and a red scarf",
-                         {"body": (84, 140, 226), "light": (214, 232, 255), "dark": (52, 88, 180), "ear2": WHITE, "tail": ORANGE},
-                         {"coat": _scarf_cat, "top": _scarf}),
-    "caped dog": Subject("dog", "a white dog with a black ear and eye patch and a red cape",
-                         {"body": (246, 242, 236), "light": WHITE, "dark": (206, 204, 214), "wing": (60, 56, 66),
-                          "tail": (60, 56, 66)},
-                         {"coat": _cape, "face": _eye_patch}),
-    "hat bird": Subject("bird", "a green bird with a yellow belly, red spots and a navy top hat",
-                        {"body": GREEN, "light": YELLOW, "dark": PURPLE}, {"coat": _chest_dots, "top": _top_hat}),
-    "king fish": Subject("fish", "a teal fish with yellow bands, pink fins and a golden crown",
-                         {"body": TEAL, "light": (190, 240, 232), "dark": (20, 110, 120), "fin": PINK},
-                         {"coat": _fish_bands, "top": _crown}),
-    "flag house": Subject("house", "a pink house with a blue and white striped roof, a green door and a red flag",
-                          {"body": (255, 170, 196), "light": WHITE, "dark": (214, 110, 150), "roof": BLUE, "door": (48, 140, 80)},
-                          {"face": _roof_stripes, "top": _flag}),
-    "surf car": Subject("car", "a teal car with a white roof, a red stripe, a number and a pink surfboard",
-                        {"body": TEAL, "light": WHITE, "dark": (24, 120, 128), "roof": WHITE},
-                        {"coat": _racer, "top": _surfboard}),
-    "pompom mushroom": Subject("mushroom", "a purple mushroom with a yellow zigzag, a face and a red pompom",
-                               {"body": PURPLE, "light": (206, 170, 240), "dark": (92, 48, 150), "spot": PURPLE,
-                                "stem": (176, 232, 200)},
-                               {"coat": _cap_bands, "face": _sleepy_face}),
-    "heart cup": Subject("cup", "a white cup with a red heart, a teal band and a yellow handle",
-                         {"body": (248, 246, 240), "light": WHITE, "dark": (206, 210, 222), "handle": (250, 196, 40)},
-                         {"coat": _heart}),
-    "pirate boat": Subject("boat", "a black boat with golden portholes and a red and white striped sail",
-                           {"body": (52, 48, 62), "light": (250, 196, 40), "dark": (30, 28, 38), "sail": WHITE},
-                           {"coat": _portholes, "face": _sail_stripes}),
+    "scarf cat": Subject(
+        "cat",
+        "a blue cat with orange stripes, one white ear and a red scarf",
+        {"body": (84, 140, 226), "light": (214, 232, 255), "dark": (52, 88, 180), "ear2": WHITE, "tail": ORANGE},
+        {"coat": _scarf_cat, "top": _scarf},
+    ),
+    "caped dog": Subject(
+        "dog",
+        "a white dog with a black ear and eye patch and a red cape",
+        {"body": (246, 242, 236), "light": WHITE, "dark": (206, 204, 214), "wing": (60, 56, 66), "tail": (60, 56, 66)},
+        {"coat": _cape, "face": _eye_patch},
+    ),
+    "hat bird": Subject(
+        "bird",
+        "a green bird with a yellow belly, red spots and a navy top hat",
+        {"body": GREEN, "light": YELLOW, "dark": PURPLE},
+        {"coat": _chest_dots, "top": _top_hat},
+    ),
+    "king fish": Subject(
+        "fish",
+        "a teal fish with yellow bands, pink fins and a golden crown",
+        {"body": TEAL, "light": (190, 240, 232), "dark": (20, 110, 120), "fin": PINK},
+        {"coat": _fish_bands, "top": _crown},
+    ),
+    "flag house": Subject(
+        "house",
+        "a pink house with a blue and white striped roof, a green door and a red flag",
+        {"body": (255, 170, 196), "light": WHITE, "dark": (214, 110, 150), "roof": BLUE, "door": (48, 140, 80)},
+        {"face": _roof_stripes, "top": _flag},
+    ),
+    "surf car": Subject(
+        "car",
+        "a teal car with a white roof, a red stripe, a number and a pink surfboard",
+        {"body": TEAL, "light": WHITE, "dark": (24, 120, 128), "roof": WHITE},
+        {"coat": _racer, "top": _surfboard},
+    ),
+    "pompom mushroom": Subject(
+        "mushroom",
+        "a purple mushroom with a yellow zigzag, a face and a red pompom",
+        {"body": PURPLE, "light": (206, 170, 240), "dark": (92, 48, 150), "spot": PURPLE, "stem": (176, 232, 200)},
+        {"coat": _cap_bands, "face": _sleepy_face},
+    ),
+    "heart cup": Subject(
+        "cup",
+        "a white cup with a red heart, a teal band and a yellow handle",
+        {"body": (248, 246, 240), "light": WHITE, "dark": (206, 210, 222), "handle": (250, 196, 40)},
+        {"coat": _heart},
+    ),
+    "pirate boat": Subject(
+        "boat",
+        "a black boat with golden portholes and a red and white striped sail",
+        {"body": (52, 48, 62), "light": (250, 196, 40), "dark": (30, 28, 38), "sail": WHITE},
+        {"coat": _portholes, "face": _sail_stripes},
+    ),
 }

@@ -15,13 +15,27 @@ from .autoencoder import pixels
 from .pool import shuffled
 from .running import Plan, run
 
-TEXT = dict(hidden_size=192, intermediate_size=768, num_hidden_layers=4, num_attention_heads=4, max_position_embeddings=77, projection_dim=128)
-VISION = dict(hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4, patch_size=8, projection_dim=128)
+TEXT = dict(
+    hidden_size=192,
+    intermediate_size=768,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    max_position_embeddings=77,
+    projection_dim=128,
+)
+VISION = dict(
+    hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4, patch_size=8, projection_dim=128
+)
 
 
 def build(tokenizer: CLIPTokenizer, size: int) -> CLIPModel:
     """A small CLIPModel with random weights for pictures of `size` pixels."""
-    ids = dict(vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    ids = dict(
+        vocab_size=len(tokenizer),
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
     torch.manual_seed(0)
     return CLIPModel(CLIPConfig(text_config=TEXT | ids, vision_config=VISION | {"image_size": size}, projection_dim=128))
 
@@ -40,7 +54,9 @@ def contrast(model: CLIPModel, ids: Tensor, x: Tensor) -> Tensor:
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
 
-def train(folder: Path, pictures: np.ndarray, ids: Tensor, tokenizer: CLIPTokenizer, plan: Plan, device: str, bf16: bool) -> CLIPModel:
+def train(
+    folder: Path, pictures: np.ndarray, ids: Tensor, tokenizer: CLIPTokenizer, plan: Plan, device: str, bf16: bool
+) -> CLIPModel:
     """Train on a pool, resumably, and return the averaged model. Batches are cut to their longest caption: the text is causal."""
     model = build(tokenizer, pictures.shape[1]).to(device)
     ends = (ids == tokenizer.eos_token_id).int().argmax(1) + 1

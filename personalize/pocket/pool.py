@@ -72,7 +72,7 @@ def shuffled(count: int, batch: int, seed: int, start: int) -> Iterator[np.ndarr
 
 
 def build_tokenizer(folder: Path, captions: list[str], merges: int = 900) -> None:
-    """A CLIP byte-pair tokenizer learned from captions: all bytes are in it, so any typed word tokenizes; triggers are one token each."""
+    """A CLIP byte-pair tokenizer learned from captions: any typed word tokenizes, and triggers are one token each."""
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
     from transformers import CLIPTokenizer
 
@@ -83,7 +83,9 @@ def build_tokenizer(folder: Path, captions: list[str], merges: int = 900) -> Non
     bpe.normalizer = normalizers.Lowercase()
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"), behavior="removed", invert=True),
+            pre_tokenizers.Split(
+                Regex(r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"), behavior="removed", invert=True
+            ),
             pre_tokenizers.ByteLevel(add_prefix_space=False),
         ]
     )

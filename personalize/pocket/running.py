@@ -8,10 +8,13 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+
+Item = TypeVar("Item")  # what a stage's batch is
 
 
 @dataclass(frozen=True)
@@ -70,14 +73,18 @@ class Mixed:
 
     def __init__(self, model: nn.Module, plan: Plan) -> None:
         named = dict(model.named_parameters())
-        wide = {name: p for name, p in named.items() if p.ndim >= 2 and min(len(p), p[0].numel()) >= 16 and "embedding" not in name}
+        wide = {
+            name: p for name, p in named.items() if p.ndim >= 2 and min(len(p), p[0].numel()) >= 16 and "embedding" not in name
+        }
         self.wide = list(wide.values())
         self.flat = [nn.Parameter(p.data.view(len(p), -1)) for p in self.wide]  # Muon takes matrices: views of the same storage
         rest = {name: p for name, p in named.items() if name not in wide}
         muon = torch.optim.Muon(self.flat, lr=plan.lr, weight_decay=plan.weight_decay, adjust_lr_fn="match_rms_adamw")
         adam = torch.optim.AdamW(rest.values(), lr=plan.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
         self.halves: tuple[tuple[torch.optim.Optimizer, float], ...] = ((muon, 1.0), (adam, 0.5))
-        self.slots = {name: (muon, p) for name, p in zip(wide, self.flat, strict=True)} | {name: (adam, p) for name, p in rest.items()}
+        self.slots = {name: (muon, p) for name, p in zip(wide, self.flat, strict=True)} | {
+            name: (adam, p) for name, p in rest.items()
+        }
 
     def step(self, rate: float) -> None:
         """One update at a learning rate."""
@@ -90,7 +97,10 @@ class Mixed:
     def tensors(self) -> dict[str, Tensor]:
         """The moments of every parameter, by name."""
         state = {(name, key): value for name, (half, p) in self.slots.items() for key, value in half.state[p].items()}
-        return {f"{name}/{key}": value if isinstance(value, Tensor) else torch.tensor(float(value)) for (name, key), value in state.items()}
+        return {
+            f"{name}/{key}": value if isinstance(value, Tensor) else torch.tensor(float(value))
+            for (name, key), value in state.items()
+        }
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """Put back what `tensors` gave."""
@@ -118,8 +128,8 @@ def run(
     folder: Path,
     model: nn.Module,
     plan: Plan,
-    batches: Callable[[int], Iterator],
-    loss_of: Callable[[object, int], Tensor],
+    batches: Callable[[int], Iterator[Item]],
+    loss_of: Callable[[Item, int], Tensor],
     picture: Callable[[dict[str, Tensor], int], None] | None = None,
 ) -> dict[str, Tensor]:
     """Train a stage to its end and return the averaged weights. Run again after a kill, it goes on from the last state.
@@ -146,7 +156,12 @@ def run(
         total = total + loss.detach().cpu()
         done, seconds = step + 1, seen + time.time() - began
         if done % plan.log_every == 0:
-            record = {"step": done, "loss": round(float(total) / plan.log_every, 5), "images": done * plan.batch, "seconds": round(seconds)}
+            record = {
+                "step": done,
+                "loss": round(float(total) / plan.log_every, 5),
+                "images": done * plan.batch,
+                "seconds": round(seconds),
+            }
             print(folder.name, record, flush=True)
             with (folder / "log.jsonl").open("a") as log:
                 log.write(json.dumps(record) + "\n")

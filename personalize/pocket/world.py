@@ -1,4 +1,5 @@
 """The pocket world: a procedurally drawn, captioned world in which the truth of every picture is known."""
+
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -17,8 +18,17 @@ from .art_subjects import SUBJECTS
 
 OBJECTS: tuple[str, ...] = tuple(DRAWINGS)
 COLOURS: dict[str, tuple[int, int, int]] = {
-    "red": (226, 56, 54), "orange": (248, 140, 36), "yellow": (253, 212, 58), "green": (74, 174, 78), "blue": (56, 120, 224),
-    "purple": (136, 78, 196), "pink": (252, 146, 190), "brown": (142, 90, 54), "white": (248, 246, 242), "black": (54, 50, 62)}
+    "red": (226, 56, 54),
+    "orange": (248, 140, 36),
+    "yellow": (253, 212, 58),
+    "green": (74, 174, 78),
+    "blue": (56, 120, 224),
+    "purple": (136, 78, 196),
+    "pink": (252, 146, 190),
+    "brown": (142, 90, 54),
+    "white": (248, 246, 242),
+    "black": (54, 50, 62),
+}
 SIZES = ("small", "medium", "large")
 PLACES = ("left", "middle", "right")
 BACKGROUNDS: tuple[str, ...] = tuple(PLACES_DRAWN)
@@ -37,6 +47,7 @@ SALT = {"colour": 286, "background": 25, "style": 22}  # these spread the held-o
 @dataclass(frozen=True)
 class Scene:
     """All that is true of a picture. `seed` drives the pose; `subject` names an individual, which replaces object and colour."""
+
     object: str
     colour: str
     size: str
@@ -49,14 +60,18 @@ class Scene:
 
 # ------------------------------------------------------------------ scenes
 
+
 def _rare(kind: str, a: str, b: str) -> bool:
     return crc32(f"{kind}{SALT[kind]}:{a}:{b}".encode()) % 100 < HELD_OUT_PERCENT
 
 
 def is_held_out(scene: Scene) -> bool:
     """Whether a combination in the scene is kept from training: object with colour, with background or with style."""
-    return (_rare("colour", scene.object, scene.colour) or _rare("background", scene.object, scene.background)
-            or _rare("style", scene.object, scene.style))
+    return (
+        _rare("colour", scene.object, scene.colour)
+        or _rare("background", scene.object, scene.background)
+        or _rare("style", scene.object, scene.style)
+    )
 
 
 def _pick(rng: np.random.Generator, values: tuple | dict | list) -> str:
@@ -69,8 +84,15 @@ def scenes(seed: int, held_out: bool = False) -> Iterator[Scene]:
     rng = np.random.default_rng([seed, 77])
     while True:
         style = STYLES[int(np.searchsorted(np.cumsum(STYLE_WEIGHTS), rng.random() * 0.999999))]
-        scene = Scene(_pick(rng, OBJECTS), _pick(rng, COLOURS), _pick(rng, SIZES), _pick(rng, PLACES), _pick(rng, BACKGROUNDS),
-                      style, int(rng.integers(2**31)))
+        scene = Scene(
+            _pick(rng, OBJECTS),
+            _pick(rng, COLOURS),
+            _pick(rng, SIZES),
+            _pick(rng, PLACES),
+            _pick(rng, BACKGROUNDS),
+            style,
+            int(rng.integers(2**31)),
+        )
         if is_held_out(scene) == held_out:
             yield scene
 
@@ -85,9 +107,11 @@ STYLE_WORDS: dict[str, tuple[str, ...]] = {
     "watercolour": ("watercolour", "watercolour painting", "watercolour picture"),
 } | {name: (name,) for name in UNSEEN_STYLES}
 SIZE_WORDS = {"small": ("small", "little", "tiny"), "medium": ("medium sized", "medium"), "large": ("large", "big", "huge")}
-PLACE_WORDS = {"left": ("on the left", "on the left side", "at the left"),
-               "middle": ("in the middle", "in the centre"),
-               "right": ("on the right", "on the right side", "at the right")}
+PLACE_WORDS = {
+    "left": ("on the left", "on the left side", "at the left"),
+    "middle": ("in the middle", "in the centre"),
+    "right": ("on the right", "on the right side", "at the right"),
+}
 BACKGROUND_WORDS = {
     "beach": ("on the beach", "on a beach by the sea", "at the beach"),
     "forest": ("in the forest", "in a forest", "among the trees"),
@@ -134,6 +158,7 @@ def caption(scene: Scene, seed: int, name: str | None = None, style: str | None 
 
 
 # ------------------------------------------------------------------ pictures
+
 
 def _style(name: str) -> Style:
     return SEEN.get(name) or UNSEEN[name]
@@ -204,5 +229,19 @@ def render(scene: Scene, size: int = 64) -> Image.Image:
     return style.finish(image, np.random.default_rng([scene.seed, 6])) if style.finish else image
 
 
-__all__ = ["BACKGROUNDS", "COLOURS", "OBJECTS", "PLACES", "SIZES", "STYLES", "SUBJECTS", "TRIGGERS", "UNSEEN_STYLES", "Scene",
-           "caption", "is_held_out", "render", "scenes"]
+__all__ = [
+    "BACKGROUNDS",
+    "COLOURS",
+    "OBJECTS",
+    "PLACES",
+    "SIZES",
+    "STYLES",
+    "SUBJECTS",
+    "TRIGGERS",
+    "UNSEEN_STYLES",
+    "Scene",
+    "caption",
+    "is_held_out",
+    "render",
+    "scenes",
+]
