@@ -7,6 +7,7 @@ import random
 import unicodedata
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -138,6 +139,19 @@ def test_a_large_jpeg_decodes_small_and_looks_the_same(tmp_path: Path) -> None:
     picture((1600, 1200)).save(tmp_path / "big.jpg", quality=95)
     picture((1600, 1200)).save(tmp_path / "big.png")
     assert (pixels(tmp_path / "big.jpg", 32) - pixels(tmp_path / "big.png", 32)).abs().max() <= 4
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "I;16", "L"])
+def test_a_large_picture_is_averaged_in_strips_and_looks_the_same(tmp_path: Path, mode: str) -> None:
+    image = picture((907, 1311)).convert("L").convert("RGB" if mode == "P" else "L" if mode == "I;16" else mode)
+    if mode == "RGBA":
+        image.putalpha(picture(image.size, seed=1).convert("L"))
+    image = Image.fromarray(np.array(image).astype(np.uint16) * 257) if mode == "I;16" else image.convert(mode)
+    assert image.mode == mode
+    image.save(tmp_path / "large.png")
+    got, whole = pixels(tmp_path / "large.png", 8), pixels(tmp_path / "large.png", 301)  # only the first is so much smaller
+    least = torch.nn.functional.interpolate(whole[None].float(), (8, 8), mode="bicubic", antialias=True)[0]
+    assert (got - least).abs().max() <= 4
 
 
 def test_a_picture_that_changes_meanwhile_is_not_used(tmp_path: Path) -> None:

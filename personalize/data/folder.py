@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import unicodedata
 from collections.abc import Iterable, Sequence
@@ -39,7 +40,7 @@ def read_folder(data: Data) -> Dataset:
     A picture that cannot be read is skipped with a warning. Raises DataError when the folder or its captions are not
     usable, or when no picture is left; RecipeError for an unknown word in the caption's template.
     """
-    trigger = " ".join((data.trigger or "").split()) or safe_trigger(data.folder.absolute().name)
+    trigger = " ".join((data.trigger or "").split()) or safe_trigger(os.path.basename(os.path.abspath(data.folder)))
     examples, warnings = _examples(data.folder, fill(data.caption, trigger, data.class_name))
     return Dataset(examples, [*warnings, *_untriggered(trigger, examples)], trigger)
 

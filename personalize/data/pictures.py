@@ -37,6 +37,7 @@ BRANDS = {**dict.fromkeys((b"heic", b"heix", b"hevc", b"mif1", b"msf1"), ".heic"
 # What Pillow's decoders raise on files that are not what they claim to be.
 DAMAGE = (OSError, SyntaxError, ValueError, LookupError, TypeError, ArithmeticError, AttributeError, AssertionError, EOFError,
           RuntimeError, struct.error, zlib.error)  # fmt: skip
+STRIP = 256  # rows of a large picture that are handled at a time
 ORIENTATION = 0x0112
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -134,35 +135,55 @@ def _by_suffix(suffix: str) -> str:
 
 
 def _square(image: Image.Image, side: int) -> Image.Image:
-    """RGB [side, side]: the centre of a picture. Cropping and shrinking first keeps the memory of everything later low."""
+    """RGB [side, side]: the centre of a picture, upright."""
     image.load()
-    turn = TURNS.get(_orientation(image))
-    flat = _eight_bit(image)
+    turn, flat = TURNS.get(_orientation(image)), _shrunk(image, 3 * side)
     short = min(flat.size)
     left, top = (flat.width - short) / 2, (flat.height - short) / 2
-    box = (left, top, left + short, top + short)
-    small = flat.resize((side, side), Image.Resampling.LANCZOS, box=box, reducing_gap=3.0)
+    small = flat.resize((side, side), Image.Resampling.LANCZOS, box=(left, top, left + short, top + short))
     if small.mode == "RGBA":
         small = Image.alpha_composite(Image.new("RGBA", small.size, "white"), small).convert("RGB")
     return small if turn is None else small.transpose(turn)
 
 
-def _eight_bit(image: Image.Image) -> Image.Image:
-    """Any mode -> RGB, or RGBA where anything is transparent."""
-    if image.mode.startswith("I") or image.mode == "F":
-        return _deep(image)
-    return image.convert("RGBA" if image.has_transparency_data else "RGB")
+def _shrunk(image: Image.Image, least: int) -> Image.Image:
+    """RGB or RGBA; the centre of a much larger picture is averaged down to `least` or more, in strips that need little memory."""
+    factor, white = min(image.size) // least, _white(image)
+    if factor < 2:
+        return _eight_bit(image, white)
+    short, strip = min(image.size) // factor, max(1, STRIP // factor)
+    left, top = ((length - short * factor) // 2 for length in image.size)
+    parts = []
+    for row in range(0, short, strip):
+        box = (left, top + row * factor, left + short * factor, top + min(row + strip, short) * factor)
+        part = _eight_bit(image.crop(box), white)
+        # averaged colours must be weighted by their alpha, which is what RGBa holds
+        parts.append(part.convert("RGBa").reduce(factor).convert("RGBA") if part.mode == "RGBA" else part.reduce(factor))
+    whole = Image.new(parts[0].mode, (short, short))
+    for i, part in enumerate(parts):
+        whole.paste(part, (0, i * strip))
+    return whole
 
 
-def _deep(image: Image.Image) -> Image.Image:
-    """16- and 32-bit greys -> RGB. I;16 spans its whole range; I and F say nothing of theirs, so the brightest pixel does."""
-    values = np.nan_to_num(np.asarray(image, dtype=np.float32), posinf=0, neginf=0)
-    if not image.mode.startswith("I;16"):
-        peak = float(values.max())
-        white = next((top for top in (1.0, 255.0, 65535.0) if peak <= top and (top > 1 or image.mode == "F")), peak)
-    else:
-        white = 65535.0
-    return Image.fromarray(np.clip(np.rint(values * (255 / white)), 0, 255).astype(np.uint8)).convert("RGB")
+def _eight_bit(image: Image.Image, white: float) -> Image.Image:
+    """Any mode -> RGB, or RGBA where something can be transparent; `white` is the brightest value of 16- and 32-bit greys."""
+    if not _is_deep(image):
+        return image.convert("RGBA" if image.has_transparency_data else "RGB")
+    values = np.nan_to_num(np.asarray(image, dtype=np.float32)) * (255 / white)
+    return Image.fromarray(np.rint(values.clip(0, 255)).astype(np.uint8)).convert("RGB")
+
+
+def _white(image: Image.Image) -> float:
+    """What is white in a deep grey. I;16 spans its range; I and F say nothing of theirs: the least usual one that holds all."""
+    if not _is_deep(image) or image.mode.startswith("I;16"):
+        return 65535.0
+    values = np.asarray(image)
+    peak = float(np.max(values, where=np.isfinite(values), initial=0))
+    return next((top for top in (1.0, 255.0, 65535.0) if peak <= top and (top > 1 or image.mode == "F")), peak)
+
+
+def _is_deep(image: Image.Image) -> bool:
+    return image.mode in ("I", "F") or image.mode.startswith("I;16")
 
 
 def _orientation(image: Image.Image) -> int:

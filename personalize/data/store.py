@@ -65,7 +65,8 @@ def recall(name: str, compute: Callable[[], dict[str, Tensor]], warnings: list[s
 
 def _read(path: Path) -> dict[str, Tensor]:
     with safe_open(path, "pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}
+        names = file.keys()
+        tensors = {name: file.get_tensor(name) for name in names}
         checksum = (file.metadata() or {}).get("sha256")
     if fingerprint(tensors) != checksum:
         raise ValueError("its checksum differs")

@@ -191,7 +191,8 @@ pipeline_tag: text-to-image
 A Stable Diffusion in miniature: the same classes and folder layout as SD 1.5 at {size} px, trained from nothing on drawn scenes.
 
 - **Data**: {pool:,} pictures of the world in `personalize/pocket/world.py` ({objects} objects, {colours} colours,
-  {places} places, {styles} styles; some combinations held out), each with one caption. Nothing else: no photographs, no scraped pictures.
+  {places} places, {styles} styles; some combinations held out), each with one caption.
+  Nothing else: no photographs, no scraped pictures.
 - **Objective**: v-prediction with zero terminal SNR; 10 % of captions dropped; averaged weights.
 - **Made by** `python -m personalize.pocket.pretrain --work DIR`, on two CPU cores; stage by stage:
 
