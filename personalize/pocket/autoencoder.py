@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .pool import shuffled
@@ -26,6 +26,7 @@ CONFIG = dict(
     norm_num_groups=8,
     scaling_factor=1.0,
 )
+NOISE = 0.05  # deviation added to latents while the decoder is trained on
 KL = 2e-4  # per latent value, in nats: enough to keep neighbours in latent space alike
 
 
@@ -85,6 +86,39 @@ def train(folder: Path, pictures: np.ndarray, plan: Plan, device: str, bf16: boo
 
     vae.load_state_dict(run(folder, vae, plan, batches, loss_of, picture))
     standardise(vae, pixels(pictures[:: max(1, len(pictures) // 1024)][:1024], device))
+    return vae.eval()
+
+
+class Decoder(nn.Module):
+    """The half of an autoencoder behind the latents, alone, so that it can be trained on while they stay as they are."""
+
+    def __init__(self, vae: AutoencoderKL) -> None:
+        super().__init__()
+        self.post_quant_conv, self.decoder = vae.post_quant_conv, vae.decoder
+
+    def forward(self, latents: Tensor) -> Tensor:
+        """Latents `[n, 16, h/8, w/8]` to pictures `[n, 3, h, w]`."""
+        return self.decoder(self.post_quant_conv(latents))
+
+
+def sharpen(
+    folder: Path, vae: AutoencoderKL, latents: np.ndarray, pictures: np.ndarray, plan: Plan, device: str, bf16: bool
+) -> AutoencoderKL:
+    """Train the decoder on with fixed latents `[n, 2, 16, h/8, w/8]`, a little noised, as a UNet's are never exact."""
+    decoder = Decoder(vae.to(device))
+
+    def batches(start: int) -> Iterator[tuple[Tensor, Tensor]]:
+        for i in shuffled(len(pictures), plan.batch, 4, start):
+            yield torch.from_numpy(latents[i]).to(device).float(), pixels(pictures[i], device)
+
+    def loss_of(batch: tuple[Tensor, Tensor], step: int) -> Tensor:
+        (mean, std), x = batch[0].unbind(1), batch[1]
+        noise = torch.randn(mean.shape, generator=torch.Generator(device).manual_seed(step), device=device)
+        with torch.autocast(device, torch.bfloat16, enabled=bf16):
+            y = decoder(mean + (std.square() + NOISE**2).sqrt() * noise).float()
+        return F.l1_loss(y, x) + sum(F.l1_loss(a, b) for a, b in zip(slopes(y), slopes(x), strict=True))
+
+    decoder.load_state_dict(run(folder, decoder, plan, batches, loss_of))
     return vae.eval()
 
 

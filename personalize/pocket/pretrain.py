@@ -1,6 +1,6 @@
 """Pretrain the pocket from nothing: `python -m personalize.pocket.pretrain --work DIR`. Run again, it goes on where it stopped.
 
-Stages, each resumable: pool (pictures and captions), vae, clip, latents and conditions, unet, export.
+Stages, each resumable: pool (pictures, captions), vae, clip, latents, decoder (sharper, same latents), conditions, unet, export.
 """
 
 from __future__ import annotations
@@ -38,11 +38,12 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m personalize.pocket.pretrain", description=__doc__)
     add = parser.add_argument
     add("--work", type=Path, required=True, help="folder of pools, states and logs")
-    add("--stage", default="all", choices=("all", "pool", "vae", "clip", "latents", "conditions", "unet", "export"))
+    add("--stage", default="all", choices=("all", "pool", "vae", "clip", "latents", "decoder", "conditions", "unet", "export"))
     add("--size", type=int, default=64, help="side of the pictures, in pixels")
     add("--pool", type=int, default=120_000, help="pictures drawn")
     add("--workers", type=int, default=2, help="processes that draw")
     add("--vae-steps", type=int, default=5000)
+    add("--decoder-steps", type=int, default=4000)
     add("--clip-steps", type=int, default=1500)
     add("--unet-steps", type=int, default=12_000)
     add("--unet-batch", type=int, default=64)
@@ -58,9 +59,14 @@ def load_parts(work: Path) -> tuple[CLIPTokenizer, AutoencoderKL, CLIPModel]:
     """The finished tokenizer, autoencoder and CLIP of a work folder."""
     return (
         CLIPTokenizer.from_pretrained(work / "tokenizer"),
-        AutoencoderKL.from_pretrained(work / "vae/done").eval(),
+        AutoencoderKL.from_pretrained(sharpest(work)).eval(),
         CLIPModel.from_pretrained(work / "clip/done").eval(),
     )
+
+
+def sharpest(work: Path) -> Path:
+    """The autoencoder with the decoder that was trained on, once there is one."""
+    return done if (done := work / "decoder/done").exists() else work / "vae/done"
 
 
 @torch.no_grad()
@@ -114,6 +120,15 @@ def stage_latents(options: argparse.Namespace) -> None:
     """Encode all pictures, once."""
     vae = AutoencoderKL.from_pretrained(options.work / "vae/done").eval().to(options.device)
     autoencoder.encode_pool(vae, open_pool(options.work / "pool")[0], options.work / "latents.npy", options.device)
+
+
+def stage_decoder(options: argparse.Namespace) -> None:
+    if not (options.work / "decoder/done").exists():
+        vae = AutoencoderKL.from_pretrained(options.work / "vae/done")
+        pictures, latents = open_pool(options.work / "pool")[0], np.load(options.work / "latents.npy", mmap_mode="r")
+        plan = Plan(options.decoder_steps, batch=16, lr=1e-3, ema=0.998, decay=0.6)
+        vae = autoencoder.sharpen(options.work / "decoder", vae, latents, pictures, plan, options.device, not options.no_bf16)
+        vae.save_pretrained(options.work / "decoder/done")
 
 
 @torch.no_grad()
@@ -229,6 +244,7 @@ STAGES = {
     "vae": stage_vae,
     "clip": stage_clip,
     "latents": stage_latents,
+    "decoder": stage_decoder,
     "conditions": stage_conditions,
     "unet": stage_unet,
     "export": stage_export,
