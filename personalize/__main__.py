@@ -1,0 +1,5 @@
+"""`python -m personalize` is the `personalize` command."""
+
+from .cli import main
+
+main()

@@ -1,0 +1,305 @@
+"""The `personalize` command: train, generate, show, report.
+
+Only click is imported here; torch, pydantic and rich come with the command that needs them, so that help is instant.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from . import __version__
+from .errors import AdapterError, PersonalizeError, RecipeError
+from .words import plain
+
+if TYPE_CHECKING:
+    from .recipe import Recipe, Setting
+
+PATH = click.Path(path_type=Path)
+
+
+def main() -> None:
+    """The console script."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command and return its exit code: 0, 2 for anything said on purpose, 130 after Ctrl-C."""
+    with telling_warnings():
+        try:
+            return cli.main(list(arguments), prog_name="personalize", standalone_mode=False) or 0
+        except PersonalizeError as error:
+            return fail(str(error))
+        except click.ClickException as error:
+            return fail(error.format_message())
+        except click.Abort:
+            click.echo("stopped", err=True)
+            return 130
+
+
+def fail(message: str) -> int:
+    """One line on stderr."""
+    click.echo(f"personalize: {plain(message)}", err=True)
+    return 2
+
+
+@contextlib.contextmanager
+def telling_warnings() -> Iterator[None]:
+    """Our own warnings as one line each, without file and line number; those of libraries stay silent."""
+    with warnings.catch_warnings():
+        if not sys.warnoptions:
+            warnings.simplefilter("ignore")
+            warnings.filterwarnings("always", module=r"personalize\b")
+        warnings.showwarning = lambda message, *_, **__: click.echo(f"warning: {plain(str(message))}", err=True)
+        yield
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120}, invoke_without_command=True)
+@click.version_option(__version__, message="%(prog)s %(version)s")
+@click.pass_context
+def cli(ctx: click.Context) -> None:
+    """From a handful of pictures to a portable adapter.
+
+    \b
+      personalize train photos/rex --class dog
+      personalize generate "rex dog in the snow" --adapter runs/rex/rex.safetensors
+    """
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help())
+
+
+# ---------------------------------------------------------------- train
+
+
+class RecipeCommand(click.Command):
+    """A command with one option per field of the Recipe, listed section by section."""
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        from .recipe import settings
+
+        fields = [option(setting) for setting in settings().values() if setting.name != "folder"]
+        known = {parameter.name for parameter in self.params}
+        self.params += [field for field in fields if field.name not in known]
+        return super().get_params(ctx)
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        from .recipe import settings
+        from .recipe.reference import heading
+
+        sections: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            home = settings()[parameter.name].section if parameter.name in settings() else ""
+            if (entry := parameter.get_help_record(ctx)) and parameter.name != "folder":
+                sections.setdefault(home, []).append(entry)
+        for section, entries in sections.items():
+            with formatter.section(heading(section)):
+                formatter.write_dl(entries)
+
+
+def option(setting: Setting) -> click.Option:
+    """A field as an option. Values stay text: the recipe checks them, so bounds and messages have one home."""
+    from .recipe.reference import default_text
+
+    notes = "; ".join(filter(None, [setting.bounds, f"default: {text}" if (text := default_text(setting)) else ""]))
+    flag, help_text = setting.flag, setting.help + (f" [{notes}]" if notes else "")
+    if setting.type is bool:
+        return click.Option([f"{flag}/--no-{flag[2:]}", setting.name], default=None, help=help_text)
+    shape = "|".join(setting.choices) or {"int": "N", "float": "X", "Path": "PATH"}.get(setting.type.__name__, "TEXT")
+    return click.Option([flag, setting.name], multiple=setting.many, metavar=shape, help=help_text)
+
+
+@cli.command(cls=RecipeCommand, short_help="Learn the pictures in a folder.")
+@click.argument("folder", type=PATH, required=False)
+@click.option("--from", "origin", type=PATH, metavar="ADAPTER", help="repeat the run that made this adapter")
+@click.option("--dry-run", is_flag=True, help="print the resolved recipe and what is in the folder, and stop")
+@click.option("--fresh", is_flag=True, help="start over instead of going on with what --output already holds")
+def train(folder: Path | None, origin: Path | None, dry_run: bool, fresh: bool, **flags: Any) -> int:
+    """Learn the pictures in FOLDER; leave an adapter and a report in runs/TRIGGER.
+
+    The same command again goes on where it was stopped.
+    """
+    recipe = resolved(folder, origin, flags)
+    if dry_run:
+        return preview(recipe)
+    from .watch import watch
+
+    return watch(recipe, fresh=fresh)
+
+
+def resolved(folder: Path | None, origin: Path | None, flags: dict[str, Any]) -> Recipe:
+    """The recipe of a command line. Raises RecipeError, also when nothing says where the pictures are."""
+    from .recipe import resolve
+
+    given = {name: value for name, value in flags.items() if value not in (None, ())}
+    if folder is not None:
+        given["folder"] = folder
+    recipe = resolve(flags=given, start=recipe_of(origin) if origin else None)
+    if "folder" not in recipe.data.model_fields_set:
+        raise RecipeError("where are the pictures?", "personalize train FOLDER")
+    return recipe
+
+
+def recipe_of(adapter: Path) -> Recipe:
+    """The recipe in an adapter's metadata. Raises AdapterError where there is none."""
+    from .adapters import describe
+    from .recipe import from_json
+
+    text = describe(adapter).metadata.get("personalize.recipe")
+    if text is None:
+        raise AdapterError(f"{adapter} does not say how it was made", "only adapters made by personalize can be repeated")
+    return from_json(text, str(adapter))
+
+
+def preview(recipe: Recipe) -> int:
+    """The recipe as TOML, and the pictures with their captions as comments: stdout is a preset that repeats the run."""
+    from .data import read_folder
+    from .recipe import to_toml
+
+    dataset = read_folder(recipe.data)
+    if recipe.preset:
+        click.echo(f"# from preset {recipe.preset}")
+    click.echo(to_toml(recipe))
+    click.echo(f"# {len(dataset.examples)} pictures in {recipe.data.folder}, trigger {dataset.trigger!r}")
+    for example in dataset.examples:
+        width, height = example.size
+        click.echo(f"#   {plain(example.path.name):<24} {width}x{height:<6} {plain(example.caption)}")
+    for warning in dataset.warnings:
+        click.echo(f"warning: {plain(warning)}", err=True)
+    return 0
+
+
+# ---------------------------------------------------------------- generate
+
+
+class Strengthened(click.ParamType):
+    """PATH, PATH:0.8, PATH:0.8:0.5 (UNet, text encoder) or PATH:unet=0.8:te=0.5."""
+
+    name = "adapter"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[Path, dict[str, float]]:
+        path, strengths = split_strengths(str(value))
+        if not Path(path).is_file():
+            raise AdapterError(f"there is no adapter {path}", "check its spelling; strengths are numbers: A.safetensors:0.8")
+        return Path(path), strengths
+
+
+NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)"
+STRENGTHS = re.compile(rf"(?P<path>.+?)(?P<rest>(?::(?:(?:unet|te)=)?{NUMBER})+)", re.IGNORECASE)
+
+
+def split_strengths(text: str) -> tuple[str, dict[str, float]]:
+    r"""A path and its strength per part. Drive letters and colons in names are left alone.
+
+    >>> split_strengths(r"C:\rex.safetensors:0.8")
+    ('C:\\rex.safetensors', {'unet': 0.8, 'text_encoder': 0.8})
+    >>> split_strengths("rex.safetensors:0.8:0.5")  # UNet, text encoder; A1111's <lora:NAME:TE:UNET> is the other way round
+    ('rex.safetensors', {'unet': 0.8, 'text_encoder': 0.5})
+    """
+    match = STRENGTHS.fullmatch(text)
+    if not match or Path(text).is_file():
+        return text, {"unet": 1.0, "text_encoder": 1.0}
+    named: dict[str, float] = {}
+    bare: list[float] = []
+    for piece in match["rest"].lower().split(":")[1:]:
+        name, _, number = piece.rpartition("=")
+        named.update({name: float(number)}) if name else bare.append(float(number))
+    if len(bare) > 2 or (bare and named):
+        raise RecipeError(f"too many strengths in {text}", "write PATH:BOTH, PATH:UNET:TEXT or PATH:unet=0.8:te=0.5")
+    unet, te = (bare[0], bare[-1]) if bare else (named.get("unet", 1.0), named.get("te", 1.0))
+    return match["path"], {"unet": unet, "text_encoder": te}
+
+
+class Side(click.ParamType):
+    """A picture's size: 64 or 96x64."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
+        match = re.fullmatch(r"(\d+)(?:x(\d+))?", str(value).lower())
+        if not match:
+            raise RecipeError(f"--size must be a side or WIDTHxHEIGHT, not {value}", "e.g. 64 or 96x64")
+        return int(match[1]), int(match[2] or match[1])
+
+
+@cli.command()
+@click.argument("prompts", metavar="PROMPT...", nargs=-1, required=True)
+@click.option("--adapter", "-a", "stack", type=Strengthened(), multiple=True, metavar="FILE[:STRENGTH]",
+              help="adapter and its strength, can be repeated: A.safetensors:0.8; UNet and text encoder apart: "
+                   "A.safetensors:0.8:0.5 (A1111 writes them the other way round) or A.safetensors:unet=0.8:te=0.5")  # fmt: skip
+@click.option("--negative", "-n", default="", help="what should not be there")
+@click.option(
+    "--seeds", "--seed", "-s", "seeds", multiple=True, help="seed of each picture, e.g. 0,1,2; can be repeated [default: 0]"
+)
+@click.option("--count", "-c", type=click.IntRange(1), help="pictures per prompt: seeds go up from the last one given")
+@click.option("--steps", type=click.IntRange(1), default=20, show_default=True, help="denoising steps")
+@click.option("--guidance", "-g", type=click.FloatRange(0), default=4.0, show_default=True, help="classifier-free guidance")
+@click.option("--size", type=Side(), help="side or WIDTHxHEIGHT in pixels [default: the base's own]")
+@click.option("--base", help="'pocket' or a diffusers folder [default: what the adapter was trained on]")
+@click.option("--grid", is_flag=True, help="also write one sheet: a row per prompt, a column per seed")
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True, help="where to draw")
+@click.option(
+    "--output", "-o", type=PATH, default=Path("pictures"), show_default=True, help="folder, or a .png for a single picture"
+)
+def generate(prompts: tuple[str, ...], seeds: tuple[str, ...], count: int | None, **options: Any) -> int:
+    """Draw pictures with a base and a stack of adapters."""
+    from .paint import paint
+
+    for path in paint(prompts, numbered(seeds, count), **options):
+        click.echo(path)
+    return 0
+
+
+def numbered(seeds: Sequence[str], count: int | None) -> list[int]:
+    """Seeds from `0,1` texts, continued upwards to `count`."""
+    pieces = [piece.strip() for text in seeds for piece in text.split(",")] or ["0"]
+    for piece in pieces:
+        if not (piece.isdecimal() and int(piece) < 2**32):
+            raise RecipeError(f"--seeds must be whole numbers from 0 to {2**32 - 1}, not {piece!r}")
+    given = [int(piece) for piece in pieces]
+    more = max(0, (count or 0) - len(given))
+    return (given + [given[-1] + i + 1 for i in range(more)])[:count]
+
+
+# ---------------------------------------------------------------- show, report, version
+
+
+@cli.command()
+@click.argument("adapters", type=PATH, nargs=-1, required=True)
+@click.option("--json", "for_programs", is_flag=True, help="everything, one JSON object per file")
+def show(adapters: tuple[Path, ...], for_programs: bool) -> int:
+    """Tell what an adapter file is, from its header alone."""
+    from .adapters import describe
+    from .card import as_json, card
+
+    for path in adapters:
+        click.echo((as_json if for_programs else card)(describe(path)))
+    return 0
+
+
+@cli.command()
+@click.argument("run_folder", metavar="RUN", type=PATH)
+def report(run_folder: Path) -> int:
+    """Write the report of a run folder again."""
+    from .report import write_report
+
+    click.echo(write_report(run_folder))
+    return 0
+
+
+@cli.command()
+def version() -> int:
+    """Print the versions that matter, for a bug report."""
+    import platform
+    from importlib.metadata import version as installed
+
+    click.echo(f"personalize {__version__}\npython {platform.python_version()} on {platform.platform()}")
+    for name in ("torch", "diffusers", "transformers", "peft", "safetensors"):
+        click.echo(f"{name} {installed(name)}")
+    return 0

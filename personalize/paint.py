@@ -1,0 +1,127 @@
+"""Pictures on demand: prompts x seeds with a base and a stack of adapters, written as PNG files that say how they were made."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import re
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from . import sample
+from .adapters import Adapter
+from .attach import attach
+from .base import Base
+from .errors import OutputError, RecipeError
+from .recipe import Recipe, from_json
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+Stack = Sequence[tuple[Path, Mapping[str, float]]]  # adapter files, each with its strength per part
+
+
+def paint(
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    stack: Stack = (),
+    negative: str = "",
+    steps: int = sample.DEFAULTS.sample_steps,
+    guidance: float = sample.DEFAULTS.guidance,
+    size: tuple[int, int] | None = None,
+    base: str | None = None,
+    grid: bool = False,
+    device: str = "auto",
+    output: Path = Path("pictures"),
+) -> Iterator[Path]:
+    """Draw every prompt with every seed and yield each file as it is written, the grid last.
+
+    `output` is a folder, where names never clash with what is there, or a .png file for a single picture or the grid.
+    """
+    single = output.suffix.lower() == ".png"
+    jobs = [(prompt, seed) for prompt in prompts for seed in seeds]
+    if single and len(jobs) > 1 and not grid:
+        raise RecipeError(f"{len(jobs)} pictures do not fit into {output}", "give a folder as --output, or add --grid")
+    make_room(output.parent if single else output)
+    adapters = [Adapter.load(path) for path, _ in stack]
+    tell_triggers(adapters, stack, prompts)
+    model = Base.load(base or trained_on(adapters), device=pick(device))
+    used = tuple(stacked(path, strengths) for path, strengths in stack)
+    drawn: list[Image.Image] = []
+    with attach(model, [(adapter, strengths) for adapter, (_, strengths) in zip(adapters, stack, strict=True)]):
+        how: dict[str, Any] = {"steps": steps, "guidance": guidance, "negative": negative}
+        pictures = sample.drawing(model, [p for p, _ in jobs], [s for _, s in jobs], size=size, **how)
+        for (prompt, seed), picture in zip(jobs, pictures, strict=True):
+            drawn.append(picture)
+            if not (single and grid):
+                path = output if single else free(output / f"{slug(prompt)}-s{seed}.png")
+                about = sample.settings_of(model, used, prompt=prompt, seed=seed, size=picture.size, **how)
+                yield sample.save_picture(picture, path, about)
+    if grid:
+        sheet = sample.grid(drawn, len(seeds), rows=prompts, heads=[f"seed {seed}" for seed in seeds])
+        path = output if single else free(output / f"{slug(prompts[0])}-grid.png")
+        yield sample.save_sheet(sheet, path)
+
+
+def make_room(folder: Path) -> None:
+    """Make a folder for the pictures, before anything expensive is done for them."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"cannot write {folder}: {error.strerror}", "choose another --output") from error
+
+
+def trained_on(adapters: Sequence[Adapter]) -> str:
+    """The base that the first adapter with a readable recipe was trained on, else the default one."""
+    for text in filter(None, (adapter.metadata.get("personalize.recipe") for adapter in adapters)):
+        with contextlib.suppress(RecipeError):  # of another version
+            return from_json(text).base
+    return str(Recipe.model_fields["base"].default)
+
+
+def tell_triggers(adapters: Sequence[Adapter], stack: Stack, prompts: Sequence[str]) -> None:
+    """Warn about adapters whose trigger word stands in none of the prompts: they will hardly show."""
+    for adapter, (path, _) in zip(adapters, stack, strict=True):
+        trigger = adapter.metadata.get("modelspec.trigger_phrase", "")
+        if trigger and not any(trigger.lower() in prompt.lower() for prompt in prompts):
+            warnings.warn(f"{path.name} listens to {trigger!r}, which no prompt says", stacklevel=2)
+
+
+def stacked(path: Path, strengths: Mapping[str, float]) -> sample.Stacked:
+    """An adapter as it goes into a picture's metadata; its hash is the one that UIs show: of the file without its header."""
+    return sample.Stacked(path.stem, strengths["unet"], strengths["text_encoder"], weights_hash(path))
+
+
+def weights_hash(path: Path) -> str:
+    """sha256 of all bytes behind a safetensors header (kohya's `sshs_model_hash`)."""
+    with path.open("rb") as file:
+        file.seek(8 + int.from_bytes(file.read(8), "little"))
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def pick(device: str) -> str:
+    """`auto` is CUDA where there is one."""
+    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+
+
+def slug(prompt: str) -> str:
+    """A prompt as the beginning of a file name.
+
+    >>> slug("A Zwx cat, in the snow!")
+    'a-zwx-cat-in-the-snow'
+    """
+    return re.sub(r"\W+", "-", prompt.lower()).strip("-")[:48].strip("-") or "picture"
+
+
+def free(path: Path) -> Path:
+    """`path`, or the same with -2, -3, ... where that name is taken."""
+    taken, number = path, 2
+    while taken.exists():
+        taken = path.with_stem(f"{path.stem}-{number}")
+        number += 1
+    return taken

@@ -1,0 +1,37 @@
+"""The Recipe: the one home of every default, bound and help text.
+
+Flags, presets, schemas, forms and docs are generated from it. A recipe is resolved from
+defaults <- adapter (`--from`) <- preset (a partial recipe in TOML) <- flags, and is immutable afterwards.
+
+Sections order the code; names are flat: every field has ONE name, unique over all sections, which is its key in TOML (in its
+section's table or outside any) and, with dashes, its flag (`batch_size`, `--batch-size`).
+
+    fields.py    Recipe and its parts
+    settings.py  its fields as flat, named settings: flag, type, bounds, help
+    resolve.py   recipes from presets, flags and adapters, and back to TOML and JSON
+    reference.py docs/recipe.md
+"""
+
+from .fields import AdapterSpec, Data, Objective, Optim, Part, Recipe, Sampling
+from .resolve import from_json, presets, resolve, to_json, to_toml
+from .settings import Setting, flat, flatten, record, settings
+
+__all__ = [
+    "AdapterSpec",
+    "Data",
+    "Objective",
+    "Optim",
+    "Part",
+    "Recipe",
+    "Sampling",
+    "Setting",
+    "flat",
+    "flatten",
+    "from_json",
+    "presets",
+    "record",
+    "resolve",
+    "settings",
+    "to_json",
+    "to_toml",
+]

@@ -1,0 +1,150 @@
+"""The fields of a recipe, section by section, and what no single field can see."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from ..errors import RecipeError
+
+Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
+
+
+def _at_commas(value: Any) -> Any:
+    """`a,b` as (a, b), also inside a list: what a shell or a quick line of TOML gives."""
+    items = value if isinstance(value, list | tuple) else [value]
+    return [piece for item in items for piece in (item.split(",") if isinstance(item, str) else [item])]
+
+
+AtCommas = BeforeValidator(_at_commas)
+
+
+class Part(BaseModel):
+    """A section of the recipe. Unknown keys are errors; values cannot change after validation."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, populate_by_name=True, allow_inf_nan=False)
+
+
+class Data(Part):
+    """What is learned: pictures, captions and how they are read."""
+
+    folder: Path = Field(Path("."), description="folder of training pictures")
+    trigger: str | None = Field(None, description="word that calls the subject or style (default: the folder's name, made safe)")
+    class_name: str = Field("", alias="class", description="what the subject is, e.g. 'dog'; empty for a style")
+    caption: str = Field("{trigger} {class}", description="caption of pictures without one; {trigger} and {class} are filled in")
+    resolution: int = Field(0, ge=0, le=2048, description="side in pixels; 0 means the base's own")
+    flip: bool = Field(True, description="show each picture mirrored half of the time")
+    caption_dropout: float = Field(0.0, ge=0, le=1, description="share of steps without caption")
+
+
+class AdapterSpec(Part):
+    """The adapter's shape: LoRA (Hu et al. 2021, https://arxiv.org/abs/2106.09685)."""
+
+    kind: Literal["lora"] = Field("lora", description="adapter kind")
+    rank: int = Field(8, ge=1, le=1024, description="rank of the UNet update")
+    alpha: float = Field(
+        default_factory=lambda fields: float(fields["rank"]),
+        gt=0,
+        description="the update is scaled by alpha / rank (default: the rank)",
+    )
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapter's input")
+    targets: Annotated[tuple[str, ...], AtCommas] = Field(
+        ("attention", "feedforward"),
+        description="UNet layers: attention, self-attention, cross-attention, feedforward, projection, conv, or a path glob",
+    )
+    text_rank: int = Field(4, ge=1, le=1024, description="rank of the text-encoder update (alpha keeps its ratio to rank)")
+    text_targets: Annotated[tuple[str, ...], AtCommas] = Field(
+        ("attention", "feedforward"), description="text-encoder layers: attention, feedforward, or a path glob"
+    )
+
+
+class Objective(Part):
+    """What a batch's loss is."""
+
+    min_snr: float = Field(5.0, ge=0, description="min-SNR gamma (Hang et al. 2023, eq. 4); 0 turns it off")
+    prior: Literal["none", "images", "output"] = Field(
+        "none",
+        description="keep the class as it is: with images of it by the base (Ruiz et al. 2022), or with its adapter-off output",
+    )
+    prior_weight: float = Field(1.0, ge=0, description="weight of the prior-preservation loss")
+    prior_images: int = Field(24, ge=1, description="number of class images")
+    prior_prompt: str = Field("a {class}", description="prompt of the class images")
+
+
+class Optim(Part):
+    """AdamW (Loshchilov & Hutter 2017), its schedule and its brakes."""
+
+    lr: float = Field(1e-3, ge=0, description="learning rate of the UNet adapter; 0 leaves the UNet alone")
+    text_encoder_lr: float = Field(0.0, ge=0, description="learning rate of the text-encoder adapter; 0 leaves it alone")
+    schedule: Literal["constant", "linear", "cosine"] = Field("cosine", description="shape of the learning rate after warm-up")
+    warmup: int = Field(10, ge=0, description="steps of linear warm-up")
+    weight_decay: float = Field(0.01, ge=0, description="decoupled weight decay")
+    beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's first momentum")
+    beta2: float = Field(0.99, ge=0, lt=1, description="AdamW's second momentum")
+    clip: float = Field(1.0, ge=0, description="largest gradient norm; 0 turns clipping off")
+    accumulate: int = Field(1, ge=1, description="micro-batches summed into one optimizer step")
+
+
+WITHOUT_CLASS = (
+    "{trigger}",
+    "{trigger} in the snow",
+    "{trigger}, ink drawing",
+    "a cat",
+)  # sample prompts of a folder of anything
+
+
+class Sampling(Part):
+    """Pictures drawn while training and for the report."""
+
+    sample_every: int = Field(50, ge=0, description="steps between sample pictures; 0 draws them only at the end")
+    sample_prompts: tuple[str, ...] = Field(
+        ("{trigger} {class}", "{trigger} {class} in the snow", "{trigger} {class}, ink drawing", "a {class}"),
+        description="prompts of the sample pictures; keep one without {trigger}",
+    )
+    sample_seeds: Annotated[tuple[Seed, ...], AtCommas] = Field((0, 1), description="seeds of the sample pictures")
+    sample_steps: int = Field(20, ge=1, le=1000, description="denoising steps of the sample pictures")
+    guidance: float = Field(4.0, ge=0, description="classifier-free guidance of the sample pictures")
+
+
+class Recipe(Part):
+    """Everything that decides a run: same recipe, seed and machine give the same bytes."""
+
+    base: str = Field("pocket", description="base model: 'pocket' or a diffusers folder")
+    preset: str | None = Field(None, description="partial recipe: a name from presets/ or a .toml file")
+    steps: int = Field(200, ge=1, description="optimizer steps")
+    batch_size: int = Field(4, ge=1, description="pictures per step")
+    seed: Seed = Field(0, description="seed of everything random")
+    name: str | None = Field(None, description="name of the adapter file (default: the trigger)")
+    output: Path | None = Field(None, description="run folder (default: runs/TRIGGER)")
+    dialect: Literal["kohya", "diffusers", "peft"] = Field("kohya", description="naming scheme of the adapter file")
+    checkpoint_every: int = Field(50, ge=0, description="steps between checkpoints; 0 keeps only the last")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where to train")
+
+    data: Data = Data()
+    adapter: AdapterSpec = AdapterSpec()
+    objective: Objective = Objective()
+    optim: Optim = Optim()
+    sampling: Sampling = Sampling()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Recipe:
+        """Refuse what no single field can see."""
+        if not (self.optim.lr or self.optim.text_encoder_lr):
+            raise RecipeError("nothing would be trained: --lr and --text-encoder-lr are both 0")
+        if self.objective.prior != "none" and "{class}" in self.objective.prior_prompt and not self.data.class_name:
+            raise RecipeError(f"--prior {self.objective.prior} needs --class", "what is the subject? e.g. --class dog")
+        if self.name is not None and Path(self.name).name != self.name:
+            raise RecipeError(f"--name must be a plain file name, not {self.name!r}", "the folder is --output")
+        for flag, template in self._templates():
+            if unknown := set(re.findall(r"{(.*?)}", template)) - {"trigger", "class"}:
+                raise RecipeError(f"{flag} can hold {{trigger}} and {{class}}, not {{{min(unknown)}}}")
+        return self
+
+    def _templates(self) -> Iterator[tuple[str, str]]:
+        yield "--caption", self.data.caption
+        yield "--prior-prompt", self.objective.prior_prompt
+        yield from (("--sample-prompts", prompt) for prompt in self.sampling.sample_prompts)

@@ -1,0 +1,149 @@
+"""defaults <- adapter (`--from`) <- preset <- flags, and back to files that replay the run."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from ..errors import RecipeError, nearest
+from .fields import WITHOUT_CLASS, Recipe
+from .settings import flat, flatten, record, settings
+
+
+def resolve(preset: str | Path | None = None, flags: Mapping[str, Any] | None = None, *, start: Recipe | None = None) -> Recipe:
+    """The recipe of a run: defaults, then `start` (another run's recipe), then a preset by name or path, then flags.
+
+    Raises RecipeError for unknown settings (naming the nearest), values out of bounds and contradictions.
+
+    >>> resolve(flags={"folder": "photos", "rank": 4}).adapter.alpha
+    4.0
+    """
+    flags = dict(flags or {})
+    preset = flags.pop("preset", preset)
+    layers: list[tuple[str, Mapping[str, Any]]] = []
+    if start is not None:
+        layers.append(("--from", record(start)))
+    if preset is not None:
+        layers += load_preset(preset)
+        layers.append(("", {"preset": str(preset)}))
+    layers.append(("", flags))
+    return _build(layers)
+
+
+def load_preset(preset: str | Path) -> list[tuple[str, Mapping[str, Any]]]:
+    """A preset's (file, settings), after those of the preset that it starts from with `preset = "..."`, if any."""
+    layers: list[tuple[str, Mapping[str, Any]]] = []
+    following: str | Path | None = preset
+    while following is not None:
+        path = _find_preset(following)
+        if any(str(path) == seen for seen, _ in layers):
+            raise RecipeError(f"preset {path} starts from itself")
+        table = flat(_read_toml(path), str(path))
+        layers.insert(0, (str(path), table))
+        following = table.pop("preset", None)
+        if str(following).endswith(".toml"):
+            following = path.parent / str(following)
+    return layers
+
+
+def presets() -> dict[str, Path]:
+    """The presets that came along, by name."""
+    here = Path(__file__).parents[1]
+    folder = here / "presets" if (here / "presets").is_dir() else here.parent / "presets"  # wheel, or clone
+    return {path.stem: path for path in sorted(folder.glob("*.toml"))}
+
+
+def _find_preset(preset: str | Path) -> Path:
+    if Path(preset).suffix == ".toml":
+        return Path(preset)
+    if str(preset) not in presets():
+        raise RecipeError(f"unknown preset {str(preset)!r}", f"{nearest(str(preset), presets())}; a path must end in .toml")
+    return presets()[str(preset)]
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecipeError(f"cannot read preset {path}: {error.strerror}") from error
+    except ValueError as error:  # TOMLDecodeError, UnicodeDecodeError
+        raise RecipeError(f"preset {path} is not TOML: {error}") from error
+
+
+def _build(layers: list[tuple[str, Mapping[str, Any]]]) -> Recipe:
+    """Merge layers of flat settings, later ones win, and validate the result once."""
+    values: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    for origin, layer in layers:
+        for key, value in flat(layer, origin).items():
+            values[key], origins[key] = value, origin
+    if not values.get("class"):
+        values.setdefault("sample_prompts", WITHOUT_CLASS)
+    nested: dict[str, Any] = {}
+    for key, value in values.items():
+        section = settings()[key].section
+        (nested.setdefault(section, {}) if section else nested)[key] = value
+    try:
+        return Recipe.model_validate(nested)
+    except ValidationError as error:
+        raise _explained(error, origins) from None
+
+
+_EXPECTED = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "Path": "a path"}
+
+
+def _explained(error: ValidationError, origins: Mapping[str, str]) -> RecipeError:
+    """Pydantic's first complaint as one line that names the flag, the bound and the value."""
+    first = error.errors()[0]
+    name = next(str(part) for part in first["loc"] if part in settings())
+    setting = settings()[name]
+    kind, value = first["type"], first["input"]
+    hint = f"set in {origins[name]}" if origins.get(name) else ""
+    if kind == "literal_error":
+        choices = ", ".join(setting.choices)
+        return RecipeError(
+            f"{setting.flag} must be one of {choices}, not {value!r}", hint or nearest(str(value), setting.choices)
+        )
+    if kind.startswith(("greater_than", "less_than")):
+        return RecipeError(f"{setting.flag} must be {setting.bounds}, not {value}", hint)
+    what = "a list" if kind.startswith("tuple") else _EXPECTED.get(getattr(setting.type, "__name__", ""), first["msg"])
+    return RecipeError(f"{setting.flag} must be {what}, not {value!r}", hint)
+
+
+def to_toml(recipe: Recipe) -> str:
+    """The whole recipe as a preset that replays it, each line with its help text."""
+    values, section = flatten(recipe), ""
+    lines: list[str] = []
+    for setting in settings().values():
+        if setting.section != section:
+            section = setting.section
+            lines += ["", f"[{section}]"]
+        if setting.name in values and setting.name != "preset":
+            lines.append(f"{f'{setting.name} = {_toml(values[setting.name])}':<40}  # {setting.help}")
+    return "\n".join(lines) + "\n"
+
+
+def _toml(value: Any) -> str:
+    """A TOML literal. JSON's are the same for texts, lists, numbers and booleans, but for one control character."""
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def to_json(recipe: Recipe) -> str:
+    """The recipe for an adapter's metadata: without the preset's name and the output path, which mean nothing elsewhere."""
+    return json.dumps({key: value for key, value in record(recipe).items() if key not in ("preset", "output")})
+
+
+def from_json(text: str, origin: str = "the adapter") -> Recipe:
+    """The recipe that `to_json` wrote."""
+    try:
+        values = json.loads(text)
+    except ValueError as error:
+        raise RecipeError(f"the recipe in {origin} is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise RecipeError(f"the recipe in {origin} is not an object of settings")
+    return _build([(origin, values)])

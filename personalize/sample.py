@@ -1,0 +1,281 @@
+"""Pictures from a base (with whatever adapters are attached to it): draw, label, save.
+
+Each picture is a function of its own prompt and seed only. Noise is always drawn on the CPU, one generator per
+picture, so a picture keeps its composition in any batch and on any device.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import json
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import diffusers
+import torch
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+
+from .errors import BaseModelError, RecipeError
+from .files import atomic
+from .recipe import Sampling
+
+if TYPE_CHECKING:
+    from .base import Base
+
+Size = int | tuple[int, int]
+DEFAULTS = Sampling()
+
+
+def draw(
+    base: Base,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    steps: int = DEFAULTS.sample_steps,
+    guidance: float = DEFAULTS.guidance,
+    negative: str = "",
+    size: Size | None = None,
+    batch_size: int = 8,
+) -> list[Image.Image]:
+    """One picture per (prompt, seed) pair, in order.
+
+    `size` is the side or (width, height) in pixels, the base's own by default. `guidance` is classifier-free guidance
+    (Ho & Salimans 2022, https://arxiv.org/abs/2207.12598): 1 is the plain conditional model. The sampler is the one
+    named in the base's scheduler config.
+    """
+    return list(
+        drawing(base, prompts, seeds, steps=steps, guidance=guidance, negative=negative, size=size, batch_size=batch_size)
+    )
+
+
+@torch.no_grad()
+def drawing(
+    base: Base,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    steps: int = DEFAULTS.sample_steps,
+    guidance: float = DEFAULTS.guidance,
+    negative: str = "",
+    size: Size | None = None,
+    batch_size: int = 8,
+) -> Iterator[Image.Image]:
+    """As `draw`, but hands over each batch's pictures as soon as they are done."""
+    if len(prompts) != len(seeds):
+        raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds: give one seed per picture")
+    shape = latent_shape(base, size)
+    warn_overlong(base, [*prompts, negative])
+    for first in range(0, len(prompts), batch_size):
+        chunk = slice(first, first + batch_size)
+        with evaluating(base):
+            latents = denoise(base, prompts[chunk], seeds[chunk], shape, steps=steps, guidance=guidance, negative=negative)
+            pixels = base.decode(latents)
+        yield from to_pictures(pixels)
+
+
+def denoise(
+    base: Base,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    shape: tuple[int, int, int],
+    *,
+    steps: int,
+    guidance: float,
+    negative: str,
+) -> torch.Tensor:
+    """Noise [b, c, h, w] to latents [b, c, h, w] along the scheduler's timesteps, both halves of the guidance in one call."""
+    sampler = make_sampler(base, steps)
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    own = {"generator": generators} if "generator" in inspect.signature(sampler.step).parameters else {}
+    cond = base.embed(list(prompts))
+    if guidance != 1:
+        cond = torch.cat([base.embed([negative]).expand_as(cond), cond])
+    noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
+    latents = noise.to(cond.device) * sampler.init_noise_sigma
+    for t in sampler.timesteps:
+        output = predict(base, sampler.scale_model_input(latents, t), t, cond, guidance)
+        latents = sampler.step(output.float(), t, latents, **own).prev_sample
+    return latents
+
+
+def predict(base: Base, latents: torch.Tensor, t: torch.Tensor, cond: torch.Tensor, guidance: float) -> torch.Tensor:
+    """The guided model output [b, c, h, w] at timestep `t`; `cond` is [b, 77, d], or [2b, 77, d] with the negatives first."""
+    times = t.to(cond.device).expand(len(cond))
+    if guidance == 1:
+        return base.denoise(latents.to(base.dtype), times, cond)
+    without, with_prompt = base.denoise(torch.cat([latents, latents]).to(base.dtype), times, cond).chunk(2)
+    return without + guidance * (with_prompt - without)
+
+
+def make_sampler(base: Base, steps: int) -> Any:
+    """The diffusers scheduler that the base's config names (DDIM where it names none), set to `steps` steps."""
+    config = dict(base.scheduler_config)
+    name = config.get("_class_name", "DDIMScheduler")
+    if not hasattr(diffusers, name):
+        raise BaseModelError(f"the scheduler of {base.name} is {name}, which diffusers {diffusers.__version__} does not have")
+    sampler = getattr(diffusers, name).from_config(config)
+    if steps > sampler.config.num_train_timesteps:
+        raise RecipeError(f"--steps must be at most {sampler.config.num_train_timesteps} for {base.name}, not {steps}")
+    sampler.set_timesteps(steps)
+    return sampler
+
+
+def latent_shape(base: Base, size: Size | None) -> tuple[int, int, int]:
+    """[c, h, w] of the latents of a `size` picture."""
+    width, height = (size, size) if isinstance(size, int) else size or (base.resolution, base.resolution)
+    factor = base.factor
+    for side in (width, height):
+        if side < factor or side % factor:
+            near = max(factor, round(side / factor) * factor)
+            raise RecipeError(f"--size must be a multiple of {factor} for {base.name}, not {side}", f"try {near}")
+    return base.unet.config.in_channels, height // factor, width // factor
+
+
+def warn_overlong(base: Base, prompts: Sequence[str]) -> None:
+    """Warn once about each prompt that does not fit into the text encoder's window."""
+    window = base.tokenizer.model_max_length
+    for prompt in dict.fromkeys(prompts):
+        length = len(base.tokenizer(prompt, verbose=False).input_ids)
+        if length > window:
+            told = f"{base.name} reads {window - 2} tokens, this prompt has {length - 2} and loses its end: {prompt[:40]}…"
+            warnings.warn(told, stacklevel=2)
+
+
+@contextlib.contextmanager
+def evaluating(base: Base) -> Iterator[None]:
+    """Dropout off while pictures are drawn, and back to what it was afterwards."""
+    modules = [module for model in (base.unet, base.text_encoder) for module in model.modules()]
+    before = [module.training for module in modules]
+    try:
+        base.unet.eval()
+        base.text_encoder.eval()
+        yield
+    finally:
+        for module, training in zip(modules, before, strict=True):
+            module.training = training
+
+
+def to_pictures(pixels: torch.Tensor) -> list[Image.Image]:
+    """[b, 3, h, w] in [-1, 1] to RGB pictures."""
+    levels = (pixels.float().clamp(-1, 1) * 127.5 + 127.5).round().to(torch.uint8)
+    return [Image.fromarray(picture.permute(1, 2, 0).contiguous().cpu().numpy()) for picture in levels]
+
+
+@dataclass(frozen=True)
+class Stacked:
+    """An adapter as it was used for a picture: its file's name and hash, and its strengths."""
+
+    name: str
+    unet: float = 1.0
+    text_encoder: float = 1.0
+    sha256: str = ""
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Everything that decides a picture, as UIs write it into PNG files."""
+
+    prompt: str
+    seed: int
+    steps: int
+    guidance: float
+    size: tuple[int, int]
+    sampler: str
+    model: str
+    negative: str = ""
+    adapters: tuple[Stacked, ...] = ()
+
+    def record(self) -> dict[str, Any]:
+        """As JSON gives it back."""
+        return dict(json.loads(json.dumps(asdict(self))))
+
+    def infotext(self, version: str) -> str:
+        """AUTOMATIC1111's `parameters` text: prompt with `<lora:NAME:TE:UNET>`, negative prompt, then one line of settings."""
+        loras = "".join(f" <lora:{a.name}:{strengths(a)}>" for a in self.adapters)
+        negative = f"\nNegative prompt: {self.negative}" if self.negative else ""
+        settings = {
+            "Steps": self.steps,
+            "Sampler": self.sampler,
+            "CFG scale": f"{self.guidance:g}",
+            "Seed": self.seed,
+            "Size": f"{self.size[0]}x{self.size[1]}",
+            "Model": self.model,
+        }
+        if hashes := ", ".join(f"{a.name}: {a.sha256[:12]}" for a in self.adapters if a.sha256):
+            settings["Lora hashes"] = f'"{hashes}"'
+        settings["Version"] = f"personalize {version}"
+        return f"{self.prompt}{loras}{negative}\n" + ", ".join(f"{key}: {value}" for key, value in settings.items())
+
+
+def strengths(used: Stacked) -> str:
+    """A1111's strength syntax: one number, or text encoder before UNet where they differ."""
+    return f"{used.unet:g}" if used.unet == used.text_encoder else f"{used.text_encoder:g}:{used.unet:g}"
+
+
+def save_picture(picture: Image.Image, path: Path, parameters: Parameters) -> Path:
+    """Write a PNG that carries its parameters twice: as text for UIs (`parameters`) and as JSON (`personalize`)."""
+    from . import __version__
+
+    info = PngImagePlugin.PngInfo()
+    info.add_itxt("parameters", parameters.infotext(__version__))
+    info.add_itxt("personalize", json.dumps(parameters.record() | {"version": __version__}, ensure_ascii=False))
+    with atomic(path) as temporary:
+        picture.save(temporary, format="PNG", pnginfo=info)
+    return path
+
+
+def save_sheet(sheet: Image.Image, path: Path) -> Path:
+    """Write a plain PNG, whole or not at all."""
+    with atomic(path) as temporary:
+        sheet.save(temporary, format="PNG")
+    return path
+
+
+def enlarged(picture: Image.Image, side: int = 192) -> Image.Image:
+    """A small picture grown by a whole factor to at least `side` pixels, every pixel kept square; a large one as it is."""
+    factor = max(1, -(-side // max(picture.size)))
+    return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
+
+
+def grid(
+    pictures: Sequence[Image.Image], columns: int, *, rows: Sequence[str] = (), heads: Sequence[str] = (), side: int = 192
+) -> Image.Image:
+    """A contact sheet on white, `columns` wide: `heads` label the columns, `rows` (e.g. prompts) stand above their row."""
+    cells = [enlarged(picture, side) for picture in pictures]
+    width, height = max(cell.width for cell in cells), max(cell.height for cell in cells)
+    gap, line = 8, 22
+    top, label = (line if heads else 0) + gap, line if rows else 0
+    lines = -(-len(cells) // columns)
+    sheet = Image.new("RGB", (gap + columns * (width + gap), top + lines * (label + height + gap)), "white")
+    for i, head in enumerate(heads[:columns]):
+        write(sheet, (gap + i * (width + gap), gap // 2), head, width)
+    for i, row in enumerate(rows[:lines]):
+        write(sheet, (gap, top + i * (label + height + gap)), row, sheet.width - 2 * gap)
+    for i, cell in enumerate(cells):
+        sheet.paste(cell, (gap + i % columns * (width + gap), top + i // columns * (label + height + gap) + label))
+    return sheet
+
+
+def write(sheet: Image.Image, at: tuple[int, int], text: str, width: int) -> None:
+    """One line of text, shortened with … to fit into `width` pixels."""
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(15)
+    shown = text
+    while len(shown) > 1 and pen.textlength(shown, font) > width:
+        shown = shown[:-2].rstrip() + "…"
+    pen.text(at, shown, fill="#333333", font=font)
+
+
+def settings_of(base: Base, adapters: Sequence[Stacked] = (), **drawn: Any) -> Parameters:
+    """Parameters of a picture of `base`: its name and sampler are filled in."""
+    sampler = str(dict(base.scheduler_config).get("_class_name", "DDIMScheduler")).removesuffix("Scheduler")
+    return Parameters(model=base.name, sampler=sampler, adapters=tuple(adapters), **drawn)
+
+
+def read_parameters(path: Path) -> Mapping[str, Any]:
+    """The JSON that `save_picture` wrote into a PNG; empty for other pictures."""
+    with Image.open(path) as picture:
+        return dict(json.loads(picture.info.get("personalize", "{}")))

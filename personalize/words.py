@@ -1,0 +1,32 @@
+"""Texts and numbers as a person reads them."""
+
+from __future__ import annotations
+
+
+def plain(text: str, limit: int = 500) -> str:
+    """One line without control characters, which could write anywhere on a terminal, and not endless."""
+    shown = "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in " ".join(text.splitlines()))
+    return shown if len(shown) <= limit else shown[: limit - 1] + "…"
+
+
+def readable(count: float) -> str:
+    """Bytes as `340 kB`, `1.2 MB`, `3.4 GB`."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if count >= 10 or unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} GB"
+
+
+def duration(seconds: float) -> str:
+    """`8 s`, `3 min 20 s`, `2 h 5 min`."""
+    minutes, rest = divmod(round(seconds), 60)
+    if not minutes:
+        return f"{rest} s"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
+
+
+def pace(steps_per_second: float) -> str:
+    """`12.3 steps/s`, or `4.1 s/step` for slow ones."""
+    return f"{steps_per_second:.1f} steps/s" if steps_per_second >= 1 else f"{1 / steps_per_second:.1f} s/step"

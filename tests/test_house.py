@@ -1,0 +1,210 @@
+"""The house rules: who may import whom, the numbers to live by, the public names, and docs that cannot rot."""
+
+from __future__ import annotations
+
+import ast
+import doctest
+import importlib
+import subprocess
+import sys
+from collections.abc import Iterator
+from inspect import signature
+from pathlib import Path
+from statistics import median, quantiles
+
+import click
+import pytest
+
+import personalize
+from personalize.recipe import Recipe, settings
+from personalize.recipe.reference import reference
+
+ROOT = Path(__file__).parents[1]
+HOUSE = ROOT / "personalize"
+
+# A file imports only from lower floors, or its own folder. Files on one floor that build on each other have halves.
+FLOORS = {
+    "errors": 0,
+    "files": 0.25,
+    "words": 0.25,
+    "recipe": 0.5,
+    "adapters": 1,
+    "families": 2,
+    "base": 2.25,
+    "data": 2.5,
+    "attach": 3,
+    "objectives": 3,
+    "optim": 3,
+    "events": 3,
+    "sample": 4,
+    "runs": 4,
+    "metadata": 4,
+    "check": 4.25,
+    "train": 4.5,
+    "evaluate": 5,
+    "report": 5.25,
+    "card": 5.25,
+    "pocket": 5.5,
+    "paint": 6,
+    "watch": 6,
+    "cli": 6.5,
+    "__init__": 7,
+    "__main__": 7,
+}
+LIGHT = {"torch", "safetensors"}  # all that adapters/ may need, so that it works inside any host
+
+
+def modules() -> list[Path]:
+    return sorted(path for path in HOUSE.rglob("*.py") if "__pycache__" not in path.parts)
+
+
+def home(path: Path) -> str:
+    """The nameplate on the door: `recipe` for recipe/fields.py, `base` for base.py."""
+    return path.relative_to(HOUSE).with_suffix("").parts[0]
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Absolute names of what a file imports, wherever in the file."""
+    package = ["personalize", *path.relative_to(HOUSE).parts[:-1]]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) - node.level + 1] if node.level else []
+            prefix = ".".join([*above, *filter(None, [node.module])])
+            yield from (f"{prefix}.{alias.name}" for alias in node.names) if prefix == "personalize" else [prefix]
+
+
+def functions() -> Iterator[tuple[str, int]]:
+    """Every function's name and its length in lines."""
+    for path in modules():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                yield f"{path.relative_to(ROOT)}:{node.lineno} {node.name}", (node.end_lineno or node.lineno) - node.lineno + 1
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(HOUSE)))
+def test_a_file_imports_only_from_lower_floors(path: Path) -> None:
+    own = home(path)
+    assert own in FLOORS, f"{own} has no floor yet: give it one here and in CONTRIBUTING.md"
+    for name in imports(path):
+        if name.startswith("personalize.") and (other := name.split(".")[1]) != own and other in FLOORS:
+            assert FLOORS[other] < FLOORS[own], f"{path.relative_to(ROOT)} imports {other}, which is not below it"
+
+
+@pytest.mark.parametrize("path", sorted((HOUSE / "adapters").glob("*.py")), ids=lambda path: path.name)
+def test_adapters_need_torch_and_safetensors_only(path: Path) -> None:
+    outside = {name.split(".")[0] for name in imports(path)} - set(sys.stdlib_module_names) - LIGHT - {"personalize"}
+    assert not outside
+    inside = {name.split(".")[1] for name in imports(path) if name.startswith("personalize.")}
+    assert inside <= {"adapters", "errors", "files"}
+
+
+def test_numbers_to_live_by(capsys: pytest.CaptureFixture[str]) -> None:
+    files = {str(path.relative_to(ROOT)): len(path.read_text(encoding="utf-8").splitlines()) for path in modules()}
+    lengths = dict(functions())
+    longest = sorted(lengths, key=lambda name: -lengths[name])[:3]
+    p90 = quantiles(lengths.values(), n=10)[-1]
+    with capsys.disabled():
+        longest_file = max(files, key=files.__getitem__)
+        print(f"\n{len(files)} files, {sum(files.values())} lines, longest: {longest_file} {files[longest_file]}")
+        print(f"{len(lengths)} functions, median {median(lengths.values()):g}, p90 {p90:g}, longest: ", end="")
+        print(", ".join(f"{name} {lengths[name]}" for name in longest))
+    assert {name: count for name, count in files.items() if count > 400} == {}
+    assert {name: count for name, count in lengths.items() if count > 60} == {}
+    assert p90 <= 30
+
+
+def test_no_blanket_except_and_no_pickles() -> None:
+    for path in modules():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ExceptHandler):
+                blanket = node.type is None or (
+                    isinstance(node.type, ast.Name) and node.type.id in ("Exception", "BaseException")
+                )
+                assert not blanket, f"{path.relative_to(ROOT)}:{node.lineno}"
+        assert not {"pickle", "shelve", "marshal"} & set(imports(path)), path
+
+
+def test_the_public_names() -> None:
+    assert personalize.__all__ == [
+        "Adapter",
+        "Base",
+        "PersonalizeError",
+        "Recipe",
+        "__version__",
+        "attach",
+        "describe",
+        "draw",
+        "read_folder",
+        "resolve",
+        "train",
+        "write_report",
+    ]
+    for name in personalize.__all__:
+        value = getattr(personalize, name)
+        assert name == "__version__" or callable(value), name
+    assert set(personalize.__all__) <= set(dir(personalize))
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        _ = personalize.nonsense
+
+
+def test_a_submodule_does_not_hide_the_function_of_its_name() -> None:
+    code = "import personalize.train, personalize.attach, personalize as p; assert callable(p.train) and callable(p.attach)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "allowed"),
+    [(["--help"], set()), (["train", "--help"], {"pydantic"}), (["generate", "--help"], set()), (["--version"], set())],
+)
+def test_help_loads_nothing_heavy(arguments: list[str], allowed: set[str]) -> None:
+    heavy = {"torch", "diffusers", "transformers", "peft", "pydantic", "rich", "numpy", "PIL", "jinja2"} - allowed
+    code = (
+        f"import sys; from personalize.cli import run; assert run({arguments}) == 0; print(sorted({heavy} & sys.modules.keys()))"
+    )
+    told = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert told.splitlines()[-1] == "[]"
+
+
+def test_import_is_free() -> None:
+    code = "import sys, personalize; print(sorted({'torch', 'pydantic', 'click', 'PIL'} & sys.modules.keys()))"
+    assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.strip() == "[]"
+
+
+def test_the_recipe_page_is_fresh() -> None:
+    assert (ROOT / "docs" / "recipe.md").read_text(encoding="utf-8") == reference(), "run `make docs`"
+
+
+def test_every_setting_is_a_flag_and_in_the_docs() -> None:
+    from personalize.cli import cli
+
+    context = click.Context(cli.commands["train"])
+    flags = {flag for parameter in cli.commands["train"].get_params(context) for flag in parameter.opts}
+    page = (ROOT / "docs" / "recipe.md").read_text(encoding="utf-8")
+    for setting in settings().values():
+        assert setting.flag in flags or setting.name == "folder", setting.name
+        assert f"| `{setting.flag}` |" in page
+
+
+def test_generate_has_the_defaults_of_the_recipe() -> None:
+    from personalize.cli import cli
+
+    defaults = {parameter.name: parameter.default for parameter in cli.commands["generate"].params}
+    sampling = Recipe().sampling
+    assert (defaults["steps"], defaults["guidance"]) == (sampling.sample_steps, sampling.guidance)
+    assert signature(personalize.draw).parameters["steps"].default == sampling.sample_steps
+
+
+@pytest.mark.parametrize("path", [p for p in modules() if ">>>" in p.read_text(encoding="utf-8")], ids=lambda path: path.stem)
+def test_examples_in_docstrings(path: Path) -> None:
+    name = ".".join(["personalize", *path.relative_to(HOUSE).with_suffix("").parts])
+    assert doctest.testmod(importlib.import_module(name)).failed == 0
+
+
+def test_every_command_is_in_the_readme() -> None:
+    from personalize.cli import cli
+
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for name in cli.commands:
+        assert f"personalize {name}" in readme or name == "version", name
