@@ -1,8 +1,8 @@
 # make demo   train on five pictures, offline, and leave a report to look at
 # make test   run the tests          make lint / types / format / docs / bench / wheel / clean
 #
-# The first call makes .venv and installs into it; later calls find it ready. Without an NVIDIA card, PyPI's torch brings
-# 3 GB of CUDA along on Linux: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make demo takes the small one.
+# The first call makes .venv and installs into it; later calls find it ready. Without an NVIDIA card, a CPU build of
+# torch saves 3 GB on Linux: install it into .venv first, or point pip at an index that has one.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv

@@ -35,7 +35,7 @@ SCHEDULE = dict(
     timestep_spacing="trailing",
     clip_sample=False,
     set_alpha_to_one=True,
-    steps_offset=0,
+    steps_offset=1,  # what StableDiffusionPipeline expects; trailing spacing does not read it
 )
 DROPOUT = 0.1  # of captions, so that guidance has an unconditional prediction
 

@@ -1,0 +1,300 @@
+"""Adapters on a base's modules, through peft: attach(base, spec | adapters) <-> detach() -> Adapter.
+
+Module paths are canonical everywhere outside this file: `unet.` or `text_encoder.text_model.` and the module's own path,
+although transformers' CLIPTextModel has lost its `text_model` level.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import functools
+import math
+import operator
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from .adapters import Adapter, LowRank
+from .base import Base
+from .errors import AdapterError, FamilyMismatchError, RecipeError, nearest
+from .recipe import AdapterSpec
+
+NAME = "personalize"  # peft's name for what is attached
+Strengths = float | Mapping[str, float]
+
+# Kohya's choice of layers; conv_in, conv_out and the time embedding are left out, UIs stumble over them (only a glob finds them).
+TARGETS = {
+    "unet": {
+        "attention": r".*\.attn[12]\.to_(q|k|v|out\.0)",
+        "self-attention": r".*\.attn1\.to_(q|k|v|out\.0)",
+        "cross-attention": r".*\.attn2\.to_(q|k|v|out\.0)",
+        "feedforward": r".*\.ff\.net\.(0\.proj|2)",
+        "projection": r".*\.attentions\.\d+\.proj_(in|out)",
+        "conv": r".*\.(resnets\.\d+\.(conv1|conv2|conv_shortcut|time_emb_proj)|(down|up)samplers\.0\.conv)",
+    },
+    "text_encoder": {
+        "attention": r".*\.self_attn\.(q|k|v|out)_proj",
+        "feedforward": r".*\.mlp\.fc[12]",
+    },
+}
+
+
+class Attached:
+    """Adapter layers on a base, until `detach()` or the end of the `with` block; the base's own weights never change."""
+
+    def __init__(self, base: Base, layers: dict[str, LoraLayer]) -> None:
+        self.base, self.layers = base, layers
+
+    def __enter__(self) -> Attached:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._remove()
+
+    def groups(self) -> dict[str, dict[str, nn.Parameter]]:
+        """Trainable parameters: part -> {module path + '.down' or '.up': parameter, fp32}."""
+        groups: dict[str, dict[str, nn.Parameter]] = {}
+        for path, layer in self.layers.items():
+            group = groups.setdefault(path.partition(".")[0], {})
+            group[f"{path}.down"], group[f"{path}.up"] = layer.lora_A[NAME].weight, layer.lora_B[NAME].weight
+        return groups
+
+    def snapshot(self, metadata: Mapping[str, str] | None = None) -> Adapter:
+        """A copy of what is attached now, on the CPU."""
+        return Adapter({path: lift(layer) for path, layer in self.layers.items()}, metadata or {})
+
+    def detach(self) -> Adapter:
+        """What was attached; the base is left exactly as it was before."""
+        adapter = self.snapshot()
+        self._remove()
+        return adapter
+
+    @contextlib.contextmanager
+    def off(self) -> Iterator[None]:
+        """Inside, the base predicts as if nothing were attached."""
+        for layer in self.layers.values():
+            layer.enable_adapters(False)
+        try:
+            yield
+        finally:
+            for layer in self.layers.values():
+                layer.enable_adapters(True)
+
+    @contextlib.contextmanager
+    def at(self, strength: float) -> Iterator[None]:
+        """Inside, everything attached counts `strength` times."""
+        before = [layer.scaling[NAME] for layer in self.layers.values()]
+        for layer, scaling in zip(self.layers.values(), before, strict=True):
+            layer.scaling[NAME] = scaling * strength
+        try:
+            yield
+        finally:
+            for layer, scaling in zip(self.layers.values(), before, strict=True):
+                layer.scaling[NAME] = scaling
+
+    @contextlib.contextmanager
+    def dropping(self, seed: int) -> Iterator[None]:
+        """Inside, dropout is active, and drawn from `seed`; outside it never is."""
+        drops = [drop for layer in self.layers.values() if isinstance(drop := layer.lora_dropout[NAME], nn.Dropout)]
+        if not drops:
+            yield
+            return
+        with torch.random.fork_rng(devices=[self.base.device] if self.base.device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            for drop in drops:
+                drop.train()
+            try:
+                yield
+            finally:
+                for drop in drops:
+                    drop.eval()
+
+    def _remove(self) -> None:
+        for path, layer in self.layers.items():
+            part, own = native(path)
+            parent, _, leaf = own.rpartition(".")
+            setattr(self.base.parts[part].get_submodule(parent), leaf, layer.base_layer)
+        for part in {path.partition(".")[0] for path in self.layers}:
+            del self.base.parts[part].peft_config
+        self.layers = {}
+
+
+def attach(
+    base: Base,
+    what: AdapterSpec | Adapter | Iterable[tuple[Adapter, Strengths]],
+    *,
+    parts: Sequence[str] = ("unet",),
+    seed: int = 0,
+) -> Attached:
+    """Attach a fresh adapter of a spec's shape to `parts`, or loaded adapters, each with its strength.
+
+    A fresh adapter starts as the identity (Hu et al. 2021: up = 0, down uniform, drawn from `seed`). A strength is a number,
+    or one per part: {"unet": 0.8, "text_encoder": 0.5}. A stack is exact: sum of strength * dW, whatever the ranks and alphas.
+    Raises RecipeError for a target that matches nothing, FamilyMismatchError for an adapter that does not fit.
+    """
+    if any(isinstance(module, LoraLayer) for model in base.parts.values() for module in model.modules()):
+        raise AdapterError(f"{base.name} already carries an adapter", "detach() it first; to stack several, attach them together")
+    if isinstance(what, AdapterSpec):
+        return inject(base, fresh(base, what, parts, seed), what.dropout)
+    pairs = [(what, 1.0)] if isinstance(what, Adapter) else list(what)
+    for adapter, _ in pairs:
+        check_fit(base, adapter)
+    scaled = [part for adapter, strengths in pairs for part in at_strength(adapter, strengths)]
+    return inject(base, functools.reduce(operator.add, scaled).deltas if scaled else {}, 0.0)
+
+
+def fresh(base: Base, spec: AdapterSpec, parts: Sequence[str], seed: int) -> dict[str, LowRank]:
+    """New LowRanks for what a spec targets: path -> identity. The text encoder keeps the UNet's alpha-to-rank ratio."""
+    generator = torch.Generator().manual_seed(seed)
+    deltas = {}
+    for part in parts:
+        rank, names = (spec.rank, spec.targets) if part == "unet" else (spec.text_rank, spec.text_targets)
+        for path, module in select(base, part, names).items():
+            deltas[path] = identity(module, rank, rank * spec.alpha / spec.rank, generator)
+    return deltas
+
+
+def identity(module: nn.Module, rank: int, alpha: float, generator: torch.Generator) -> LowRank:
+    """A LowRank for `module` with dW = 0: down ~ U(-1/sqrt(fan_in), 1/sqrt(fan_in)), which is peft's and kohya's; up = 0."""
+    out, *fan_in = weight_of(module).shape
+    bound = 1 / math.sqrt(math.prod(fan_in))
+    down = torch.empty(rank, *fan_in).uniform_(-bound, bound, generator=generator)
+    return LowRank(torch.zeros(out, rank, *[1] * (len(fan_in) - 1)), down, alpha)
+
+
+def select(base: Base, part: str, targets: Sequence[str]) -> dict[str, nn.Module]:
+    """The modules of a part that any target names, in the model's order. Raises RecipeError for one that matches nothing."""
+    modules = {path: module for path, module in adaptable(base).items() if path.startswith(f"{part}.")}
+    chosen: set[str] = set()
+    for target in targets:
+        found = {path for path in modules if matches(part, target, path)}
+        if not found:
+            raise RecipeError(
+                f"no layer of the {part} of {base.name} matches the target {target!r}", hint_for(part, target, modules)
+            )
+        chosen |= found
+    return {path: module for path, module in modules.items() if path in chosen}
+
+
+def matches(part: str, target: str, path: str) -> bool:
+    """Whether a target, a name of TARGETS or a glob over module paths (with or without the part's name), names a path."""
+    if pattern := TARGETS[part].get(target):
+        return re.fullmatch(pattern, path) is not None
+    return fnmatchcase(path, target) or fnmatchcase(path.removeprefix(f"{part}."), target)
+
+
+def hint_for(part: str, target: str, paths: Iterable[str]) -> str:
+    """The nearest thing to a target that matched nothing."""
+    if not re.search(r"[.*?\[]", target):
+        return nearest(target, TARGETS[part])
+    literal = target.replace("*", "")
+
+    def found(path: str) -> int:
+        return sum(block.size for block in difflib.SequenceMatcher(None, literal, path, autojunk=False).get_matching_blocks())
+
+    return f"the nearest layer is {max(paths, key=found)}"
+
+
+def at_strength(adapter: Adapter, strengths: Strengths) -> list[Adapter]:
+    """The parts of an adapter at their strength; parts at 0 are left out, so that they cost nothing."""
+    names = dict.fromkeys(path.partition(".")[0] for path in adapter.deltas)
+    scale = {name: strengths.get(name, 1.0) if isinstance(strengths, Mapping) else strengths for name in names}
+    return [adapter.part(name) * strength for name, strength in scale.items() if strength]
+
+
+def check_fit(base: Base, adapter: Adapter) -> None:
+    """Raise FamilyMismatchError (AdapterError within the base's own family) unless every delta has its module, in its shape."""
+    modules = adaptable(base)
+    wrong = [path for path, delta in adapter.deltas.items() if path not in modules or not fits(delta, modules[path])]
+    if not wrong:
+        return
+    path = wrong[0]
+    theirs = [adapter.deltas[path].up.shape[0], *adapter.deltas[path].down.shape[1:]]
+    ours = f"is {list(weight_of(modules[path]).shape)}" if path in modules else "does not exist"
+    name = f"{called} " if (called := adapter.metadata.get("ss_output_name")) else ""
+    same = adapter.family in (base.family.name, "unknown")
+    raise (AdapterError if same else FamilyMismatchError)(
+        f"the adapter {name}({adapter.family}) does not fit {base.name} ({base.family.name}): {len(wrong)} of "
+        f"{len(adapter.deltas)} layers differ, e.g. {path} is {theirs} there and here it {ours}",
+        "use the base it was trained on",
+    )
+
+
+def fits(delta: LowRank, module: nn.Module) -> bool:
+    """Whether dW has the shape of the module's weight; a 1x1 conv and a linear layer count as the same."""
+    weight = weight_of(module).shape
+    ours, theirs = tuple(weight[:2]), (delta.up.shape[0], delta.down.shape[1])
+    return ours == theirs and tuple(weight[2:] or (1, 1)) == tuple(delta.down.shape[2:] or (1, 1))
+
+
+def inject(base: Base, deltas: Mapping[str, LowRank], dropout: float) -> Attached:
+    """Put deltas on a base's modules as peft layers."""
+    layers: dict[str, LoraLayer] = {}
+    for part, model in base.parts.items():
+        own = {native(path)[1]: path for path in deltas if path.startswith(f"{part}.")}
+        if not own:
+            continue
+        pattern = "|".join(map(re.escape, own))  # full paths, so that peft's match by ending cannot find others
+        config = LoraConfig(r=1, lora_alpha=1, lora_dropout=dropout, target_modules=pattern, init_lora_weights=False)
+        inject_adapter_in_model(config, model, NAME, low_cpu_mem_usage=True)  # on no device: place() brings the values
+        for name, path in own.items():
+            layers[path] = place(model.get_submodule(name), deltas[path], base.device)
+    return Attached(base, layers)
+
+
+def place(layer: Any, delta: LowRank, device: torch.device) -> LoraLayer:
+    """Give a peft layer the factors of a delta, as trainable fp32 parameters. Each layer may have its own rank and alpha."""
+    rank = delta.rank
+    layer.r[NAME], layer.lora_alpha[NAME], layer.scaling[NAME] = rank, delta.alpha, delta.alpha / rank
+    weight = weight_of(layer.base_layer)
+    kernel = weight.shape[2:]
+    layer.lora_A[NAME].weight = parameter(delta.down.reshape(rank, weight.shape[1], *kernel), device)
+    layer.lora_B[NAME].weight = parameter(delta.up.reshape(weight.shape[0], rank, *[1] * len(kernel)), device)
+    return layer.eval()
+
+
+def lift(layer: LoraLayer) -> LowRank:
+    """A copy of a peft layer's factors, on the CPU."""
+    down, up = (side[NAME].weight.detach().to("cpu", copy=True) for side in (layer.lora_A, layer.lora_B))
+    return LowRank(up, down, float(layer.lora_alpha[NAME]))
+
+
+def parameter(values: Tensor, device: torch.device) -> nn.Parameter:
+    """A trainable fp32 copy."""
+    return nn.Parameter(values.to(device, torch.float32, copy=True).contiguous())
+
+
+def weight_of(module: nn.Module) -> Tensor:
+    """The weight of a linear or convolution layer."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight
+
+
+def adaptable(base: Base) -> dict[str, nn.Module]:
+    """Every layer that can carry an adapter: canonical path -> Linear or (ungrouped) Conv2d."""
+    return {
+        canonical(part, path): module
+        for part, model in base.parts.items()
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1)
+    }
+
+
+def canonical(part: str, path: str) -> str:
+    """A module's own path => its canonical one."""
+    middle = "text_model." if part.startswith("text_encoder") and not path.startswith("text_model.") else ""
+    return f"{part}.{middle}{path}"
+
+
+def native(path: str) -> tuple[str, str]:
+    """A canonical path => part and the module's own path (CLIPTextModel lost its `text_model` in transformers 5.6)."""
+    part, _, own = path.partition(".")
+    return part, own.removeprefix("text_model.") if part == "text_encoder" else own

@@ -1,0 +1,157 @@
+"""Everything that can be known to be wrong before anything expensive is done."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import sample
+from .adapters import Adapter
+from .attach import fresh as fresh_deltas
+from .base import Base
+from .data import Dataset, fill, read_folder, safe_trigger
+from .data.store import fingerprint
+from .errors import OutputError, RecipeError
+from .events import Finished
+from .recipe import Recipe, flatten, to_toml
+from .runs import Run, State
+
+# Settings that change nothing about the training itself: a run may go on with other ones.
+HARMLESS = {"preset", "output", "name", "dialect", "checkpoint_every", "folder", "device"}
+SAMPLING = {"sample_every", "sample_prompts", "sample_seeds", "sample_steps", "guidance"}
+MARGIN = 64 * 2**20  # bytes of disk for everything small
+
+
+@dataclass(frozen=True)
+class Job:
+    """A checked run: its recipe with every default filled in, its base and pictures, and where it stands."""
+
+    recipe: Recipe
+    base: Base
+    dataset: Dataset
+    run: Run
+    about: dict[str, Any]  # what the state must agree with to go on
+    state: State | None  # None: start at the beginning
+    finished: Finished | None  # not None: there is nothing to do
+
+    @property
+    def side(self) -> int:
+        """Of the pictures, in pixels."""
+        return self.recipe.data.resolution or self.base.resolution
+
+    @property
+    def prompts(self) -> list[str]:
+        """The sample prompts, filled in."""
+        return [self._filled(prompt) for prompt in self.recipe.sampling.sample_prompts]
+
+    @property
+    def class_prompt(self) -> str:
+        """The prompt for prior preservation, filled in."""
+        return self._filled(self.recipe.objective.prior_prompt)
+
+    def parameters(self, prompt: str, seed: int) -> sample.Parameters:
+        """What a sample picture carries in its file."""
+        sampling, size = self.recipe.sampling, (self.side, self.side)
+        return sample.settings_of(
+            self.base, prompt=prompt, seed=seed, steps=sampling.sample_steps, guidance=sampling.guidance, size=size
+        )
+
+    def _filled(self, template: str) -> str:
+        return fill(template, self.dataset.trigger, self.recipe.data.class_name)
+
+
+def check(recipe: Recipe, *, fresh: bool = False) -> Job:
+    """Check a recipe against the world: pictures, base, targets, prompts, dialect, what the output holds, disk.
+
+    Raises PersonalizeError for the first thing that is wrong. Changes nothing but for making the run folder.
+    """
+    dataset = read_folder(recipe.data)
+    recipe = settled(recipe, dataset)
+    assert recipe.output and recipe.name
+    base = Base.load(recipe.base, device(recipe))
+    sample.make_sampler(base, recipe.sampling.sample_steps)
+    sample.latent_shape(base, recipe.data.resolution or None)
+    run = Run(recipe.output, recipe.name)
+    about = {
+        "settings": compared(recipe),
+        "pictures": [[e.sha256, e.caption] for e in dataset.examples],
+        "weights": weights(base),
+    }
+    state = None if fresh else run.load_state()
+    if state:
+        check_same(run, state.about, about)
+    finished = run.finished() if state and state.done == recipe.steps and run.recipe_text() == to_toml(recipe) else None
+    job = Job(recipe, base, dataset, run, about, state, finished)
+    if not finished:
+        rehearse(job)
+    return job
+
+
+def settled(recipe: Recipe, dataset: Dataset) -> Recipe:
+    """The recipe with those defaults filled in that depend on the pictures: trigger, name, output."""
+    name = recipe.name or safe_trigger(dataset.trigger)
+    data = recipe.data.model_copy(update={"trigger": dataset.trigger})
+    return recipe.model_copy(update={"data": data, "name": name, "output": recipe.output or Path("runs") / name})
+
+
+def parts(recipe: Recipe) -> tuple[str, ...]:
+    """The parts of the base that the recipe trains: those with a learning rate."""
+    rates = {"unet": recipe.optim.lr, "text_encoder": recipe.optim.text_encoder_lr}
+    return tuple(part for part, rate in rates.items() if rate)
+
+
+def device(recipe: Recipe) -> str:
+    """Where to train. Raises RecipeError for a GPU that is not there."""
+    if recipe.device == "cuda" and not torch.cuda.is_available():
+        raise RecipeError("--device cuda, but torch sees no GPU here", "try --device auto")
+    return ("cuda" if torch.cuda.is_available() else "cpu") if recipe.device == "auto" else recipe.device
+
+
+def compared(recipe: Recipe) -> dict[str, Any]:
+    """The settings that must not change when a run goes on. Class images depend on how pictures are sampled."""
+    free = HARMLESS | (SAMPLING if recipe.objective.prior != "images" else set())
+    return {name: value for name, value in flatten(recipe).items() if name not in free}
+
+
+def weights(base: Base) -> str:
+    """sha256 over the weights of everything that an adapter is trained through."""
+    return fingerprint({f"{part}.{name}": p for part, model in base.parts.items() for name, p in model.state_dict().items()})
+
+
+def check_same(run: Run, before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raise RecipeError, naming the differences, if a state belongs to another run than the one that is asked for."""
+    old, new = before["settings"], now["settings"]
+    changed = [
+        f"--{n.replace('_', '-')} was {old.get(n)}, now {new.get(n)}" for n in sorted({*old, *new}) if old.get(n) != new.get(n)
+    ]
+    changed += ["the pictures or captions changed"] if before["pictures"] != now["pictures"] else []
+    changed += ["the weights of the base changed"] if before["weights"] != now["weights"] else []
+    if changed:
+        what = f"{run.folder} holds a run that cannot go on like this: {'; '.join(changed[:5])}"
+        raise RecipeError(what, "start over with --fresh, choose another --output, or set it back")
+
+
+def rehearse(job: Job) -> None:
+    """Save the adapter as it will be, still empty, read it back and remove it: targets, dialect, output and disk are sound."""
+    deltas = fresh_deltas(job.base, job.recipe.adapter, parts(job.recipe), job.recipe.seed)
+    job.run.make()
+    path = job.run.folder / ".rehearsal.safetensors"
+    Adapter(deltas).save(path, job.recipe.dialect)
+    size, free = path.stat().st_size, shutil.disk_usage(job.run.folder).free
+    path.unlink()
+    saves = 1 + (job.recipe.steps // job.recipe.checkpoint_every if job.recipe.checkpoint_every else 0)
+    need = size * (saves + 6) + MARGIN  # the state is three adapters, and a new one is written before the old one goes
+    if free < need:
+        what = f"{job.run.folder} has {free / 2**20:.0f} MiB free and the run needs about {need / 2**20:.0f} MiB"
+        raise OutputError(what, "free some space, choose another --output, or a larger --checkpoint-every")
+
+
+def is_drawn(path: Path, parameters: sample.Parameters) -> bool:
+    """Whether a picture is there that was drawn with just these parameters."""
+    wanted = json.loads(json.dumps(asdict(parameters)))  # tuples become lists
+    return path.is_file() and wanted == {key: sample.read_parameters(path).get(key) for key in wanted}

@@ -1,0 +1,92 @@
+"""What a run tells while it goes on. Training yields these; the command prints them, events.jsonl keeps them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """The run is prepared and about to take its first step, or the one after `resumed` steps."""
+
+    time: str  # ISO 8601, UTC
+    recipe: dict[str, Any]  # flat names, fully resolved
+    images: list[dict[str, Any]]  # path, caption, sha256
+    warnings: list[str]
+    parameters: int
+    device: str
+    dtype: str
+    versions: dict[str, str]
+    resumed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """`step` steps are done. A skipped one (its loss or gradient was not finite) changed nothing."""
+
+    step: int
+    loss: float
+    lr: float
+    text_encoder_lr: float
+    grad_norm: float
+    seconds: float
+    timesteps: list[int] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+    skipped: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A picture was drawn. `path` is relative to the run folder; `base` says that it was drawn without the adapter."""
+
+    step: int
+    prompt: str
+    seed: int
+    path: str
+    base: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Sweep:
+    """A picture of the finished adapter at a strength; those at 0 and 1 are sample pictures."""
+
+    step: int
+    strength: float
+    prompt: str
+    seed: int
+    path: str
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """An adapter file was written. `path` is relative to the run folder."""
+
+    step: int
+    path: str
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The adapter is there. `again` says that it already was, and nothing was done."""
+
+    step: int
+    seconds: float
+    path: str
+    peak_bytes: int
+    again: bool = False
+
+
+Event = Started | Step | Sample | Sweep | Saved | Finished
+
+
+def event_record(event: Event) -> dict[str, Any]:
+    """An event as strict JSON: its kind under "event", numbers that are not finite as null."""
+    return {"event": type(event).__name__.lower()} | {key: _plain(value) for key, value in asdict(event).items()}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return [_plain(item) for item in value] if isinstance(value, list) else value

@@ -1,0 +1,119 @@
+"""What a batch's loss is: (denoise, inputs, rng) -> one loss per picture [b].
+
+Paper symbols: x_0 clean latents, eps noise, x_t = signal x_0 + noise eps, SNR = signal^2 / noise^2. What the network
+predicts, and the noise schedule, are the base's own; nothing here is chosen by a flag that the base could contradict.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .base import Schedule
+from .recipe import Objective
+
+Denoise = Callable[[Tensor, Tensor, Tensor], Tensor]  # x_t [b, c, h, w], t [b], conditioning [b, n, d] -> [b, c, h, w]
+Rng = Callable[[str], torch.Generator]  # what it is for -> a generator; the same for the same run, step and purpose
+Off = Callable[[], contextlib.AbstractContextManager[None]]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """A batch as the objective sees it. With class images (prior 'images') the second half of the rows is theirs."""
+
+    mean: Tensor  # [b, c, h, w], of the posterior over x_0
+    std: Tensor  # [b, c, h, w]
+    cond: Tensor  # [b, n, d]
+    class_cond: Tensor | None = None  # [b, n, d], the class prompt, for prior 'output'
+    class_cond_off: Tensor | None = None  # the same without the adapter
+
+
+Loss = Callable[[Denoise, Inputs, Rng], Tensor]
+
+
+@dataclass(frozen=True)
+class Noised:
+    """What the network sees and what it should say."""
+
+    latents: Tensor  # x_t [b, c, h, w]
+    t: Tensor  # [b]
+    target: Tensor  # [b, c, h, w]
+    weight: Tensor  # [b]
+
+
+def build(objective: Objective, schedule: Schedule, off: Off = contextlib.nullcontext) -> Loss:
+    """The loss that an objective asks for. `off` is the context in which `denoise` predicts without the adapter."""
+    gamma, weight = objective.min_snr, objective.prior_weight
+
+    def plain(denoise: Denoise, inputs: Inputs, rng: Rng) -> Tensor:
+        """Denoising (Ho et al. 2020, eq. 14), min-SNR weighted."""
+        x = noised(inputs, schedule, gamma, rng)
+        return errors(denoise(x.latents, x.t, inputs.cond), x)
+
+    def images(denoise: Denoise, inputs: Inputs, rng: Rng) -> Tensor:
+        """DreamBooth's prior preservation (Ruiz et al. 2022, eq. 2): the same loss on class images, added to each picture's."""
+        x = noised(inputs, schedule, gamma, rng, copies=2)
+        own, prior = errors(denoise(x.latents, x.t, inputs.cond), x).chunk(2)
+        return own + weight * prior
+
+    def output(denoise: Denoise, inputs: Inputs, rng: Rng) -> Tensor:
+        """On the class prompt, stay with what the base itself predicts from the same noisy latents."""
+        assert inputs.class_cond is not None and inputs.class_cond_off is not None
+        x = noised(inputs, schedule, gamma, rng)
+        with torch.no_grad(), off():
+            kept = denoise(x.latents, x.t, inputs.class_cond_off)
+        both = Noised(torch.cat([x.latents] * 2), torch.cat([x.t] * 2), torch.cat([x.target, kept]), torch.cat([x.weight] * 2))
+        own, prior = errors(denoise(both.latents, both.t, torch.cat([inputs.cond, inputs.class_cond])), both).chunk(2)
+        return own + weight * prior
+
+    return {"none": plain, "images": images, "output": output}[objective.prior]
+
+
+def noised(inputs: Inputs, schedule: Schedule, gamma: float, rng: Rng, copies: int = 1) -> Noised:
+    """Draw x_0 from its posterior, timesteps and noise; `copies` groups of rows share their timesteps."""
+    x0 = inputs.mean + inputs.std * normal(inputs.mean, rng("posterior"))
+    eps = normal(inputs.mean, rng("noise"))
+    t = timesteps(len(x0) // copies, schedule, rng).to(x0.device).repeat(copies)
+    return Noised(schedule.signal(t) * x0 + schedule.noise(t) * eps, t, target(x0, eps, t, schedule), weights(t, schedule, gamma))
+
+
+def timesteps(b: int, schedule: Schedule, rng: Rng) -> Tensor:
+    """[b] timesteps, each uniform over the schedule and together spread evenly over it (Kingma et al. 2021, appendix I.1)."""
+    offset = torch.rand((), generator=rng("timesteps"))
+    even = (offset + torch.arange(b) / b) % 1
+    return (even * len(schedule.alphas_cumprod)).long()
+
+
+def target(x0: Tensor, eps: Tensor, t: Tensor, schedule: Schedule) -> Tensor:
+    """What the network should predict [b, c, h, w]; v = signal eps - noise x_0 (Salimans & Ho 2022, appendix D)."""
+    if schedule.prediction == "v_prediction":
+        return schedule.signal(t) * eps - schedule.noise(t) * x0
+    return {"epsilon": eps, "sample": x0}[schedule.prediction]
+
+
+def weights(t: Tensor, schedule: Schedule, gamma: float) -> Tensor:
+    """Min-SNR weights [b] (Hang et al. 2023, arXiv 2303.09556, section 3.4): min(SNR, gamma) on x_0's squared error.
+
+    An error in eps weighs SNR times that in x_0, one in v SNR + 1 times: divided out. For eps at SNR = 0 the limit is 1.
+    A gamma of 0 turns the weights off.
+    """
+    snr = schedule.snr(t)
+    if gamma == 0:
+        return torch.ones_like(snr)
+    if schedule.prediction == "epsilon":
+        return (gamma / snr).clamp(max=1)
+    return snr.clamp(max=gamma) / (snr + 1 if schedule.prediction == "v_prediction" else 1)
+
+
+def errors(predicted: Tensor, x: Noised) -> Tensor:
+    """Weighted mean squared error of each picture [b], in fp32."""
+    return x.weight * (predicted.float() - x.target.float()).square().mean(dim=(1, 2, 3))
+
+
+def normal(like: Tensor, generator: torch.Generator) -> Tensor:
+    """Standard normal noise of a tensor's shape, drawn on the CPU so that it is the same on every device."""
+    return torch.randn(like.shape, generator=generator).to(like.device)

@@ -1,0 +1,308 @@
+"""Training: one loop, read from top to bottom, that yields events.
+
+The same call again goes on where the last one stopped. On a CPU, a run that was killed and went on ends with the same
+bytes as an unbroken one: whatever is drawn at a step depends on (seed, step) only, and the state holds everything else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from . import objectives, sample
+from .attach import Attached, attach
+from .check import Job, check, is_drawn, parts
+from .data import Latents, batches, cached, class_images, generator
+from .errors import PersonalizeError, TrainingError
+from .events import Event, Finished, Sample, Saved, Started, Step, Sweep
+from .files import atomic, write_text
+from .metadata import describe_run, sidecar, versions
+from .objectives import Inputs
+from .optim import Optimizer
+from .recipe import Recipe, flatten, to_toml
+from .runs import State
+
+PATIENCE = 3  # steps in a row that may fail
+SWEEP = (0.25, 0.5, 0.75, 1.25)
+
+
+def train(recipe: Recipe, *, fresh: bool = False) -> Iterator[Event]:
+    """Train an adapter and leave it, with all that belongs to it, in the run folder.
+
+    Goes on with what the run folder holds, unless `fresh`. Ctrl-C (or closing the iterator) saves the state first.
+    Raises PersonalizeError before anything expensive if `check` finds something, and TrainingError if the run fails.
+    """
+    began = time.perf_counter()
+    job = check(recipe, fresh=fresh)
+    if job.finished:
+        yield job.finished
+        return
+    recipe, base, run = job.recipe, job.base, job.run
+    if fresh:
+        run.clear()
+    lesson = prepare(job)  # pictures, captions => latents and conditioning, once
+    with attach(base, recipe.adapter, parts=parts(recipe), seed=recipe.seed) as attached:
+        loss = objectives.build(recipe.objective, base.schedule, attached.off)
+        opt = Optimizer(attached.groups(), recipe.optim, recipe.steps)
+        done = failed = 0
+        if job.state:
+            opt.load(job.state.tensors)
+            done = job.state.done
+        earlier = run.open(to_toml(recipe), done)
+        try:
+            yield run.record(started(job, opt, lesson, done))
+            yield from milestone(job, attached, opt, done)
+            inputs = feed(job, lesson, done * recipe.optim.accumulate)
+            while done < recipe.steps:
+                clock, losses = time.perf_counter(), []
+                for micro in range(done * recipe.optim.accumulate, (done + 1) * recipe.optim.accumulate):
+                    with attached.dropping(generator(recipe.seed, "dropout", micro).initial_seed()):
+                        losses.append(loss(base.denoise, next(inputs), rng_of(recipe, micro)))  # [b], one per picture
+                    opt.backward(losses[-1])
+                norm = opt.norm()
+                *values, size = torch.cat([*losses, norm[None]]).tolist()  # the step's one wait for the device
+                good = all(map(math.isfinite, (*values, size)))
+                with unbroken():
+                    opt.step(done, norm) if good else opt.skip()
+                    done += 1
+                yield run.record(told(job, opt, done, values, size, time.perf_counter() - clock, good))
+                failed = 0 if good else failed + 1
+                if failed == PATIENCE:
+                    raise TrainingError(*hopeless(job, done))
+                yield from milestone(job, attached, opt, done)
+            yield from finish(job, attached)
+        except (KeyboardInterrupt, GeneratorExit):
+            run.save_state(State(done, job.about, opt.state()))
+            run.note("stopped", step=done)
+            raise
+        except PersonalizeError as error:
+            run.note("error", step=done, message=str(error))
+            raise
+        seconds = time.perf_counter() - began + earlier
+        yield run.record(Finished(recipe.steps, seconds, run.relative(run.adapter), peak_bytes(base.device)))
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What there is to learn, encoded: the pictures, and what keeps the class as it is."""
+
+    latents: Latents
+    prior: Latents | None  # class images, for prior 'images'
+    class_cond: Tensor | None  # [1, n, d], the class prompt without the adapter, for prior 'output'
+
+
+def prepare(job: Job) -> Lesson:
+    """Encode the pictures and captions, and draw class images if the objective wants them. Cached, all of it."""
+    recipe, prior, class_cond = job.recipe, None, None
+    if recipe.objective.prior == "images":
+        draw_class_images(job)
+        prior = cached(job.base, class_images(job.run.class_images, job.class_prompt), recipe)
+    if recipe.objective.prior == "output":
+        with torch.no_grad():
+            class_cond = job.base.embed([job.class_prompt])
+    return Lesson(cached(job.base, job.dataset, recipe), prior, class_cond)
+
+
+def feed(job: Job, lesson: Lesson, start: int) -> Iterator[Inputs]:
+    """Endless batches from micro-step `start` on. Where the text encoder trains, captions are embedded here, each time anew."""
+    recipe, base = job.recipe, job.base
+    stream = partial(
+        batches,
+        batch_size=recipe.batch_size,
+        seed=recipe.seed,
+        caption_dropout=recipe.data.caption_dropout,
+        start_step=start,
+    )
+    priors = stream(lesson.prior, purpose="class images") if lesson.prior else None
+    for batch in stream(lesson.latents):
+        rows = [one.to(base.device) for one in ([batch, next(priors)] if priors else [batch])]
+        cond = torch.cat([base.embed(row.captions) if row.cond is None else row.cond for row in rows])
+        inputs = Inputs(torch.cat([row.mean for row in rows]), torch.cat([row.std for row in rows]), cond)
+        yield with_class_prompt(job, lesson, inputs) if lesson.class_cond is not None else inputs
+
+
+def with_class_prompt(job: Job, lesson: Lesson, inputs: Inputs) -> Inputs:
+    """The class prompt beside each row, as the adapter reads it now and as the base reads it."""
+    assert lesson.class_cond is not None
+    now = job.base.embed([job.class_prompt]) if job.recipe.optim.text_encoder_lr else lesson.class_cond
+    rows = len(inputs.mean)
+    return replace(inputs, class_cond=now.expand(rows, -1, -1), class_cond_off=lesson.class_cond.expand(rows, -1, -1))
+
+
+def rng_of(recipe: Recipe, micro: int) -> objectives.Rng:
+    """What a micro-step draws from, by purpose."""
+    return lambda purpose: generator(recipe.seed, purpose, micro)
+
+
+# ---------------------------------------------------------------- what happens between steps
+
+
+def milestone(job: Job, attached: Attached, opt: Optimizer, done: int) -> Iterator[Event]:
+    """Pictures and files that are due after `done` steps. Doing it twice does no harm, so a run goes on with this."""
+    recipe, run = job.recipe, job.run
+    if done == 0 or is_due(done, recipe.sampling.sample_every, recipe.steps):
+        yield from pictures(job, done)
+    if done < recipe.steps and is_due(done, recipe.checkpoint_every, recipe.steps):
+        yield run.record(save(job, attached, done))
+    if is_due(done, recipe.checkpoint_every or 50, recipe.steps):
+        run.save_state(State(done, job.about, opt.state()))
+
+
+def is_due(done: int, every: int, steps: int) -> bool:
+    """Every so many steps (never, if 0), and after the last."""
+    return done == steps or (done > 0 and every > 0 and done % every == 0)
+
+
+def pictures(job: Job, done: int) -> Iterator[Event]:
+    """Draw the sample pictures; those of step 0 show the base, for an adapter starts as nothing."""
+    pairs = [(p, s) for p in range(len(job.prompts)) for s in range(len(job.recipe.sampling.sample_seeds))]
+    for (p, s), picture in zip(pairs, draw(job, pairs), strict=True):
+        path, prompt, seed = job.run.sample(done, p, s), job.prompts[p], job.recipe.sampling.sample_seeds[s]
+        sample.save_picture(picture, path, job.parameters(prompt, seed))
+        yield job.run.record(Sample(done, prompt, seed, job.run.relative(path), base=done == 0))
+
+
+def draw(job: Job, pairs: list[tuple[int, int]]) -> Iterator[sample.Image.Image]:
+    """Sample pictures for pairs of (prompt, seed) numbers, with what is attached now."""
+    sampling = job.recipe.sampling
+    prompts, seeds = [job.prompts[p] for p, _ in pairs], [sampling.sample_seeds[s] for _, s in pairs]
+    return sample.drawing(job.base, prompts, seeds, steps=sampling.sample_steps, guidance=sampling.guidance, size=job.side)
+
+
+def save(job: Job, attached: Attached, done: int) -> Saved:
+    """Write the adapter as it is after `done` steps: under the run's name if these are all, else as a checkpoint."""
+    path = job.run.adapter if done == job.recipe.steps else job.run.checkpoint(done)
+    adapter = attached.snapshot()
+    if not all(delta.finite() for delta in adapter.deltas.values()):
+        raise TrainingError(f"the adapter is not finite after {done} steps; nothing was overwritten", "try a lower --lr")
+    first = next((picture for step in range(done, -1, -1) if (picture := job.run.sample(step, 0, 0)).is_file()), None)
+    about = describe_run(job.recipe, job.base, job.dataset, job.run.name, done, first)
+    adapter.save(path, job.recipe.dialect, about)
+    return Saved(done, job.run.relative(path))
+
+
+def finish(job: Job, attached: Attached) -> Iterator[Event]:
+    """The strength sweep, the adapter under its own name, and its companions for UIs."""
+    yield from sweep(job, attached)
+    first = job.run.sample(job.recipe.steps, 0, 0)
+    if first.is_file():
+        with sample.Image.open(first) as picture, atomic(job.run.adapter.with_suffix(".png")) as temporary:
+            sample.enlarged(picture, 256).save(temporary, format="PNG")
+    write_text(job.run.adapter.with_suffix(".json"), sidecar(job.recipe, job.base, job.dataset))
+    yield job.run.record(save(job, attached, job.recipe.steps))
+
+
+def sweep(job: Job, attached: Attached) -> Iterator[Event]:
+    """Draw the first two prompts at several strengths; those at 0 and 1 are there already."""
+    pairs, done = [(p, 0) for p in range(len(job.prompts[:2])) if job.recipe.sampling.sample_seeds], job.recipe.steps
+    for strength in (0.0, *SWEEP, 1.0):
+        with attached.at(strength):
+            drawn = list(draw(job, pairs)) if strength in SWEEP else []
+        for i, (p, s) in enumerate(pairs):
+            prompt, seed = job.prompts[p], job.recipe.sampling.sample_seeds[s]
+            path = job.run.sweep(strength, p, s) if drawn else job.run.sample(done if strength else 0, p, s)
+            if drawn:
+                sample.save_picture(drawn[i], path, job.parameters(prompt, seed))
+            yield job.run.record(Sweep(done, strength, prompt, seed, job.run.relative(path)))
+
+
+def draw_class_images(job: Job) -> None:
+    """Let the base draw the class images that are not there yet."""
+    recipe, run = job.recipe, job.run
+    wanted = {recipe.seed + i: run.class_images / f"{i:04}.png" for i in range(recipe.objective.prior_images)}
+    told = {seed: job.parameters(job.class_prompt, seed) for seed in wanted}
+    missing = [seed for seed, path in wanted.items() if not is_drawn(path, told[seed])]
+    sampling = recipe.sampling
+    drawn = sample.drawing(
+        job.base,
+        [job.class_prompt] * len(missing),
+        missing,
+        steps=sampling.sample_steps,
+        guidance=sampling.guidance,
+        size=job.side,
+    )
+    for seed, picture in zip(missing, drawn, strict=True):
+        sample.save_picture(picture, wanted[seed], told[seed])
+
+
+# ---------------------------------------------------------------- what is told
+
+
+def started(job: Job, opt: Optimizer, lesson: Lesson, done: int) -> Started:
+    """The event of a run that is about to go."""
+    warnings = [*job.dataset.warnings, *lesson.latents.warnings, *(lesson.prior.warnings if lesson.prior else [])]
+    return Started(
+        time=datetime.now(UTC).isoformat(timespec="seconds"),
+        recipe=flatten(job.recipe),
+        images=[{"path": str(e.path), "caption": e.caption, "sha256": e.sha256} for e in job.dataset.examples],
+        warnings=warnings,
+        parameters=sum(p.numel() for p in opt.parameters.values()),
+        device=str(job.base.device),
+        dtype=str(job.base.dtype).removeprefix("torch."),
+        versions=versions(),
+        resumed=done,
+    )
+
+
+def told(job: Job, opt: Optimizer, done: int, losses: list[float], norm: float, seconds: float, good: bool) -> Step:
+    """The event of a step; `losses` are those of all its pictures."""
+    accumulate, b = job.recipe.optim.accumulate, job.recipe.batch_size
+    micros = range((done - 1) * accumulate, done * accumulate)
+    times = [objectives.timesteps(b, job.base.schedule, rng_of(job.recipe, micro)).tolist() for micro in micros]
+    return Step(
+        step=done,
+        loss=sum(losses) / len(losses),
+        lr=opt.lr("unet", done - 1),
+        text_encoder_lr=opt.lr("text_encoder", done - 1),
+        grad_norm=norm,
+        seconds=seconds,
+        timesteps=[t for micro in times for t in micro],
+        losses=losses,
+        skipped=not good,
+    )
+
+
+def hopeless(job: Job, done: int) -> tuple[str, str]:
+    """What to say when no step succeeds any more."""
+    steps = ", ".join(str(step) for step in range(done - PATIENCE + 1, done + 1))
+    return (
+        f"the loss or its gradient was not finite at steps {steps}, so the run stopped; checkpoints before them are good",
+        f"try a --lr below {max(job.recipe.optim.lr, job.recipe.optim.text_encoder_lr):g}, with --fresh",
+    )
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The most memory that the run has held: of the GPU, else of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+@contextlib.contextmanager
+def unbroken() -> Iterator[None]:
+    """Ctrl-C inside takes effect at the end: a step is taken whole or not at all."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread is ever interrupted
+        return
+    pressed: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: pressed.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if pressed:
+            signal.raise_signal(signal.SIGINT)

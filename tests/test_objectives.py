@@ -1,0 +1,221 @@
+"""Losses, held against the papers' algebra and diffusers' schedulers rather than against themselves."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDPMScheduler
+from torch import Tensor
+
+from personalize import objectives
+from personalize.base import Base, Schedule
+from personalize.data import generator
+from personalize.objectives import Inputs, Rng, build, noised, timesteps, weights
+from personalize.recipe import Objective
+
+BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+PREDICTIONS = ("epsilon", "v_prediction", "sample")
+ALL_T = torch.arange(1000)
+
+
+def scheduler(prediction: str, zero_snr: bool) -> DDPMScheduler:
+    return DDPMScheduler(**BETAS, prediction_type=prediction, rescale_betas_zero_snr=zero_snr)
+
+
+def schedule_of(prediction: str, zero_snr: bool = True) -> Schedule:
+    return Schedule(scheduler(prediction, zero_snr).alphas_cumprod, prediction)
+
+
+def rng(seed: int = 0, step: int = 0) -> Rng:
+    return lambda purpose: generator(seed, purpose, step)
+
+
+def inputs(b: int = 4, std: float = 0.0) -> Inputs:
+    mean = torch.randn(b, 16, 8, 8, generator=torch.Generator().manual_seed(7))
+    return Inputs(mean, torch.full_like(mean, std), torch.zeros(b, 77, 192))
+
+
+def zero(latents: Tensor, t: Tensor, cond: Tensor) -> Tensor:
+    return torch.zeros_like(latents)
+
+
+@pytest.mark.parametrize("zero_snr", [True, False])
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_noising_and_targets_are_those_of_diffusers(prediction: str, zero_snr: bool) -> None:
+    theirs, ours = scheduler(prediction, zero_snr), schedule_of(prediction, zero_snr)
+    x = noised(inputs(), ours, 0.0, rng())
+    x0 = inputs().mean
+    eps = torch.randn(x0.shape, generator=rng()("noise"))
+    assert torch.allclose(x.latents, theirs.add_noise(x0, eps, x.t), atol=1e-6)
+    wanted = {"epsilon": eps, "sample": x0, "v_prediction": theirs.get_velocity(x0, eps, x.t)}[prediction]
+    assert torch.allclose(x.target, wanted, atol=1e-6)
+
+
+@pytest.mark.parametrize("gamma", [0.0, 1.0, 5.0])
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_a_perfect_network_has_no_loss_at_any_timestep(prediction: str, gamma: float) -> None:
+    schedule, given = schedule_of(prediction), inputs()
+
+    def perfect(latents: Tensor, t: Tensor, cond: Tensor) -> Tensor:
+        return noised(given, schedule, 0.0, rng()).target
+
+    assert torch.equal(build(Objective(min_snr=gamma), schedule)(perfect, given, rng()), torch.zeros(4))
+
+
+@pytest.mark.parametrize("gamma", [1.0, 5.0, 20.0])
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_min_snr_weighs_the_error_in_x0_by_min_snr_gamma_whatever_is_predicted(prediction: str, gamma: float) -> None:
+    schedule = schedule_of(prediction, zero_snr=False)
+    t = ALL_T[::50].repeat(1)
+    x0, guess, eps = (torch.randn(len(t), 16, 8, 8, generator=torch.Generator().manual_seed(i)).double() for i in range(3))
+    alpha, sigma = schedule.signal(t).double(), schedule.noise(t).double()
+    x_t = alpha * x0 + sigma * eps
+
+    def as_predicted(clean: Tensor) -> Tensor:
+        noise = (x_t - alpha * clean) / sigma  # the eps that this x_0 means
+        return {"sample": clean, "epsilon": noise, "v_prediction": alpha * noise - sigma * clean}[prediction]
+
+    squared = (as_predicted(guess) - as_predicted(x0)).square().mean(dim=(1, 2, 3))
+    wanted = (alpha / sigma).square().flatten().clamp(max=gamma) * (guess - x0).square().mean(dim=(1, 2, 3))
+    assert torch.allclose(weights(t, schedule, gamma).double() * squared, wanted, rtol=1e-4)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_weights_are_finite_and_bounded_with_zero_terminal_snr(prediction: str) -> None:
+    schedule = schedule_of(prediction)
+    assert schedule.snr(torch.tensor([999])) == 0
+    found = weights(ALL_T, schedule, 5.0)
+    assert found.isfinite().all() and (found >= 0).all()
+    assert found.max() <= (5.0 if prediction == "sample" else 1.0)
+    assert found[-1] == (1.0 if prediction == "epsilon" else 0.0)
+    assert torch.equal(weights(ALL_T, schedule, 0.0), torch.ones(1000))
+
+
+def test_one_loss_per_picture_in_fp32() -> None:
+    given, schedule = inputs(5), schedule_of("v_prediction")
+    losses = build(Objective(), schedule)(lambda x, t, c: zero(x, t, c).bfloat16(), given, rng())
+    assert losses.shape == (5,) and losses.dtype == torch.float32
+    x = noised(given, schedule, 5.0, rng())
+    assert torch.allclose(losses, x.weight * x.target.square().flatten(1).mean(1))
+
+
+def test_timesteps_are_uniform_and_spread_over_the_schedule() -> None:
+    schedule = schedule_of("epsilon")
+    drawn = torch.stack([timesteps(4, schedule, rng(step=i)) for i in range(500)])
+    assert drawn.min() >= 0 and drawn.max() <= 999
+    for column in (drawn[:, 0], drawn[:, 3], drawn.flatten()):
+        assert abs(column.float().mean() - 499.5) < 40
+        assert abs((column < 250).float().mean() - 0.25) < 0.06
+    gaps = drawn.sort(dim=1).values.diff(dim=1)
+    assert gaps.min() >= 249 and gaps.max() <= 251
+
+
+def test_every_draw_depends_on_seed_step_and_purpose_only() -> None:
+    given, loss = inputs(std=0.5), build(Objective(), schedule_of("epsilon"))
+    first = loss(zero, given, rng(0, 3))
+    torch.manual_seed(123)
+    assert torch.equal(loss(zero, given, rng(0, 3)), first)
+    assert not torch.equal(loss(zero, given, rng(0, 4)), first)
+    assert not torch.equal(loss(zero, given, rng(1, 3)), first)
+
+
+def test_latents_are_drawn_afresh_from_the_posterior() -> None:
+    schedule = Schedule(torch.ones(1000) - 1e-7, "sample")  # hardly any noise: x_t is x_0
+    given = inputs(2, std=0.5)
+    drawn = torch.stack([noised(given, schedule, 0.0, rng(step=i)).target for i in range(200)])
+    assert torch.allclose(drawn.mean(0), given.mean, atol=0.25)
+    assert abs(drawn.std(0).mean() - 0.5) < 0.02
+
+
+# ---------------------------------------------------------------- prior preservation
+
+
+def test_class_images_add_their_own_loss() -> None:
+    own, theirs = inputs(3), inputs(3, std=0.1)
+    both = Inputs(*(torch.cat([getattr(own, name), getattr(theirs, name)]) for name in ("mean", "std", "cond")))
+    schedule = schedule_of("epsilon")
+
+    def total(weight: float) -> Tensor:
+        return build(Objective(prior="images", prior_weight=weight), schedule)(zero, both, rng())
+
+    alone, with_one, with_two = total(0.0), total(1.0), total(2.0)
+    assert alone.shape == (3,)
+    assert (with_one > alone).all()
+    assert torch.allclose(with_two - alone, 2 * (with_one - alone), atol=1e-5)
+    x = noised(both, schedule, 5.0, rng(), copies=2)
+    assert torch.equal(x.t[:3], x.t[3:])
+    assert torch.allclose(alone, (x.weight * x.target.square().flatten(1).mean(1))[:3])
+
+
+class Switched:
+    """A network whose prediction is `gain` times its input while the adapter is on, and its input while it is off."""
+
+    def __init__(self) -> None:
+        self.gain = torch.tensor(3.0, requires_grad=True)
+        self.on, self.calls = True, list[tuple[bool, int]]()
+
+    @contextlib.contextmanager
+    def off(self) -> Iterator[None]:
+        self.on = False
+        yield
+        self.on = True
+
+    def __call__(self, latents: Tensor, t: Tensor, cond: Tensor) -> Tensor:
+        self.calls.append((self.on, len(latents)))
+        return latents * (self.gain if self.on else 1.0) + cond.mean(dim=(1, 2))[:, None, None, None]
+
+
+def with_class(cond: float = 0.0, off: float = 0.0) -> Inputs:
+    given = inputs(2)
+    return Inputs(given.mean, given.std, given.cond, torch.full_like(given.cond, cond), torch.full_like(given.cond, off))
+
+
+def test_output_preservation_pulls_towards_the_adapter_off_prediction() -> None:
+    schedule = schedule_of("epsilon")
+    net = Switched()
+    losses = build(Objective(prior="output", prior_weight=1e6, min_snr=0), schedule, net.off)(net, with_class(), rng())
+    assert net.calls == [(False, 2), (True, 4)]
+    losses.mean().backward()
+    assert net.gain.grad is not None and net.gain.grad > 0  # a gain above 1 must fall
+    net.gain.data.fill_(1.0)
+    kept = build(Objective(prior="output", min_snr=0), schedule, net.off)(net, with_class(), rng())
+    plain = build(Objective(min_snr=0), schedule)(net, with_class(), rng())
+    assert torch.allclose(kept, plain)  # on = off: nothing to preserve
+
+
+def test_output_preservation_compares_each_prompt_as_its_own_encoder_reads_it() -> None:
+    schedule, net = schedule_of("epsilon"), Switched()
+    net.gain.data.fill_(1.0)
+
+    def extra(cond: float, off: float) -> float:
+        def loss(weight: float) -> Tensor:
+            return build(Objective(prior="output", prior_weight=weight, min_snr=0), schedule, net.off)(
+                net, with_class(cond, off), rng()
+            )
+
+        return (loss(1.0) - loss(0.0)).mean().item()
+
+    assert extra(0.4, 0.4) == pytest.approx(0.0, abs=1e-6)
+    assert extra(0.4, 0.1) == pytest.approx(0.09, rel=1e-3)
+
+
+@pytest.mark.parametrize("zero_snr", [True, False])
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_follows_the_config_of_a_real_base(
+    base_builder: Callable[..., Path], tmp_path: Path, prediction: str, zero_snr: bool
+) -> None:
+    config: dict[str, Any] = {
+        **BETAS,
+        "prediction_type": prediction,
+        "rescale_betas_zero_snr": zero_snr,
+        "_class_name": "DDIMScheduler",
+    }
+    base = Base("", tmp_path, None, torch.device("cpu"), torch.float32, config, None, None, None, None)  # type: ignore[arg-type]
+    losses = objectives.build(Objective(), base.schedule)(zero, inputs(), rng())
+    assert losses.isfinite().all()
+    assert torch.equal(losses, build(Objective(), schedule_of(prediction, zero_snr))(zero, inputs(), rng()))
