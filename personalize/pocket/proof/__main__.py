@@ -1,0 +1,46 @@
+"""The benchmarks' command line."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from ...errors import PersonalizeError
+from ...recipe import Recipe
+from . import base, peer, personalization
+from .figures import FIGURES
+
+BENCHMARKS = {"base": base.main, "personalization": personalization.main, "peer": peer.main}
+
+
+def parser() -> argparse.ArgumentParser:
+    """All benchmarks' options; their defaults are those of the published figures."""
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument("--base", default="pocket", help="'pocket' or a diffusers folder, e.g. an intermediate checkpoint")
+    shared.add_argument("--guidance", type=float, default=Recipe().sampling.guidance, help="classifier-free guidance")
+    shared.add_argument("--sampler-steps", type=int, default=20, help="denoising steps of every picture")
+    shared.add_argument("--seed", type=int, default=0, help="of scenes, prompts and noise")
+    shared.add_argument("--to", type=Path, default=FIGURES, help="folder for the tables and the contact sheet")
+    shared.add_argument("--name", help="of the tables' files (default: the benchmark's)")
+    whole = argparse.ArgumentParser(prog="python -m personalize.pocket.proof")
+    commands = whole.add_subparsers(dest="benchmark", required=True)
+    for name, module in (("base", base), ("personalization", personalization), ("peer", peer)):
+        module.add_options(commands.add_parser(name, parents=[shared], description=module.__doc__))
+    return whole
+
+
+def main() -> int:
+    """Run one benchmark; exit code 2 for anything said on purpose."""
+    options = parser().parse_args()
+    options.name = options.name or options.benchmark
+    try:
+        BENCHMARKS[options.benchmark](options)
+    except PersonalizeError as error:
+        print(f"proof: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
