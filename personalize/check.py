@@ -14,7 +14,7 @@ from . import sample
 from .adapters import Adapter
 from .attach import fresh as fresh_deltas
 from .base import Base
-from .data import Dataset, fill, read_folder, safe_trigger
+from .data import Dataset, fill, read_folder, safe_trigger, without
 from .data.store import fingerprint
 from .errors import OutputError, RecipeError
 from .events import Finished
@@ -51,8 +51,13 @@ class Job:
 
     @property
     def class_prompt(self) -> str:
-        """The prompt for prior preservation, filled in."""
+        """The prompt of the class images, filled in."""
         return self._filled(self.recipe.objective.prior_prompt)
+
+    @property
+    def class_captions(self) -> list[str]:
+        """The pictures' captions without the trigger."""
+        return [without(self.dataset.trigger, example.caption)[0] for example in self.dataset.examples]
 
     def parameters(self, prompt: str, seed: int) -> sample.Parameters:
         """What a sample picture carries in its file."""

@@ -28,7 +28,7 @@ class Inputs:
     mean: Tensor  # [b, c, h, w], of the posterior over x_0
     std: Tensor  # [b, c, h, w]
     cond: Tensor  # [b, n, d]
-    class_cond: Tensor | None = None  # [b, n, d], the class prompt, for prior 'output'
+    class_cond: Tensor | None = None  # [b, n, d], the captions without the trigger, for prior 'output'
     class_cond_off: Tensor | None = None  # the same without the adapter
 
 
@@ -61,7 +61,7 @@ def build(objective: Objective, schedule: Schedule, off: Off = contextlib.nullco
         return own + weight * prior
 
     def output(denoise: Denoise, inputs: Inputs, rng: Rng) -> Tensor:
-        """On the class prompt, stay with what the base itself predicts from the same noisy latents."""
+        """On the caption without the trigger, stay with what the base itself predicts from the same noisy latents."""
         assert inputs.class_cond is not None and inputs.class_cond_off is not None
         x = noised(inputs, schedule, gamma, rng)
         with torch.no_grad(), off():

@@ -98,7 +98,7 @@ class Lesson:
 
     latents: Latents
     prior: Latents | None  # class images, for prior 'images'
-    class_cond: Tensor | None  # [1, n, d], the class prompt without the adapter, for prior 'output'
+    class_cond: Tensor | None  # [pictures, n, d], class captions as the base reads them, for prior 'output'
 
 
 def prepare(job: Job) -> Lesson:
@@ -109,7 +109,7 @@ def prepare(job: Job) -> Lesson:
         prior = cached(job.base, class_images(job.run.class_images, job.class_prompt), recipe)
     if recipe.objective.prior == "output":
         with torch.no_grad():
-            class_cond = job.base.embed([job.class_prompt])
+            class_cond = job.base.embed(job.class_captions)
     return Lesson(cached(job.base, job.dataset, recipe), prior, class_cond)
 
 
@@ -128,15 +128,15 @@ def feed(job: Job, lesson: Lesson, start: int) -> Iterator[Inputs]:
         rows = [one.to(base.device) for one in ([batch, next(priors)] if priors else [batch])]
         cond = torch.cat([base.embed(row.captions) if row.cond is None else row.cond for row in rows])
         inputs = Inputs(torch.cat([row.mean for row in rows]), torch.cat([row.std for row in rows]), cond)
-        yield with_class_prompt(job, lesson, inputs) if lesson.class_cond is not None else inputs
+        yield with_class_captions(job, lesson, inputs, batch.index) if lesson.class_cond is not None else inputs
 
 
-def with_class_prompt(job: Job, lesson: Lesson, inputs: Inputs) -> Inputs:
-    """The class prompt beside each row, as the adapter reads it now and as the base reads it."""
+def with_class_captions(job: Job, lesson: Lesson, inputs: Inputs, index: Tensor) -> Inputs:
+    """Each row's caption without the trigger beside it, as the adapter reads it now and as the base reads it."""
     assert lesson.class_cond is not None
-    now = job.base.embed([job.class_prompt]) if job.recipe.optim.text_encoder_lr else lesson.class_cond
-    rows = len(inputs.mean)
-    return replace(inputs, class_cond=now.expand(rows, -1, -1), class_cond_off=lesson.class_cond.expand(rows, -1, -1))
+    off = lesson.class_cond[index.to(lesson.class_cond.device)]
+    now = job.base.embed([job.class_captions[i] for i in index.tolist()]) if job.recipe.optim.text_encoder_lr else off
+    return replace(inputs, class_cond=now, class_cond_off=off)
 
 
 def rng_of(recipe: Recipe, micro: int) -> objectives.Rng:

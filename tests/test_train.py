@@ -472,7 +472,7 @@ CHANGES: dict[str, tuple[Any, dict[str, Any]]] = {
     "rank": (3, {}), "alpha": (1.0, {}), "dropout": (0.5, {}), "targets": (["conv"], {}),
     "text_rank": (2, {"text_encoder_lr": 1e-3}), "text_targets": (["feedforward"], {"text_encoder_lr": 1e-3}),
     "min_snr": (1.0, {}), "prior": ("output", {}), "prior_weight": (3.0, {"prior": "output"}),
-    "prior_images": (3, {"prior": "images"}), "prior_prompt": ("the {class}", {"prior": "output"}),
+    "prior_images": (3, {"prior": "images"}), "prior_prompt": ("the {class}", {"prior": "images"}),
     "lr": (2e-3, {}), "text_encoder_lr": (1e-3, {}), "schedule": ("constant", {"warmup": 0}), "warmup": (1, {}),
     "weight_decay": (0.5, {}), "beta1": (0.5, {}), "beta2": (0.9, {}), "clip": (0.01, {}), "accumulate": (2, {}),
 }  # fmt: skip

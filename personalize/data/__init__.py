@@ -12,7 +12,7 @@ Class images for prior preservation are one more Dataset: `cached(base, class_im
 """
 
 from .batches import Batch, batches, generator
-from .captions import fill, safe_trigger
+from .captions import fill, safe_trigger, without
 from .folder import Dataset, Example, class_images, read_folder
 from .latents import Latents, cached
 from .pictures import load_pixels
@@ -30,4 +30,5 @@ __all__ = [
     "load_pixels",
     "read_folder",
     "safe_trigger",
+    "without",
 ]

@@ -74,6 +74,16 @@ def lacking(trigger: str, captions: Iterable[str]) -> list[str]:
     return [caption for caption in captions if not pattern.search(caption)]
 
 
+def without(trigger: str, prompt: str) -> tuple[str, bool]:
+    """A prompt without the trigger, and whether it was in it.
+
+    >>> without("zwx", "zwx cat, ink drawing")
+    ('cat, ink drawing', True)
+    """
+    words = [word for word in prompt.split() if not trigger or word.strip(",.;:!?").casefold() != trigger.casefold()]
+    return " ".join(words), len(words) < len(prompt.split())
+
+
 def _entry(line: str, files: Mapping[str, Path], where: str) -> tuple[Path, str]:
     """One line of metadata.jsonl -> (picture, caption)."""
     try:

@@ -68,7 +68,8 @@ class Objective(Part):
     min_snr: float = Field(5.0, ge=0, description="min-SNR gamma (Hang et al. 2023, eq. 4); 0 turns it off")
     prior: Literal["none", "images", "output"] = Field(
         "none",
-        description="keep the class as it is: with images of it by the base (Ruiz et al. 2022), or with its adapter-off output",
+        description="keep what has no trigger as it is: with class images by the base (Ruiz et al. 2022), or with the base's "
+        "own output on each caption without the trigger",
     )
     prior_weight: float = Field(1.0, ge=0, description="weight of the prior-preservation loss")
     prior_images: int = Field(24, ge=1, description="number of class images")
@@ -135,8 +136,8 @@ class Recipe(Part):
         """Refuse what no single field can see."""
         if not (self.optim.lr or self.optim.text_encoder_lr):
             raise RecipeError("nothing would be trained: --lr and --text-encoder-lr are both 0")
-        if self.objective.prior != "none" and "{class}" in self.objective.prior_prompt and not self.data.class_name:
-            raise RecipeError(f"--prior {self.objective.prior} needs --class", "what is the subject? e.g. --class dog")
+        if self.objective.prior == "images" and "{class}" in self.objective.prior_prompt and not self.data.class_name:
+            raise RecipeError("--prior images needs --class", "what is the subject? e.g. --class dog")
         if self.name is not None and Path(self.name).name != self.name:
             raise RecipeError(f"--name must be a plain file name, not {self.name!r}", "the folder is --output")
         for flag, template in self._templates():
