@@ -10,9 +10,10 @@ import contextlib
 import functools
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -183,8 +184,8 @@ def check_weights(part: Path) -> None:
     raise BaseModelError(f"{part} has no weights: no .safetensors file in it", "download the base again")
 
 
-def load_model(kind: Any, part: Path, dtype: torch.dtype) -> Any:
-    """One model of a folder, every weight of it accounted for. Raises BaseModelError."""
+def load_model(kind: Any, part: Path, dtype: torch.dtype, lent: Mapping[str, Tensor] = MappingProxyType({})) -> Any:
+    """One model of a folder, every weight of it accounted for: what the files lack may be `lent`. Raises BaseModelError."""
     precision = "dtype" if kind.__module__.startswith("transformers") else "torch_dtype"
     options = {precision: dtype, "use_safetensors": True, "local_files_only": True, "output_loading_info": True}
     if not any(part.glob("*model.safetensors*")) and any(part.glob("*model.fp16.safetensors*")):
@@ -193,7 +194,8 @@ def load_model(kind: Any, part: Path, dtype: torch.dtype) -> Any:
         model, info = kind.from_pretrained(part, **options)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
         raise BaseModelError(f"{part} cannot be loaded: {first_line(error)}", "is the download complete?") from error
-    if missing := sorted(info["missing_keys"]):
+    model.load_state_dict({key: lent[key] for key in info["missing_keys"] if key in lent}, strict=False)
+    if missing := sorted(key for key in info["missing_keys"] if key not in lent):
         raise BaseModelError(f"{part} lacks {len(missing)} weights, {missing[0]} for one", "is the download complete?")
     return model
 

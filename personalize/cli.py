@@ -123,6 +123,8 @@ def option(setting: Setting) -> click.Option:
 def train(folder: Path | None, origin: Path | None, dry_run: bool, fresh: bool, **flags: Any) -> int:
     """Learn the pictures in FOLDER; leave an adapter and a report in runs/TRIGGER.
 
+    Without --preset, the base's preset for subjects is used where there is one (pocket-subject).
+
     The same command again goes on where it was stopped.
     """
     recipe = resolved(folder, origin, flags)
@@ -135,11 +137,14 @@ def train(folder: Path | None, origin: Path | None, dry_run: bool, fresh: bool, 
 
 def resolved(folder: Path | None, origin: Path | None, flags: dict[str, Any]) -> Recipe:
     """The recipe of a command line. Raises RecipeError, also when nothing says where the pictures are."""
-    from .recipe import resolve
+    from .recipe import presets, resolve
 
     given = {name: value for name, value in flags.items() if value not in (None, ())}
     if folder is not None:
         given["folder"] = folder
+    usual = f"{given.get('base', 'pocket')}-subject"
+    if origin is None and "preset" not in given and usual in presets():
+        given["preset"] = usual
     recipe = resolve(flags=given, start=recipe_of(origin) if origin else None)
     if "folder" not in recipe.data.model_fields_set:
         raise RecipeError("where are the pictures?", "personalize train FOLDER")

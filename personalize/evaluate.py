@@ -49,14 +49,19 @@ class Clip:
 
     @classmethod
     def of(cls, base: Path) -> Clip | None:
-        """The CLIP in a base's `clip/` folder, None if it has none. Raises BaseModelError for a broken one."""
+        """The CLIP in a base's `clip/` folder, None if it has none. Raises BaseModelError for a broken one.
+
+        Where the base's own text encoder is its text tower, as in SD 1.x, the folder may leave that out.
+        """
         folder = base / "clip"
         if not (folder / "config.json").is_file():
             return None
-        from transformers import CLIPModel
+        from transformers import CLIPModel, CLIPTextModel
 
         with quiet():
-            model = load_model(CLIPModel, folder, torch.float32).eval().requires_grad_(False)
+            text = load_model(CLIPTextModel, base / "text_encoder", torch.float32).state_dict()
+            lent = {f"text_model.{key.removeprefix('text_model.')}": weight for key, weight in text.items()}
+            model = load_model(CLIPModel, folder, torch.float32, lent).eval().requires_grad_(False)
         own = folder / "preprocessor_config.json"
         about = read_json(own) if own.is_file() else {}
         tokenizer = load_tokenizer(folder if (folder / "tokenizer").is_dir() else base)

@@ -121,6 +121,9 @@ def test_vectors_are_unit_and_long_prompts_are_cut(clip_base: Path) -> None:
     [
         ("zwx", "zwx cat", "cat", True),
         ("zwx", "a red cat, ZWX, drawn", "a red cat, drawn", True),
+        ("xiv", "a red cat, xiv style", "a red cat", True),
+        ("xiv", "xiv style, a red cat", "a red cat", True),
+        ("my rex", "a my rex dog", "a dog", True),
         ("zwx", "zwxy cat", "zwxy cat", False),
         ("", "a cat", "a cat", False),
     ],

@@ -1,4 +1,5 @@
 """The pocket world: deterministic pictures, true captions, held-out combinations."""
+
 from __future__ import annotations
 
 import time
@@ -13,8 +14,14 @@ from personalize.pocket.world import Scene
 
 BASE = Scene("cat", "red", "medium", "middle", "meadow", "plain", 3)
 SAMPLE = list(islice(world.scenes(11), 400))
-VOCABULARY = {"object": world.OBJECTS, "colour": tuple(world.COLOURS), "size": world.SIZES, "place": world.PLACES,
-              "background": world.BACKGROUNDS, "style": world.STYLES}
+VOCABULARY = {
+    "object": world.OBJECTS,
+    "colour": tuple(world.COLOURS),
+    "size": world.SIZES,
+    "place": world.PLACES,
+    "background": world.BACKGROUNDS,
+    "style": world.STYLES,
+}
 
 
 def pixels(scene: Scene, size: int = 64) -> np.ndarray:
@@ -66,9 +73,14 @@ def test_held_out_combinations_are_disjoint_from_training():
     assert list(islice(world.scenes(11), 5)) == SAMPLE[:5] != list(islice(world.scenes(12), 5))
 
 
-WORDS = {"object": {v: (v,) for v in world.OBJECTS}, "colour": {v: (v,) for v in world.COLOURS}, "size": world.SIZE_WORDS,
-         "place": world.PLACE_WORDS, "background": world.BACKGROUND_WORDS,
-         "style": {name: world.STYLE_WORDS[name] for name in world.STYLES}}
+WORDS = {
+    "object": {v: (v,) for v in world.OBJECTS},
+    "colour": {v: (v,) for v in world.COLOURS},
+    "size": world.SIZE_WORDS,
+    "place": world.PLACE_WORDS,
+    "background": world.BACKGROUND_WORDS,
+    "style": {name: world.STYLE_WORDS[name] for name in world.STYLES},
+}
 
 
 def said(text: str, factor: str) -> set[str]:

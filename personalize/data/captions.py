@@ -70,18 +70,31 @@ def read_metadata(folder: Path) -> dict[Path, str]:
 
 def lacking(trigger: str, captions: Iterable[str]) -> list[str]:
     """The captions that do not hold the trigger as a word of its own."""
-    pattern = re.compile(rf"(?<!\w){re.escape(trigger)}(?!\w)", re.IGNORECASE)
-    return [caption for caption in captions if not pattern.search(caption)]
+    return [caption for caption in captions if not _as_word(trigger).search(caption)]
 
 
 def without(trigger: str, prompt: str) -> tuple[str, bool]:
-    """A prompt without the trigger, and whether it was in it.
+    """A prompt without the trigger, and whether it was in it. A style goes with its whole phrase, a subject leaves its class.
 
     >>> without("zwx", "zwx cat, ink drawing")
     ('cat, ink drawing', True)
+    >>> without("xiv", "a cat on the beach, xiv style")
+    ('a cat on the beach', True)
     """
-    words = [word for word in prompt.split() if not trigger or word.strip(",.;:!?").casefold() != trigger.casefold()]
-    return " ".join(words), len(words) < len(prompt.split())
+    if not trigger or lacking(trigger, [prompt]):
+        return prompt, False
+    kept = []
+    for place, clause in enumerate(prompt.split(",")):
+        bare = " ".join(_as_word(trigger).sub(" ", clause).split())
+        if not lacking(trigger, [clause]) and (place > 0 or bare in ("", "style")):
+            continue
+        kept.append(bare)
+    return ", ".join(kept), True
+
+
+def _as_word(trigger: str) -> re.Pattern[str]:
+    """The trigger where it stands as a word of its own."""
+    return re.compile(rf"(?<!\w){re.escape(trigger)}(?!\w)", re.IGNORECASE)
 
 
 def _entry(line: str, files: Mapping[str, Path], where: str) -> tuple[Path, str]:

@@ -192,7 +192,9 @@ def stage_export(options: argparse.Namespace) -> None:
     done = options.work / "unet/done"
     unet = UNet2DConditionModel.from_pretrained(done) if done.exists() else averaged_unet(options.work)
     assemble(options, unet).to("cpu", torch.float16).save_pretrained(options.to, safe_serialization=True, max_shard_size="12MB")
-    CLIPModel.from_pretrained(options.work / "clip/done").half().save_pretrained(options.to / "clip")
+    whole = CLIPModel.from_pretrained(options.work / "clip/done").half()
+    own = {key: t for key, t in whole.state_dict().items() if not key.startswith("text_model.")}  # that is text_encoder/
+    whole.save_pretrained(options.to / "clip", state_dict=own)
     (options.to / "README.md").write_text(card(options))
 
 
