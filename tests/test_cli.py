@@ -330,3 +330,10 @@ def test_an_overlong_prompt_is_told(tiny_base: Path, tmp_path: Path, capsys: pyt
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0
     assert len(done.stderr.splitlines()) == 1 and "reads 75 tokens, this prompt has" in done.stderr
+
+
+def test_without_a_preset_the_bases_own_for_subjects_is_used(pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["train", str(pictures), "--dry-run", "--class", "cat"]) == 0
+    assert "# from preset pocket-subject" in capsys.readouterr().out
+    assert run(["train", str(pictures), "--dry-run", "--class", "cat", "--preset", "pocket-style"]) == 0
+    assert "# from preset pocket-style" in capsys.readouterr().out

@@ -167,3 +167,8 @@ def test_one_sample_prompt_goes_without_the_trigger() -> None:
     for name in [None, *presets()]:
         prompts = resolve(name).sampling.sample_prompts
         assert any("{trigger}" not in prompt for prompt in prompts), name
+
+
+def test_a_preset_without_class_asks_for_nothing_empty() -> None:
+    prompts = resolve("pocket-subject", {"folder": "photos"}).sampling.sample_prompts
+    assert prompts and all("{trigger}" in prompt for prompt in prompts)

@@ -83,6 +83,9 @@ def _build(layers: list[tuple[str, Mapping[str, Any]]]) -> Recipe:
         for key, value in flat(layer, origin).items():
             values[key], origins[key] = value, origin
     if not values.get("class"):
+        if "sample_prompts" in origins and origins["sample_prompts"]:  # a preset's: what asks for the class alone asks for nothing
+            prompts = (p for p in values["sample_prompts"] if "{trigger}" in p or "{class}" not in p)
+            values["sample_prompts"] = tuple(prompts)
         values.setdefault("sample_prompts", WITHOUT_CLASS)
     nested: dict[str, Any] = {}
     for key, value in values.items():

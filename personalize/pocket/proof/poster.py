@@ -1,4 +1,4 @@
-"""One picture of a run for the README: what it learned from, then the same prompts without and with the adapter.
+"""One picture of a run for the README: the same prompts without and with the adapter, and what it learned from.
 
 python -m personalize.pocket.proof.poster runs/demo docs/figures/demo.png
 """
@@ -17,7 +17,7 @@ SIDE = 192  # pixels of one cell
 
 
 def poster(folder: Path) -> Image.Image:
-    """Three rows: the training pictures, the base, the adapter; a column per prompt, with the first seed."""
+    """Three rows: the base, the adapter, the training pictures; a column per prompt, with the first seed."""
     history = Run(folder, "").history()
     started = next(record for record in history if record["event"] == "started")
     samples = [record for record in history if record["event"] == "sample"]
@@ -25,13 +25,13 @@ def poster(folder: Path) -> Image.Image:
     after = [record for record in samples if record["step"] == last and record["seed"] == seed]
     before = [next(b for b in samples if b["base"] and (b["prompt"], b["seed"]) == (a["prompt"], seed)) for a in after]
     lessons = [Path(image["path"]) for image in started["images"]][: len(after)]
-    files = [*lessons, *(folder / record["path"] for record in (*before, *after))]
+    files = [*(folder / record["path"] for record in (*before, *after)), *lessons]
     pictures = []
     for file in files:
         with Image.open(file) as picture:
             pictures.append(picture.convert("RGB").resize((64, 64), Image.Resampling.BOX))
     heads = [record["prompt"] for record in after]
-    return grid(pictures, len(after), rows=["learned from", "base", "with the adapter"], heads=heads, side=SIDE)
+    return grid(pictures, len(after), rows=["the base", "with the adapter", "what it learned from"], heads=heads, side=SIDE)
 
 
 if __name__ == "__main__":
