@@ -83,7 +83,7 @@ def _build(layers: list[tuple[str, Mapping[str, Any]]]) -> Recipe:
         for key, value in flat(layer, origin).items():
             values[key], origins[key] = value, origin
     if not values.get("class"):
-        if "sample_prompts" in origins and origins["sample_prompts"]:  # a preset's: what asks for the class alone asks for nothing
+        if origins.get("sample_prompts"):  # a preset's: what asks for the class alone asks for nothing here
             prompts = (p for p in values["sample_prompts"] if "{trigger}" in p or "{class}" not in p)
             values["sample_prompts"] = tuple(prompts)
         values.setdefault("sample_prompts", WITHOUT_CLASS)
