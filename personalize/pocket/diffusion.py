@@ -51,8 +51,15 @@ def diffusion_loss(unet: Callable, alphas: Tensor, latents: Tensor, cond: Tensor
     return F.mse_loss(unet(noisy, t, cond).sample.float(), v)
 
 
+def build(side: int) -> UNet2DConditionModel:
+    """A UNet with random weights for latents of `side`."""
+    torch.manual_seed(0)
+    return UNet2DConditionModel(sample_size=side, **CONFIG)
+
+
 def train(
     folder: Path,
+    unet: UNet2DConditionModel,
     latents: np.ndarray,
     conditions: np.ndarray,
     empty: Tensor,
@@ -63,9 +70,7 @@ def train(
     picture: Callable[[UNet2DConditionModel, int], None] | None = None,
 ) -> UNet2DConditionModel:
     """Train on encoded pictures `[n, 2, 16, h, w]` and embedded captions `[n, 77, d]`, resumably; return the averaged UNet."""
-    torch.manual_seed(0)
-    unet = UNet2DConditionModel(sample_size=latents.shape[-1], **CONFIG).to(device)
-    shown = UNet2DConditionModel(sample_size=latents.shape[-1], **CONFIG).to(device).eval()
+    unet, shown = unet.to(device).train(), build(latents.shape[-1]).to(device).eval()
     forward = torch.compile(unet) if compiled else unet
     alphas = DDIMScheduler(**SCHEDULE).alphas_cumprod.to(device)
 

@@ -38,16 +38,18 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m personalize.pocket.pretrain", description=__doc__)
     add = parser.add_argument
     add("--work", type=Path, required=True, help="folder of pools, states and logs")
-    add("--stage", default="all", choices=("all", "pool", "vae", "clip", "latents", "decoder", "conditions", "unet", "export"))
+    add("--stage", default="all", choices=("all", *STAGES))
     add("--size", type=int, default=64, help="side of the pictures, in pixels")
     add("--pool", type=int, default=120_000, help="pictures drawn")
+    add("--seed", type=int, default=1, help="of the pool: another seed draws other pictures")
+    add("--start", type=Path, help="a finished base whose UNet is trained on, e.g. the shipped weights")
     add("--workers", type=int, default=2, help="processes that draw")
-    add("--vae-steps", type=int, default=5000)
-    add("--decoder-steps", type=int, default=4000)
-    add("--clip-steps", type=int, default=1500)
-    add("--unet-steps", type=int, default=12_000)
+    add("--vae-steps", type=int, default=3500)
+    add("--decoder-steps", type=int, default=1700)
+    add("--clip-steps", type=int, default=640)
+    add("--unet-steps", type=int, default=5000)
     add("--unet-batch", type=int, default=64)
-    add("--unet-lr", type=float, default=8e-4)
+    add("--unet-lr", type=float, default=2e-3)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--compile", action="store_true", help="compile the UNet (needs a C++ compiler)")
     add("--no-bf16", action="store_true")
@@ -84,8 +86,21 @@ def text_encoder(model: CLIPModel) -> CLIPTextModel:
     return text.eval()
 
 
+def stage_unpack(options: argparse.Namespace) -> None:
+    """With --start: take the parts of a finished base, so that only its UNet is trained on, on new pictures."""
+    if options.start is None or (options.work / "unet/start").exists():
+        return
+    tokenizer = CLIPTokenizer.from_pretrained(options.start / "tokenizer")
+    tokenizer.save_pretrained(options.work / "tokenizer")
+    AutoencoderKL.from_pretrained(options.start / "vae").save_pretrained(options.work / "vae/done")
+    model = CLIPModel.from_pretrained(options.start / "clip")
+    model.text_model.load_state_dict(CLIPTextModel.from_pretrained(options.start / "text_encoder").state_dict())
+    model.save_pretrained(options.work / "clip/done")
+    UNet2DConditionModel.from_pretrained(options.start / "unet").save_pretrained(options.work / "unet/start")
+
+
 def stage_pool(options: argparse.Namespace) -> None:
-    build_pool(options.work / "pool", options.pool, options.size, seed=1, workers=options.workers)
+    build_pool(options.work / "pool", options.pool, options.size, options.seed, options.workers)
     if not (options.work / "tokenizer").exists():
         build_tokenizer(options.work / "tokenizer", open_pool(options.work / "pool")[1])
 
@@ -123,7 +138,7 @@ def stage_latents(options: argparse.Namespace) -> None:
 
 
 def stage_decoder(options: argparse.Namespace) -> None:
-    if not (options.work / "decoder/done").exists():
+    if not (options.start or (options.work / "decoder/done").exists()):
         vae = AutoencoderKL.from_pretrained(options.work / "vae/done")
         pictures, latents = open_pool(options.work / "pool")[0], np.load(options.work / "latents.npy", mmap_mode="r")
         plan = Plan(options.decoder_steps, batch=16, lr=1e-3, ema=0.998, decay=0.6)
@@ -181,8 +196,20 @@ def stage_unet(options: argparse.Namespace) -> None:
         )
 
     plan = Plan(options.unet_steps, options.unet_batch, options.unet_lr, warmup=300, decay=0.3, ema=0.9995, weight_decay=0.01)
+    start = (
+        UNet2DConditionModel.from_pretrained(options.work / "unet/start") if options.start else diffusion.build(latents.shape[-1])
+    )
     unet = diffusion.train(
-        options.work / "unet", latents, conditions, empty, plan, options.device, not options.no_bf16, options.compile, picture
+        options.work / "unet",
+        start,
+        latents,
+        conditions,
+        empty,
+        plan,
+        options.device,
+        not options.no_bf16,
+        options.compile,
+        picture,
     )
     unet.save_pretrained(options.work / "unet/done")
 
@@ -235,13 +262,14 @@ def averaged_unet(work: Path) -> UNet2DConditionModel:
     """The averaged UNet of an unfinished run."""
     from safetensors.torch import load_file
 
-    unet = UNet2DConditionModel(sample_size=np.load(work / "latents.npy", mmap_mode="r").shape[-1], **diffusion.CONFIG)
+    unet = diffusion.build(np.load(work / "latents.npy", mmap_mode="r").shape[-1])
     tensors = load_file(work / "unet/state.safetensors")
     unet.load_state_dict({key.removeprefix("ema/"): t for key, t in tensors.items() if key.startswith("ema/")})
     return unet
 
 
 STAGES = {
+    "unpack": stage_unpack,
     "pool": stage_pool,
     "vae": stage_vae,
     "clip": stage_clip,
