@@ -69,7 +69,7 @@ def cli(ctx: click.Context) -> None:
 
     \b
       personalize train photos/rex --class dog
-      personalize generate "rex dog in the snow" --adapter runs/rex/rex.safetensors
+      personalize generate "a rex dog in the snow" --adapter runs/rex/rex.safetensors
     """
     if ctx.invoked_subcommand is None:
         click.echo(ctx.get_help())

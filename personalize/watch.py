@@ -147,5 +147,5 @@ class View:
         self.say(f"adapter  {adapter}  ({readable(adapter.stat().st_size)})")
         write_metrics(self.folder, self.recipe.base)
         self.say(f"report   {write_report(self.folder)}")
-        prompt = fill("{trigger} {class} in the snow", self.settled["trigger"], self.settled.get("class", ""))
+        prompt = fill("a {trigger} {class} in the snow", self.settled["trigger"], self.settled.get("class", ""))
         self.say(f"next     personalize generate {shlex.quote(prompt)} --adapter {shlex.quote(str(adapter))}")
