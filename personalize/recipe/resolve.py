@@ -83,11 +83,10 @@ def _build(layers: list[tuple[str, Mapping[str, Any]]]) -> Recipe:
         for key, value in flat(layer, origin).items():
             values[key], origins[key] = value, origin
     if not values.get("class"):
-        if origins.get("sample_prompts"):  # a preset's: what asks for the class alone would ask for nothing
-            asked = tuple(prompt for prompt in values["sample_prompts"] if "{trigger}" in prompt or "{class}" not in prompt)
-            values["sample_prompts"] = (
-                asked if any("{trigger}" not in prompt for prompt in asked) else (*asked, WITHOUT_CLASS[-1])
-            )
+        given = tuple(values.get("sample_prompts", ()))
+        asked = tuple(prompt for prompt in given if "{trigger}" in prompt or "{class}" not in prompt)
+        if origins.get("sample_prompts") and asked != given:  # a preset's: what asks for the class alone would ask for nothing
+            values["sample_prompts"] = (*asked, WITHOUT_CLASS[-1])
         values.setdefault("sample_prompts", WITHOUT_CLASS)
     nested: dict[str, Any] = {}
     for key, value in values.items():
