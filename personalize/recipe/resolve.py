@@ -83,10 +83,11 @@ def _build(layers: list[tuple[str, Mapping[str, Any]]]) -> Recipe:
         for key, value in flat(layer, origin).items():
             values[key], origins[key] = value, origin
     if not values.get("class"):
-        given = tuple(values.get("sample_prompts", ()))
-        asked = tuple(prompt for prompt in given if "{trigger}" in prompt or "{class}" not in prompt)
-        if origins.get("sample_prompts") and asked != given:  # a preset's: what asks for the class alone would ask for nothing
-            values["sample_prompts"] = (*asked, WITHOUT_CLASS[-1])
+        given = values.get("sample_prompts")
+        if origins.get("sample_prompts") and isinstance(given, list):  # a preset's
+            asked = [prompt for prompt in given if "{trigger}" in str(prompt) or "{class}" not in str(prompt)]
+            if asked != given:  # what asks for the class alone would ask for nothing
+                values["sample_prompts"] = [*asked, WITHOUT_CLASS[-1]]
         values.setdefault("sample_prompts", WITHOUT_CLASS)
     nested: dict[str, Any] = {}
     for key, value in values.items():
