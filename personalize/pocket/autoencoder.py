@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .pool import shuffled
+from .pool import shuffled, write_rows
 from .running import Plan, run
 
 CONFIG = dict(
@@ -40,14 +40,18 @@ def slopes(x: Tensor) -> tuple[Tensor, Tensor]:
     return x[..., 1:] - x[..., :-1], x[..., 1:, :] - x[..., :-1, :]
 
 
+def difference(y: Tensor, x: Tensor) -> Tensor:
+    """L1 on pixels and on slopes, which keeps edges crisp."""
+    return F.l1_loss(y, x) + sum(F.l1_loss(a, b) for a, b in zip(slopes(y), slopes(x), strict=True))
+
+
 def reconstruction(vae: AutoencoderKL, x: Tensor, generator: torch.Generator) -> Tensor:
-    """L1 on pixels and on slopes (crisp edges), and the KL term (Kingma & Welling 2014)."""
+    """How far a picture is from its reconstruction, and the KL term (Kingma & Welling 2014)."""
     posterior = vae.encode(x).latent_dist
     noise = torch.randn(posterior.mean.shape, generator=generator, device=x.device)
     y = vae.decode(posterior.mean + posterior.std * noise).sample.float()
-    edges = sum(F.l1_loss(a, b) for a, b in zip(slopes(y), slopes(x), strict=True))
     kl = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar).mean()
-    return F.l1_loss(y, x) + edges + KL * kl
+    return difference(y, x) + KL * kl
 
 
 @torch.no_grad()
@@ -116,7 +120,7 @@ def sharpen(
         noise = torch.randn(mean.shape, generator=torch.Generator(device).manual_seed(step), device=device)
         with torch.autocast(device, torch.bfloat16, enabled=bf16):
             y = decoder(mean + (std.square() + NOISE**2).sqrt() * noise).float()
-        return F.l1_loss(y, x) + sum(F.l1_loss(a, b) for a, b in zip(slopes(y), slopes(x), strict=True))
+        return difference(y, x)
 
     decoder.load_state_dict(run(folder, decoder, plan, batches, loss_of))
     return vae.eval()
@@ -130,15 +134,11 @@ def save_picture(x: Tensor, file: Path, zoom: int = 2) -> None:
 
 
 @torch.no_grad()
-def encode_pool(vae: AutoencoderKL, pictures: np.ndarray, file: Path, device: str, batch: int = 250) -> None:
+def encode_pool(vae: AutoencoderKL, pictures: np.ndarray, file: Path, device: str) -> None:
     """Posterior mean and deviation of every picture, fp16 `[n, 2, 16, h/8, w/8]`, written once."""
-    if file.exists():
-        return
-    side = pictures.shape[1] // 8
-    temporary = file.with_suffix(".tmp.npy")
-    out = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float16, shape=(len(pictures), 2, 16, side, side))
-    for first in range(0, len(pictures), batch):
-        posterior = vae.encode(pixels(pictures[first : first + batch], device)).latent_dist
-        out[first : first + batch] = torch.stack([posterior.mean, posterior.std], 1).half().cpu().numpy()
-    out.flush()
-    temporary.rename(file)
+
+    def encoded(rows: slice) -> np.ndarray:
+        posterior = vae.encode(pixels(pictures[rows], device)).latent_dist
+        return torch.stack([posterior.mean, posterior.std], 1).half().cpu().numpy()
+
+    write_rows(file, len(pictures), encoded)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
@@ -59,6 +59,20 @@ def build_pool(folder: Path, count: int, size: int, seed: int, workers: int) -> 
 def open_pool(folder: Path) -> tuple[np.ndarray, list[str]]:
     """The pictures `[n, size, size, 3]` (memory-mapped uint8) and captions of a finished pool."""
     return np.load(folder / "pictures.npy", mmap_mode="r"), json.loads((folder / "captions.json").read_text())
+
+
+def write_rows(file: Path, count: int, rows_of: Callable[[slice], np.ndarray], batch: int = 250) -> None:
+    """Write an array of `count` rows piece by piece, under its name only once it is whole; one that is there is kept."""
+    if file.exists():
+        return
+    temporary, out = file.with_suffix(".tmp.npy"), None
+    for first in range(0, count, batch):
+        rows = rows_of(slice(first, first + batch))
+        if out is None:
+            out = np.lib.format.open_memmap(temporary, mode="w+", dtype=rows.dtype, shape=(count, *rows.shape[1:]))
+        out[first : first + batch] = rows
+    del out  # flushes
+    temporary.rename(file)
 
 
 def shuffled(count: int, batch: int, seed: int, start: int) -> Iterator[np.ndarray]:

@@ -17,7 +17,7 @@ from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
 from . import WEIGHTS, autoencoder, clip, diffusion
 from .autoencoder import save_picture
-from .pool import build_pool, build_tokenizer, open_pool
+from .pool import build_pool, build_tokenizer, open_pool, write_rows
 from .running import Plan
 from .world import BACKGROUNDS, COLOURS, OBJECTS, STYLES
 
@@ -149,17 +149,10 @@ def stage_decoder(options: argparse.Namespace) -> None:
 @torch.no_grad()
 def stage_conditions(options: argparse.Namespace) -> None:
     """Embed all captions, once: fp16 `[n, 77, d]`."""
-    file, temporary = options.work / "conditions.npy", options.work / "conditions.tmp.npy"
-    if file.exists():
-        return
     tokenizer = CLIPTokenizer.from_pretrained(options.work / "tokenizer")
     text = text_encoder(CLIPModel.from_pretrained(options.work / "clip/done")).to(options.device)
     ids = clip.tokens(tokenizer, open_pool(options.work / "pool")[1]).to(options.device)
-    out = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float16, shape=(*ids.shape, clip.TEXT["hidden_size"]))
-    for first in range(0, len(ids), 500):
-        out[first : first + 500] = embed(text, ids[first : first + 500]).half().cpu().numpy()
-    out.flush()
-    temporary.rename(file)
+    write_rows(options.work / "conditions.npy", len(ids), lambda rows: embed(text, ids[rows]).half().cpu().numpy())
 
 
 def assemble(options: argparse.Namespace, unet: UNet2DConditionModel) -> StableDiffusionPipeline:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,6 +12,8 @@ from typing import TypeVar
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+
+from ..files import atomic
 
 Item = TypeVar("Item")  # what a stage's batch is
 
@@ -54,10 +55,8 @@ class Averaged:
 
 def write_state(folder: Path, tensors: dict[str, Tensor], about: dict) -> None:
     """Save tensors and facts so that a kill at any moment leaves a whole state: one file, then a rename."""
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / "state.tmp"
-    save_file({name: t.contiguous() for name, t in tensors.items()}, temporary, metadata={"about": json.dumps(about)})
-    os.replace(temporary, folder / "state.safetensors")
+    with atomic(folder / "state.safetensors") as temporary:
+        save_file({name: t.contiguous() for name, t in tensors.items()}, temporary, metadata={"about": json.dumps(about)})
 
 
 def read_about(file: Path) -> dict:

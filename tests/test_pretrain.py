@@ -1,0 +1,80 @@
+"""Pretraining the pocket: what a kill must not change, and what the tokenizer must take."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from personalize.pocket.pool import shuffled, with_strange_word, write_rows
+from personalize.pocket.running import Plan, run
+from personalize.pocket.world import TRIGGERS
+
+PLAN = Plan(steps=6, batch=4, lr=1e-2, warmup=2, save_every=2, log_every=2)
+
+
+def trained(folder: Path, stop: int = 1000) -> dict[str, Tensor]:
+    """A small model (matrices for Muon, biases for AdamW) through the loop; killed when it asks for the batch of step `stop`."""
+    torch.manual_seed(0)
+    model, data = nn.Sequential(nn.Linear(32, 24), nn.Tanh(), nn.Linear(24, 16)), torch.arange(64.0)[:, None].expand(-1, 32) / 64
+
+    def batches(start: int) -> Iterator[Tensor]:
+        for step, rows in enumerate(shuffled(64, PLAN.batch, 0, start), start):
+            if step == stop:
+                raise KeyboardInterrupt
+            yield data[rows]
+
+    return run(folder, model, PLAN, batches, lambda x, step: F.mse_loss(model(x), x[:, :16].sin()))
+
+
+def test_a_killed_stage_goes_on_to_the_same_weights(tmp_path: Path) -> None:
+    whole = trained(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        trained(tmp_path / "broken", stop=5)  # one step after the last state
+    resumed = trained(tmp_path / "broken")
+    assert whole.keys() == resumed.keys() and all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_the_rate_warms_up_stays_and_falls() -> None:
+    plan = replace(PLAN, steps=100, warmup=10, decay=0.2)
+    rates = [plan.rate(step) for step in range(100)]
+    assert rates[0] == pytest.approx(1e-3) and rates[10:80] == [1e-2] * 70
+    assert rates[80:] == sorted(rates[80:], reverse=True) and rates[-1] < 1e-3
+
+
+@pytest.mark.parametrize("start", [0, 3, 7])
+def test_batches_go_on_where_they_were(start: int) -> None:
+    assert np.array_equal(list(islice(shuffled(12, 4, 5, start), 6)), list(islice(shuffled(12, 4, 5, 0), start, start + 6)))
+
+
+def test_rows_have_their_name_only_when_whole(tmp_path: Path) -> None:
+    file, values = tmp_path / "rows.npy", np.arange(21.0).reshape(7, 3)
+    with pytest.raises(IndexError):
+        write_rows(file, 7, lambda rows: values[rows] if rows.start < 4 else values[99], batch=2)
+    assert not file.exists()
+    write_rows(file, 7, lambda rows: values[rows], batch=2)
+    assert np.array_equal(np.load(file), values)
+
+
+def test_strange_words_are_never_triggers() -> None:
+    words = " ".join(with_strange_word("a cat", np.random.default_rng(seed), share=1) for seed in range(300)).split()
+    assert len(set(words)) > 100 and not set(words) & set(TRIGGERS)
+
+
+@pytest.mark.parametrize("text", ["a zwx cat", "Na\u00efve \u732b \u2603 42!", "photo-of_my.Dog"])
+def test_any_typed_word_tokenizes(text: str) -> None:
+    from transformers import CLIPTokenizer
+
+    from personalize.pocket import WEIGHTS
+
+    tokenizer = CLIPTokenizer.from_pretrained(WEIGHTS / "tokenizer")
+    ids = tokenizer(text).input_ids
+    assert len(ids) > 2 and tokenizer.eos_token_id not in ids[1:-1]
+    assert "".join(tokenizer.decode(ids, skip_special_tokens=True).split()) == "".join(text.lower().split())
