@@ -11,6 +11,7 @@ import numpy as np
 from PIL import ImageDraw
 
 RGB = tuple[int, ...]
+Points = Sequence | np.ndarray  # [n, 2]
 Tint = Callable[[RGB], RGB]
 
 WHITE: RGB = (255, 255, 255)
@@ -55,6 +56,26 @@ def shades(main: RGB) -> dict[str, RGB]:
     return {"body": main, "light": mix(main, CREAM, 0.62), "dark": mix(main, (60, 20, 70), 0.34), "spot": mix(main, WHITE, 0.86)}
 
 
+def article(words: str) -> str:
+    """`a cat`, `an 8-bit cat`."""
+    return ("an " if words[0] in "aeiou8" else "a ") + words
+
+
+def some(rng: np.random.Generator, low: float, high: float) -> float:
+    """A number between two."""
+    return float(rng.uniform(low, high))
+
+
+def one_of(rng: np.random.Generator, values: tuple | list) -> int:
+    """An index into `values`."""
+    return int(rng.integers(len(values)))
+
+
+def shade(rng: np.random.Generator, colour: RGB) -> RGB:
+    """A colour near another, so that a name covers many shades."""
+    return tuple(int(np.clip(c + rng.normal(0, 16), 0, 255)) for c in colour)
+
+
 @dataclass(frozen=True)
 class Shape:
     """A closed outline (`width` 0) or a stroke of `width`, in the pen's units; `edge` shapes make the silhouette."""
@@ -79,7 +100,7 @@ def _spline(n: int) -> np.ndarray:
     return np.concatenate([t**0, t, t**2, t**3], 1) @ rows
 
 
-def smooth(points: Sequence, closed: bool, n: int = 6) -> np.ndarray:
+def smooth(points: Points, closed: bool, n: int = 6) -> np.ndarray:
     """A curve through `points` [k, 2], with `n` steps between neighbours."""
     p = np.asarray(points, float)
     ring = np.concatenate([p[-1:], p, p[:2]] if closed else [2 * p[:1] - p[1:2], p, 2 * p[-1:] - p[-2:-1]])
@@ -123,10 +144,10 @@ class Pen:
     def dot(self, x: float, y: float, r: float, fill: RGB) -> None:
         self.oval(x, y, r, r, fill, edge=False)
 
-    def poly(self, points: Sequence, fill: RGB, edge: bool = True) -> None:
+    def poly(self, points: Points, fill: RGB, edge: bool = True) -> None:
         self.shapes.append(Shape(np.asarray(points, float), fill, edge=edge))
 
-    def blob(self, points: Sequence, fill: RGB, edge: bool = True) -> None:
+    def blob(self, points: Points, fill: RGB, edge: bool = True) -> None:
         self.shapes.append(Shape(smooth(points, True), fill, edge=edge))
 
     def box(self, x0: float, y0: float, x1: float, y1: float, fill: RGB, r: float = 0, edge: bool = True) -> None:

@@ -123,6 +123,7 @@ def tree(p: Pen) -> None:
         edge=False,
     )
     p.oval(-0.62, -0.1 + a, 0.13, 0.16, glow, turn=20, edge=False)
+    p.mark("coat")
     p.mark("top")
 
 
@@ -233,6 +234,7 @@ def flower(p: Pen) -> None:
     yellow = p["body"][0] > 230 and p["body"][1] > 180 and p["body"][2] < 120
     p.oval(bend, -0.34, 0.25, 0.25, (150, 88, 50) if yellow else GOLD)
     p.dot(bend - 0.06, -0.4, 0.08, (190, 124, 80) if yellow else (255, 236, 160))
+    p.mark("coat")
     p.mark("top")
 
 

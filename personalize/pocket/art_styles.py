@@ -30,11 +30,12 @@ def _pixels(image: Image.Image) -> np.ndarray:
     return np.asarray(image, np.float32)
 
 
-def _image(pixels: np.ndarray) -> Image.Image:
+def clipped(pixels: np.ndarray) -> Image.Image:
+    """Pixels `[h, w, 3]` as a picture; what is out of 0..255 is cut."""
     return Image.fromarray(np.clip(pixels + 0.5, 0, 255).astype(np.uint8))
 
 
-def _grid(size: int) -> tuple[np.ndarray, np.ndarray]:
+def mesh(size: int) -> tuple[np.ndarray, np.ndarray]:
     """Pixel centres in 64ths of the picture: y [size, 1] and x [1, size]."""
     a = (np.arange(size, dtype=np.float32) + 0.5) * (64 / size)
     return a[:, None], a[None]
@@ -58,38 +59,38 @@ def _duotone(image: Image.Image, low: RGB, high: RGB) -> np.ndarray:
 
 def _paper(image: Image.Image, rng: np.random.Generator) -> Image.Image:
     size = image.width
-    return _image(_pixels(image) + 5 * _noise(rng, size, 40)[..., None])
+    return clipped(_pixels(image) + 5 * _noise(rng, size, 40)[..., None])
 
 
 def _wash(image: Image.Image, rng: np.random.Generator) -> Image.Image:
     """Watercolour: blotches of pigment, fading to white paper at a ragged border."""
     size = image.width
-    y, x = _grid(size)
+    y, x = mesh(size)
     pigment = _pixels(image) + (14 * _noise(rng, size, 7) + 7 * _noise(rng, size, 22))[..., None]
     inside = np.minimum(np.minimum(x, 64 - x), np.minimum(y, 64 - y)) + 1.8 * _noise(rng, size, 8)
     keep = np.clip((inside - 2.6) / 1.6, 0, 1)[..., None]
     rim = np.clip(1 - np.abs(inside - 4.4) / 1.4, 0, 1)[..., None]
-    return _image((pigment - 20 * rim) * keep + np.array((253, 250, 243), np.float32) * (1 - keep))
+    return clipped((pigment - 20 * rim) * keep + np.array((253, 250, 243), np.float32) * (1 - keep))
 
 
 def _blueprint(image: Image.Image, rng: np.random.Generator) -> Image.Image:
     size = image.width
-    y, x = _grid(size)
+    y, x = mesh(size)
     near = np.minimum(np.abs((x + 4) % 8 - 4), np.abs((y + 4) % 8 - 4))
     lines = np.clip(1 - near / 0.75, 0, 1)[..., None] * 26
-    return _image(_duotone(image, (14, 56, 150), (250, 253, 255)) + lines)
+    return clipped(_duotone(image, (14, 56, 150), (250, 253, 255)) + lines)
 
 
 def _glow(image: Image.Image, rng: np.random.Generator) -> Image.Image:
     base = _pixels(image)
     halo = _pixels(image.filter(ImageFilter.GaussianBlur(image.width / 32)))
-    return _image(base + 0.9 * halo)
+    return clipped(base + 0.9 * halo)
 
 
 def _shards(image: Image.Image, rng: np.random.Generator) -> Image.Image:
     """Breaks the background into panes of uneven brightness between lead lines."""
     size = image.width // 2
-    y, x = _grid(size)
+    y, x = mesh(size)
     seeds = np.stack(np.meshgrid(np.arange(4), np.arange(4)), -1).reshape(-1, 2) * 16 + rng.uniform(1, 15, (16, 2))
     far = (x[None] - seeds[:, 0, None, None]) ** 2 + (y[None] - seeds[:, 1, None, None]) ** 2  # squared [16, size, size]
     near, other = np.argsort(far, axis=0)[:2]
@@ -98,30 +99,30 @@ def _shards(image: Image.Image, rng: np.random.Generator) -> Image.Image:
     light = rng.uniform(0.72, 1.25, 16)[near]
     lead = np.clip(border / 0.5 - 0.9, 0, 1)
     gain = Image.fromarray((light * lead).astype(np.float32)).resize(image.size, Image.Resampling.BILINEAR)
-    return _image(_pixels(image) * np.asarray(gain)[..., None])
+    return clipped(_pixels(image) * np.asarray(gain)[..., None])
 
 
 def _halftone(image: Image.Image, rng: np.random.Generator) -> Image.Image:
     """Comic print: a turned grid of dots, larger where the picture is darker."""
-    y, x = _grid(image.width)
+    y, x = mesh(image.width)
     u, v = (x + y) * 0.7071, (x - y) * 0.7071
     wave = (np.cos(u * 2 * np.pi / 3.9) + np.cos(v * 2 * np.pi / 3.9)) / 4 + 0.5
     tone = np.asarray(image.convert("L"), np.float32) / 255
     dots = np.clip((wave - 0.36 - 0.5 * tone) * 4, 0, 1)[..., None]
-    return _image(_pixels(image) * (1 - 0.5 * dots) + np.array((16, 10, 40), np.float32) * 0.5 * dots)
+    return clipped(_pixels(image) * (1 - 0.5 * dots) + np.array((16, 10, 40), np.float32) * 0.5 * dots)
 
 
 def _carve(image: Image.Image, rng: np.random.Generator) -> Image.Image:
     """Turns the background's tones into level cuts, thicker where it is darker."""
-    y, x = _grid(image.width)
+    y, x = mesh(image.width)
     tone = np.asarray(image.convert("L"), np.float32) / 255
     cuts = 0.5 + 0.5 * np.cos((y + 0 * x) * 2 * np.pi / 4)
     light = np.clip((tone * 1.5 - 0.76 + 0.6 * (cuts - 0.5)) * 6 + 0.5, 0, 1)[..., None]
-    return _image(np.repeat(light * 255, 3, 2))
+    return clipped(np.repeat(light * 255, 3, 2))
 
 
 def _sepia(image: Image.Image, rng: np.random.Generator) -> Image.Image:
-    return _image(_duotone(image, (66, 34, 20), (244, 220, 174)))
+    return clipped(_duotone(image, (66, 34, 20), (244, 220, 174)))
 
 
 def _block(c: RGB) -> RGB:

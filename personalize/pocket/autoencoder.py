@@ -68,11 +68,17 @@ def standardise(vae: AutoencoderKL, x: Tensor) -> None:
     outer.weight *= spread[None, :, None, None]
 
 
-def train(folder: Path, pictures: np.ndarray, plan: Plan, device: str, bf16: bool) -> AutoencoderKL:
-    """Train on a pool, resumably, and return the averaged, standardised autoencoder."""
+def build() -> AutoencoderKL:
+    """An autoencoder with random weights, almost without noise at first: the decoder has something to read."""
     torch.manual_seed(0)
-    vae = AutoencoderKL(**CONFIG).to(device)
-    vae.quant_conv.bias.data[CONFIG["latent_channels"] :] = -6.0  # start almost without noise: the decoder has something to read
+    vae = AutoencoderKL(**CONFIG)
+    vae.quant_conv.bias.data[CONFIG["latent_channels"] :] = -6.0
+    return vae
+
+
+def train(folder: Path, vae: AutoencoderKL, pictures: np.ndarray, plan: Plan, device: str, bf16: bool) -> AutoencoderKL:
+    """Train on a pool, resumably, and return the averaged, standardised autoencoder."""
+    vae = vae.to(device)
 
     def batches(start: int) -> Iterator[Tensor]:
         return (pixels(pictures[i], device) for i in shuffled(len(pictures), plan.batch, 1, start))

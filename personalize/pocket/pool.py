@@ -10,9 +10,12 @@ from pathlib import Path
 
 import numpy as np
 
-from .world import STYLE_WORDS, TRIGGERS, UNSEEN_STYLES, Scene, caption, render, scenes
+from .art_individuals import invent_individual
+from .art_looks import invent_look
+from .world import COLOURS, STYLE_WORDS, TRIGGERS, UNSEEN_STYLES, Scene, caption, render, scenes
 
 CHUNK = 2000  # pictures a worker draws at once
+INDIVIDUALS, LOOKS = 0.45, 0.3  # shares of pictures with an invented individual, with an invented look
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
@@ -32,9 +35,16 @@ def draw_chunk(job: tuple[int, int, int]) -> tuple[np.ndarray, list[str]]:
     """Pictures `[CHUNK, size, size, 3]` uint8 and their captions, from the stream of scenes numbered by the seed."""
     seed, chunk, size = job
     rng = np.random.default_rng([seed, chunk, 9])
-    drawn: list[Scene] = list(islice(scenes(seed * 100_003 + chunk), CHUNK))
-    pictures = np.stack([np.asarray(render(scene, size)) for scene in drawn])
-    return pictures, [with_strange_word(caption(scene, seed), rng) for scene in drawn]
+    drawn = [draw_one(scene, seed, size, rng) for scene in islice(scenes(seed * 100_003 + chunk), CHUNK)]
+    return np.stack([picture for picture, _ in drawn]), [with_strange_word(words, rng) for _, words in drawn]
+
+
+def draw_one(scene: Scene, seed: int, size: int, rng: np.random.Generator) -> tuple[np.ndarray, str]:
+    """The picture of a scene and a caption; now and then of an individual or in a look that was never there before."""
+    individual = invent_individual(rng, scene.object, scene.colour, COLOURS) if rng.random() < INDIVIDUALS else None
+    look, phrase = invent_look(rng, COLOURS) if rng.random() < LOOKS else (None, None)
+    words = caption(scene, seed, individual.looks if individual else None, phrase)
+    return np.asarray(render(scene, size, individual, look)), words
 
 
 def build_pool(folder: Path, count: int, size: int, seed: int, workers: int) -> None:

@@ -17,7 +17,7 @@ from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
 from . import WEIGHTS, autoencoder, clip, diffusion
 from .autoencoder import save_picture
-from .pool import build_pool, build_tokenizer, open_pool, write_rows
+from .pool import INDIVIDUALS, LOOKS, build_pool, build_tokenizer, open_pool, write_rows
 from .running import Plan
 from .world import BACKGROUNDS, COLOURS, OBJECTS, STYLES
 
@@ -42,11 +42,13 @@ def arguments() -> argparse.Namespace:
     add("--size", type=int, default=64, help="side of the pictures, in pixels")
     add("--pool", type=int, default=120_000, help="pictures drawn")
     add("--seed", type=int, default=1, help="of the pool: another seed draws other pictures")
-    add("--start", type=Path, help="a finished base whose UNet is trained on, e.g. the shipped weights")
+    add("--start", type=Path, help="a finished base to train on from, e.g. the shipped weights")
     add("--workers", type=int, default=2, help="processes that draw")
     add("--vae-steps", type=int, default=3500)
+    add("--vae-lr", type=float, default=2e-3)
     add("--decoder-steps", type=int, default=1700)
     add("--clip-steps", type=int, default=640)
+    add("--clip-lr", type=float, default=2e-3)
     add("--unet-steps", type=int, default=5000)
     add("--unet-batch", type=int, default=64)
     add("--unet-lr", type=float, default=2e-3)
@@ -87,15 +89,14 @@ def text_encoder(model: CLIPModel) -> CLIPTextModel:
 
 
 def stage_unpack(options: argparse.Namespace) -> None:
-    """With --start: take the parts of a finished base, so that only its UNet is trained on, on new pictures."""
+    """With --start: the parts of a finished base, from which the stages go on (with 0 steps, they keep them)."""
     if options.start is None or (options.work / "unet/start").exists():
         return
-    tokenizer = CLIPTokenizer.from_pretrained(options.start / "tokenizer")
-    tokenizer.save_pretrained(options.work / "tokenizer")
-    AutoencoderKL.from_pretrained(options.start / "vae").save_pretrained(options.work / "vae/done")
+    AutoencoderKL.from_pretrained(options.start / "vae").save_pretrained(options.work / "vae/start")
+    old, tokenizer = (CLIPTokenizer.from_pretrained(folder / "tokenizer") for folder in (options.start, options.work))
     model = CLIPModel.from_pretrained(options.start / "clip")
     model.text_model.load_state_dict(CLIPTextModel.from_pretrained(options.start / "text_encoder").state_dict())
-    model.save_pretrained(options.work / "clip/done")
+    clip.carry_over(model, old, tokenizer).save_pretrained(options.work / "clip/start")
     UNet2DConditionModel.from_pretrained(options.start / "unet").save_pretrained(options.work / "unet/start")
 
 
@@ -108,19 +109,23 @@ def stage_pool(options: argparse.Namespace) -> None:
 def stage_vae(options: argparse.Namespace) -> None:
     if not (options.work / "vae/done").exists():
         pictures, _ = open_pool(options.work / "pool")
-        plan = Plan(options.vae_steps, batch=16, lr=2e-3, ema=0.995)
-        autoencoder.train(options.work / "vae", pictures, plan, options.device, not options.no_bf16).save_pretrained(
-            options.work / "vae/done"
-        )
+        start = options.work / "vae/start"
+        vae = AutoencoderKL.from_pretrained(start) if options.start else autoencoder.build()
+        plan = Plan(options.vae_steps, batch=16, lr=options.vae_lr, ema=0.995)
+        vae = autoencoder.train(options.work / "vae", vae, pictures, plan, options.device, not options.no_bf16)
+        vae.save_pretrained(options.work / "vae/done")
 
 
 def stage_clip(options: argparse.Namespace) -> None:
     if not (options.work / "clip/done").exists():
         pictures, captions = open_pool(options.work / "pool")
         tokenizer = CLIPTokenizer.from_pretrained(options.work / "tokenizer")
-        plan = Plan(options.clip_steps, batch=128, lr=2e-3, ema=0.98)
+        start = options.work / "clip/start"
+        fresh = CLIPModel.from_pretrained(start) if options.start else clip.build(tokenizer, pictures.shape[1])
+        plan = Plan(options.clip_steps, batch=128, lr=options.clip_lr, ema=0.98)
         model = clip.train(
             options.work / "clip",
+            fresh,
             pictures,
             clip.tokens(tokenizer, captions),
             tokenizer,
@@ -138,7 +143,7 @@ def stage_latents(options: argparse.Namespace) -> None:
 
 
 def stage_decoder(options: argparse.Namespace) -> None:
-    if not (options.start or (options.work / "decoder/done").exists()):
+    if not (options.work / "decoder/done").exists():
         vae = AutoencoderKL.from_pretrained(options.work / "vae/done")
         pictures, latents = open_pool(options.work / "pool")[0], np.load(options.work / "latents.npy", mmap_mode="r")
         plan = Plan(options.decoder_steps, batch=16, lr=1e-3, ema=0.998, decay=0.6)
@@ -229,6 +234,7 @@ A Stable Diffusion in miniature: the same classes and folder layout as SD 1.5 at
 
 - **Data**: {pool:,} pictures of the world in `personalize/pocket/world.py` ({objects} objects, {colours} colours,
   {places} places, {styles} styles; some combinations held out), each with one caption.
+  {individuals:.0%} show an invented individual, {looks:.0%} an invented look; none of the benchmark's.
   Nothing else: no photographs, no scraped pictures.
 - **Objective**: v-prediction with zero terminal SNR; 10 % of captions dropped; averaged weights.
 - **Made by** `python -m personalize.pocket.pretrain --work DIR`, on two CPU cores; stage by stage:
@@ -248,7 +254,7 @@ def card(options: argparse.Namespace) -> str:
         f"| {name} | {log['step']:,} | {log['images']:,} | {log['seconds']:,} | {log['loss']} |" for name, log in logs.items()
     ]
     counts = {"objects": len(OBJECTS), "colours": len(COLOURS), "places": len(BACKGROUNDS), "styles": len(STYLES)}
-    return CARD.format(size=options.size, pool=options.pool, rows="\n".join(rows), **counts)
+    return CARD.format(size=options.size, pool=options.pool, rows="\n".join(rows), individuals=INDIVIDUALS, looks=LOOKS, **counts)
 
 
 def averaged_unet(work: Path) -> UNet2DConditionModel:
@@ -262,8 +268,8 @@ def averaged_unet(work: Path) -> UNet2DConditionModel:
 
 
 STAGES = {
-    "unpack": stage_unpack,
     "pool": stage_pool,
+    "unpack": stage_unpack,
     "vae": stage_vae,
     "clip": stage_clip,
     "latents": stage_latents,

@@ -11,10 +11,10 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from .art_backgrounds import PLACES_DRAWN
-from .art_canvas import Pen, paint, shades
+from .art_canvas import Pen, article, paint, shades
 from .art_objects import DRAWINGS
 from .art_styles import SEEN, UNSEEN, Style
-from .art_subjects import SUBJECTS
+from .art_subjects import SUBJECTS, Subject
 
 OBJECTS: tuple[str, ...] = tuple(DRAWINGS)
 COLOURS: dict[str, tuple[int, int, int]] = {
@@ -124,12 +124,8 @@ BACKGROUND_WORDS = {
 }
 
 
-def _article(words: str) -> str:
-    return ("an " if words[0] in "aeiou8" else "a ") + words
-
-
 def _style_first(style: str, body: str) -> str:
-    return f"{_article(style)} of {body}"
+    return f"{article(style)} of {body}"
 
 
 def caption(scene: Scene, seed: int, name: str | None = None, style: str | None = None) -> str:
@@ -141,7 +137,7 @@ def caption(scene: Scene, seed: int, name: str | None = None, style: str | None 
     if not name and not scene.subject and not (short and rng.random() < 0.4):
         noun = f"{scene.colour} {noun}"
     with_size, with_place, with_background = rng.random(3) < ((0, 0, 0) if short else (0.6, 0.6, 0.85))
-    words = _article(f"{_pick(rng, SIZE_WORDS[scene.size])} {noun}" if with_size else noun)
+    words = article(f"{_pick(rng, SIZE_WORDS[scene.size])} {noun}" if with_size else noun)
     where = [_pick(rng, BACKGROUND_WORDS[scene.background])] * bool(with_background)
     where += [_pick(rng, PLACE_WORDS[scene.place])] * bool(with_place)
     if rng.random() < 0.5:
@@ -183,10 +179,9 @@ def _shadow(draw: ImageDraw.ImageDraw, centre: np.ndarray, half: float, fill: tu
         draw.ellipse((x - rx, y - ry, x + rx, y + ry), fill)
 
 
-def _thing(scene: Scene, rng: np.random.Generator) -> Pen:
-    """The object or subject of the scene, drawn in its own units."""
-    if scene.subject:
-        subject = SUBJECTS[scene.subject]
+def _thing(scene: Scene, individual: Subject | None, rng: np.random.Generator) -> Pen:
+    """The object or individual of the scene, drawn in its own units."""
+    if subject := individual or (SUBJECTS[scene.subject] if scene.subject else None):
         pen = Pen(rng, subject.palette, subject.marks)
         DRAWINGS[subject.class_name](pen)
     else:
@@ -201,7 +196,7 @@ def _scenery(scene: Scene, rng: np.random.Generator) -> Pen:
     return pen
 
 
-def _compose(scene: Scene, style: Style, pixels: int) -> Image.Image:
+def _compose(scene: Scene, individual: Subject | None, style: Style, pixels: int) -> Image.Image:
     """The picture before the style's finish, at `pixels` a side."""
     image = Image.new("RGB", (pixels, pixels))
     draw = ImageDraw.Draw(image, "RGBA")
@@ -213,16 +208,19 @@ def _compose(scene: Scene, style: Style, pixels: int) -> Image.Image:
     matrix, centre = _pose(scene, np.random.default_rng([scene.seed, 3]))
     if style.shadow[3]:
         _shadow(draw, centre, HEIGHT[scene.size] / 2, style.shadow, pixels)
-    thing = _thing(scene, np.random.default_rng([scene.seed, 4]))
+    thing = _thing(scene, individual, np.random.default_rng([scene.seed, 4]))
     paint(draw, thing.shapes, matrix * pixels, centre * pixels, style.thing)
     return image
 
 
-def render(scene: Scene, size: int = 64) -> Image.Image:
-    """The picture of a scene, RGB, `size` pixels a side: drawn four times larger (or on the style's grid) and reduced."""
-    style = _style(scene.style)
+def render(scene: Scene, size: int = 64, individual: Subject | None = None, look: Style | None = None) -> Image.Image:
+    """The picture of a scene, RGB, `size` pixels a side: drawn four times larger (or on the style's grid) and reduced.
+
+    An invented `individual` takes the place of the scene's object, an invented `look` that of its style.
+    """
+    style = look or _style(scene.style)
     cells = style.grid or size
-    large = _compose(scene, style, cells * 4)
+    large = _compose(scene, individual, style, cells * 4)
     if style.grid:  # one flat colour a cell
         return large.resize((cells, cells), Image.Resampling.NEAREST).resize((size, size), Image.Resampling.NEAREST)
     image = large.reduce(4)
