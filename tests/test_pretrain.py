@@ -12,10 +12,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import CLIPTokenizer
 
+from personalize.evaluate import Clip
+from personalize.pocket import WEIGHTS, clip, pool
 from personalize.pocket.pool import shuffled, with_strange_word, write_rows
 from personalize.pocket.running import Plan, run
 from personalize.pocket.world import TRIGGERS
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> CLIPTokenizer:
+    return CLIPTokenizer.from_pretrained(WEIGHTS / "tokenizer")
+
 
 PLAN = Plan(steps=6, batch=4, lr=1e-2, warmup=2, save_every=2, log_every=2)
 
@@ -68,13 +77,28 @@ def test_strange_words_are_never_triggers() -> None:
     assert len(set(words)) > 100 and not set(words) & set(TRIGGERS)
 
 
+def test_the_opposite_of_a_caption_is_another_caption_or_itself(tokenizer: CLIPTokenizer) -> None:
+    def said(words: str) -> str:
+        return tokenizer.decode(clip.opposite(tokenizer, clip.tokens(tokenizer, [words]))[0], skip_special_tokens=True).strip()
+
+    assert said("a tiny cat on the left") == "a huge cat on the right"
+    assert said("a red cat in the snow") == "a red cat in the snow"
+
+
+def test_a_vocabulary_can_change_under_a_trained_clip(tokenizer: CLIPTokenizer, tmp_path: Path) -> None:
+    pool.build_tokenizer(tmp_path, ["a marmalade cat in the snow"] * 300)
+    words, old = CLIPTokenizer.from_pretrained(tmp_path), Clip.of(WEIGHTS).model
+    new = clip.carry_over(old, tokenizer, words)
+    before, after = (model.text_model.embeddings.token_embedding.weight for model in (old, new))
+    old_number, number = tokenizer.get_vocab(), words.get_vocab()
+    assert torch.equal(after[number["cat</w>"]], before[old_number["cat</w>"]])
+    letters = [*"marmalad", "e</w>"]
+    assert torch.allclose(after[number["marmalade</w>"]], before[[old_number[letter] for letter in letters]].mean(0))
+    assert torch.equal(new.vision_model.post_layernorm.weight, old.vision_model.post_layernorm.weight)
+
+
 @pytest.mark.parametrize("text", ["a zwx cat", "Na\u00efve \u732b \u2603 42!", "photo-of_my.Dog"])
-def test_any_typed_word_tokenizes(text: str) -> None:
-    from transformers import CLIPTokenizer
-
-    from personalize.pocket import WEIGHTS
-
-    tokenizer = CLIPTokenizer.from_pretrained(WEIGHTS / "tokenizer")
+def test_any_typed_word_tokenizes(text: str, tokenizer: CLIPTokenizer) -> None:
     ids = tokenizer(text).input_ids
     assert len(ids) > 2 and tokenizer.eos_token_id not in ids[1:-1]
     assert "".join(tokenizer.decode(ids, skip_special_tokens=True).split()) == "".join(text.lower().split())

@@ -32,7 +32,7 @@ KL = 2e-4  # per latent value, in nats: enough to keep neighbours in latent spac
 
 def pixels(pictures: np.ndarray, device: str = "cpu") -> Tensor:
     """uint8 `[n, h, w, 3]` as float `[n, 3, h, w]` in -1..1."""
-    return torch.from_numpy(np.ascontiguousarray(pictures)).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return torch.from_numpy(np.array(pictures)).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def slopes(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from torch import Tensor
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
+from ..evaluate import Clip
 from . import WEIGHTS, autoencoder, clip, diffusion
 from .autoencoder import save_picture
 from .pool import INDIVIDUALS, LOOKS, build_pool, build_tokenizer, open_pool, write_rows
@@ -94,9 +95,9 @@ def stage_unpack(options: argparse.Namespace) -> None:
         return
     AutoencoderKL.from_pretrained(options.start / "vae").save_pretrained(options.work / "vae/start")
     old, tokenizer = (CLIPTokenizer.from_pretrained(folder / "tokenizer") for folder in (options.start, options.work))
-    model = CLIPModel.from_pretrained(options.start / "clip")
-    model.text_model.load_state_dict(CLIPTextModel.from_pretrained(options.start / "text_encoder").state_dict())
-    clip.carry_over(model, old, tokenizer).save_pretrained(options.work / "clip/start")
+    whole = Clip.of(options.start)
+    assert whole, f"{options.start} has no clip folder"
+    clip.carry_over(whole.model, old, tokenizer).save_pretrained(options.work / "clip/start")
     UNet2DConditionModel.from_pretrained(options.start / "unet").save_pretrained(options.work / "unet/start")
 
 
