@@ -238,7 +238,7 @@ A Stable Diffusion in miniature: the same classes and folder layout as SD 1.5 at
   {individuals:.0%} show an invented individual, {looks:.0%} an invented look; none of the benchmark's.
   Nothing else: no photographs, no scraped pictures.
 - **Objective**: v-prediction with zero terminal SNR; 10 % of captions dropped; averaged weights.
-- **Made by** `python -m personalize.pocket.pretrain --work DIR`, on two CPU cores; stage by stage:
+- **Made by** `python -m personalize.pocket.pretrain --work DIR`, on two CPU cores{again}; stage by stage:
 
 | stage | steps | pictures seen | seconds | last loss |
 |---|---|---|---|---|
@@ -249,13 +249,18 @@ How well it obeys prompts is measured by `python -m personalize.pocket.proof bas
 
 
 def card(options: argparse.Namespace) -> str:
-    """The model card: data, steps, losses."""
+    """The model card: data, steps, losses, after those of the base that training started from."""
+    before = (options.start / "README.md").read_text().splitlines() if options.start else []
     logs = {file.parent.name: json.loads(file.read_text().splitlines()[-1]) for file in sorted(options.work.glob("*/log.jsonl"))}
-    rows = [
+    rows = [line.replace("| ", "| before: ", 1) for line in before if line.startswith("| ") and not line.startswith("| stage")]
+    rows += [
         f"| {name} | {log['step']:,} | {log['images']:,} | {log['seconds']:,} | {log['loss']} |" for name, log in logs.items()
     ]
     counts = {"objects": len(OBJECTS), "colours": len(COLOURS), "places": len(BACKGROUNDS), "styles": len(STYLES)}
-    return CARD.format(size=options.size, pool=options.pool, rows="\n".join(rows), individuals=INDIVIDUALS, looks=LOOKS, **counts)
+    again = ", and again with `--start`, when the world had grown" if before else ""
+    return CARD.format(
+        size=options.size, pool=options.pool, rows="\n".join(rows), again=again, individuals=INDIVIDUALS, looks=LOOKS, **counts
+    )
 
 
 def averaged_unet(work: Path) -> UNet2DConditionModel:
