@@ -50,14 +50,15 @@ class Job:
         return [self._filled(prompt) for prompt in self.recipe.sampling.sample_prompts]
 
     @property
-    def class_prompt(self) -> str:
-        """The prompt of the class images, filled in."""
-        return self._filled(self.recipe.objective.prior_prompt)
+    def class_prompts(self) -> list[str]:
+        """The prompts that tell how the class is without the trigger, filled in. Without a class, those that need none."""
+        prompts = self.recipe.objective.prior_prompts
+        return [self._filled(prompt) for prompt in prompts if self.recipe.data.class_name or "{class}" not in prompt]
 
     @property
     def class_captions(self) -> list[str]:
-        """The pictures' captions without the trigger."""
-        return [without(self.dataset.trigger, example.caption)[0] for example in self.dataset.examples]
+        """The pictures' captions without the trigger, then the class prompts: what prior 'output' holds."""
+        return [*(without(self.dataset.trigger, example.caption)[0] for example in self.dataset.examples), *self.class_prompts]
 
     def parameters(self, prompt: str, seed: int) -> sample.Parameters:
         """What a sample picture carries in its file."""

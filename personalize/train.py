@@ -7,6 +7,7 @@ bytes as an unbroken one: whatever is drawn at a step depends on (seed, step) on
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import signal
 import threading
@@ -98,7 +99,7 @@ class Lesson:
 
     latents: Latents
     prior: Latents | None  # class images, for prior 'images'
-    class_cond: Tensor | None  # [pictures, n, d], class captions as the base reads them, for prior 'output'
+    class_cond: Tensor | None  # [captions, n, d], class captions as the base reads them, for prior 'output'
 
 
 def prepare(job: Job) -> Lesson:
@@ -106,7 +107,7 @@ def prepare(job: Job) -> Lesson:
     recipe, prior, class_cond = job.recipe, None, None
     if recipe.objective.prior == "images":
         draw_class_images(job)
-        prior = cached(job.base, class_images(job.run.class_images, job.class_prompt), recipe)
+        prior = cached(job.base, class_images(job.run.class_images, job.class_prompts[0]), recipe)
     if recipe.objective.prior == "output":
         with torch.no_grad():
             class_cond = job.base.embed(job.class_captions)
@@ -124,18 +125,26 @@ def feed(job: Job, lesson: Lesson, start: int) -> Iterator[Inputs]:
         start_step=start,
     )
     priors = stream(lesson.prior, purpose="class images") if lesson.prior else None
-    for batch in stream(lesson.latents):
+    for micro, batch in enumerate(stream(lesson.latents), start):
         rows = [one.to(base.device) for one in ([batch, next(priors)] if priors else [batch])]
         cond = torch.cat([base.embed(row.captions) if row.cond is None else row.cond for row in rows])
         inputs = Inputs(torch.cat([row.mean for row in rows]), torch.cat([row.std for row in rows]), cond)
-        yield with_class_captions(job, lesson, inputs, batch.index) if lesson.class_cond is not None else inputs
+        yield with_class_captions(job, lesson, inputs, batch.index, micro) if lesson.class_cond is not None else inputs
 
 
-def with_class_captions(job: Job, lesson: Lesson, inputs: Inputs, index: Tensor) -> Inputs:
-    """Each row's caption without the trigger beside it, as the adapter reads it now and as the base reads it."""
+def with_class_captions(job: Job, lesson: Lesson, inputs: Inputs, index: Tensor, micro: int) -> Inputs:
+    """Each row's caption without the trigger beside it, as the adapter reads it now and as the base reads it.
+
+    Every other row takes a class prompt instead: what no caption tells, other styles say, would take the subject on.
+    """
     assert lesson.class_cond is not None
+    captions, prompts = job.class_captions, len(job.class_prompts)
+    if prompts:
+        drawn = torch.randint(prompts, (len(index),), generator=rng_of(job.recipe, micro)("class captions"))
+        others = torch.arange(len(index)) % 2 == micro % 2
+        index = torch.where(others, len(captions) - prompts + drawn, index.cpu())
     off = lesson.class_cond[index.to(lesson.class_cond.device)]
-    now = job.base.embed([job.class_captions[i] for i in index.tolist()]) if job.recipe.optim.text_encoder_lr else off
+    now = job.base.embed([captions[i] for i in index.tolist()]) if job.recipe.optim.text_encoder_lr else off
     return replace(inputs, class_cond=now, class_cond_off=off)
 
 
@@ -220,18 +229,20 @@ def draw_class_images(job: Job) -> None:
     """Let the base draw the class images that are not there yet."""
     recipe, run = job.recipe, job.run
     wanted = {recipe.seed + i: run.class_images / f"{i:04}.png" for i in range(recipe.objective.prior_images)}
-    told = {seed: job.parameters(job.class_prompt, seed) for seed in wanted}
+    prompts = dict(zip(wanted, itertools.cycle(job.class_prompts)))
+    told = {seed: job.parameters(prompts[seed], seed) for seed in wanted}
     missing = [seed for seed, path in wanted.items() if not is_drawn(path, told[seed])]
     sampling = recipe.sampling
     drawn = sample.drawing(
         job.base,
-        [job.class_prompt] * len(missing),
+        [prompts[seed] for seed in missing],
         missing,
         steps=sampling.sample_steps,
         guidance=sampling.guidance,
         size=job.side,
     )
     for seed, picture in zip(missing, drawn, strict=True):
+        write_text(wanted[seed].with_suffix(".txt"), prompts[seed] + "\n")
         sample.save_picture(picture, wanted[seed], told[seed])
 
 

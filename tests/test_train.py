@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,12 @@ from personalize import sample
 from personalize.adapters import Adapter, describe
 from personalize.base import Base
 from personalize.check import check
+from personalize.data import class_images
 from personalize.errors import BaseModelError, DataError, OutputError, PersonalizeError, RecipeError, TrainingError
 from personalize.events import Event, Finished, Sample, Saved, Started, Step, Sweep, event_record
 from personalize.recipe import Recipe, from_json, resolve, settings
 from personalize.runs import Run
-from personalize.train import is_due, train, unbroken
+from personalize.train import feed, is_due, prepare, train, unbroken
 
 Make = Callable[..., Recipe]
 
@@ -459,7 +461,7 @@ def test_check_changes_nothing(make: Make) -> None:
     recipe = make()
     job = check(recipe)
     assert recipe.output and list(recipe.output.iterdir()) == []
-    assert (job.recipe.name, job.recipe.data.trigger, job.class_prompt) == ("zwx", "zwx", "a cat")
+    assert (job.recipe.name, job.recipe.data.trigger, job.class_prompts[0]) == ("zwx", "zwx", "a cat")
 
 
 # ---------------------------------------------------------------- every setting does something
@@ -472,7 +474,7 @@ CHANGES: dict[str, tuple[Any, dict[str, Any]]] = {
     "rank": (3, {}), "alpha": (1.0, {}), "dropout": (0.5, {}), "targets": (["conv"], {}),
     "text_rank": (2, {"text_encoder_lr": 1e-3}), "text_targets": (["feedforward"], {"text_encoder_lr": 1e-3}),
     "min_snr": (1.0, {}), "prior": ("output", {}), "prior_weight": (3.0, {"prior": "output"}),
-    "prior_images": (3, {"prior": "images"}), "prior_prompt": ("the {class}", {"prior": "images"}),
+    "prior_images": (3, {"prior": "images"}), "prior_prompts": (["the {class}", "an {class}"], {"prior": "images"}),
     "lr": (2e-3, {}), "text_encoder_lr": (1e-3, {}), "schedule": ("constant", {"warmup": 0}), "warmup": (1, {}),
     "weight_decay": (0.5, {}), "beta1": (0.5, {}), "beta2": (0.9, {}), "clip": (0.01, {}), "accumulate": (2, {}),
 }  # fmt: skip
@@ -531,19 +533,37 @@ def test_a_part_is_trained_if_it_has_a_learning_rate(make: Make, rates: dict[str
     assert all(delta.norm() > 0 for delta in adapter.deltas.values())
 
 
-def test_class_images_are_drawn_once(make: Make) -> None:
-    recipe = make(prior="images", prior_images=2, steps=3)
+def test_class_images_are_drawn_once_and_of_each_prompt_in_turn(make: Make) -> None:
+    recipe = make(prior="images", prior_images=3, prior_prompts=["a {class}", "a {class}, ink drawing"], steps=3)
     events = train(recipe)
     next(events)
     assert recipe.output
-    drawn = sorted((recipe.output / "class_images").iterdir())
-    assert len(drawn) == 2
-    assert sample.read_parameters(drawn[1])["prompt"] == "a cat"
+    drawn = sorted((recipe.output / "class_images").glob("*.png"))
+    prompts = ["a cat", "a cat, ink drawing", "a cat"]
+    assert [sample.read_parameters(path)["prompt"] for path in drawn] == prompts
+    assert [example.caption for example in class_images(recipe.output / "class_images", "").examples] == prompts
     times = [path.stat().st_mtime_ns for path in drawn]
     next(events)
     events.close()
     run(recipe)
     assert [path.stat().st_mtime_ns for path in drawn] == times
+
+
+def test_prior_output_holds_the_class_prompts_too(make: Make, tmp_path: Path) -> None:
+    job = check(make(prior="output", prior_prompts=["a {class}, ink drawing", "a house"], output=tmp_path / "run"))
+    lesson = prepare(job)
+    captions = job.class_captions
+    assert captions[-2:] == ["a cat, ink drawing", "a house"] and len(captions) == len(job.dataset.examples) + 2
+    assert lesson.class_cond is not None
+    shown = [inputs.class_cond_off for inputs in islice(feed(job, lesson, 0), 6)]
+    held = {i for cond in shown for row in cond for i in range(len(captions)) if torch.equal(row, lesson.class_cond[i])}
+    assert {len(captions) - 2, len(captions) - 1} < held
+    again = next(feed(job, lesson, 5)).class_cond_off
+    assert torch.equal(again, shown[5])  # a run that goes on holds the same
+
+
+def test_without_a_class_only_prompts_that_need_none_are_held(make: Make) -> None:
+    assert check(make(**{"class": ""}, prior="output", prior_prompts=["a {class}", "a red cat"])).class_prompts == ["a red cat"]
 
 
 def test_name_output_and_checkpoints(make: Make, tmp_path: Path) -> None:

@@ -73,7 +73,10 @@ class Objective(Part):
     )
     prior_weight: float = Field(1.0, ge=0, description="weight of the prior-preservation loss")
     prior_images: int = Field(24, ge=1, description="number of class images")
-    prior_prompt: str = Field("a {class}", description="prompt of the class images")
+    prior_prompts: tuple[str, ...] = Field(
+        ("a {class}",),
+        description="prompts of the class images, in turn; prior 'output' holds them too, so that other styles can be named",
+    )
 
 
 class Optim(Part):
@@ -136,7 +139,11 @@ class Recipe(Part):
         """Refuse what no single field can see."""
         if not (self.optim.lr or self.optim.text_encoder_lr):
             raise RecipeError("nothing would be trained: --lr and --text-encoder-lr are both 0")
-        if self.objective.prior == "images" and "{class}" in self.objective.prior_prompt and not self.data.class_name:
+        if (
+            self.objective.prior == "images"
+            and all("{class}" in prompt for prompt in self.objective.prior_prompts)
+            and not self.data.class_name
+        ):
             raise RecipeError("--prior images needs --class", "what is the subject? e.g. --class dog")
         if self.name is not None and Path(self.name).name != self.name:
             raise RecipeError(f"--name must be a plain file name, not {self.name!r}", "the folder is --output")
@@ -147,5 +154,5 @@ class Recipe(Part):
 
     def _templates(self) -> Iterator[tuple[str, str]]:
         yield "--caption", self.data.caption
-        yield "--prior-prompt", self.objective.prior_prompt
+        yield from (("--prior-prompts", prompt) for prompt in self.objective.prior_prompts)
         yield from (("--sample-prompts", prompt) for prompt in self.sampling.sample_prompts)
