@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
 from ..evaluate import Clip
+from ..files import write_text
 from . import WEIGHTS, autoencoder, clip, diffusion
 from .autoencoder import save_picture
 from .pool import INDIVIDUALS, LOOKS, build_pool, build_tokenizer, open_pool, write_rows
@@ -221,6 +222,9 @@ def stage_export(options: argparse.Namespace) -> None:
     whole = CLIPModel.from_pretrained(options.work / "clip/done").half()
     own = {key: t for key, t in whole.state_dict().items() if not key.startswith("text_model.")}  # that is text_encoder/
     whole.save_pretrained(options.to / "clip", state_dict=own)
+    for file in options.to.glob("*/config.json"):  # where a part was read from is nobody's business
+        told = {key: value for key, value in json.loads(file.read_text()).items() if key != "_name_or_path"}
+        write_text(file, json.dumps(told, indent=2, sort_keys=True) + "\n")
     (options.to / "README.md").write_text(card(options))
 
 
