@@ -51,9 +51,8 @@ class Job:
 
     @property
     def class_prompts(self) -> list[str]:
-        """The prompts that tell how the class is without the trigger, filled in. Without a class, those that need none."""
-        prompts = self.recipe.objective.prior_prompts
-        return [self._filled(prompt) for prompt in prompts if self.recipe.data.class_name or "{class}" not in prompt]
+        """The prompts that tell how the class is without the trigger, filled in."""
+        return [self._filled(template) for template in self.recipe.class_templates]
 
     @property
     def class_captions(self) -> list[str]:

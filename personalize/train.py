@@ -99,19 +99,20 @@ class Lesson:
 
     latents: Latents
     prior: Latents | None  # class images, for prior 'images'
+    class_captions: list[str]  # those of the pictures without the trigger, then the class prompts
     class_cond: Tensor | None  # [captions, n, d], class captions as the base reads them, for prior 'output'
 
 
 def prepare(job: Job) -> Lesson:
     """Encode the pictures and captions, and draw class images if the objective wants them. Cached, all of it."""
-    recipe, prior, class_cond = job.recipe, None, None
+    recipe, captions, prior, class_cond = job.recipe, job.class_captions, None, None
     if recipe.objective.prior == "images":
         draw_class_images(job)
         prior = cached(job.base, class_images(job.run.class_images, job.class_prompts[0]), recipe)
     if recipe.objective.prior == "output":
         with torch.no_grad():
-            class_cond = job.base.embed(job.class_captions)
-    return Lesson(cached(job.base, job.dataset, recipe), prior, class_cond)
+            class_cond = job.base.embed(captions)
+    return Lesson(cached(job.base, job.dataset, recipe), prior, captions, class_cond)
 
 
 def feed(job: Job, lesson: Lesson, start: int) -> Iterator[Inputs]:
@@ -138,11 +139,11 @@ def with_class_captions(job: Job, lesson: Lesson, inputs: Inputs, index: Tensor,
     Every other row takes a class prompt instead: what no caption tells, other styles say, would take the subject on.
     """
     assert lesson.class_cond is not None
-    captions, prompts = job.class_captions, len(job.class_prompts)
-    if prompts:
+    captions, pictures = lesson.class_captions, len(job.dataset.examples)
+    if prompts := len(captions) - pictures:
         drawn = torch.randint(prompts, (len(index),), generator=rng_of(job.recipe, micro)("class captions"))
         others = torch.arange(len(index)) % 2 == micro % 2
-        index = torch.where(others, len(captions) - prompts + drawn, index.cpu())
+        index = torch.where(others, pictures + drawn, index.cpu())
     off = lesson.class_cond[index.to(lesson.class_cond.device)]
     now = job.base.embed([captions[i] for i in index.tolist()]) if job.recipe.optim.text_encoder_lr else off
     return replace(inputs, class_cond=now, class_cond_off=off)

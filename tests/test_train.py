@@ -566,6 +566,11 @@ def test_without_a_class_only_prompts_that_need_none_are_held(make: Make) -> Non
     assert check(make(**{"class": ""}, prior="output", prior_prompts=["a {class}", "a red cat"])).class_prompts == ["a red cat"]
 
 
+def test_class_images_need_a_prompt(make: Make) -> None:
+    with pytest.raises(RecipeError, match="--prior-prompts"):
+        make(prior="images", prior_prompts=[])
+
+
 def test_name_output_and_checkpoints(make: Make, tmp_path: Path) -> None:
     recipe = make(name="rex", output=tmp_path / "elsewhere", checkpoint_every=1, steps=3)
     run(recipe)

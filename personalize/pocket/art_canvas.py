@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from math import cos, radians, sin
+from typing import TypeVar
 
 import numpy as np
 from PIL import ImageDraw
 
 RGB = tuple[int, ...]
 Points = Sequence | np.ndarray  # [n, 2]
+Item = TypeVar("Item")
 Tint = Callable[[RGB], RGB]
 
 WHITE: RGB = (255, 255, 255)
@@ -66,9 +68,10 @@ def some(rng: np.random.Generator, low: float, high: float) -> float:
     return float(rng.uniform(low, high))
 
 
-def one_of(rng: np.random.Generator, values: tuple | list) -> int:
-    """An index into `values`."""
-    return int(rng.integers(len(values)))
+def pick(rng: np.random.Generator, values: Iterable[Item]) -> Item:
+    """One of the values (of a mapping: one of its keys)."""
+    values = tuple(values)
+    return values[int(rng.integers(len(values)))]
 
 
 def shade(rng: np.random.Generator, colour: RGB) -> RGB:

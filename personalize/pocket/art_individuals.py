@@ -11,7 +11,7 @@ from math import cos, pi, sin
 
 import numpy as np
 
-from .art_canvas import DARK, RGB, WHITE, Pen, article, mix, one_of, shade, shades, some
+from .art_canvas import DARK, RGB, WHITE, Pen, article, mix, pick, shade, shades, some
 from .art_subjects import Subject
 
 HOOKS = ("coat", "top")  # where every drawing takes markings
@@ -147,7 +147,7 @@ MARKINGS: dict[str, tuple[Marking, tuple[str, ...]]] = {
 def invent_individual(rng: np.random.Generator, thing: str, colour: str, colours: Mapping[str, RGB]) -> Subject:
     """An individual of a class whose main colour is named: up to three colours and three markings, told in `looks`."""
     names = [name for name in colours if name != colour]
-    second = names[one_of(rng, names)]
+    second = pick(rng, names)
     body, other = shade(rng, colours[colour]), shade(rng, colours[second])
     palette, light = shades(body), rng.random() < 0.5
     painted = [layer for layer in LAYERS if rng.random() < 0.35]
@@ -156,10 +156,10 @@ def invent_individual(rng: np.random.Generator, thing: str, colour: str, colours
     marks: dict[str, list[Callable[[Pen], None]]] = {hook: [] for hook in HOOKS}
     told = []
     for _ in range(int(rng.choice(4, p=(0.12, 0.38, 0.32, 0.18)))):
-        kind = list(MARKINGS)[one_of(rng, list(MARKINGS))]
+        kind = pick(rng, MARKINGS)
         make, hooks = MARKINGS[kind]
-        hue = names[one_of(rng, names)]
-        marks[hooks[one_of(rng, hooks)]].append(make(rng, shade(rng, colours[hue])))
+        hue = pick(rng, names)
+        marks[pick(rng, hooks)].append(make(rng, shade(rng, colours[hue])))
         told.append(f"{hue} {kind}" if kind in ("dots", "stripes") else article(f"{hue} {kind}"))
     words = f"{colour} and {second} {thing}" if painted and rng.random() < 0.8 else f"{colour} {thing}"
     if told and rng.random() < 0.85:  # not everything there is gets told

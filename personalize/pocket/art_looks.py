@@ -11,7 +11,7 @@ from math import cos, pi, sin
 import numpy as np
 from PIL import Image, ImageFilter
 
-from .art_canvas import CREAM, DARK, RGB, WHITE, Coat, Tint, luminance, mix, one_of, shade, some
+from .art_canvas import CREAM, DARK, RGB, WHITE, Coat, Tint, luminance, mix, pick, shade, some
 from .art_styles import Filter, Style, clipped, mesh
 
 
@@ -25,7 +25,7 @@ def _by_tone(low: RGB, high: RGB, steps: int) -> Tint:
 
 def _invent_tint(rng: np.random.Generator, colours: Mapping[str, RGB]) -> tuple[Tint, str]:
     """A change of every colour, and its name."""
-    first, second = (list(colours)[one_of(rng, list(colours))] for _ in range(2))
+    first, second = (pick(rng, colours) for _ in range(2))
     a, b = shade(rng, colours[first]), shade(rng, colours[second])
     low, high = sorted((a, b), key=luminance)
     order, t, k = rng.permutation(3), some(rng, 0.2, 0.65), some(rng, 0.1, 1.8)
@@ -43,13 +43,13 @@ def _invent_tint(rng: np.random.Generator, colours: Mapping[str, RGB]) -> tuple[
         (lambda c: tuple(int(255 * (x / 255) ** (1 / (0.5 + k))) for x in c), "bright" if k > 0.5 else "dark"),
         (strengthened, "vivid" if k > 1 else "faded"),
     ]
-    return named[one_of(rng, named)]
+    return pick(rng, named)
 
 
 def _finish(rng: np.random.Generator, colours: Mapping[str, RGB]) -> tuple[Filter | None, str]:
     """What happens to the finished picture, and its name. Lengths are in 64ths of the picture."""
     kind, strength, wave, turn = int(rng.integers(8)), some(rng, 0.3, 1), some(rng, 3, 10), some(rng, 0, pi)
-    seed, tone = int(rng.integers(2**31)), shade(rng, list(colours.values())[one_of(rng, list(colours))])
+    seed, tone = int(rng.integers(2**31)), shade(rng, pick(rng, colours.values()))
 
     def overlay(image: Image.Image, mask: np.ndarray, by: float) -> Image.Image:
         x = np.asarray(image, np.float32)
@@ -104,7 +104,7 @@ def _invent_outline(rng: np.random.Generator, colours: Mapping[str, RGB]) -> tup
         return lambda c: mix(c, DARK, t), "dark outlines"
     if kind == 2:
         return lambda c: mix(c, WHITE, t), "light outlines"
-    name = ("black", "white", *colours)[one_of(rng, ("", "", *colours))]
+    name = pick(rng, ("black", "white", *colours))
     line = shade(rng, colours[name])
     return lambda c: line, f"{name} outlines"
 
@@ -116,12 +116,12 @@ def invent_look(rng: np.random.Generator, colours: Mapping[str, RGB]) -> tuple[S
     outline, edged = _invent_outline(rng, colours)
     finish, finished = _finish(rng, colours)
     each, wide = bool(rng.random() < 0.6), some(rng, 0.4, 1.6)
-    rim = (None, WHITE, CREAM, DARK)[int(rng.integers(4))]
+    rim = pick(rng, (None, WHITE, CREAM, DARK))
     falls = some(rng, 1.2, 2.6) if rng.random() < 0.15 else 0.0
     thing = Coat(tint, outline, wide if outline else 0.0, rim, some(rng, 0.5, 1.5), each, falls)
     scenery = Coat(scene_tint, outline if rng.random() < 0.6 else None, some(rng, 0.3, 0.9), each=each, shadow=falls)
     grid = int(rng.integers(16, 41)) if rng.random() < 0.08 else 0
-    opacity, medium = int(rng.choice((0, 40, 70))), ("picture", "print", "drawing")[int(rng.integers(3))]
+    opacity, medium = int(rng.choice((0, 40, 70))), pick(rng, ("picture", "print", "drawing"))
     words = " ".join(word for word in (finished, shown, "cells" if grid else medium) if word)
     style = Style(thing, scenery, None if grid else finish, None, grid, (40, 30, 60, opacity))
     return style, f"{words} with {edged}" if edged and each else words

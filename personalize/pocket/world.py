@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from .art_backgrounds import PLACES_DRAWN
-from .art_canvas import Pen, article, paint, shades
+from .art_canvas import Pen, article, paint, pick, shades
 from .art_objects import DRAWINGS
 from .art_styles import SEEN, UNSEEN, Style
 from .art_subjects import SUBJECTS, Subject
@@ -74,22 +74,17 @@ def is_held_out(scene: Scene) -> bool:
     )
 
 
-def _pick(rng: np.random.Generator, values: tuple | dict | list) -> str:
-    values = tuple(values)
-    return values[int(rng.integers(len(values)))]
-
-
 def scenes(seed: int, held_out: bool = False) -> Iterator[Scene]:
     """Endless random scenes: those for training, or only those with a held-out combination."""
     rng = np.random.default_rng([seed, 77])
     while True:
         style = STYLES[int(np.searchsorted(np.cumsum(STYLE_WEIGHTS), rng.random() * 0.999999))]
         scene = Scene(
-            _pick(rng, OBJECTS),
-            _pick(rng, COLOURS),
-            _pick(rng, SIZES),
-            _pick(rng, PLACES),
-            _pick(rng, BACKGROUNDS),
+            pick(rng, OBJECTS),
+            pick(rng, COLOURS),
+            pick(rng, SIZES),
+            pick(rng, PLACES),
+            pick(rng, BACKGROUNDS),
             style,
             int(rng.integers(2**31)),
         )
@@ -131,15 +126,15 @@ def _style_first(style: str, body: str) -> str:
 def caption(scene: Scene, seed: int, name: str | None = None, style: str | None = None) -> str:
     """A true sentence about the scene, in varied words. `name` stands for "red cat", `style` for the style's phrase."""
     rng = np.random.default_rng([seed, scene.seed, 5])
-    look = style or _pick(rng, STYLE_WORDS[scene.style])
+    look = style or pick(rng, STYLE_WORDS[scene.style])
     short = rng.random() < 0.2
     noun = name or (SUBJECTS[scene.subject].class_name if scene.subject else scene.object)
     if not name and not scene.subject and not (short and rng.random() < 0.4):
         noun = f"{scene.colour} {noun}"
     with_size, with_place, with_background = rng.random(3) < ((0, 0, 0) if short else (0.6, 0.6, 0.85))
-    words = article(f"{_pick(rng, SIZE_WORDS[scene.size])} {noun}" if with_size else noun)
-    where = [_pick(rng, BACKGROUND_WORDS[scene.background])] * bool(with_background)
-    where += [_pick(rng, PLACE_WORDS[scene.place])] * bool(with_place)
+    words = article(f"{pick(rng, SIZE_WORDS[scene.size])} {noun}" if with_size else noun)
+    where = [pick(rng, BACKGROUND_WORDS[scene.background])] * bool(with_background)
+    where += [pick(rng, PLACE_WORDS[scene.place])] * bool(with_place)
     if rng.random() < 0.5:
         where.reverse()
     body = " ".join([words, *where])

@@ -139,11 +139,9 @@ class Recipe(Part):
         """Refuse what no single field can see."""
         if not (self.optim.lr or self.optim.text_encoder_lr):
             raise RecipeError("nothing would be trained: --lr and --text-encoder-lr are both 0")
-        if (
-            self.objective.prior == "images"
-            and all("{class}" in prompt for prompt in self.objective.prior_prompts)
-            and not self.data.class_name
-        ):
+        if self.objective.prior == "images" and not self.class_templates:
+            if self.data.class_name:
+                raise RecipeError("--prior images needs --prior-prompts", "what should be drawn? e.g. 'a {class}'")
             raise RecipeError("--prior images needs --class", "what is the subject? e.g. --class dog")
         if self.name is not None and Path(self.name).name != self.name:
             raise RecipeError(f"--name must be a plain file name, not {self.name!r}", "the folder is --output")
@@ -151,6 +149,11 @@ class Recipe(Part):
             if unknown := set(re.findall(r"{(.*?)}", template)) - {"trigger", "class"}:
                 raise RecipeError(f"{flag} can hold {{trigger}} and {{class}}, not {{{min(unknown)}}}")
         return self
+
+    @property
+    def class_templates(self) -> tuple[str, ...]:
+        """The prior prompts that can be filled in: without a class, those that need none."""
+        return tuple(prompt for prompt in self.objective.prior_prompts if self.data.class_name or "{class}" not in prompt)
 
     def _templates(self) -> Iterator[tuple[str, str]]:
         yield "--caption", self.data.caption
