@@ -23,12 +23,13 @@ Off = Callable[[], contextlib.AbstractContextManager[None]]
 
 @dataclass(frozen=True)
 class Inputs:
-    """A batch as the objective sees it. With class images (prior 'images') the second half of the rows is theirs."""
+    """A batch as the objective sees it: b pictures, and k <= b rows that the prior holds."""
 
-    mean: Tensor  # [b, c, h, w], of the posterior over x_0
-    std: Tensor  # [b, c, h, w]
-    cond: Tensor  # [b, n, d]
-    class_cond: Tensor | None = None  # [b, n, d], the captions without the trigger, for prior 'output'
+    mean: Tensor  # [b, c, h, w], of the posterior over x_0; [b + k, c, h, w] with class images
+    std: Tensor  # as mean
+    cond: Tensor  # [b, n, d], or [b + k, n, d]
+    class_images: int = 0  # k, how many of the last rows are class images, for prior 'images'
+    class_cond: Tensor | None = None  # [k, n, d], captions without the trigger for the first rows, for prior 'output'
     class_cond_off: Tensor | None = None  # the same without the adapter
 
 
@@ -55,29 +56,35 @@ def build(objective: Objective, schedule: Schedule, off: Off = contextlib.nullco
         return errors(denoise(x.latents, x.t, inputs.cond), x)
 
     def images(denoise: Denoise, inputs: Inputs, rng: Rng) -> Tensor:
-        """DreamBooth's prior preservation (Ruiz et al. 2022, eq. 2): the same loss on class images, added to each picture's."""
-        x = noised(inputs, schedule, gamma, rng, copies=2)
-        own, prior = errors(denoise(x.latents, x.t, inputs.cond), x).chunk(2)
-        return own + weight * prior
+        """DreamBooth's prior preservation (Ruiz et al. 2022, eq. 2): the same loss on class images, their mean added to each."""
+        x = noised(inputs, schedule, gamma, rng)
+        own, prior = errors(denoise(x.latents, x.t, inputs.cond), x).tensor_split([-inputs.class_images])
+        return own + weight * prior.mean()
 
     def output(denoise: Denoise, inputs: Inputs, rng: Rng) -> Tensor:
         """On the caption without the trigger, stay with what the base itself predicts from the same noisy latents."""
         assert inputs.class_cond is not None and inputs.class_cond_off is not None
-        x = noised(inputs, schedule, gamma, rng)
+        x, k = noised(inputs, schedule, gamma, rng), len(inputs.class_cond)
         with torch.no_grad(), off():
-            kept = denoise(x.latents, x.t, inputs.class_cond_off)
-        both = Noised(torch.cat([x.latents] * 2), torch.cat([x.t] * 2), torch.cat([x.target, kept]), torch.cat([x.weight] * 2))
-        own, prior = errors(denoise(both.latents, both.t, torch.cat([inputs.cond, inputs.class_cond])), both).chunk(2)
-        return own + weight * prior
+            kept = denoise(x.latents[:k], x.t[:k], inputs.class_cond_off)
+        both = Noised(
+            torch.cat([x.latents, x.latents[:k]]),
+            torch.cat([x.t, x.t[:k]]),
+            torch.cat([x.target, kept]),
+            torch.cat([x.weight, x.weight[:k]]),
+        )
+        own, prior = errors(denoise(both.latents, both.t, torch.cat([inputs.cond, inputs.class_cond])), both).tensor_split([-k])
+        return own + weight * prior.mean()
 
     return {"none": plain, "images": images, "output": output}[objective.prior]
 
 
-def noised(inputs: Inputs, schedule: Schedule, gamma: float, rng: Rng, copies: int = 1) -> Noised:
-    """Draw x_0 from its posterior, timesteps and noise; `copies` groups of rows share their timesteps."""
+def noised(inputs: Inputs, schedule: Schedule, gamma: float, rng: Rng) -> Noised:
+    """Draw x_0 from its posterior, timesteps and noise; class images take the timesteps of the first pictures."""
     x0 = inputs.mean + inputs.std * normal(inputs.mean, rng("posterior"))
     eps = normal(inputs.mean, rng("noise"))
-    t = timesteps(len(x0) // copies, schedule, rng).to(x0.device).repeat(copies)
+    t = timesteps(len(x0) - inputs.class_images, schedule, rng).to(x0.device)
+    t = torch.cat([t, t[: inputs.class_images]])
     return Noised(schedule.signal(t) * x0 + schedule.noise(t) * eps, t, target(x0, eps, t, schedule), weights(t, schedule, gamma))
 
 

@@ -17,9 +17,11 @@ class Optimizer:
     """AdamW (Loshchilov & Hutter 2017) with a schedule, gradient clipping and accumulation; its state is plain named tensors."""
 
     def __init__(self, groups: Mapping[str, Mapping[str, nn.Parameter]], optim: Optim, steps: int) -> None:
-        self.optim, self.steps = optim, steps
+        self.optim = optim
         self.parameters = {name: p for group in groups.values() for name, p in group.items()}
-        self.peak_lr = {part: optim.text_encoder_lr if part.startswith("text_encoder") else optim.lr for part in groups}
+        text = {part: part.startswith("text_encoder") for part in groups}
+        self.peak_lr = {part: optim.text_encoder_lr if is_text else optim.lr for part, is_text in text.items()}
+        self.steps = {part: optim.text_encoder_steps(steps) if is_text else steps for part, is_text in text.items()}
         self.adamw = torch.optim.AdamW(
             [{"params": list(group.values()), "part": part} for part, group in groups.items()],
             betas=(optim.beta1, optim.beta2),
@@ -49,8 +51,9 @@ class Optimizer:
         self.adamw.zero_grad()
 
     def lr(self, part: str, done: int) -> float:
-        """A part's learning rate for the step after `done` steps; 0 for a part that is not trained."""
-        return self.peak_lr.get(part, 0.0) * factor(self.optim, done, self.steps)
+        """A part's learning rate for the step after `done` steps; 0 for a part that is not trained, or not any more."""
+        steps = self.steps.get(part, 0)
+        return self.peak_lr[part] * factor(self.optim, done, steps) if done < steps else 0.0
 
     def state(self) -> dict[str, Tensor]:
         """Parameters and moments, on the CPU: name -> parameter, name + '.exp_avg' -> moment, ..."""

@@ -7,15 +7,15 @@ bytes as an unbroken one: whatever is drawn at a step depends on (seed, step) on
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import math
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -118,23 +118,39 @@ def prepare(job: Job) -> Lesson:
 def feed(job: Job, lesson: Lesson, start: int) -> Iterator[Inputs]:
     """Endless batches from micro-step `start` on. Where the text encoder trains, captions are embedded here, each time anew."""
     recipe, base = job.recipe, job.base
-    stream = partial(
-        batches,
-        batch_size=recipe.batch_size,
-        seed=recipe.seed,
-        caption_dropout=recipe.data.caption_dropout,
-        start_step=start,
-    )
-    priors = stream(lesson.prior, purpose="class images") if lesson.prior else None
-    for micro, batch in enumerate(stream(lesson.latents), start):
+    stream = functools.partial(batches, seed=recipe.seed, caption_dropout=recipe.data.caption_dropout, start_step=start)
+    priors = stream(lesson.prior, batch_size=recipe.prior_rows, purpose="class images") if lesson.prior else None
+    read = reader(job)
+    for micro, batch in enumerate(stream(lesson.latents, batch_size=recipe.batch_size), start):
         rows = [one.to(base.device) for one in ([batch, next(priors)] if priors else [batch])]
-        cond = torch.cat([base.embed(row.captions) if row.cond is None else row.cond for row in rows])
-        inputs = Inputs(torch.cat([row.mean for row in rows]), torch.cat([row.std for row in rows]), cond)
-        yield with_class_captions(job, lesson, inputs, batch.index, micro) if lesson.class_cond is not None else inputs
+        cond = torch.cat([read(row.captions, micro) if row.cond is None else row.cond for row in rows])
+        mean, std = torch.cat([row.mean for row in rows]), torch.cat([row.std for row in rows])
+        inputs = Inputs(mean, std, cond, class_images=recipe.prior_rows if priors else 0)
+        if lesson.class_cond is not None:
+            inputs = with_class_captions(job, lesson, inputs, batch.index[: recipe.prior_rows], micro, read)
+        yield inputs
 
 
-def with_class_captions(job: Job, lesson: Lesson, inputs: Inputs, index: Tensor, micro: int) -> Inputs:
-    """Each row's caption without the trigger beside it, as the adapter reads it now and as the base reads it.
+Read = Callable[[Sequence[str], int], Tensor]  # captions, micro-step -> conditioning [n, tokens, d]
+
+
+def reader(job: Job) -> Read:
+    """How the adapter reads captions at a micro-step: anew while the text encoder learns, and from then on each once."""
+    learning = job.recipe.optim.text_encoder_steps(job.recipe.steps) * job.recipe.optim.accumulate
+
+    @functools.cache
+    @torch.no_grad()
+    def final(caption: str) -> Tensor:
+        return job.base.embed([caption])
+
+    def read(captions: Sequence[str], micro: int) -> Tensor:
+        return job.base.embed(captions) if micro < learning else torch.cat([final(caption) for caption in captions])
+
+    return read
+
+
+def with_class_captions(job: Job, lesson: Lesson, inputs: Inputs, index: Tensor, micro: int, read: Read) -> Inputs:
+    """The captions without the trigger of pictures `index` [k], as the adapter reads them now and as the base reads them.
 
     Every other row takes a class prompt instead: what no caption tells, other styles say, would take the subject on.
     """
@@ -145,7 +161,7 @@ def with_class_captions(job: Job, lesson: Lesson, inputs: Inputs, index: Tensor,
         others = torch.arange(len(index)) % 2 == micro % 2
         index = torch.where(others, pictures + drawn, index.cpu())
     off = lesson.class_cond[index.to(lesson.class_cond.device)]
-    now = job.base.embed([captions[i] for i in index.tolist()]) if job.recipe.optim.text_encoder_lr else off
+    now = read([captions[i] for i in index.tolist()], micro) if job.recipe.optim.text_encoder_lr else off
     return replace(inputs, class_cond=now, class_cond_off=off)
 
 

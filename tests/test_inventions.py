@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import islice
 
 import numpy as np
 import pytest
 
-from personalize.pocket import art_individuals, pool, world
+from personalize.pocket import art_individuals, names, pool, world
 from personalize.pocket.art_canvas import shades
 from personalize.pocket.art_looks import invent_look
 from personalize.pocket.world import COLOURS, DRAWINGS, Scene
@@ -62,3 +63,26 @@ def test_a_pool_keeps_the_named_world_and_adds_inventions():
     individuals = sum(" with a" in words or " stripes" in words or " dots" in words for words in told)
     assert 60 < individuals < 240
     assert not any(name in words for words in told for name in world.UNSEEN_STYLES)
+
+
+def test_names_are_spelled_apart_and_are_no_triggers():
+    for count, things in ((names.SOMEBODIES, names.somebodies()), (names.SCHOOLS, names.schools())):
+        called = {one.name for one in things}
+        assert len(called) == len(things) == count and not called & {*world.TRIGGERS, *world.OBJECTS, *world.COLOURS}
+
+
+def test_a_name_means_the_same_individual_or_look_wherever_it_comes():
+    one, same = (names._named(3, 81, lambda name, rng: (name, rng.random())) for _ in range(2))
+    assert one == same
+    who = names.somebodies()[0]
+    assert not np.array_equal(
+        picture(replace(SCENE, object=who.object), individual=who.looks), picture(replace(SCENE, object=who.object))
+    )
+
+
+def test_a_pool_calls_the_named_by_their_names():
+    rng, who, looks = np.random.default_rng(0), names.somebodies(), names.schools()
+    told = [pool.draw_one(scene, 7, 64, rng)[1] for scene in islice(world.scenes(5), 600)]
+    called = [words for words in told if any(f"{one.name} {one.object}" in words for one in who)]
+    styled = [words for words in told if any(f"{one.name} style" in words for one in looks)]
+    assert 45 < len(called) < 150 and 30 < len(styled) < 100

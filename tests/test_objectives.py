@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -136,8 +137,8 @@ def test_latents_are_drawn_afresh_from_the_posterior() -> None:
 
 
 def test_class_images_add_their_own_loss() -> None:
-    own, theirs = inputs(3), inputs(3, std=0.1)
-    both = Inputs(*(torch.cat([getattr(own, name), getattr(theirs, name)]) for name in ("mean", "std", "cond")))
+    own, theirs = inputs(3), inputs(2, std=0.1)
+    both = Inputs(*(torch.cat([getattr(own, name), getattr(theirs, name)]) for name in ("mean", "std", "cond")), class_images=2)
     schedule = schedule_of("epsilon")
 
     def total(weight: float) -> Tensor:
@@ -147,9 +148,10 @@ def test_class_images_add_their_own_loss() -> None:
     assert alone.shape == (3,)
     assert (with_one > alone).all()
     assert torch.allclose(with_two - alone, 2 * (with_one - alone), atol=1e-5)
-    x = noised(both, schedule, 5.0, rng(), copies=2)
-    assert torch.equal(x.t[:3], x.t[3:])
-    assert torch.allclose(alone, (x.weight * x.target.square().flatten(1).mean(1))[:3])
+    x = noised(both, schedule, 5.0, rng())
+    assert torch.equal(x.t[:2], x.t[3:])
+    each = x.weight * x.target.square().flatten(1).mean(1)
+    assert torch.allclose(alone, each[:3]) and torch.allclose(with_one - alone, each[3:].mean().expand(3))
 
 
 class Switched:
@@ -170,9 +172,10 @@ class Switched:
         return latents * (self.gain if self.on else 1.0) + cond.mean(dim=(1, 2))[:, None, None, None]
 
 
-def with_class(cond: float = 0.0, off: float = 0.0) -> Inputs:
+def with_class(cond: float = 0.0, off: float = 0.0, rows: int = 2) -> Inputs:
     given = inputs(2)
-    return Inputs(given.mean, given.std, given.cond, torch.full_like(given.cond, cond), torch.full_like(given.cond, off))
+    held = {"class_cond": torch.full_like(given.cond[:rows], cond), "class_cond_off": torch.full_like(given.cond[:rows], off)}
+    return replace(given, **held)
 
 
 def test_output_preservation_pulls_towards_the_adapter_off_prediction() -> None:
@@ -186,6 +189,14 @@ def test_output_preservation_pulls_towards_the_adapter_off_prediction() -> None:
     kept = build(Objective(prior="output", min_snr=0), schedule, net.off)(net, with_class(), rng())
     plain = build(Objective(min_snr=0), schedule)(net, with_class(), rng())
     assert torch.allclose(kept, plain)  # on = off: nothing to preserve
+
+
+def test_output_preservation_holds_as_many_rows_as_there_are_class_captions() -> None:
+    schedule, net = schedule_of("epsilon"), Switched()
+    one = build(Objective(prior="output", min_snr=0), schedule, net.off)(net, with_class(rows=1), rng())
+    assert net.calls == [(False, 1), (True, 3)]
+    own = build(Objective(min_snr=0), schedule)(net, with_class(), rng())
+    assert torch.allclose(one - own, (one - own)[:1].expand(2)) and (one > own).all()  # the mean over the held rows
 
 
 def test_output_preservation_compares_each_prompt_as_its_own_encoder_reads_it() -> None:

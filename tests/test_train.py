@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
+import itertools
 import json
 import os
 import resource
@@ -208,7 +209,8 @@ def test_training_lowers_the_loss(make: Make) -> None:
 
 
 EVERYTHING = {
-    "text_encoder_lr": 1e-3, "dropout": 0.2, "accumulate": 2, "caption_dropout": 0.3, "prior": "output", "steps": 6,
+    "text_encoder_lr": 1e-3, "text_encoder_share": 0.5, "dropout": 0.2, "accumulate": 2, "caption_dropout": 0.3,
+    "prior": "output", "prior_share": 0.5, "steps": 6,
     "sample_prompts": ["{trigger}", "a {class}"], "sample_every": 3,
 }  # fmt: skip
 
@@ -473,7 +475,9 @@ CHANGES: dict[str, tuple[Any, dict[str, Any]]] = {
     "caption": ("{trigger}", {}), "resolution": (48, {}), "flip": (False, {}), "caption_dropout": (0.9, {}),
     "rank": (3, {}), "alpha": (1.0, {}), "dropout": (0.5, {}), "targets": (["conv"], {}),
     "text_rank": (2, {"text_encoder_lr": 1e-3}), "text_targets": (["feedforward"], {"text_encoder_lr": 1e-3}),
+    "text_encoder_share": (0.5, {"text_encoder_lr": 1e-3}),
     "min_snr": (1.0, {}), "prior": ("output", {}), "prior_weight": (3.0, {"prior": "output"}),
+    "prior_share": (0.5, {"prior": "output"}),
     "prior_images": (3, {"prior": "images"}), "prior_prompts": (["the {class}", "an {class}"], {"prior": "images"}),
     "lr": (2e-3, {}), "text_encoder_lr": (1e-3, {}), "schedule": ("constant", {"warmup": 0}), "warmup": (1, {}),
     "weight_decay": (0.5, {}), "beta1": (0.5, {}), "beta2": (0.9, {}), "clip": (0.01, {}), "accumulate": (2, {}),
@@ -531,6 +535,27 @@ def test_a_part_is_trained_if_it_has_a_learning_rate(make: Make, rates: dict[str
     adapter = Adapter.load(adapter_of(recipe))
     assert adapter.parts == parts
     assert all(delta.norm() > 0 for delta in adapter.deltas.values())
+
+
+def test_the_text_encoder_stays_as_it_is_after_its_share(make: Make, tmp_path: Path) -> None:
+    recipe = make(steps=6, text_encoder_lr=1e-3, text_encoder_share=0.5, checkpoint_every=1, prior="output")
+    steps = [event for event in run(recipe) if isinstance(event, Step)]
+    assert [event.text_encoder_lr > 0 for event in steps] == [True] * 3 + [False] * 3
+    assert recipe.output
+    files = sorted((recipe.output / "checkpoints").glob("*[0-9].safetensors"))
+    for part, last in (("text_encoder", 3), ("unet", 6)):
+        deltas = [Adapter.load(file).part(part).deltas for file in [*files, adapter_of(recipe)]]
+        changes = [any(not torch.equal(a[path].up, b[path].up) for path in a) for a, b in itertools.pairwise(deltas)]
+        assert changes == [step <= last for step in range(2, 7)]
+
+
+@pytest.mark.parametrize(("share", "rows"), [(1.0, 4), (0.5, 2), (0.1, 1)])
+@pytest.mark.parametrize("prior", ["images", "output"])
+def test_the_prior_holds_its_share_of_rows(make: Make, prior: str, share: float, rows: int) -> None:
+    job = check(make(prior=prior, prior_share=share, batch_size=4, prior_images=3, sample_steps=1))
+    inputs = next(feed(job, prepare(job), 0))
+    assert len(inputs.mean) == (4 + rows if prior == "images" else 4)
+    assert (inputs.class_images if prior == "images" else len(inputs.class_cond)) == rows
 
 
 def test_class_images_are_drawn_once_and_of_each_prompt_in_turn(make: Make) -> None:

@@ -4,31 +4,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 
+from .art_canvas import pick
 from .art_individuals import invent_individual
 from .art_looks import invent_look
-from .world import COLOURS, STYLE_WORDS, TRIGGERS, UNSEEN_STYLES, Scene, caption, render, scenes
+from .names import schools, somebodies
+from .world import COLOURS, STYLE_WORDS, UNSEEN_STYLES, Scene, caption, is_held_out, render, scenes
 
 CHUNK = 2000  # pictures a worker draws at once
-INDIVIDUALS, LOOKS = 0.45, 0.3  # shares of pictures with an invented individual, with an invented look
-LETTERS = "abcdefghijklmnopqrstuvwxyz"
-
-
-def with_strange_word(text: str, rng: np.random.Generator, share: float = 0.08) -> str:
-    """Now and then put a meaningless word in, so that the base learns to read past a trigger it has never met."""
-    if rng.random() >= share:
-        return text
-    strange = "".join(rng.choice(list(LETTERS), int(rng.integers(2, 8))))
-    if strange in TRIGGERS:
-        return text
-    words = text.split()
-    words.insert(int(rng.integers(len(words))), strange)
-    return " ".join(words)
+INDIVIDUALS, LOOKS = 0.45, 0.3  # shares of pictures with an individual, with a look
+NAMED = 0.35  # share of those whose individual or look has a name and comes again; the others are invented anew
 
 
 def draw_chunk(job: tuple[int, int, int]) -> tuple[np.ndarray, list[str]]:
@@ -36,15 +27,25 @@ def draw_chunk(job: tuple[int, int, int]) -> tuple[np.ndarray, list[str]]:
     seed, chunk, size = job
     rng = np.random.default_rng([seed, chunk, 9])
     drawn = [draw_one(scene, seed, size, rng) for scene in islice(scenes(seed * 100_003 + chunk), CHUNK)]
-    return np.stack([picture for picture, _ in drawn]), [with_strange_word(words, rng) for _, words in drawn]
+    return np.stack([picture for picture, _ in drawn]), [words for _, words in drawn]
 
 
 def draw_one(scene: Scene, seed: int, size: int, rng: np.random.Generator) -> tuple[np.ndarray, str]:
-    """The picture of a scene and a caption; now and then of an individual or in a look that was never there before."""
-    individual = invent_individual(rng, scene.object, scene.colour, COLOURS) if rng.random() < INDIVIDUALS else None
-    look, phrase = invent_look(rng, COLOURS) if rng.random() < LOOKS else (None, None)
-    words = caption(scene, seed, individual.looks if individual else None, phrase)
-    return np.asarray(render(scene, size, individual, look)), words
+    """The picture of a scene and a caption; now and then of an individual or in a look, named or never there before."""
+    individual, words = None, None
+    if rng.random() < INDIVIDUALS:
+        who = pick(rng, somebodies())
+        named = replace(scene, object=who.object, colour=who.colour)
+        if rng.random() < NAMED and not is_held_out(named):
+            scene, individual, words = named, who.looks, f"{who.name} {who.object}"
+        else:
+            individual = invent_individual(rng, scene.object, scene.colour, COLOURS)
+            words = individual.looks
+    look, phrase = None, None
+    if rng.random() < LOOKS:
+        school = pick(rng, schools())
+        look, phrase = (school.look, f"{school.name} style") if rng.random() < NAMED else invent_look(rng, COLOURS)
+    return np.asarray(render(scene, size, individual, look)), caption(scene, seed, words, phrase)
 
 
 def build_pool(folder: Path, count: int, size: int, seed: int, workers: int) -> None:
@@ -96,13 +97,13 @@ def shuffled(count: int, batch: int, seed: int, start: int) -> Iterator[np.ndarr
 
 
 def build_tokenizer(folder: Path, captions: list[str], merges: int = 900) -> None:
-    """A CLIP byte-pair tokenizer learned from captions: any typed word tokenizes, and triggers are one token each."""
+    """A CLIP byte-pair tokenizer learned from captions: any typed word tokenizes; a trigger is spelled, as every name is."""
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
     from transformers import CLIPTokenizer
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     words = [word for phrases in STYLE_WORDS.values() for phrase in phrases for word in phrase.split()]
-    corpus = captions[:20_000] + [*TRIGGERS, *UNSEEN_STYLES, *words] * 200
+    corpus = captions[:20_000] + [*UNSEEN_STYLES, *words] * 200
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token="<|endoftext|>"))
     bpe.normalizer = normalizers.Lowercase()
     bpe.pre_tokenizer = pre_tokenizers.Sequence(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -72,6 +73,7 @@ class Objective(Part):
         "own output on each caption without the trigger",
     )
     prior_weight: float = Field(1.0, ge=0, description="weight of the prior-preservation loss")
+    prior_share: float = Field(1.0, gt=0, le=1, description="rows of the prior in a step, per picture of yours")
     prior_images: int = Field(24, ge=1, description="number of class images")
     prior_prompts: tuple[str, ...] = Field(
         ("a {class}",),
@@ -84,6 +86,9 @@ class Optim(Part):
 
     lr: float = Field(1e-3, ge=0, description="learning rate of the UNet adapter; 0 leaves the UNet alone")
     text_encoder_lr: float = Field(0.0, ge=0, description="learning rate of the text-encoder adapter; 0 leaves it alone")
+    text_encoder_share: float = Field(
+        1.0, gt=0, le=1, description="share of the steps in which the text encoder learns, before it stays as it is"
+    )
     schedule: Literal["constant", "linear", "cosine"] = Field("cosine", description="shape of the learning rate after warm-up")
     warmup: int = Field(10, ge=0, description="steps of linear warm-up")
     weight_decay: float = Field(0.01, ge=0, description="decoupled weight decay")
@@ -91,6 +96,10 @@ class Optim(Part):
     beta2: float = Field(0.99, ge=0, lt=1, description="AdamW's second momentum")
     clip: float = Field(1.0, ge=0, description="largest gradient norm; 0 turns clipping off")
     accumulate: int = Field(1, ge=1, description="micro-batches summed into one optimizer step")
+
+    def text_encoder_steps(self, steps: int) -> int:
+        """In how many of a run's steps the text encoder learns."""
+        return math.ceil(self.text_encoder_share * steps) if self.text_encoder_lr else 0
 
 
 WITHOUT_CLASS = (
@@ -139,6 +148,8 @@ class Recipe(Part):
         """Refuse what no single field can see."""
         if not (self.optim.lr or self.optim.text_encoder_lr):
             raise RecipeError("nothing would be trained: --lr and --text-encoder-lr are both 0")
+        if not self.optim.lr and self.optim.text_encoder_share < 1:
+            raise RecipeError("with --lr 0 nothing is left to train after --text-encoder-share", "leave that out")
         if self.objective.prior == "images" and not self.class_templates:
             if self.data.class_name:
                 raise RecipeError("--prior images needs --prior-prompts", "what should be drawn? e.g. 'a {class}'")
@@ -149,6 +160,11 @@ class Recipe(Part):
             if unknown := set(re.findall(r"{(.*?)}", template)) - {"trigger", "class"}:
                 raise RecipeError(f"{flag} can hold {{trigger}} and {{class}}, not {{{min(unknown)}}}")
         return self
+
+    @property
+    def prior_rows(self) -> int:
+        """How many rows of a step the prior holds."""
+        return max(1, round(self.objective.prior_share * self.batch_size))
 
     @property
     def class_templates(self) -> tuple[str, ...]:
