@@ -13,6 +13,7 @@ import math
 import operator
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -21,7 +22,9 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from .adapters import Adapter, LowRank
+from .adapters import Adapter, Delta, Dense, LowRank
+from .adapters.deltas import as_low_rank
+from .adapters.keys import same
 from .base import Base
 from .errors import AdapterError, FamilyMismatchError, RecipeError, nearest
 from .recipe import AdapterSpec
@@ -49,8 +52,9 @@ TARGETS = {
 class Attached:
     """Adapter layers on a base, until `detach()` or the end of the `with` block; the base's own weights never change."""
 
-    def __init__(self, base: Base, layers: dict[str, LoraLayer]) -> None:
-        self.base, self.layers = base, layers
+    def __init__(self, base: Base, layers: dict[str, LoraLayer], vectors: dict[str, Vector] | None = None) -> None:
+        self.base, self.layers, self.vectors = base, layers, vectors or {}
+        self._shift(1.0)
 
     def __enter__(self) -> Attached:
         return self
@@ -68,7 +72,8 @@ class Attached:
 
     def snapshot(self, metadata: Mapping[str, str] | None = None) -> Adapter:
         """A copy of what is attached now, on the CPU."""
-        return Adapter({path: lift(layer) for path, layer in self.layers.items()}, metadata or {})
+        deltas: dict[str, Delta] = {path: lift(layer) for path, layer in self.layers.items()}
+        return Adapter(deltas | {path: vector.delta for path, vector in self.vectors.items()}, metadata or {})
 
     def detach(self) -> Adapter:
         """What was attached; the base is left exactly as it was before."""
@@ -81,11 +86,13 @@ class Attached:
         """Inside, the base predicts as if nothing were attached."""
         for layer in self.layers.values():
             layer.enable_adapters(False)
+        self._shift(0.0)
         try:
             yield
         finally:
             for layer in self.layers.values():
                 layer.enable_adapters(True)
+            self._shift(1.0)
 
     @contextlib.contextmanager
     def at(self, strength: float) -> Iterator[None]:
@@ -93,11 +100,13 @@ class Attached:
         before = [layer.scaling[NAME] for layer in self.layers.values()]
         for layer, scaling in zip(self.layers.values(), before, strict=True):
             layer.scaling[NAME] = scaling * strength
+        self._shift(strength)
         try:
             yield
         finally:
             for layer, scaling in zip(self.layers.values(), before, strict=True):
                 layer.scaling[NAME] = scaling
+            self._shift(1.0)
 
     @contextlib.contextmanager
     def dropping(self, seed: int) -> Iterator[None]:
@@ -116,14 +125,30 @@ class Attached:
                 for drop in drops:
                     drop.eval()
 
+    @torch.no_grad()
+    def _shift(self, strength: float) -> None:
+        """Norms and biases carry their update in place."""
+        for vector in self.vectors.values():
+            vector.parameter.copy_(vector.before + strength * vector.delta.weight.to(vector.before))
+
     def _remove(self) -> None:
+        self._shift(0.0)
         for path, layer in self.layers.items():
             part, own = native(path)
             parent, _, leaf = own.rpartition(".")
             setattr(self.base.parts[part].get_submodule(parent), leaf, layer.base_layer)
         for part in {path.partition(".")[0] for path in self.layers}:
             del self.base.parts[part].peft_config
-        self.layers = {}
+        self.layers, self.vectors = {}, {}
+
+
+@dataclass(frozen=True)
+class Vector:
+    """A norm or a bias of the base, what it was, and its update."""
+
+    parameter: nn.Parameter
+    before: Tensor
+    delta: Dense
 
 
 def attach(
@@ -146,7 +171,8 @@ def attach(
     pairs = [(what, 1.0)] if isinstance(what, Adapter) else list(what)
     for adapter, _ in pairs:
         check_fit(base, adapter)
-    scaled = [part for adapter, strengths in pairs for part in at_strength(adapter, strengths)]
+    plain = [(adapter.resolve(lambda path: weight_named(base, path)), strengths) for adapter, strengths in pairs]
+    scaled = [part for adapter, strengths in plain for part in at_strength(adapter, strengths)]
     return inject(base, functools.reduce(operator.add, scaled).deltas if scaled else {}, 0.0)
 
 
@@ -211,42 +237,58 @@ def at_strength(adapter: Adapter, strengths: Strengths) -> list[Adapter]:
 
 def check_fit(base: Base, adapter: Adapter) -> None:
     """Raise FamilyMismatchError (AdapterError within the base's own family) unless every delta has its module, in its shape."""
-    modules = adaptable(base)
-    wrong = [path for path, delta in adapter.deltas.items() if path not in modules or not fits(delta, modules[path])]
+    there = {path: tuple(weight.shape) for path in adapter.deltas if (weight := find_weight(base, path)) is not None}
+    wrong = [path for path, delta in adapter.deltas.items() if path not in there or not same(delta.shape, there[path])]
     if not wrong:
         return
     path = wrong[0]
-    theirs = [adapter.deltas[path].up.shape[0], *adapter.deltas[path].down.shape[1:]]
-    ours = f"is {list(weight_of(modules[path]).shape)}" if path in modules else "does not exist"
+    theirs, ours = list(adapter.deltas[path].shape), f"is {list(there[path])}" if path in there else "does not exist"
     name = f"{called} " if (called := adapter.metadata.get("ss_output_name")) else ""
-    same = adapter.family in (base.family.name, "unknown")
-    raise (AdapterError if same else FamilyMismatchError)(
+    kin = adapter.family in (base.family.name, "unknown")
+    raise (AdapterError if kin else FamilyMismatchError)(
         f"the adapter {name}({adapter.family}) does not fit {base.name} ({base.family.name}): {len(wrong)} of "
         f"{len(adapter.deltas)} layers differ, e.g. {path} is {theirs} there and here it {ours}",
         "use the base it was trained on",
     )
 
 
-def fits(delta: LowRank, module: nn.Module) -> bool:
-    """Whether dW has the shape of the module's weight; a 1x1 conv and a linear layer count as the same."""
-    weight = weight_of(module).shape
-    ours, theirs = tuple(weight[:2]), (delta.up.shape[0], delta.down.shape[1])
-    return ours == theirs and tuple(weight[2:] or (1, 1)) == tuple(delta.down.shape[2:] or (1, 1))
+def find_weight(base: Base, path: str) -> nn.Parameter | None:
+    """The parameter that a delta's path names: a weight or, behind `.bias`, a bias; None if the base has none."""
+    part, own = native(path.removesuffix(".bias"))
+    try:
+        found = getattr(base.parts[part].get_submodule(own), "bias" if path.endswith(".bias") else "weight", None)
+    except (AttributeError, KeyError):
+        return None
+    return found if isinstance(found, nn.Parameter) else None
 
 
-def inject(base: Base, deltas: Mapping[str, LowRank], dropout: float) -> Attached:
-    """Put deltas on a base's modules as peft layers."""
+def weight_named(base: Base, path: str) -> nn.Parameter:
+    """The same, which must be there."""
+    weight = find_weight(base, path)
+    assert weight is not None
+    return weight
+
+
+def vector(parameter: nn.Parameter, delta: Delta) -> Vector:
+    """The update of a norm or a bias, ready to be taken back."""
+    return Vector(parameter, parameter.detach().clone(), Dense(delta.delta()))
+
+
+def inject(base: Base, deltas: Mapping[str, Delta], dropout: float) -> Attached:
+    """Put deltas on a base's modules as peft layers; those of norms and biases go into the base until they are taken off."""
     layers: dict[str, LoraLayer] = {}
+    single = {path for path, delta in deltas.items() if len(delta.shape) == 1}
+    vectors = {path: vector(weight_named(base, path), deltas[path]) for path in single}
     for part, model in base.parts.items():
-        own = {native(path)[1]: path for path in deltas if path.startswith(f"{part}.")}
+        own = {native(path)[1]: path for path in deltas if path.startswith(f"{part}.") and path not in single}
         if not own:
             continue
         pattern = "|".join(map(re.escape, own))  # full paths, so that peft's match by ending cannot find others
         config = LoraConfig(r=1, lora_alpha=1, lora_dropout=dropout, target_modules=pattern, init_lora_weights=False)
         inject_adapter_in_model(config, model, NAME, low_cpu_mem_usage=True)  # on no device: place() brings the values
         for name, path in own.items():
-            layers[path] = place(model.get_submodule(name), deltas[path], base.device)
-    return Attached(base, layers)
+            layers[path] = place(model.get_submodule(name), as_low_rank(deltas[path]), base.device)
+    return Attached(base, layers, vectors)
 
 
 def place(layer: Any, delta: LowRank, device: torch.device) -> LoraLayer:

@@ -8,8 +8,8 @@ from typing import Any
 from .adapters.keys import FAMILIES, Family, UNet
 
 UNKNOWN = Family("unknown", UNet((), (), 0, 0), (), "unknown", "unknown/lora")
-A1111 = {"sd1": "SD1", "sd2": "SD2", "sdxl": "SDXL"}  # `sd version` in A1111's sidecar
-TWO_TEXT_ENCODERS = ("sdxl",)
+A1111 = {"sd1": "SD1", "sd2": "SD2", "sdxl": "SDXL", "sdxl-refiner": "SDXL"}  # `sd version` in A1111's sidecar
+TWO_TEXT_ENCODERS = ("sdxl", "sdxl-refiner")
 
 
 def detect(unet: Mapping[str, Any]) -> Family:

@@ -1,20 +1,17 @@
-"""Adapters as values: families, algebra, files in every dialect, the export contract."""
+"""Adapters as values: algebra, and what goes together. The tables of names and families are in test_keys.py."""
 
 from __future__ import annotations
 
 import pickle
-from pathlib import Path
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from personalize.adapters import FAMILIES, Adapter, LowRank, canonical, distance, family_of
-from personalize.adapters.keys import Family, kohya_names, kohya_paths, modules
+from personalize.adapters import FAMILIES, Adapter, LowRank, distance
+from personalize.adapters.keys import modules
 from personalize.errors import AdapterError, FamilyMismatchError
 
 ROWS = {family.name: family for family in FAMILIES}
@@ -61,92 +58,6 @@ def assert_updates(adapter: Adapter, wanted: dict[str, torch.Tensor], tolerance:
     for path in found.keys() | wanted.keys():
         a, b = found.get(path, torch.zeros(())), wanted.get(path, torch.zeros(()))
         assert float((a - b).norm()) <= tolerance * max(1.0, float(b.norm())), path
-
-
-# --- families -------------------------------------------------------------------------------------------------------
-
-
-def reference(family: Family) -> dict[str, tuple[int, ...]]:
-    """The Linear and Conv2d layers of the real classes, built on the meta device."""
-    row = family.unet
-    cross = [bool(depth) for depth in row.depth]
-    options = {"addition_embed_type": "text_time", "addition_time_embed_dim": 256} if row.added else {}
-    found = {}
-    with torch.device("meta"):
-        parts: dict[str, nn.Module] = {
-            "unet": UNet2DConditionModel(
-                in_channels=row.latent,
-                out_channels=row.latent,
-                block_out_channels=row.channels,
-                layers_per_block=row.layers,
-                down_block_types=["CrossAttnDownBlock2D" if yes else "DownBlock2D" for yes in cross],
-                up_block_types=["CrossAttnUpBlock2D" if yes else "UpBlock2D" for yes in reversed(cross)],
-                transformer_layers_per_block=[max(depth, 1) for depth in row.depth],
-                cross_attention_dim=row.context,
-                use_linear_projection=row.linear,
-                norm_num_groups=16,
-                projection_class_embeddings_input_dim=row.added or None,
-                **options,
-            )
-        }
-        for part, text in zip(("text_encoder", "text_encoder_2"), family.texts, strict=False):
-            config = CLIPTextConfig(
-                hidden_size=text.width,
-                intermediate_size=4 * text.width,
-                num_hidden_layers=text.layers,
-                num_attention_heads=text.width // 16,
-                projection_dim=text.width,
-                vocab_size=8,
-            )
-            parts[part] = (CLIPTextModelWithProjection if text.projection else CLIPTextModel)(config)
-    for part, model in parts.items():
-        for path, module in model.named_modules():
-            if isinstance(module, nn.Linear | nn.Conv2d):
-                found[canonical(f"{part}.{path}")] = tuple(module.weight.shape)
-    return found
-
-
-@pytest.mark.parametrize("name", ROWS)
-def test_rows_generate_the_real_module_lists(name: str) -> None:
-    assert modules(ROWS[name]) == reference(ROWS[name])
-
-
-def test_pocket_row_is_the_tiny_base(tiny_base: Path) -> None:
-    unet = UNet2DConditionModel.from_pretrained(tiny_base / "unet")
-    shapes = {f"unet.{path}": tuple(m.weight.shape) for path, m in unet.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
-    assert family_of(shapes) is ROWS["pocket"]
-
-
-@pytest.mark.parametrize("name", ROWS)
-def test_kohya_names_are_unique_and_come_back(name: str) -> None:
-    family = ROWS[name]
-    names = kohya_names(family)
-    assert len(set(names.values())) == len(names) == len(modules(family))
-    assert all(kohya_paths(family)[name] == path for path, name in names.items())
-
-
-def test_kohya_names_are_those_of_the_uis() -> None:
-    """Spelled out from files in the wild, not from our own generator."""
-    sd1, sdxl = kohya_names(ROWS["sd1"]), kohya_names(ROWS["sdxl"])
-    block = "unet.down_blocks.1.attentions.0"
-    assert sd1[f"{block}.transformer_blocks.0.attn1.to_out.0"] == (
-        "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_out_0"
-    )
-    assert sd1["text_encoder.text_model.encoder.layers.0.mlp.fc1"] == "lora_te_text_model_encoder_layers_0_mlp_fc1"
-    assert sdxl[f"{block}.transformer_blocks.1.ff.net.0.proj"] == "lora_unet_input_blocks_4_1_transformer_blocks_1_ff_net_0_proj"
-    assert sdxl["unet.down_blocks.0.downsamplers.0.conv"] == "lora_unet_input_blocks_3_0_op"
-    assert sdxl["unet.up_blocks.0.upsamplers.0.conv"] == "lora_unet_output_blocks_2_2_conv"
-    assert sdxl["unet.up_blocks.2.resnets.2.conv_shortcut"] == "lora_unet_output_blocks_8_0_skip_connection"
-    assert sdxl["text_encoder_2.text_projection"] == "lora_te2_text_projection"
-
-
-@pytest.mark.parametrize("name", ROWS)
-@pytest.mark.parametrize("pick", ["to_k", "resnets", "text_encoder", "mid_block"])
-def test_family_is_told_from_few_modules(name: str, pick: str) -> None:
-    adapter = make(name, pick, rank=1)
-    shared = {"sd2": "sd1"} if pick == "resnets" else {"sdxl": "sd1"} if pick == "text_encoder" else {}
-    assert adapter.family == shared.get(name, name) or (name, pick) == ("sdxl", "text_encoder")
-    assert Adapter(adapter.deltas, {"ss_base_model_version": ROWS[name].base_version}).family == name
 
 
 # --- algebra --------------------------------------------------------------------------------------------------------

@@ -80,7 +80,7 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "three offsets": (one(data_offsets=[0, 8, 16]), "impossible offsets"),
     "gap": (packed({DOWN: entry([2, 2], 16, 32)}, bytes(32)), "leaves a gap"),
     "overlap": (packed({DOWN: entry([2, 2]), UP: entry([2, 2], 8, 24)}, bytes(24)), "overlaps"),
-    "no tensors": (packed({}), "holds no LoRA"),
+    "no tensors": (packed({}), "holds no adapter"),
     "half a pair": (one(), "1 of 1 tensors belong to no"),
     "ranks differ": (packed({DOWN: entry([2, 2]), UP: entry([4, 1], 16, 32)}, bytes(32)), "does not fit its other half"),
     "rank zero": (packed({DOWN: entry([0, 2], 0, 0), UP: entry([2, 0], 0, 0)}), "does not fit its other half"),

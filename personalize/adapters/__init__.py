@@ -16,14 +16,16 @@ from .keys import FAMILIES, PARTS, Family, canonical, family_of
 
 if TYPE_CHECKING:
     from .adapter import Adapter, distance
-    from .deltas import LowRank
+    from .deltas import Delta, Dense, LowRank
 
-_LAZY = {"Adapter": "adapter", "distance": "adapter", "LowRank": "deltas"}
+_LAZY = {"Adapter": "adapter", "distance": "adapter", "Delta": "deltas", "Dense": "deltas", "LowRank": "deltas"}
 
 __all__ = [
     "FAMILIES",
     "PARTS",
     "Adapter",
+    "Delta",
+    "Dense",
     "Description",
     "Family",
     "LowRank",

@@ -11,6 +11,7 @@ from typing import TypeVar
 
 from . import dialects, keys
 from .headers import Header, opened, read_header, read_scalar
+from .kinds import ALPHA, NUMBERS
 
 T = TypeVar("T")
 _PRECISIONS = {"F64": "fp64", "F32": "fp32", "F16": "fp16", "BF16": "bf16", "F8_E4M3": "fp8", "F8_E5M2": "fp8"}
@@ -22,7 +23,7 @@ class Description:
 
     path: Path
     dialect: str  # "kohya", "diffusers", "peft"; "" if no key is an adapter's
-    kind: str  # "LoRA", or the name of a kind that is not read yet, or "unknown"
+    kind: str  # "LoRA", "LoHa + full", "textual inversion", ... or "unknown"
     family: str  # "pocket", "sd1", ..., "unknown"
     parts: Mapping[str, int]
     ranks: Mapping[int, int]
@@ -46,16 +47,17 @@ def describe(path: str | Path) -> Description:
     path = Path(path).expanduser()
     header = read_header(path)
     reading = dialects.read(header)
-    shapes = {module: dialects.shape(header, slot) for module, slot in reading.slots.items()}
+    shapes = {module: dialects.shape(header, slot) for module, slot in reading.slots.items() if slot.kind}
     family = keys.family_of(shapes, header.metadata)
-    weights = [header.tensors[key] for slot in reading.slots.values() for key in (slot.up, slot.down)]
+    stored = [(role, key) for slot in reading.slots.values() for role, key in slot.keys.items()]
+    weights = [header.tensors[key] for role, key in stored if role not in NUMBERS]
     return Description(
         path=path,
         dialect=reading.dialect,
         kind=reading.kind,
         family=family.name if family else "unknown",
         parts=_count(map(keys.part_of, reading.slots)),
-        ranks=_count(dialects.rank(header, slot) for slot in reading.slots.values()),
+        ranks=_count(rank for slot in reading.slots.values() if (rank := dialects.rank(header, slot))),
         alphas=_count(_alphas(header, reading)),
         dtype=", ".join(_count(_PRECISIONS.get(entry.dtype, entry.dtype) for entry in weights)),
         tensors=len(header.tensors),
@@ -71,10 +73,10 @@ def describe(path: str | Path) -> Description:
 
 def _alphas(header: Header, reading: dialects.Reading) -> list[float]:
     """Every module's alpha as Adapter.load would have it."""
-    slots = reading.slots
+    slots = {module: slot for module, slot in reading.slots.items() if dialects.rank(header, slot)}
     with opened(header.path) as file:
         scales = dialects.configured_scales(header, reading)
-        kept = {module: slot.alpha for module, slot in slots.items() if slot.alpha}
+        kept = {module: slot.keys[ALPHA] for module, slot in slots.items() if ALPHA in slot.keys}
         stored = {module: read_scalar(file, key, header.tensors[key]) for module, key in kept.items()}
     return [stored.get(module, scales.get(module, 1.0) * dialects.rank(header, slot)) for module, slot in slots.items()]
 

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from ..errors import AdapterError, HostileFileError, UnmatchedKeysError, nearest
-from . import keys
+from . import keys, kinds
 from .headers import Header, short
 
 DialectName = Literal["kohya", "diffusers", "peft"]
@@ -32,37 +32,29 @@ DIALECTS: tuple[str, ...] = get_args(DialectName)
 ADAPTER_METADATA = "lora_adapter_metadata"  # diffusers' header key for the LoraConfigs, each key behind its part's name
 PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"  # the pair of names that peft looks for
 
-_KOHYA = {"up": ".lora_up.weight", "down": ".lora_down.weight", "alpha": ".alpha"}
-_LEAVES: tuple[tuple[re.Pattern[str], dict[str, str]], ...] = (
-    (re.compile(r"(?P<path>[\w.]+)\.lora_(?P<role>[AB])(\.\w+)?\.weight"), {"A": "down", "B": "up"}),
-    (re.compile(r"(?P<path>[\w.]+)\.(lora|lora_linear_layer)\.(?P<role>down|up)\.weight"), {"down": "down", "up": "up"}),
-    (re.compile(r"(?P<path>[\w.]+_lora)\.(?P<role>down|up)\.weight"), {"down": "down", "up": "up"}),
-    (re.compile(r"(?P<path>[\w.]+)\.(?P<role>alpha)"), {"alpha": "alpha"}),
+_ROLES = {"A": kinds.DOWN, "B": kinds.UP, "down": kinds.DOWN, "up": kinds.UP, "alpha": kinds.ALPHA}
+_LEAVES = (  # of dialects that spell module paths with dots
+    re.compile(r"(?P<path>[\w.]+)\.lora_(?P<role>[AB])(\.\w+)?\.weight"),
+    re.compile(r"(?P<path>[\w.]+)\.(lora|lora_linear_layer)\.(?P<role>down|up)\.weight"),
+    re.compile(r"(?P<path>[\w.]+_lora)\.(?P<role>down|up)\.weight"),
+    re.compile(r"(?P<path>[\w.]+)\.(?P<role>lora_magnitude_vector)(\.\w+)?(\.weight)?"),
+    re.compile(r"(?P<path>[\w.]+)\.(?P<role>alpha|dora_scale|(hada|lokr)_[wt][12](_[ab])?)(\.(?!weight)\w+)?"),
 )
 _OLD_ATTENTION = re.compile(r"\.(?:processor\.)?to_(q|k|v|out)_lora$")  # diffusers before 0.22
-_KINDS = {  # a name between the dots of a key, or its beginning where it ends with _
-    "hada_": "LoHa",
-    "lokr_": "LoKr",
-    "oft_blocks": "OFT",
-    "dora_scale": "DoRA",
-    "lora_magnitude_vector": "DoRA",
-    "lora_mid": "LoCon (Tucker)",
-    "on_input": "IA3",
-    "w_norm": "norm",
-    "b_norm": "norm",
-    "diff": "full",
-    "diff_b": "full",
-    "emb_params": "textual inversion",
-}
+EMBEDDINGS = ("emb_params", "clip_l", "clip_g", "string_to_param", "t5xxl")  # keys of a textual inversion
 
 
-@dataclass
+@dataclass(frozen=True)
 class Slot:
-    """Where a file keeps the tensors of one module: their keys."""
+    """Where a file keeps the tensors of one module: their keys, by role (kinds.py)."""
 
-    up: str = ""
-    down: str = ""
-    alpha: str = ""
+    kind: str  # a name of KINDS; "" if only the bias is changed
+    keys: Mapping[str, str]
+
+    @property
+    def name(self) -> str:
+        """The kind as people call it."""
+        return kinds.name_of(self.kind, self.keys)
 
 
 @dataclass(frozen=True)
@@ -80,27 +72,45 @@ def read(header: Header) -> Reading:
     parsed = {key: address for key in header.tensors if (address := _parse(key))}
     votes = Counter(dialect for dialect, _, _ in parsed.values())
     dialect = max(DIALECTS, key=lambda name: votes[name]) if votes else ""
-    slots: dict[str, Slot] = {}
+    found: dict[str, dict[str, str]] = {}
     for key, (spoken, name, role) in parsed.items():
-        if spoken == dialect and not getattr(slots.setdefault(name, Slot()), role):
-            setattr(slots[name], role, key)
-    slots = {name: slot for name, slot in slots.items() if slot.up and slot.down and _check_pair(header, slot)}
+        if spoken == dialect:
+            found.setdefault(name, {}).setdefault(role, key)
+    slots = {name: Slot(kinds.kind_of(roles), roles) for name, roles in found.items()}
+    slots = {name: slot for name, slot in slots.items() if slot.kind or slot.keys.keys() & set(kinds.BIASES)}
+    known = {name: shape(header, slot) for name, slot in slots.items()}
     if dialect == "kohya":
-        paths = keys.find_kohya({name: shape(header, slot) for name, slot in slots.items()}, header.metadata)
+        paths = keys.find_kohya(known, header.metadata)
         slots = {paths[name]: slot for name, slot in slots.items() if name in paths}
-    matched = {key for slot in slots.values() for key in (slot.up, slot.down, slot.alpha)}
+    matched = {key for slot in slots.values() for role, key in slot.keys.items() if _is_read(slot, role)}
     unmatched = tuple(key for key in header.tensors if key not in matched)
     return Reading(dialect, _kind(slots, unmatched), slots, unmatched)
 
 
+def _is_read(slot: Slot, role: str) -> bool:
+    return role in kinds.BIASES or (slot.kind != "" and role in kinds.KINDS[slot.kind].roles)
+
+
+def shapes(header: Header, slot: Slot) -> dict[str, keys.Shape]:
+    """The shapes of a slot's tensors, by role."""
+    return {role: header.tensors[key].shape for role, key in slot.keys.items()}
+
+
 def rank(header: Header, slot: Slot) -> int:
-    """The rank of the update that a slot holds."""
-    return header.tensors[slot.down].shape[0]
+    """The rank of the update that a slot holds; 0 for a full one."""
+    return kinds.KINDS[slot.kind].rank(shapes(header, slot)) if slot.kind else 0
 
 
 def shape(header: Header, slot: Slot) -> tuple[int, ...]:
-    """The shape of the dW that a slot holds: [out, in(, kh, kw)]."""
-    return (*header.tensors[slot.up].shape[:1], *header.tensors[slot.down].shape[1:])
+    """The shape of the dW that a slot holds, as far as it tells (kinds.py). HostileFileError if its tensors do not fit."""
+    if not slot.kind:
+        return (-1,)
+    try:
+        return kinds.KINDS[slot.kind].shape(shapes(header, slot))
+    except (kinds.MisfitError, LookupError, ValueError) as error:
+        first = next(iter(slot.keys.values()))
+        said = str(error) if isinstance(error, kinds.MisfitError) else "its tensors do not fit each other"
+        raise HostileFileError(f"{header.path}: {short(first)}: {said}") from None
 
 
 def unmatched_error(header: Header, reading: Reading) -> UnmatchedKeysError:
@@ -108,10 +118,11 @@ def unmatched_error(header: Header, reading: Reading) -> UnmatchedKeysError:
     listed = ", ".join(short(key) for key in reading.unmatched[:3]) + (", …" if len(reading.unmatched) > 3 else "")
     count = f"{len(reading.unmatched)} of {len(header.tensors)}"
     what = f"{header.path}: {count} tensors belong to no known module or lack their other half: {listed}"
-    if reading.kind not in ("LoRA", "unknown"):
-        return UnmatchedKeysError(what, f"it holds {reading.kind} weights; only LoRA is read so far")
+    if reading.kind == "textual inversion":
+        return UnmatchedKeysError(f"{header.path} is a textual inversion, not an adapter", "Embedding.load reads it")
     if not reading.slots:
-        return UnmatchedKeysError(what, "it holds no LoRA: name an adapter file")
+        holds = "no adapter: name another file" if reading.kind == "unknown" else f"parts of {reading.kind} updates, none whole"
+        return UnmatchedKeysError(what, f"it holds {holds}")
     families = ", ".join(family.name for family in keys.FAMILIES)
     return UnmatchedKeysError(what, f"known families: {families}; allow_unmatched=True reads the rest")
 
@@ -124,24 +135,29 @@ def configured_scales(header: Header, reading: Reading) -> dict[str, float]:
     config = {} if reading.dialect == "kohya" else _config(header)
     scales = {}
     for module, slot in reading.slots.items():
+        if not (r := rank(header, slot)):
+            continue
         part, _, inside = module.partition(".")
         own = {key.removeprefix(f"{part}."): value for key, value in config.items()}  # peft's have no part in front
         if "lora_alpha" in own:
-            r = rank(header, slot)
             scales[module] = _alpha(header, own, inside) / (r**0.5 if own.get("use_rslora") else r)
     return scales
 
 
-def keys_of(dialect: str, paths: Collection[str], names: Mapping[str, str]) -> dict[str, Slot]:
-    """Module path => the keys of its tensors in a dialect; `names` are kohya's names of the modules."""
+def stems(dialect: str, paths: Collection[str], names: Mapping[str, str]) -> dict[str, str]:
+    """Module path => what stands before the dot of its tensors' keys in a dialect; `names` are kohya's names of the modules."""
     if dialect == "kohya":
-        return {path: Slot(**{role: names[path] + leaf for role, leaf in _KOHYA.items()}) for path in paths}
-    stems = {path: path for path in paths}
-    if dialect == "peft":
-        alone = set(map(keys.part_of, paths)) in ({"unet"}, {"text_encoder"})  # the part can be told from the path behind it
-        native = {path: path.replace("text_encoder.text_model.", "text_encoder.") for path in paths}
-        stems = {path: f"base_model.model.{name.partition('.')[2] if alone else name}" for path, name in native.items()}
-    return {path: Slot(f"{stem}.lora_B.weight", f"{stem}.lora_A.weight") for path, stem in stems.items()}
+        return {path: names[path] for path in paths}
+    if dialect == "diffusers":
+        return {path: path for path in paths}
+    alone = set(map(keys.part_of, paths)) in ({"unet"}, {"text_encoder"})  # the part can be told from the path behind it
+    native = {path: path.replace("text_encoder.text_model.", "text_encoder.") for path in paths}
+    return {path: f"base_model.model.{name.partition('.')[2] if alone else name}" for path, name in native.items()}
+
+
+def spelled(dialect: str, role: str) -> str:
+    """A role behind a stem, in a dialect."""
+    return role if dialect == "kohya" else {kinds.UP: "lora_B.weight", kinds.DOWN: "lora_A.weight"}[role]
 
 
 def check(dialect: str) -> str:
@@ -169,15 +185,15 @@ def lora_configs(ranks: Mapping[str, int]) -> dict[str, dict[str, Any]]:
 
 def _parse(key: str) -> tuple[str, str, str] | None:
     """A file key => (dialect, kohya name or canonical path, role); None if no dialect has such a key."""
-    if key.startswith("lora_"):
-        role = next((role for role, leaf in _KOHYA.items() if key.endswith(leaf)), "")
-        return ("kohya", key.removesuffix(_KOHYA[role]), role) if role else None
-    for pattern, roles in _LEAVES:
+    if key.startswith(keys.KOHYA_PREFIXES):
+        name, _, role = key.partition(".")
+        return ("kohya", name, role) if role in kinds.ROLES else None
+    for pattern in _LEAVES:
         if found := pattern.fullmatch(key):
             path = found["path"]
             dialect = "diffusers" if keys.part_of(path) in keys.PARTS else "peft"
             full = _explicit(path.removeprefix("base_model.model."))
-            return (dialect, full, roles[found["role"]]) if full else None
+            return (dialect, full, _ROLES.get(found["role"], found["role"])) if full else None
     return None
 
 
@@ -195,19 +211,12 @@ def _explicit(path: str) -> str:
 
 
 def _kind(slots: Mapping[str, Slot], unmatched: Iterable[str]) -> str:
-    names = {name for key in unmatched for name in key.split(".")}
-    for mark, kind in _KINDS.items():
-        if mark in names or (mark.endswith("_") and any(name.startswith(mark) for name in names)):
-            return kind
-    return "LoRA" if slots else "unknown"
-
-
-def _check_pair(header: Header, slot: Slot) -> bool:
-    """True, or HostileFileError if the shapes of a module's two factors cannot be multiplied."""
-    up, down = header.tensors[slot.up].shape, header.tensors[slot.down].shape
-    if not keys.fit(up, down):
-        raise HostileFileError(f"{header.path}: {short(slot.down)} of shape {list(down)} does not fit its other half {list(up)}")
-    return True
+    """What most modules hold, the rest behind a plus sign."""
+    counts = Counter(slot.name or "bias" for slot in slots.values())
+    if not counts:
+        lone = [hint for key in unmatched if (address := _parse(key)) and (hint := kinds.hinted(address[2]))]
+        return "textual inversion" if any(key in EMBEDDINGS for key in unmatched) else (*lone, "unknown")[0]
+    return " + ".join(name for name, _ in counts.most_common())
 
 
 def _config(header: Header) -> dict[str, Any]:

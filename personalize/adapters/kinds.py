@@ -1,0 +1,196 @@
+"""Kinds of updates as files store them: which tensors (roles) each has, and what their shapes alone tell. Rows; no torch.
+
+Roles are spelled as kohya and LyCORIS spell them behind a module's name; other dialects are translated to these.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from .keys import Shape
+
+Shapes = Mapping[str, Shape]  # role -> shape
+UP, DOWN, MID, ALPHA = "lora_up.weight", "lora_down.weight", "lora_mid.weight", "alpha"
+DORA, MAGNITUDE = "dora_scale", "lora_magnitude_vector"  # the norms of W + dW as LyCORIS stores them, and as peft does: [out]
+NUMBERS = (ALPHA, "on_input")  # roles that are one number
+BIASES = ("diff_b", "b_norm")  # updates of a bias, beside or without one of the weight
+
+
+class MisfitError(ValueError):
+    """Tensors of one module that do not fit each other."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of update. `shape` is that of dW: -1 where the file does not tell, flat over a kernel where it is stored flat."""
+
+    name: str
+    needs: tuple[str, ...]  # of each, one of the roles that `|` parts
+    may: tuple[str, ...]
+    shape: Callable[[Shapes], Shape]  # raises MisfitError
+    rank: Callable[[Shapes], int]  # 0: full
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """Every role of this kind."""
+        return (*(role for group in self.needs for role in group.split("|")), *self.may)
+
+    def whole(self, found: Mapping[str, object]) -> bool:
+        """Whether no needed tensor is missing, and none belongs to another kind."""
+        return all(any(role in found for role in group.split("|")) for group in self.needs) and not found.keys() - set(self.roles)
+
+
+def _product(shapes: Shapes, a: str, b: str) -> Shape:
+    """The shape of a @ b for [o, r(, 1, 1)] and [r, i(, kh, kw)]."""
+    left, right = shapes[a], shapes[b]
+    fits = len(left) >= 2 <= len(right) and left[1] == right[0] and 0 not in left + right and set(left[2:]) <= {1}
+    if not fits or (left[2:] and not right[2:]):
+        raise MisfitError(f"{b} of shape {list(right)} does not fit its other half {list(left)}")
+    return (left[0], *right[1:])
+
+
+def _lora(shapes: Shapes) -> Shape:
+    """[out, in(, kh, kw)]; with a Tucker core in the middle, the kernel is the core's."""
+    if MID not in shapes:
+        if len(shapes[UP]) != len(shapes[DOWN]) or len(shapes[UP]) not in (2, 4):
+            raise MisfitError(f"{DOWN} of shape {list(shapes[DOWN])} does not fit its other half {list(shapes[UP])}")
+        return _product(shapes, UP, DOWN)
+    out, _, *kernel = _product(shapes, UP, MID)
+    core = {**shapes, MID: (*shapes[MID][:2],), DOWN: shapes[DOWN][:2]}
+    return (out, _product(core, MID, DOWN)[1], *kernel)
+
+
+def _loha(shapes: Shapes) -> Shape:
+    """Both halves are [out, in * kh * kw], or with Tucker cores [r, r, kh, kw] between [r, out] and [r, in]."""
+    halves = []
+    for i in (1, 2):
+        a, b, core = f"hada_w{i}_a", f"hada_w{i}_b", f"hada_t{i}"
+        if core in shapes:
+            (p, out), (q, inside), (r, s, *kernel) = shapes[a], shapes[b], shapes[core]
+            if (p, q) != (r, s):
+                raise MisfitError(f"{core} of shape {list(shapes[core])} does not fit {a} and {b}")
+            halves.append((out, inside, *kernel))
+        else:
+            halves.append(_product(shapes, a, b))
+    if halves[0] != halves[1]:
+        raise MisfitError(f"hada_w1 makes {list(halves[0])} and hada_w2 {list(halves[1])}")
+    return halves[0]
+
+
+def _lokr_half(shapes: Shapes, i: int) -> Shape:
+    whole, a, b, core = f"lokr_w{i}", f"lokr_w{i}_a", f"lokr_w{i}_b", f"lokr_t{i}"
+    if whole in shapes:
+        return shapes[whole]
+    if core in shapes:
+        return (shapes[a][1], shapes[b][1], *shapes[core][2:])
+    return _product(shapes, a, b)
+
+
+def _lokr(shapes: Shapes) -> Shape:
+    """kron(w1 [o1, i1], w2 [o2, i2(, kh, kw)]), w2 flat over the kernel where it is factored without a Tucker core."""
+    (out, inside), (low, *rest) = _lokr_half(shapes, 1)[:2], _lokr_half(shapes, 2)
+    return (out * low, inside * rest[0], *rest[1:])
+
+
+def _lokr_rank(shapes: Shapes) -> int:
+    """The inner side of the half that is factored; 0, and then no scale, if both are whole."""
+    return next((shapes[b][0] for b in ("lokr_w2_b", "lokr_w1_b") if b in shapes), 0)
+
+
+def _oft(shapes: Shapes) -> Shape:
+    """Blocks [blocks, size, size], or [stages, blocks, size, size] of butterflies: only `out` can be told."""
+    *_, blocks, size, other = shapes["oft_blocks"]
+    if size != other:
+        raise MisfitError(f"oft_blocks of shape {list(shapes['oft_blocks'])} are not square")
+    return (blocks * size, -1)
+
+
+def _glora(shapes: Shapes) -> Shape:
+    """That of b1 @ b2, or of b2 @ b1 in old files."""
+    if "bm.weight" in shapes:
+        return _lora({UP: shapes["b1.weight"], MID: shapes["bm.weight"], DOWN: shapes["b2.weight"]})
+    return _product(shapes, *("b1.weight", "b2.weight") if _glora_is_new(shapes) else ("b2.weight", "b1.weight"))
+
+
+def _glora_is_new(shapes: Shapes) -> bool:
+    return shapes["b1.weight"][1] == shapes["b2.weight"][0]
+
+
+def _glora_rank(shapes: Shapes) -> int:
+    return shapes["b2.weight" if _glora_is_new(shapes) else "b1.weight"][0]
+
+
+def _as_is(role: str) -> Callable[[Shapes], Shape]:
+    return lambda shapes: shapes[role]
+
+
+def _inner(role: str) -> Callable[[Shapes], int]:
+    return lambda shapes: shapes[role][0]
+
+
+SCALED = (ALPHA, DORA)
+KINDS = {
+    kind.name: kind
+    for kind in (
+        Kind("LoRA", (UP, DOWN), (MID, MAGNITUDE, *SCALED), _lora, _inner(DOWN)),
+        Kind(
+            "LoHa",
+            ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"),
+            ("hada_t1", "hada_t2", *SCALED),
+            _loha,
+            _inner("hada_w1_b"),
+        ),
+        Kind(
+            "LoKr",
+            ("lokr_w1|lokr_w1_a", "lokr_w2|lokr_w2_a"),
+            ("lokr_w1_b", "lokr_w2_b", "lokr_t2", *SCALED),
+            _lokr,
+            _lokr_rank,
+        ),
+        Kind("OFT", ("oft_blocks",), ("rescale", ALPHA), _oft, lambda shapes: shapes["oft_blocks"][-1]),
+        Kind(
+            "GLoRA",
+            ("a1.weight", "a2.weight", "b1.weight", "b2.weight"),
+            ("bm.weight", *SCALED),
+            _glora,
+            _glora_rank,
+        ),
+        Kind("IA3", ("weight", "on_input"), (), lambda shapes: (-1, -1), lambda shapes: 0),
+        Kind("full", ("diff",), (), _as_is("diff"), lambda shapes: 0),
+        Kind("norm", ("w_norm",), (), _as_is("w_norm"), lambda shapes: 0),
+    )
+}
+ROLES = frozenset(role for kind in KINDS.values() for role in kind.roles) | frozenset(BIASES)
+
+
+def kind_of(found: Mapping[str, object]) -> str:
+    """The kind whose tensors these are, by their roles; "" if they are none's, or if one is missing."""
+    weights = {role: value for role, value in found.items() if role not in BIASES}
+    return next((name for name, kind in KINDS.items() if kind.whole(weights)), "")
+
+
+def hinted(role: str) -> str:
+    """The kind that a lone tensor speaks of."""
+    if role in (DORA, MAGNITUDE):
+        return "DoRA"
+    return next((name for name, kind in KINDS.items() if role in kind.roles and role != ALPHA), "")
+
+
+def name_of(kind: str, found: Mapping[str, object]) -> str:
+    """A kind as people call it: with DoRA's magnitudes, a LoRA is a DoRA; butterflies of OFT are BOFT."""
+    if DORA in found or MAGNITUDE in found:
+        return "DoRA" if kind == "LoRA" else f"{kind} + DoRA"
+    return "LoCon (Tucker)" if MID in found else kind
+
+
+def scale(kind: str, shapes: Shapes, alpha: float | None) -> float:
+    """What multiplies the product of the factors: alpha / rank, and 1 without an alpha or a rank."""
+    rank = KINDS[kind].rank(shapes)
+    return alpha / rank if alpha is not None and rank and kind != "OFT" else 1.0
+
+
+def parameters(shapes: Shapes) -> int:
+    """How many numbers are stored, alphas and flags aside."""
+    return sum(math.prod(shape) for role, shape in shapes.items() if role not in NUMBERS)
