@@ -16,6 +16,7 @@ from ..errors import AdapterError, FamilyMismatchError, nearest
 from . import keys, storage
 from .deltas import Delta, Dense, apart
 from .headers import short
+from .weighting import Weighting
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -71,7 +72,7 @@ class Adapter:
         Raises AdapterError if dialect or dtype cannot carry the adapter, OutputError if the disk refuses.
         """
         said = {key: str(value) for key, value in (metadata or {}).items()}
-        return storage.write(Path(path).expanduser(), self.deltas, self._family, self.metadata, dialect, said, dtype)
+        return storage.write(Path(path).expanduser(), self.deltas, self.model, self.metadata, dialect, said, dtype)
 
     def resolve(self, weights: Mapping[str, Tensor] | Callable[[str], Tensor]) -> Adapter:
         """The same update without what depends on the base: DoRA, OFT, GLoRA and IA3 become full updates of these weights.
@@ -93,8 +94,7 @@ class Adapter:
     @property
     def family(self) -> str:
         """The model family whose modules and weight shapes these are: "pocket", "sd1", ... or "unknown"."""
-        family = self._family
-        return family.name if family else "unknown"
+        return self.model.name if self.model else "unknown"
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -113,6 +113,14 @@ class Adapter:
             _check_weight(weight)
         scaled = {path: delta * weights.get(keys.part_of(path), 1.0) for path, delta in self.deltas.items()}
         return Adapter(scaled, self.metadata)
+
+    def weighted(self, weighting: Weighting) -> Adapter:
+        """As much of it as a weighting says, by part, block and pattern; updates at 0 are left out.
+
+        Raises AdapterError for blocks and patterns that it does not have.
+        """
+        strengths = weighting.of(self.deltas, self.model)
+        return Adapter({path: delta * strengths[path] for path, delta in self.deltas.items() if strengths[path]}, self.metadata)
 
     def __mul__(self, weight: float) -> Adapter:
         _check_weight(weight)
@@ -140,7 +148,8 @@ class Adapter:
         return self + -other
 
     @cached_property
-    def _family(self) -> keys.Family | None:
+    def model(self) -> keys.Family | None:
+        """The row of its family; None if it is unknown."""
         return keys.family_of(self._shapes, self.metadata)
 
     @property
