@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ import torch
 
 from . import sample
 from .adapters import Adapter
+from .adapters.weighting import Weighting
 from .attach import attach
 from .base import Base
 from .errors import OutputError, RecipeError
@@ -22,7 +23,7 @@ from .recipe import Recipe, from_json
 if TYPE_CHECKING:
     from PIL import Image
 
-Stack = Sequence[tuple[Path, Mapping[str, float]]]  # adapter files, each with its strength per part
+Stack = Sequence[tuple[Path, Weighting]]  # adapter files, and how much of each
 
 
 def paint(
@@ -51,9 +52,9 @@ def paint(
     adapters = [Adapter.load(path) for path, _ in stack]
     tell_triggers(adapters, stack, prompts)
     model = Base.load(base or trained_on(adapters), device=pick(device))
-    used = tuple(stacked(path, strengths) for path, strengths in stack)
+    used = tuple(stacked(path, weighting) for path, weighting in stack)
     drawn: list[Image.Image] = []
-    with attach(model, [(adapter, strengths) for adapter, (_, strengths) in zip(adapters, stack, strict=True)]):
+    with attach(model, [(adapter.weighted(much), 1.0) for adapter, (_, much) in zip(adapters, stack, strict=True)]):
         how: dict[str, Any] = {"steps": steps, "guidance": guidance, "negative": negative}
         pictures = sample.drawing(model, [p for p, _ in jobs], [s for _, s in jobs], size=size, **how)
         for (prompt, seed), picture in zip(jobs, pictures, strict=True):
@@ -92,9 +93,9 @@ def tell_triggers(adapters: Sequence[Adapter], stack: Stack, prompts: Sequence[s
             warnings.warn(f"{path.name} listens to {trigger!r}, which no prompt says", stacklevel=2)
 
 
-def stacked(path: Path, strengths: Mapping[str, float]) -> sample.Stacked:
+def stacked(path: Path, weighting: Weighting) -> sample.Stacked:
     """An adapter as it goes into a picture's metadata; its hash is the one that UIs show: of the file without its header."""
-    return sample.Stacked(path.stem, strengths["unet"], strengths["text_encoder"], weights_hash(path))
+    return sample.Stacked(path.stem, weighting.parts["unet"], weighting.parts["text_encoder"], weights_hash(path))
 
 
 def weights_hash(path: Path) -> str:

@@ -15,8 +15,9 @@ import pytest
 from PIL import Image
 
 from personalize.adapters import Adapter
-from personalize.cli import numbered, run, split_strengths
-from personalize.errors import RecipeError
+from personalize.adapters.weighting import split
+from personalize.cli import numbered, run
+from personalize.errors import AdapterError, RecipeError
 from personalize.sample import read_parameters
 
 QUICK = ["--steps", "4", "--batch-size", "2", "--sample-steps", "1", "--sample-seeds", "0", "--sample-prompts", "a {trigger}",
@@ -167,15 +168,17 @@ def test_a_missing_trigger_is_told(trained: Path, tmp_path: Path, capsys: pytest
     ],
 )
 def test_strengths(text: str, path: str, unet: float, text_encoder: float) -> None:
-    assert split_strengths(text) == (path, {"unet": unet, "text_encoder": text_encoder})
+    found, weighting = split(text)
+    assert found == path
+    assert weighting.parts == {"unet": unet, "text_encoder": text_encoder, "text_encoder_2": text_encoder}
 
 
 def test_a_file_may_look_like_a_strength(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("rex:0.5").touch()
-    assert split_strengths("rex:0.5")[0] == "rex:0.5"
-    with pytest.raises(RecipeError, match="too many strengths"):
-        split_strengths("x.safetensors:1:2:3")
+    assert split("rex:0.5")[0] == "rex:0.5"
+    with pytest.raises(AdapterError, match="too many strengths"):
+        split("x.safetensors:1:2:3")
 
 
 def test_seeds_count_up() -> None:

@@ -44,7 +44,9 @@ FLOORS = {
     "evaluate": 5,
     "report": 5.25,
     "card": 5.25,
+    "checkup": 5.25,
     "pocket": 5.5,
+    "bench": 6.75,
     "paint": 6,
     "watch": 6,
     "cli": 6.5,
@@ -200,6 +202,16 @@ def test_generate_has_the_defaults_of_the_recipe() -> None:
 def test_examples_in_docstrings(path: Path) -> None:
     name = ".".join(["personalize", *path.relative_to(HOUSE).with_suffix("").parts])
     assert doctest.testmod(importlib.import_module(name)).failed == 0
+
+
+def test_kinds_methods_and_presets_of_adapters_are_in_the_docs() -> None:
+    from personalize.adapters.kinds import KINDS
+    from personalize.adapters.merging import METHODS
+    from personalize.adapters.weighting import PRESETS
+
+    docs = (ROOT / "docs" / "adapters.md").read_text(encoding="utf-8")
+    roles = {role for kind in KINDS.values() for role in kind.roles}
+    assert [word for word in (*KINDS, *roles, *METHODS, *PRESETS) if word not in docs] == []
 
 
 def test_every_command_is_in_the_readme() -> None:

@@ -17,8 +17,16 @@ from .keys import FAMILIES, PARTS, Family, canonical, family_of
 if TYPE_CHECKING:
     from .adapter import Adapter, distance
     from .deltas import Delta, Dense, LowRank
+    from .embedding import Embedding
 
-_LAZY = {"Adapter": "adapter", "distance": "adapter", "Delta": "deltas", "Dense": "deltas", "LowRank": "deltas"}
+_LAZY = {
+    "Adapter": "adapter",
+    "Delta": "deltas",
+    "Dense": "deltas",
+    "Embedding": "embedding",
+    "LowRank": "deltas",
+    "distance": "adapter",
+}
 
 __all__ = [
     "FAMILIES",
@@ -27,6 +35,7 @@ __all__ = [
     "Delta",
     "Dense",
     "Description",
+    "Embedding",
     "Family",
     "LowRank",
     "canonical",

@@ -344,7 +344,8 @@ def build(kind: str, tensors: Mapping[str, Tensor], alpha: float | None, shape: 
     inner: Delta
     if kind == "LoRA":
         down = _folded(plain[MID], plain[DOWN]) if MID in plain else plain[DOWN]
-        inner = LowRank(plain[UP], down, len(down) if alpha is None else alpha)
+        up = plain[UP].reshape(*plain[UP].shape[:2], *[1] * (down.ndim - 2))  # flat beside a kernel in LyCORIS' DyLoRA
+        inner = LowRank(up, down, len(down) if alpha is None else alpha)
     else:
         inner = Structured(kind, plain, alpha, shape)
     if MAGNITUDE in tensors:

@@ -41,6 +41,7 @@ _LEAVES = (  # of dialects that spell module paths with dots
     re.compile(r"(?P<path>[\w.]+)\.(?P<role>alpha|dora_scale|(hada|lokr)_[wt][12](_[ab])?)(\.(?!weight)\w+)?"),
 )
 _OLD_ATTENTION = re.compile(r"\.(?:processor\.)?to_(q|k|v|out)_lora$")  # diffusers before 0.22
+_MOVED = ("pissa", "olora", "corda", "loftq", "lora")  # peft's starts (lora_ga) that change the base; what is kept is no dW
 EMBEDDINGS = ("emb_params", "clip_l", "clip_g", "string_to_param", "t5xxl")  # keys of a textual inversion
 
 
@@ -135,12 +136,15 @@ def configured_scales(header: Header, reading: Reading) -> dict[str, float]:
     config = {} if reading.dialect == "kohya" else _config(header)
     scales = {}
     for module, slot in reading.slots.items():
-        if not (r := rank(header, slot)):
-            continue
         part, _, inside = module.partition(".")
         own = {key.removeprefix(f"{part}."): value for key, value in config.items()}  # peft's have no part in front
-        if "lora_alpha" in own:
-            scales[module] = _alpha(header, own, inside) / (r**0.5 if own.get("use_rslora") else r)
+        if str(own.get("init_lora_weights")).split("_")[0] in _MOVED:
+            what = f"{header.path}: {own['init_lora_weights']} has moved the base's weights, so the file does not tell dW"
+            raise AdapterError(what, "convert it to plain LoRA with peft (path_initial_model_for_weight_conversion)")
+        if named := [own[name] for name in ("lora_alpha", "alpha") if name in own]:  # peft's LoHa and LoKr say alpha
+            alpha = _patterned(header, own, "alpha_pattern", inside, named[0])
+            r = _patterned(header, own, "rank_pattern", inside, rank(header, slot) or own.get("r", 1))
+            scales[module] = alpha / (r**0.5 if own.get("use_rslora") else r)
     return scales
 
 
@@ -234,18 +238,19 @@ def _config(header: Header) -> dict[str, Any]:
     return config
 
 
-def _alpha(header: Header, config: Mapping[str, Any], module: str) -> float:
-    """The alpha that a LoraConfig gives a module: `alpha_pattern` names whole trailing parts of paths, `lora_alpha` the rest.
+def _patterned(header: Header, config: Mapping[str, Any], table: str, module: str, usual: Any) -> float:
+    """The number that a LoraConfig gives a module: that of the first pattern that names the end of its path, or the usual.
 
     peft takes the patterns for regular expressions. Only plain names are honoured: a stranger's expression may never end.
     """
-    alpha, patterns = config["lora_alpha"], config.get("alpha_pattern")
-    for pattern, value in reversed(patterns.items() if isinstance(patterns, dict) else ()):
+    value, patterns = usual, config.get(table)
+    for pattern, told in reversed(patterns.items() if isinstance(patterns, dict) else ()):
         name = pattern.removeprefix("^").removesuffix("$").replace("\\.", ".")
         if not re.fullmatch(r"[\w.]+", name):
-            raise AdapterError(f"{header.path}: its alpha_pattern {short(pattern)} is no plain name", "save it with plain names")
-        if f".{module}".endswith(f".{name}"):
-            alpha = value
-    if type(alpha) not in (int, float) or not -1e30 < alpha < 1e30:
-        raise HostileFileError(f"{header.path}: its LoraConfig gives the alpha {short(alpha)}")
-    return float(alpha)
+            raise AdapterError(f"{header.path}: its {table} {short(pattern)} is no plain name", "save it with plain names")
+        if module == name or (f".{module}".endswith(f".{name}") and not pattern.startswith("^")):
+            value = told
+    least = 0 if table == "rank_pattern" else -1e30
+    if type(value) not in (int, float) or not least < value < 1e30:
+        raise HostileFileError(f"{header.path}: its LoraConfig gives the {table.removesuffix('_pattern')} {short(value)}")
+    return float(value)

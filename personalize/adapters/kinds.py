@@ -54,7 +54,7 @@ def _product(shapes: Shapes, a: str, b: str) -> Shape:
 def _lora(shapes: Shapes) -> Shape:
     """[out, in(, kh, kw)]; with a Tucker core in the middle, the kernel is the core's."""
     if MID not in shapes:
-        if len(shapes[UP]) != len(shapes[DOWN]) or len(shapes[UP]) not in (2, 4):
+        if len(shapes[UP]) not in (2, len(shapes[DOWN])) or len(shapes[DOWN]) not in (2, 4):
             raise MisfitError(f"{DOWN} of shape {list(shapes[DOWN])} does not fit its other half {list(shapes[UP])}")
         return _product(shapes, UP, DOWN)
     out, _, *kernel = _product(shapes, UP, MID)
@@ -111,15 +111,17 @@ def _glora(shapes: Shapes) -> Shape:
     """That of b1 @ b2, or of b2 @ b1 in old files."""
     if "bm.weight" in shapes:
         return _lora({UP: shapes["b1.weight"], MID: shapes["bm.weight"], DOWN: shapes["b2.weight"]})
-    return _product(shapes, *("b1.weight", "b2.weight") if _glora_is_new(shapes) else ("b2.weight", "b1.weight"))
+    return _product(shapes, *("b1.weight", "b2.weight") if glora_is_new(shapes) else ("b2.weight", "b1.weight"))
 
 
-def _glora_is_new(shapes: Shapes) -> bool:
-    return shapes["b1.weight"][1] == shapes["b2.weight"][0]
+def glora_is_new(shapes: Shapes) -> bool:
+    """On a square weight both orders fit: then the rank, which is smaller than the width, tells."""
+    (out, inner, *_), (other, inside, *_) = shapes["b1.weight"], shapes["b2.weight"]
+    return inner == other and (inside != out or out >= inner)
 
 
 def _glora_rank(shapes: Shapes) -> int:
-    return shapes["b2.weight" if _glora_is_new(shapes) else "b1.weight"][0]
+    return shapes["b2.weight" if glora_is_new(shapes) else "b1.weight"][0]
 
 
 def _as_is(role: str) -> Callable[[Shapes], Shape]:

@@ -47,23 +47,27 @@ def read(path: Path, allow_unmatched: bool) -> tuple[dict[str, Delta], Mapping[s
         scales = dialects.configured_scales(header, reading)
         for module, slot in reading.slots.items():
             if slot.kind:
-                found[module] = _read_delta(file, header, slot, scales.get(module), true[module])
+                found[module] = read_delta(file, header, slot, scales.get(module), true[module])
             for role in slot.keys.keys() & set(kinds.BIASES):
                 key = slot.keys[role]
                 found[module + BIAS] = _sound(file, key, kinds_of_delta.Dense(read_tensor(file, key, header.tensors[key])))
     return found, header.metadata
 
 
-def _read_delta(file: BinaryIO, header: Header, slot: dialects.Slot, scale: float | None, shape: keys.Shape) -> Delta:
+def read_delta(file: BinaryIO, header: Header, slot: dialects.Slot, scale: float | None, shape: keys.Shape) -> Delta:
     """One weight's update. Its alpha is the file's own tensor, else what the config's scale says, else there is none."""
     numbers = {role: key for role, key in slot.keys.items() if role in kinds.NUMBERS}
     weights = {role: key for role, key in slot.keys.items() if role not in (*numbers, *kinds.BIASES)}
     tensors = {role: read_tensor(file, key, header.tensors[key]) for role, key in weights.items()}
     scalars = {role: read_scalar(file, key, header.tensors[key]) for role, key in numbers.items()}
-    alpha = scalars.pop(kinds.ALPHA, None if scale is None else scale * dialects.rank(header, slot))
+    rank = dialects.rank(header, slot)
+    alpha = scalars.pop(kinds.ALPHA, None if scale is None or not rank else scale * rank)
     flags = {role: torch.tensor(value) for role, value in scalars.items()}
     sick = [weights[role] for role, value in tensors.items() if not value.float().isfinite().all()]
-    return _sound(file, " or ".join(sick or weights.values()), kinds_of_delta.build(slot.kind, tensors | flags, alpha, shape))
+    delta = kinds_of_delta.build(slot.kind, tensors | flags, alpha, shape)
+    if scale is not None and not rank:  # peft scales a LoKr of two whole halves too
+        delta = delta * scale
+    return _sound(file, " or ".join(sick or weights.values()), delta)
 
 
 def _sound(file: BinaryIO, names: str, delta: Delta) -> Delta:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import AdapterError
+from .kinds import glora_is_new
 
 Tensors = Mapping[str, Tensor]  # by role
 Dense = Callable[[Tensors, Tensor, float | None], Tensor]  # tensors, W (empty if not needed), alpha => dW before its scale
@@ -118,7 +119,7 @@ def _oft(t: Tensors, weight: Tensor, alpha: float | None) -> Tensor:
 def _glora(t: Tensors, weight: Tensor, alpha: float | None) -> Tensor:
     """W a1 a2 + b1 b2. LyCORIS once stored all four the other way round (W a2 a1 + b2 b1), which shapes tell."""
     a1, a2, b1, b2 = (t[f"{name}.weight"] for name in ("a1", "a2", "b1", "b2"))
-    if b1.shape[1] != b2.shape[0]:
+    if not glora_is_new({role: tuple(value.shape) for role, value in t.items()}):
         a1, a2, b1, b2 = a2, a1, b2, b1
     if "bm.weight" in t:
         own = torch.einsum("mnkl,im,nj->ijkl", t["bm.weight"], b1.flatten(1), b2.flatten(1))

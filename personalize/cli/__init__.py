@@ -1,4 +1,4 @@
-"""The `personalize` command: train, generate, show, report.
+"""The `personalize` command: train, generate, show, report; what computes with adapter files is in algebra.py.
 
 Only click is imported here; torch, pydantic and rich come with the command that needs them, so that help is instant.
 """
@@ -6,7 +6,6 @@ Only click is imported here; torch, pydantic and rich come with the command that
 from __future__ import annotations
 
 import contextlib
-import re
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -15,14 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from . import __version__
-from .errors import AdapterError, PersonalizeError, RecipeError
-from .words import plain
+from .. import __version__
+from ..errors import AdapterError, PersonalizeError, RecipeError
+from ..words import plain
+from . import algebra
+from .values import PATH, Side, Strengthened
 
 if TYPE_CHECKING:
-    from .recipe import Recipe, Setting
-
-PATH = click.Path(path_type=Path)
+    from ..recipe import Recipe, Setting
 
 
 def main() -> None:
@@ -82,7 +81,7 @@ class RecipeCommand(click.Command):
     """A command with one option per field of the Recipe, listed section by section."""
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
-        from .recipe import settings
+        from ..recipe import settings
 
         fields = [option(setting) for setting in settings().values() if setting.name != "folder"]
         known = {parameter.name for parameter in self.params}
@@ -90,8 +89,8 @@ class RecipeCommand(click.Command):
         return super().get_params(ctx)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        from .recipe import settings
-        from .recipe.reference import heading
+        from ..recipe import settings
+        from ..recipe.reference import heading
 
         sections: dict[str, list[tuple[str, str]]] = {}
         for parameter in self.get_params(ctx):
@@ -105,7 +104,7 @@ class RecipeCommand(click.Command):
 
 def option(setting: Setting) -> click.Option:
     """A field as an option. Values stay text: the recipe checks them, so bounds and messages have one home."""
-    from .recipe.reference import default_text
+    from ..recipe.reference import default_text
 
     notes = "; ".join(filter(None, [setting.bounds, f"default: {text}" if (text := default_text(setting)) else ""]))
     flag, help_text = setting.flag, setting.help + (f" [{notes}]" if notes else "")
@@ -130,14 +129,14 @@ def train(folder: Path | None, origin: Path | None, dry_run: bool, fresh: bool, 
     recipe = resolved(folder, origin, flags)
     if dry_run:
         return preview(recipe)
-    from .watch import watch
+    from ..watch import watch
 
     return watch(recipe, fresh=fresh)
 
 
 def resolved(folder: Path | None, origin: Path | None, flags: dict[str, Any]) -> Recipe:
     """The recipe of a command line. Raises RecipeError, also when nothing says where the pictures are."""
-    from .recipe import presets, resolve
+    from ..recipe import presets, resolve
 
     given = {name: value for name, value in flags.items() if value not in (None, ())}
     if folder is not None:
@@ -153,8 +152,8 @@ def resolved(folder: Path | None, origin: Path | None, flags: dict[str, Any]) ->
 
 def recipe_of(adapter: Path) -> Recipe:
     """The recipe in an adapter's metadata. Raises AdapterError where there is none."""
-    from .adapters import describe
-    from .recipe import from_json
+    from ..adapters import describe
+    from ..recipe import from_json
 
     text = describe(adapter).metadata.get("personalize.recipe")
     if text is None:
@@ -164,8 +163,8 @@ def recipe_of(adapter: Path) -> Recipe:
 
 def preview(recipe: Recipe) -> int:
     """The recipe as TOML, and the pictures with their captions as comments: stdout is a preset that repeats the run."""
-    from .data import read_folder
-    from .recipe import to_toml
+    from ..data import read_folder
+    from ..recipe import to_toml
 
     dataset = read_folder(recipe.data)
     if recipe.preset:
@@ -183,61 +182,12 @@ def preview(recipe: Recipe) -> int:
 # ---------------------------------------------------------------- generate
 
 
-class Strengthened(click.ParamType):
-    """PATH, PATH:0.8, PATH:0.8:0.5 (UNet, text encoder) or PATH:unet=0.8:te=0.5."""
-
-    name = "adapter"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[Path, dict[str, float]]:
-        path, strengths = split_strengths(str(value))
-        if not Path(path).is_file():
-            raise AdapterError(f"there is no adapter {path}", "check its spelling; strengths are numbers: A.safetensors:0.8")
-        return Path(path), strengths
-
-
-NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)"
-STRENGTHS = re.compile(rf"(?P<path>.+?)(?P<rest>(?::(?:(?:unet|te)=)?{NUMBER})+)", re.IGNORECASE)
-
-
-def split_strengths(text: str) -> tuple[str, dict[str, float]]:
-    r"""A path and its strength per part. Drive letters and colons in names are left alone.
-
-    >>> split_strengths(r"C:\rex.safetensors:0.8")
-    ('C:\\rex.safetensors', {'unet': 0.8, 'text_encoder': 0.8})
-    >>> split_strengths("rex.safetensors:0.8:0.5")  # UNet, text encoder; A1111's <lora:NAME:TE:UNET> is the other way round
-    ('rex.safetensors', {'unet': 0.8, 'text_encoder': 0.5})
-    """
-    match = STRENGTHS.fullmatch(text)
-    if not match or Path(text).is_file():
-        return text, {"unet": 1.0, "text_encoder": 1.0}
-    named: dict[str, float] = {}
-    bare: list[float] = []
-    for piece in match["rest"].lower().split(":")[1:]:
-        name, _, number = piece.rpartition("=")
-        named.update({name: float(number)}) if name else bare.append(float(number))
-    if len(bare) > 2 or (bare and named):
-        raise RecipeError(f"too many strengths in {text}", "write PATH:BOTH, PATH:UNET:TEXT or PATH:unet=0.8:te=0.5")
-    unet, te = (bare[0], bare[-1]) if bare else (named.get("unet", 1.0), named.get("te", 1.0))
-    return match["path"], {"unet": unet, "text_encoder": te}
-
-
-class Side(click.ParamType):
-    """A picture's size: 64 or 96x64."""
-
-    name = "size"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
-        match = re.fullmatch(r"(\d+)(?:x(\d+))?", str(value).lower())
-        if not match:
-            raise RecipeError(f"--size must be a side or WIDTHxHEIGHT, not {value}", "e.g. 64 or 96x64")
-        return int(match[1]), int(match[2] or match[1])
-
-
 @cli.command()
 @click.argument("prompts", metavar="PROMPT...", nargs=-1, required=True)
 @click.option("--adapter", "-a", "stack", type=Strengthened(), multiple=True, metavar="FILE[:STRENGTH]",
               help="adapter and its strength, can be repeated: A.safetensors:0.8; UNet and text encoder apart: "
-                   "A.safetensors:0.8:0.5 (A1111 writes them the other way round) or A.safetensors:unet=0.8:te=0.5")  # fmt: skip
+                   "A.safetensors:0.8:0.5 (A1111 writes them the other way round) or A.safetensors:unet=0.8:te=0.5; "
+                   "by block: A.safetensors:0.8:lbw=OUTD")  # fmt: skip
 @click.option("--negative", "-n", default="", help="what should not be there")
 @click.option(
     "--seeds", "--seed", "-s", "seeds", multiple=True, help="seed of each picture, e.g. 0,1,2; can be repeated [default: 0]"
@@ -254,7 +204,7 @@ class Side(click.ParamType):
 )
 def generate(prompts: tuple[str, ...], seeds: tuple[str, ...], count: int | None, **options: Any) -> int:
     """Draw pictures with a base and a stack of adapters."""
-    from .paint import paint
+    from ..paint import paint
 
     for path in paint(prompts, numbered(seeds, count), **options):
         click.echo(path)
@@ -280,8 +230,8 @@ def numbered(seeds: Sequence[str], count: int | None) -> list[int]:
 @click.option("--json", "for_programs", is_flag=True, help="everything, one JSON object per file")
 def show(adapters: tuple[Path, ...], for_programs: bool) -> int:
     """Tell what an adapter file is, from its header alone."""
-    from .adapters import describe
-    from .card import as_json, card
+    from ..adapters import describe
+    from ..card import as_json, card
 
     for path in adapters:
         click.echo((as_json if for_programs else card)(describe(path)))
@@ -292,7 +242,7 @@ def show(adapters: tuple[Path, ...], for_programs: bool) -> int:
 @click.argument("run_folder", metavar="RUN", type=PATH)
 def report(run_folder: Path) -> int:
     """Write the report of a run folder again."""
-    from .report import write_report
+    from ..report import write_report
 
     click.echo(write_report(run_folder))
     return 0
@@ -308,3 +258,7 @@ def version() -> int:
     for name in ("torch", "diffusers", "transformers", "peft", "safetensors"):
         click.echo(f"{name} {installed(name)}")
     return 0
+
+
+for command in algebra.COMMANDS:
+    cli.add_command(command)

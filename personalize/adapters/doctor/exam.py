@@ -1,0 +1,86 @@
+"""One file, examined: its tensors are read one by one, so that a file that would not load can still be told what ails it."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from .. import dialects, keys, resizing
+from ..describe import Description, describe
+from ..headers import read_header
+from .findings import CHECKS
+from .measures import SHARE, Exam, Finding, Module, Weights, block_of, measured, strengths, updates
+
+_GRAVITY = ("error", "warning", "info")
+
+
+@dataclass(frozen=True)
+class Checkup:
+    """All about one file. `needed` is the rank, the same in all layers, that would hold SHARE of it."""
+
+    about: Description
+    trigger: str
+    modules: tuple[Module, ...]
+    needed: int | None
+    findings: tuple[Finding, ...]
+
+    @cached_property
+    def blocks(self) -> Mapping[str, float]:
+        """Block => ||dW||, in the order of the family; parts where the family is unknown."""
+        return strengths(self.about.family, {module.path: module.norm for module in self.modules})
+
+    @property
+    def norm(self) -> float:
+        """||dW|| of the whole."""
+        return math.hypot(*self.blocks.values())
+
+    @property
+    def loads(self) -> bool:
+        """Whether Adapter.load takes the file as it is."""
+        return bool(self.modules) and not any(finding.code in ("not-finite", "unmatched") for finding in self.findings)
+
+    @property
+    def worst(self) -> str:
+        """The gravest severity; "" for a sound file."""
+        return next((level for level in _GRAVITY if any(f.severity == level for f in self.findings)), "")
+
+
+def examine(path: str | Path, weights: Weights | None = None) -> Checkup:
+    """A file's description, strengths, spectra and findings; `weights` are those of the base, if it is known.
+
+    NaN and Inf, unmatched keys and missing halves are findings. Raises AdapterError for a missing file, or a base that lacks a
+    layer; HostileFileError for an unsound file.
+    """
+    about = describe(path)
+    header = read_header(about.path)
+    reading = dialects.read(header)
+    shapes = {module: dialects.shape(header, slot) for module, slot in reading.slots.items() if slot.kind}
+    family = keys.family_of(shapes, header.metadata)
+    modules: list[Module] = []
+    lines: list[resizing.Line] = []
+    sick: list[str] = []
+    for update in updates(header, reading, shapes, family):
+        sick += update.sick
+        if update.delta:
+            module, line = measured(update, block_of(family, update.path), weights)
+            modules.append(module)
+            lines += [line] if line else []
+    needed = resizing.Report(tuple(lines)).rank_for(math.sqrt(1 - SHARE)) if lines else None
+    exam = Exam(header, reading, about, family, modules, sick, needed, weights is not None)
+    found = sorted((finding for check in CHECKS for finding in check(exam)), key=lambda one: _GRAVITY.index(one.severity))
+    return Checkup(about, about.trigger or likely_trigger(header.metadata), tuple(modules), needed, tuple(found))
+
+
+def likely_trigger(metadata: Mapping[str, str]) -> str:
+    """The caption or tag that most pictures had, as kohya's trainer counts them; "" if it does not say."""
+    try:
+        folders = json.loads(metadata.get("ss_tag_frequency", "{}"))
+        counts = Counter({tag.strip(): int(n) for tags in folders.values() for tag, n in tags.items() if tag.strip()})
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        return ""  # a stranger's text
+    return counts.most_common(1)[0][0] if counts else ""

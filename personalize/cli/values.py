@@ -1,0 +1,56 @@
+"""What people type on the command line, as values."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ..errors import AdapterError, RecipeError
+
+if TYPE_CHECKING:
+    from ..adapters.weighting import Weighting
+
+PATH = click.Path(path_type=Path)
+
+
+class Strengthened(click.ParamType):
+    """A file and how much of it, as adapters/weighting.py reads it: PATH, PATH:0.8, PATH:0.8:0.5, PATH:unet=0.8:te=0.5, ..."""
+
+    name = "adapter"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[Path, Weighting]:
+        from ..adapters.weighting import split
+
+        if isinstance(value, tuple):
+            return value
+        path, weighting = split(str(value))
+        if not Path(path).is_file():
+            raise AdapterError(f"there is no adapter {path}", "check its spelling; strengths are numbers: A.safetensors:0.8")
+        return Path(path), weighting
+
+
+class Side(click.ParamType):
+    """A picture's size: 64 or 96x64."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
+        match = re.fullmatch(r"(\d+)(?:x(\d+))?", str(value).lower())
+        if not match:
+            raise RecipeError(f"--size must be a side or WIDTHxHEIGHT, not {value}", "e.g. 64 or 96x64")
+        return int(match[1]), int(match[2] or match[1])
+
+
+class Bytes(click.ParamType):
+    """A file size: 20000000, 20MB, 1.5 GB."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]?)b?\s*", str(value).lower())
+        if not match:
+            raise RecipeError(f"--size must be a file size, not {value}", "e.g. 20MB")
+        return float(match[1]) * {"": 1, "k": 1e3, "m": 1e6, "g": 1e9}[match[2]]

@@ -1,0 +1,139 @@
+"""The commands that compute with adapter files, on real files, and what they say."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from personalize.adapters import Adapter, describe, distance
+from personalize.adapters.comparing import compared
+from personalize.adapters.merging import OPTIONS
+from personalize.cli import algebra, run
+from personalize.pocket import WEIGHTS
+from tests.test_adapters import make
+from tests.test_kinds import CONV, LINEAR, POCKET, dora, loha, lokr
+
+
+@pytest.fixture
+def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Adapter]:
+    """a, b and c in the folder that the commands run in."""
+    monkeypatch.chdir(tmp_path)
+    made = {"a": make(pick="attn", seed=1), "b": make(pick="attn2", rank=3, alpha=2.0, seed=2), "c": make(pick="conv", seed=3)}
+    for name, adapter in made.items():
+        adapter.save(name)
+    return made
+
+
+def load(name: str) -> Adapter:
+    return Adapter.load(f"{name}.safetensors")
+
+
+def test_a_merge_is_the_sum(files: dict[str, Adapter], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["merge", "a.safetensors:0.7", "b.safetensors:-0.3:0", "c.safetensors:lbw=MID", "-o", "d"]) == 0
+    wanted = files["a"] * 0.7 + files["b"].part("unet") * -0.3
+    mid = Adapter({path: delta for path, delta in files["c"].deltas.items() if "mid_block" in path})
+    assert distance(load("d"), wanted + mid) < 1e-6
+    assert "d.safetensors" in capsys.readouterr().out
+    assert describe("d.safetensors").metadata["modelspec.merged_from"] == "a, b, c"
+
+
+def test_a_merge_can_be_repeated_from_its_file(files: dict[str, Adapter], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["merge", "a.safetensors:0.7", "b.safetensors:*to_q*=0.5", "--method", "ties", "--density", "0.3", "-o", "d"]) == 0
+    assert run(["merge", "--replay", "d.safetensors", "-o", "e"]) == 0
+    assert distance(load("d"), load("e")) < 1e-12
+    files["c"].save("b")
+    assert run(["merge", "--replay", "d.safetensors", "-o", "f"]) == 2
+    assert "is not the file that d.safetensors was merged from" in capsys.readouterr().err
+    assert run(["merge", "--replay", "a.safetensors", "-o", "f"]) == 2
+
+
+def test_options_of_methods_have_flags() -> None:
+    assert algebra.OPTIONS.keys() == OPTIONS.keys()
+
+
+def test_convert_resize_and_diff(files: dict[str, Adapter], capsys: pytest.CaptureFixture[str]) -> None:
+    for dialect in ("diffusers", "peft"):
+        assert run(["convert", "b.safetensors", "-o", dialect, "--dialect", dialect]) == 0
+        assert describe(f"{dialect}.safetensors").dialect == dialect and distance(load(dialect), files["b"]) < 1e-6
+    assert run(["convert", "b.safetensors:0.5", "-o", "half", "--dtype", "fp16"]) == 0
+    assert describe("half.safetensors").dtype == "fp16" and distance(load("half"), files["b"] * 0.5) < 1e-3
+    assert run(["resize", "b.safetensors", "--rank", "1", "-o", "small"]) == 0
+    assert set(describe("small.safetensors").ranks) == {1}
+    capsys.readouterr()
+    assert run(["diff", "b.safetensors", "diffusers.safetensors"]) == 0
+    assert "0.00%    1.000" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["resize", "a.safetensors", "-o", "x"], "how many ranks? (choose one of --rank"),
+        (["resize", "a.safetensors", "--rank", "2", "--error", "0.1", "-o", "x"], "two rules for ranks at once"),
+        (["merge", "-o", "x"], "which adapters?"),
+        (["merge", "a.safetensors", "--method", "teis", "-o", "x"], "did you mean ties?"),
+        (["merge", "a.safetensors", "--density", "0.3", "-o", "x"], "density"),
+        (["merge", "nothing.safetensors:0.3", "-o", "x"], "there is no adapter nothing.safetensors"),
+        (["convert", "a.safetensors", "-o", "x", "--dialect", "koyha"], "did you mean kohya?"),
+        (["extract", "pocket", "pocket", "-o", "x"], "are the same"),
+        (["bake", "pocket", "a.safetensors", "-o", "a.safetensors"], "a.safetensors"),
+    ],
+)
+def test_mistakes_end_in_one_line(
+    files: dict[str, Adapter], capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    before = sorted(path.name for path in Path().iterdir())
+    assert run(arguments) == 2
+    said = capsys.readouterr().err
+    assert message in said and said.count("\n") == 1
+    assert sorted(path.name for path in Path().iterdir()) == before
+
+
+def test_other_kinds_become_lora_or_are_refused(files: dict[str, Adapter], capsys: pytest.CaptureFixture[str]) -> None:
+    strange = Adapter({LINEAR: loha(POCKET[LINEAR]), CONV: lokr(POCKET[CONV], two=False)})
+    strange.save("s")
+    assert run(["convert", "s.safetensors", "-o", "x", "--dialect", "diffusers"]) == 2
+    assert "diffusers files hold LoRA only" in capsys.readouterr().err
+    assert run(["convert", "s.safetensors", "-o", "x", "--dialect", "diffusers", "--to", "lora", "--rank", "96"]) == 0
+    assert distance(load("x"), strange) < 1e-5 and describe("x.safetensors").kind == "LoRA"
+    Adapter({LINEAR: dora(POCKET[LINEAR])}).save("dora")
+    assert run(["merge", "dora.safetensors", "a.safetensors", "-o", "y"]) == 2
+    assert "name the base: --base" in capsys.readouterr().err
+    assert run(["merge", "dora.safetensors", "a.safetensors", "-o", "y", "--base", "pocket"]) == 0
+
+
+def test_bake_extract_and_interpolate(files: dict[str, Adapter]) -> None:
+    assert run(["bake", "pocket", "a.safetensors:0.5", "-o", "baked"]) == 0
+    assert run(["extract", "baked", "pocket", "--rank", "2", "--dtype", "fp32", "-o", "back"]) == 0
+    assert distance(load("back"), files["a"] * 0.5) < 2e-2  # fp16 weights
+    assert run(["interpolate", str(WEIGHTS), "baked", "--alpha", "0.5", "-o", "half"]) == 0
+    assert run(["extract", "half", "pocket", "--rank", "2", "--dtype", "fp32", "-o", "quarter"]) == 0
+    assert distance(load("quarter"), files["a"] * 0.25) < 4e-2
+
+
+def test_two_adapters_beside_each_other(files: dict[str, Adapter]) -> None:
+    rows = {row.name: row for row in compared(files["a"], files["a"] * -2)}
+    assert rows["all"].cosine == pytest.approx(-1) and rows["all"].difference == pytest.approx(3 * rows["all"].a)
+    assert rows["MID"].b == pytest.approx(2 * rows["MID"].a) and {"unet", "text_encoder"} & rows.keys()
+    apart = {row.name: row for row in compared(files["a"], files["c"])}["all"]
+    assert apart.cosine == 0 and apart.difference == pytest.approx(torch.tensor([apart.a, apart.b]).norm().item())
+
+
+def test_the_doctor_sees_collisions_and_keeps_on_where_a_file_is_sick(
+    files: dict[str, Adapter], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["doctor", "a.safetensors", "b.safetensors:0.5", "--picture", "map.png"]) == 0
+    told = capsys.readouterr().out
+    assert "svd at rank 4" in told and "overlap" in told and "map.png" in told
+    with Image.open("map.png") as picture:
+        assert picture.width > 300
+    tensors = load_file("a.safetensors")
+    next(value for key, value in tensors.items() if key.endswith("up.weight")).view(-1)[0] = float("nan")
+    save_file(tensors, "sick.safetensors")
+    assert run(["doctor", "sick.safetensors", "b.safetensors", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert "not-finite" in json.dumps(found["files"][0]) and len(found["files"]) == 2
