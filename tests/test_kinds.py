@@ -13,6 +13,9 @@ from torch import Tensor
 from personalize.adapters import FAMILIES, Adapter, Dense, LowRank, describe, distance
 from personalize.adapters.deltas import Decomposed, Delta, Structured, apart, as_low_rank, build
 from personalize.adapters.keys import weights
+from personalize.adapters.merging import merge
+from personalize.attach import attach, weight_named
+from personalize.base import Base
 from personalize.errors import AdapterError
 
 POCKET = weights(FAMILIES[0])
@@ -223,3 +226,34 @@ def test_updates_of_one_weight_differ_by_what_they_add() -> None:
     assert apart(lora((96, 96)), None) == pytest.approx(lora((96, 96)).norm())
     assert apart(loha((96, 96)), Dense(loha((96, 96)).delta())) == pytest.approx(0, abs=1e-6)
     assert apart(oft((96, 96)), glora((96, 96))) == math.inf
+
+
+# ---------------------------------------------------------------- inside the real model
+
+
+@pytest.fixture(scope="module")
+def pocket() -> Base:
+    return Base.load("pocket")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_merge_predicts_what_the_live_stack_does(kind: str, pocket: Base) -> None:
+    """Concat of any kind with a LoRA equals stacking both in the embedded base's UNet and text encoder."""
+    small = Adapter({path: KINDS[kind](POCKET[path]) for path in PATHS}).resolve(lambda path: weight_named(pocket, path)) * 0.1
+    norm = Adapter({NORM: Dense(noise(96)), f"{CONV}.bias": Dense(noise(96))})
+    other = Adapter({path: lora(POCKET[path]) for path in PATHS}) * 0.1
+    stack = [(small, {"unet": 0.7, "text_encoder": -0.4}), (other, -0.3), (norm, 0.5)]
+    scaled = [small.part("unet") * 0.7 + small.part("text_encoder") * -0.4, other * -0.3, norm * 0.5]
+    plain = predicted(pocket)
+    with attach(pocket, stack):
+        live = predicted(pocket)
+    with attach(pocket, merge(scaled, [1.0] * 3)):
+        merged = predicted(pocket)
+    assert (live - merged).abs().max() <= 1e-5 * live.abs().max() and (live - plain).abs().max() > 1e-3
+    assert torch.equal(predicted(pocket), plain)  # everything is taken off again, norms and biases too
+
+
+def predicted(base: Base) -> Tensor:
+    latents = torch.randn(2, 16, 8, 8, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        return base.denoise(latents, torch.tensor([100, 700]), base.embed(["a red cat", "a house in the snow"]))

@@ -291,6 +291,21 @@ def test_knots_by_the_svd_of_all_side_by_side(shape: tuple[int, ...]) -> None:
     assert merged.deltas[ONE].rank == 5  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize("shape", [(9, 12), (8, 2, 3, 3)])
+def test_common_is_what_each_does_in_the_others_directions(shape: tuple[int, ...]) -> None:
+    a, b = low_rank(shape, 3, seed=1), low_rank(shape, 2, seed=2)
+    found = merge([Adapter({ONE: a}), Adapter({ONE: b})], [0.5, 2.0], "common").deltas[ONE]
+    matrices = [exact(delta).flatten(1) for delta in (a, b)]
+    inverse = [torch.linalg.pinv(matrix) for matrix in matrices]  # M M+ and M+ M project onto what M writes to and listens to
+    wanted = 0.5 * matrices[1] @ inverse[1] @ matrices[0] @ inverse[1] @ matrices[1]
+    wanted = wanted + 2.0 * matrices[0] @ inverse[0] @ matrices[1] @ inverse[0] @ matrices[0]
+    assert torch.allclose(exact(found).flatten(1), wanted, atol=1e-5)
+    same = merge([Adapter({ONE: a})] * 2, [0.5, 0.5], "common").deltas[ONE]
+    assert torch.allclose(exact(same), exact(a), atol=1e-5)
+    other = Adapter({PATHS[2]: low_rank((5, 4), seed=3)})
+    assert not merge([Adapter({ONE: a}), other], [1.0, 1.0], "common").deltas
+
+
 def test_tsv_by_the_inverse_root() -> None:
     sides = [exact(low_rank((9, 12), 3, seed=i)) for i in range(2)]
     parts = [torch.linalg.svd(side) for side in sides]

@@ -22,6 +22,7 @@ from .deltas import Delta, Dense, LowRank
 from .resizing import Line, Report, check_plain, divisible, rank_of, shortened, untouched
 
 Options = Mapping[str, Any]
+_FELT = 1e-7  # of the largest singular value: less is rounding
 
 
 class Term(NamedTuple):
@@ -133,6 +134,22 @@ def _tsv(module: Module, options: Options) -> Delta:
     return linalg.low_rank(linalg.of_factors(u * s, v.T), module.shape)
 
 
+def _common(module: Module, options: Options) -> Delta:
+    """P_u dW P_v of each, P projecting onto what every other writes to (u) and listens to (v)."""
+    if len(module.terms) == 1 or not divisible(module.terms[0].delta):
+        return module.plain_sum()
+    each = [linalg.svd(term.delta) for term in module.terms]
+    spans = [(one.u[:, felt], one.v[felt]) for one in each for felt in [one.s > _FELT * one.s[0]]]
+    ups, downs = [], []
+    for i, (one, term) in enumerate(zip(each, module.terms, strict=True)):
+        up, down = one.u * one.s * term.weight, one.v
+        for u, v in spans[:i] + spans[i + 1 :]:
+            up, down = u @ (u.T @ up), (down @ v.T) @ v
+        ups.append(up)
+        downs.append(down)
+    return linalg.low_rank(linalg.of_factors(torch.cat(ups, 1), torch.cat(downs)), module.shape)
+
+
 def _nearest_orthonormal(columns: Tensor) -> Tensor:
     """The polar factor (Procrustes)."""
     u, _, v = torch.linalg.svd(columns, full_matrices=False)
@@ -241,6 +258,7 @@ class Method:
     options: Options = field(default_factory=dict)  # name => default
     most: float = math.inf  # adapters
     refactor: bool = False  # always into balanced factors of the fewest ranks
+    shared: bool = False  # only of modules that all adapters change
 
 
 OPTIONS = {
@@ -264,6 +282,7 @@ METHODS: Mapping[str, Method] = {
     "orthogonal": Method(
         "the later ones leave the first one's main directions alone", _orthogonal, "2511.11051", {"mu": math.inf, "energy": 0.9}
     ),
+    "common": Method("what every one does in the directions of all others", _common, shared=True),
     "tsv": Method("all adapters' directions made orthogonal", _tsv, "2412.00081"),
     "knots": Method("TIES in directions that all adapters share", _knots, "2410.19735", _TIES),
     "ties": Method("the largest entries, without those that are outvoted", _ties, "2306.01708", _TIES),
@@ -319,7 +338,7 @@ def steps(
     _check(adapters, weights, method, rank)
     for path in sorted(set().union(*(adapter.deltas for adapter in adapters))):
         terms = _terms(path, adapters, weights)
-        if terms:
+        if terms and not (row.shared and len(terms) < sum(map(bool, weights))):
             module = Module(path, terms)
             yield _fitted(module, row.merge(module, chosen), rank, row.refactor)
 
