@@ -42,6 +42,7 @@ docs: $(READY)
 bench: $(READY)
 	$(BIN)/python -m personalize.pocket.proof base
 	$(BIN)/python -m personalize.pocket.proof personalization
+	$(BIN)/python -m personalize.bench algebra $(if $(KOHYA),--kohya $(KOHYA))
 
 wheel: $(READY)
 	$(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .

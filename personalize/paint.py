@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import re
 import warnings
 from collections.abc import Iterator, Sequence
@@ -14,10 +13,12 @@ import torch
 
 from . import sample
 from .adapters import Adapter
+from .adapters.dialects import file_of
 from .adapters.weighting import Weighting
 from .attach import attach
 from .base import Base
 from .errors import OutputError, RecipeError
+from .files import weights_hash
 from .recipe import Recipe, from_json
 
 if TYPE_CHECKING:
@@ -95,14 +96,7 @@ def tell_triggers(adapters: Sequence[Adapter], stack: Stack, prompts: Sequence[s
 
 def stacked(path: Path, weighting: Weighting) -> sample.Stacked:
     """An adapter as it goes into a picture's metadata; its hash is the one that UIs show: of the file without its header."""
-    return sample.Stacked(path.stem, weighting.parts["unet"], weighting.parts["text_encoder"], weights_hash(path))
-
-
-def weights_hash(path: Path) -> str:
-    """sha256 of all bytes behind a safetensors header (kohya's `sshs_model_hash`)."""
-    with path.open("rb") as file:
-        file.seek(8 + int.from_bytes(file.read(8), "little"))
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return sample.Stacked(path.stem, weighting.parts["unet"], weighting.parts["text_encoder"], weights_hash(file_of(path)))
 
 
 def pick(device: str) -> str:

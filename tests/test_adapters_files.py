@@ -172,7 +172,7 @@ def test_other_kinds_are_named(tmp_path: Path, key: str, kind: str) -> None:
 def test_describe_needs_neither_weights_nor_torch(tmp_path: Path) -> None:
     path = tmp_path / "huge.safetensors"
     size = 2 << 30
-    shapes = {"lora_unet_conv_in.lora_up.weight": [2**28, 1], "lora_unet_conv_in.lora_down.weight": [1, 2**28]}
+    shapes = {"lora_unet_conv_in.lora_up.weight": [2**13, 2**15], "lora_unet_conv_in.lora_down.weight": [2**15, 2**13]}
     header = {
         key: {"dtype": "F32", "shape": shape, "data_offsets": [i * size // 2, (i + 1) * size // 2]}
         for i, (key, shape) in enumerate(shapes.items())

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import pickle
 import random
 import struct
+import time
 from collections import Counter
+from collections.abc import Mapping
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +20,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_adapters import make
 
-from personalize.adapters import Adapter, describe, distance
+from personalize.adapters import Adapter, Embedding, LowRank, describe, distance
+from personalize.adapters.checkpoints import open_weights
+from personalize.adapters.deltas import Structured
+from personalize.adapters.doctor import examine
 from personalize.adapters.headers import MAX_HEADER
+from personalize.bench import fuzz
+from personalize.bench.fuzz import mutations, sources, trials
 from personalize.errors import AdapterError, HostileFileError, PersonalizeError
 
 UP, DOWN, ALPHA = (f"lora_unet_conv_in.{leaf}" for leaf in ("lora_up.weight", "lora_down.weight", "alpha"))
@@ -35,6 +44,56 @@ def entry(shape: list[object], start: object = 0, end: object = 16, dtype: objec
 
 def one(**changes: object) -> bytes:
     return packed({DOWN: entry([2, 2]) | changes}, bytes(16))
+
+
+MID = "lora_mid.weight"
+LOHA = {"hada_w1_a": (4, 2), "hada_w1_b": (2, 4), "hada_w2_a": (4, 2), "hada_w2_b": (2, 4)}
+GLORA = {"a1.weight": (4, 2), "a2.weight": (2, 4), "b1.weight": (4, 2), "b2.weight": (2, 4)}
+
+
+MISFITS: list[tuple[str, Mapping[str, tuple[int, ...]], str]] = [
+    ("Tucker core of two sides", {UP: (4, 2), DOWN: (2, 4), MID: (2, 2)}, "make no update"),
+    (
+        "Tucker core that makes much of little",
+        {UP: (1, 1, 1, 1), DOWN: (1, 900, 1, 1), MID: (1, 1, 90, 90)},
+        "make no update",
+    ),
+    ("Tucker core beside a kernel", {UP: (4, 2, 1, 1), DOWN: (2, 4, 3, 3), MID: (2, 2, 3, 3)}, "make no update"),
+    ("LoHa of scalars", {f"hada_w{i}_{s}": () for i in (1, 2) for s in "ab"}, "make no update"),
+    ("LoHa with one core", LOHA | {"hada_t1": (2, 2, 3, 3)}, "hada_t1 .* make no update"),
+    ("LoHa flat in four dimensions", {role: (*size, 1, 1) for role, size in LOHA.items()}, "make no update"),
+    ("LoKr of a vector", {"lokr_w1": (2,), "lokr_w2": (2, 2)}, "make no update"),
+    ("LoKr without its other half", {"lokr_w1": (2, 2), "lokr_w2_a": (2, 2)}, "do not fit each other"),
+    ("LoKr twice", {"lokr_w1": (2, 2), "lokr_w1_b": (), "lokr_w2": (2, 2)}, "make no update"),
+    ("LoKr that claims 40 GB", {"lokr_w1": (100, 100), "lokr_w2": (1000, 1000)}, "larger than any model's weight"),
+    ("LoRA that claims 40 GB", {UP: (100_000, 1), DOWN: (1, 100_000)}, "larger than any model's weight"),
+    ("OFT of one block", {"oft_blocks": (4, 4)}, "do not fit each other"),
+    ("OFT of no size", {"oft_blocks": (4, 0, 0)}, "make no update"),
+    ("BOFT of too many stages", {"oft_blocks": (9, 2, 2, 2)}, "make no update"),
+    ("OFT with a short rescale", {"oft_blocks": (4, 2, 2), "rescale": (3,)}, "make no update"),
+    ("GLoRA that mixes other widths", GLORA | {"a1.weight": (5, 2)}, "make no update"),
+    ("GLoRA of vectors", dict.fromkeys(GLORA, (4,)), "do not fit each other"),
+    ("IA3 of nothing", {"weight": (0,), "on_input": ()}, "make no update"),
+    ("IA3 with two flags", {"weight": (4,), "on_input": (2,)}, "one number"),
+    ("full update of one number", {"diff": ()}, "make no update"),
+    ("norm that is a matrix", {"w_norm": (4, 4)}, "make no update"),
+    ("bias that is a matrix", {"diff": (4, 4), "diff_b": (4, 4)}, "make no update"),
+    ("bias of nothing, alone", {"diff_b": (0,)}, "make no update"),
+    ("DoRA with empty norms", {UP: (4, 2), DOWN: (2, 4), "dora_scale": (0,)}, "make no update"),
+    ("DoRA with other norms", {UP: (4, 2), DOWN: (2, 4), "dora_scale": (1, 3)}, "do not fit a weight of"),
+    (
+        "DoRA with norms of too many dimensions",
+        {UP: (4, 2), DOWN: (2, 4), "dora_scale": (1, 4, 3)},
+        "do not fit a weight of",
+    ),
+]
+
+
+def file(shapes: Mapping[str, tuple[int, ...]], value: float = 0.5) -> bytes:
+    """One module with tensors of these roles and shapes, all of one value."""
+    stored = {role if "conv_in" in role else f"lora_unet_conv_in.{role}": size for role, size in shapes.items()}
+    draft = sources.Draft({key: sources.number(value, "F32", size) for key, size in stored.items()})
+    return packed(draft.header(), draft.data())
 
 
 HOSTILE: dict[str, tuple[bytes, str]] = {
@@ -97,6 +156,15 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
         ),
         "holds NaN or Inf",
     ),
+    **{name: (file(shapes), words) for name, shapes, words in MISFITS},
+    "alpha beyond fp32 beside zeros": (
+        packed(
+            {ALPHA: entry([], 0, 8, "F64"), DOWN: entry([1, 1], 8, 12), UP: entry([1, 1], 12, 16)},
+            struct.pack("<dff", 1e300, 0, 0),
+        ),
+        "holds NaN or Inf",
+    ),
+    "LoHa beyond fp32": (file(LOHA, 1e30), "holds NaN or Inf"),
     "control characters": (packed({"\x1b[31mred\nline": entry([2, 2])}, bytes(16)), r"\?\[31mred\?line"),
 }
 
@@ -176,6 +244,7 @@ BAD_CONFIGS = [
     '{"unet.lora_alpha": null}',
     '{"unet.lora_alpha": 8, "unet.alpha_pattern": {"(a+)+$": 4}}',
     '{"unet.lora_alpha": 8, "unet.alpha_pattern": {"conv_in": []}}',
+    '{"unet.init_lora_weights": "pissa_\\u001b[31m\\nniter"}',
 ]
 
 
@@ -184,8 +253,95 @@ def test_bad_lora_configs(tmp_path: Path, config: str) -> None:
     tensors = load_file(make(pick="conv_in").save(tmp_path / "a", "diffusers"))
     save_file(tensors, tmp_path / "b.safetensors", metadata={"lora_adapter_metadata": config})
     for read in (Adapter.load, describe):
-        with pytest.raises(AdapterError, match=r"b\.safetensors: its"):
+        with pytest.raises(AdapterError, match=r"b\.safetensors: (its|pissa)") as caught:
             read(tmp_path / "b.safetensors")
+        assert str(caught.value).isprintable()
+
+
+def test_many_patterns_for_many_layers_are_looked_up(tmp_path: Path) -> None:
+    """Every pattern tried on every layer took a minute for a file of 700 kB."""
+    paths = [f"unet.m{i}" for i in range(1000)]
+    tensors = {f"{path}.lora_{side}.weight": sources.number(1, "F16", (1, 1)) for path in paths for side in "AB"}
+    patterns = {"m7": 2, "^m8": 3, "x.m9": 4} | {f"x{i}": 1 for i in range(20_000)}
+    config = json.dumps({"unet.lora_alpha": 5, "unet.alpha_pattern": patterns})
+    draft = sources.Draft(tensors, {"lora_adapter_metadata": config})
+    path = sources.written(tmp_path / "a.safetensors", packed(draft.header(), draft.data()))
+    began = time.process_time()
+    assert describe(path).alphas == {5.0: 998, 2.0: 1, 3.0: 1}
+    assert time.process_time() - began < 5
+
+
+def test_small_factors_are_not_multiplied_out(tmp_path: Path) -> None:
+    """Rank r^2 of LoHa, and the unit matrix in LoKr's factors, are gigabytes where dW is one number."""
+    shapes = {"hada_w1_a": (1, 30_000), "hada_w1_b": (30_000, 1), "hada_w2_a": (1, 30_000), "hada_w2_b": (30_000, 1)}
+    path = sources.written(tmp_path / "a.safetensors", file(shapes, 1e-3))
+    (loha,) = Adapter.load(path).deltas.values()
+    assert loha.low_rank() is None and loha.norm() == pytest.approx(9e-4, rel=1e-3)
+    assert examine(path).modules[0].norm == pytest.approx(9e-4, rel=1e-3)
+    lokr = Structured(
+        "LoKr", {"lokr_w1": torch.ones(1, 1), "lokr_w2_a": torch.ones(1, 9000), "lokr_w2_b": torch.ones(9000, 1)}, 1, (1, 1)
+    )
+    assert lokr.low_rank() is None and lokr.finite()
+
+
+def test_kronecker_products_of_sides_of_one() -> None:
+    """torch.kron fails on some of these, such as Tucker cores [1, 1, 1, 1]: found by the fuzzer."""
+    draw = torch.Generator().manual_seed(0)
+    for out, inside, low, deep, kernel, rank in itertools.product((1, 2), (1, 2), (1, 2, 6), (1, 2, 6), (1, 3), (1, 2)):
+        tensors = {
+            "lokr_w1": torch.randn(out, inside, generator=draw),
+            "lokr_w2_a": torch.randn(rank, low, generator=draw),
+            "lokr_w2_b": torch.randn(rank, deep, generator=draw),
+            "lokr_t2": torch.randn(rank, rank, kernel, 1, generator=draw),
+        }
+        two = torch.einsum("ijkl,ip,jr->prkl", *(tensors[f"lokr_{role}"] for role in ("t2", "w2_a", "w2_b"))).contiguous()
+        wanted = torch.einsum("ab,cdkl->acbdkl", tensors["lokr_w1"], two).reshape(out * low, inside * deep, kernel, 1)
+        made = Structured("LoKr", tensors, None, tuple(wanted.shape)).delta()
+        torch.testing.assert_close(made, wanted)
+
+
+@pytest.mark.parametrize("alpha", [1e300, 1e39, float("nan")])
+def test_a_scale_beyond_fp32_is_not_finite_whatever_it_multiplies(alpha: float) -> None:
+    """In fp32, 0 times it is NaN, and what brings it back comes too late."""
+    zeros, small = torch.zeros(1, 1), torch.full((1, 1), 1e-20)
+    assert not LowRank(zeros, zeros, alpha).finite() and not LowRank(small, small, alpha).finite()
+    lokr = {"lokr_w1": small, "lokr_w2_a": small, "lokr_w2_b": small}
+    assert not Structured("LoKr", lokr, alpha, (1, 1)).finite()
+
+
+def test_updates_that_turn_or_mix_the_wrong_weight_are_refused() -> None:
+    for kind, tensors in [("GLoRA", GLORA), ("OFT", {"oft_blocks": (2, 2, 2)}), ("IA3", {"weight": (4, 1), "on_input": ()})]:
+        made = {role: torch.ones(size) for role, size in tensors.items()}
+        delta = Structured(kind, made, None, {"GLoRA": (4, 4), "OFT": (4, -1), "IA3": (-1, -1)}[kind])
+        for wrong in (torch.ones(5, 5), torch.ones(4), torch.ones(4, 4, 3)):
+            with pytest.raises(AdapterError, match="fit a weight"):
+                delta.delta(wrong)
+    with pytest.raises(AdapterError, match="nothing that can be computed"):
+        turned = torch.tensor([[[0.0, 1e30, 0], [0, 0, 1e30], [1e30, 0, 0]]])
+        Structured("OFT", {"oft_blocks": turned}, None, (3, -1)).delta(torch.ones(3, 3))
+
+
+@pytest.mark.parametrize("shapes", [{"emb_params": (2, 2, 2)}, {"clip_l": (2, 4), "clip_g": (3, 8)}, {"emb_params": (0, 4)}])
+def test_embeddings_that_are_none_are_named(tmp_path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
+    draft = sources.Draft({key: sources.number(1, "F32", size) for key, size in shapes.items()})
+    path = sources.written(tmp_path / "word.safetensors", packed(draft.header(), draft.data()))
+    with pytest.raises(AdapterError, match=r"word\.safetensors is no sound"):
+        Embedding.load(path)
+
+
+def test_tag_counts_without_end_are_no_trigger(tmp_path: Path) -> None:
+    tags = {"ss_tag_frequency": '{"a": {"rex": Infinity}}'}
+    save_file({UP: torch.ones(4, 2), DOWN: torch.ones(2, 4)}, tmp_path / "a.safetensors", metadata=tags)
+    assert examine(tmp_path / "a.safetensors").trigger == ""
+
+
+def test_an_index_of_shards_with_control_characters(tmp_path: Path) -> None:
+    (tmp_path / "unet").mkdir()
+    index = tmp_path / "unet" / "diffusion_pytorch_model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"conv_in.weight": "a\n\x1b[31m.safetensors"}}))
+    with pytest.raises(HostileFileError) as caught:
+        open_weights(tmp_path)
+    assert str(caught.value).isprintable()
 
 
 # --- fuzzing --------------------------------------------------------------------------------------------------------
@@ -255,3 +411,68 @@ def test_mutated_files_load_or_end_in_one_line(tmp_path: Path, dialect: str) -> 
     print(f"{dialect}: {FUZZED} mutated files: {dict(outcomes)}")
     assert set(outcomes) <= {"loaded", "HostileFileError", "UnmatchedKeysError", "AdapterError"}
     assert outcomes["HostileFileError"] > FUZZED / 3
+
+
+def test_the_fuzzers_files_are_sound_before_they_are_broken(tmp_path: Path) -> None:
+    for draft in sources.every(random.Random(0)):
+        path = sources.written(tmp_path / "a.safetensors", sources.packed(draft.header(), draft.data()), draft.hole)
+        if draft.kind == "embedding":
+            assert Embedding.load(path).tokens == 2
+        elif draft.kind == "checkpoint":
+            assert open_weights(path).family == "pocket"
+        elif draft.kind != "folder":
+            assert not describe(path).unmatched and Adapter.load(path).deltas, draft.kind
+
+
+def test_a_few_hundred_of_the_fuzzers_inputs(tmp_path: Path) -> None:
+    """The published figure is made by `python -m personalize.bench fuzz`; this is its beginning, in this process."""
+    found = [trials.tried(7, number, tmp_path / "in") for number in range(300)]
+    assert [(trial.number, trial.bugs) for trial in found if trial.bugs] == []
+    assert {trial.mutation for trial in found} == set(mutations.NAMES)
+    answers = Counter(answer for trial in found for answer in trial.outcomes.values())
+    assert answers["read"] > 300 and answers["refused"] > 300
+    assert all("load" in trial.outcomes and trials.made(7, trial.number)[0] == trial.mutation for trial in found[:9])
+
+
+def test_crashes_and_hangs_of_the_fuzzers_worker_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fuzz, "PATIENCE", 20)
+    monkeypatch.setattr(fuzz, "work", dying)
+    found = list(fuzz.every(0, range(3), tmp_path))
+    assert [trial.number for trial in found] == [0, 1, 2] and "died with" in found[1].bugs[0][0]
+    assert not found[0].bugs and not found[2].bugs
+    fuzz.publish(tmp_path, {"inputs": "3"}, found)
+    assert json.loads((tmp_path / "fuzz.json").read_text())["tables"]["By mutation"][-1]["bugs"] == "1"
+
+
+def dying(pipe: Connection, seed: int, numbers: range, folder: Path) -> None:
+    """A worker that dies of input 1."""
+    for number in numbers:
+        pipe.send(number)
+        if number == 1:
+            os._exit(9)
+        pipe.send(trials.Trial(number, mutations.SOUND, "LoRA", {"load": "read"}, (), 0.0, 0))
+    pipe.send(None)
+
+
+def test_whatever_is_no_answer_is_a_bug(tmp_path: Path) -> None:
+    """Crashes, warnings, errors of many lines, endless ones and those that name no file."""
+    path = sources.written(tmp_path / "a.safetensors", one())
+
+    def raising(error: Exception) -> Any:
+        def read() -> None:
+            raise error
+
+        return read
+
+    clean = trials.Trial(0, "", "", {}, (), 0.0, 0)
+    for error in (
+        IndexError("x"),
+        MemoryError(),
+        AdapterError("a.safetensors\nx"),
+        AdapterError("no name"),
+        AdapterError("base" * 999),
+    ):
+        assert trials.after(clean, "load", raising(error), path).bugs
+    assert trials.after(clean, "load", lambda: bytes(bytearray(200 << 20)), path).bugs
+    fine = trials.after(clean, "load", raising(AdapterError("a.safetensors is not")), path)
+    assert fine.outcomes == {"load": "refused"} and not fine.bugs

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from personalize.adapters import Adapter, describe, distance
 from personalize.adapters.comparing import compared
 from personalize.adapters.merging import OPTIONS
-from personalize.cli import algebra, run
+from personalize.cli import merging, run
 from personalize.pocket import WEIGHTS
 from tests.test_adapters import make
 from tests.test_kinds import CONV, LINEAR, POCKET, dora, loha, lokr
@@ -53,7 +53,7 @@ def test_a_merge_can_be_repeated_from_its_file(files: dict[str, Adapter], capsys
 
 
 def test_options_of_methods_have_flags() -> None:
-    assert algebra.OPTIONS.keys() == OPTIONS.keys()
+    assert merging.OPTIONS.keys() == OPTIONS.keys()
 
 
 def test_convert_resize_and_diff(files: dict[str, Adapter], capsys: pytest.CaptureFixture[str]) -> None:
@@ -137,3 +137,20 @@ def test_the_doctor_sees_collisions_and_keeps_on_where_a_file_is_sick(
     assert run(["doctor", "sick.safetensors", "b.safetensors", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert "not-finite" in json.dumps(found["files"][0]) and len(found["files"]) == 2
+
+
+def test_unmatched_keys_stop_unless_they_may_be_left_out(files: dict[str, Adapter], capsys: pytest.CaptureFixture[str]) -> None:
+    save_file({**load_file("a.safetensors"), "lora_unet_nothing.lora_up.weight": torch.ones(2, 2)}, "odd.safetensors")
+    assert run(["convert", "odd.safetensors", "-o", "x"]) == 2
+    assert "lora_unet_nothing" in capsys.readouterr().err
+    for command in (["convert", "odd.safetensors"], ["merge", "odd.safetensors"], ["resize", "odd.safetensors", "--rank", "2"]):
+        assert run([*command, "-o", "x", "--allow-unmatched"]) == 0
+        assert distance(load("x"), files["a"]) < 1e-6
+
+
+def test_folders_of_peft_and_diffusers_are_files_too(files: dict[str, Adapter]) -> None:
+    files["c"].save("peft/adapter_model", "peft")
+    files["a"].save("diffusers/pytorch_lora_weights", "diffusers")
+    assert run(["merge", "peft", "diffusers:0.5", "-o", "x"]) == 0
+    assert distance(load("x"), files["c"] + files["a"] * 0.5) < 1e-6
+    assert run(["show", "peft"]) == 0

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from personalize.adapters import FAMILIES, Adapter, Dense, LowRank, describe, distance
-from personalize.adapters.deltas import Decomposed, Delta, Structured, apart, as_low_rank, build
+from personalize.adapters.deltas import Decomposed, Delta, Structured, as_low_rank, build
 from personalize.adapters.keys import weights
 from personalize.adapters.merging import merge
+from personalize.adapters.nearness import apart
 from personalize.attach import attach, weight_named
 from personalize.base import Base
 from personalize.errors import AdapterError

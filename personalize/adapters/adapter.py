@@ -14,8 +14,10 @@ from torch import Tensor
 
 from ..errors import AdapterError, FamilyMismatchError, nearest
 from . import keys, storage
-from .deltas import Delta, Dense, apart
+from .deltas import Delta, Dense
 from .headers import short
+from .nearness import apart
+from .tensors import one_thread
 from .weighting import Weighting
 
 
@@ -52,7 +54,8 @@ class Adapter:
         Raises HostileFileError for a file that is not what it says, UnmatchedKeysError for keys of no known module (with
         `allow_unmatched` they are left out), AdapterError for a missing file or weights that are not finite.
         """
-        return cls(*storage.read(Path(path).expanduser(), allow_unmatched))
+        with one_thread():
+            return cls(*storage.read(Path(path).expanduser(), allow_unmatched))
 
     def save(
         self,

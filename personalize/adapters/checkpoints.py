@@ -147,7 +147,7 @@ def _places(header: Header, family: keys.Family) -> dict[str, Place]:
     for path, address in checkpoint_keys.addresses(family).items():
         bare = address.key.replace(".text_model.", ".")  # some tools leave it out
         key = address.key if address.key in header.tensors or bare not in header.tensors else bare
-        if (entry := header.tensors.get(key)) and _usable(entry) and (not address.rows or address.rows[1] <= entry.shape[0]):
+        if (entry := header.tensors.get(key)) and _usable(entry) and _holds(entry, address):
             table[path] = Place(header, Address(key, address.rows, address.transposed))
     return table
 
@@ -161,6 +161,10 @@ def _closest(shapes: Mapping[keys.Family, Mapping[str, keys.Shape]]) -> keys.Fam
 
     best = max(shapes, key=share)
     return best if share(best) > 0.5 else None
+
+
+def _holds(entry: Entry, address: Address) -> bool:
+    return (not address.rows or address.rows[1] <= entry.shape[0]) and (not address.transposed or len(entry.shape) == 2)
 
 
 def _usable(entry: Entry) -> bool:
@@ -210,7 +214,7 @@ def _shards(index: Path) -> list[Path]:
         names = {str(key): str(name) for key, name in table.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise BaseModelError(f"{index} is no index of shards: {short(error)}", "download the base again") from None
-    if outside := [name for name in names.values() if Path(name).name != name]:
+    if outside := [name for name in names.values() if Path(name).name != name or not name.isprintable()]:
         raise HostileFileError(f"{index} points outside its folder: {short(outside[0])}")
     files = [index.parent / name for name in sorted(set(names.values()))]
     found = {(key, file.name) for file in files for key in read_header(file).tensors}

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..errors import AdapterError
-from . import kinds, structured
+from . import keys, kinds, structured
 from .kinds import ALPHA, DORA, DOWN, MAGNITUDE, MID, UP, MisfitError
 
 Shape = tuple[int, ...]
@@ -79,17 +79,6 @@ def summed(a: Delta, b: Delta) -> Delta:
     return Dense(a.delta() + b.delta())
 
 
-def apart(a: Delta | None, b: Delta | None) -> float:
-    """||dW_a - dW_b||, where a missing update is zero; of the stored tensors where dW depends on the base."""
-    if a is None or b is None:
-        return (a or b).norm()  # type: ignore[union-attr]
-    if a.needs_base or b.needs_base:
-        ours, theirs = a.stored(), b.stored()
-        same = ours.keys() == theirs.keys() and all(ours[role].shape == theirs[role].shape for role in ours)
-        return math.hypot(*(_norm(ours[role] - theirs[role]) for role in ours)) if same else math.inf
-    return summed(a, b * -1.0).norm()
-
-
 @dataclass(frozen=True, eq=False, repr=False)
 class LowRank:
     """dW = alpha / rank * up @ down (Hu et al. 2021, https://arxiv.org/abs/2106.09685); its own fp32 copy of the factors.
@@ -139,9 +128,8 @@ class LowRank:
         return self
 
     def finite(self) -> bool:
-        """Judged by the largest entry of each factor."""
-        largest = self.rank * abs(self.scale) * float(self.up.abs().max()) * float(self.down.abs().max())
-        return largest < torch.finfo(torch.float32).max
+        """Judged by the largest entry of each factor, so that no product on the way overflows."""
+        return _bounded(self.alpha, self.rank, float(self.up.abs().max()), float(self.down.abs().max()))
 
     def stored(self) -> dict[str, Tensor]:
         return {UP: self.up, DOWN: self.down, ALPHA: torch.tensor(self.alpha)}
@@ -188,7 +176,7 @@ class Dense:
         return None
 
     def norm(self) -> float:
-        return _norm(self.weight)
+        return frobenius(self.weight)
 
     def finite(self) -> bool:
         return bool(self.weight.isfinite().all())
@@ -236,7 +224,7 @@ class Structured:
     def delta(self, weight: Tensor | None = None) -> Tensor:
         if self.needs_base and weight is None:
             raise AdapterError(f"{self!r} depends on the base's weights", "name the base: --base")
-        base = weight.detach().to("cpu", torch.float32) if weight is not None else torch.empty(0)
+        base = _fitting(weight, self.shape) if self.needs_base and weight is not None else torch.empty(0)
         shape = tuple(base.shape) if self.needs_base else self.shape
         return (self.scale * self.form.dense(self.tensors, base, self.alpha)).reshape(shape)
 
@@ -251,18 +239,20 @@ class Structured:
 
     def norm(self) -> float:
         if self.needs_base:
-            return abs(self.strength) * math.hypot(*(_norm(value) for value in self.tensors.values()))
+            return abs(self.strength) * math.hypot(*(frobenius(value) for value in self.tensors.values()))
         factored = self.low_rank()
-        return factored.norm() if factored else _norm(self.delta())
+        return factored.norm() if factored else frobenius(self.delta())
 
     def finite(self) -> bool:
+        """Judged by the largest entry of each tensor: dW is not made."""
         whole = all(bool(value.isfinite().all()) for value in self.tensors.values())
-        return whole and (self.needs_base or bool(self.delta().isfinite().all()))
+        return whole and _bounded(self.scale, self.form.bound(self.tensors) if self.form.bound else 1.0)
 
     def stored(self) -> dict[str, Tensor]:
         if self.strength != 1:
             raise AdapterError(f"{self!r} cannot be stored at a strength of {self.strength:g}", "name the base: --base")
-        return dict(self.tensors) | ({} if self.alpha is None else {ALPHA: torch.tensor(float(self.alpha))})
+        alpha = 0.0 if self.alpha is None and self.kind == "OFT" else self.alpha  # no limit either way; ComfyUI wants it said
+        return dict(self.tensors) | ({} if alpha is None else {ALPHA: torch.tensor(float(alpha))})
 
     def __mul__(self, weight: float) -> Structured:
         if not self.form.linear_in:
@@ -289,7 +279,7 @@ class Decomposed:
     def __post_init__(self) -> None:
         object.__setattr__(self, "magnitude", _own(self.magnitude))
         out, inside = self.inner.shape[:2]
-        if tuple(self.magnitude.shape[:2]) not in ((1, inside), (out, 1)):
+        if tuple(self.magnitude.shape[:2]) not in ((1, inside), (out, 1)) or set(self.magnitude.shape[2:]) - {1}:
             raise AdapterError(
                 f"magnitudes of shape {list(self.magnitude.shape)} do not fit a weight of {list(self.inner.shape)}"
             )
@@ -304,7 +294,7 @@ class Decomposed:
     def delta(self, weight: Tensor | None = None) -> Tensor:
         if weight is None:
             raise AdapterError(f"{self!r} depends on the base's weights", "name the base: --base")
-        base = weight.detach().to("cpu", torch.float32)
+        base = _fitting(weight, self.shape)
         tuned = base + self.inner.delta(base).reshape(base.shape)
         axis = 1 if self.magnitude.shape[0] == 1 else 0
         norms = torch.linalg.vector_norm(tuned, dim=[i for i in range(tuned.ndim) if i != axis], keepdim=True)
@@ -314,7 +304,7 @@ class Decomposed:
         return None
 
     def norm(self) -> float:
-        return abs(self.strength) * math.hypot(*(_norm(value) for value in self.stored_tensors().values()))
+        return abs(self.strength) * math.hypot(*(frobenius(value) for value in self.stored_tensors().values()))
 
     def finite(self) -> bool:
         return self.inner.finite() and bool(self.magnitude.isfinite().all())
@@ -369,6 +359,13 @@ def _folded(core: Tensor, down: Tensor) -> Tensor:
     return torch.einsum("rskl,si->rikl", core.float(), down.flatten(1).float())
 
 
+def _fitting(weight: Tensor, shape: Shape) -> Tensor:
+    """The base's weight in fp32. Raises AdapterError if it is of another shape than dW."""
+    if not keys.same(shape, tuple(weight.shape)):
+        raise AdapterError(f"an update of {list(shape)} does not fit a weight of {list(weight.shape)}", "name the right base")
+    return weight.detach().to("cpu", torch.float32)
+
+
 def _own(value: Tensor) -> Tensor:
     return value.detach().to("cpu", torch.float32, copy=True).contiguous()
 
@@ -378,7 +375,13 @@ def _sides(shape: Shape) -> tuple[int, int]:
     return shape[0], math.prod(shape[1:])
 
 
-def _norm(value: Tensor) -> float:
+def _bounded(*factors: float) -> bool:
+    """Whether no product of some of these is beyond fp32, or NaN."""
+    return math.prod(1.0 if abs(one) < 1 else abs(one) for one in factors) < torch.finfo(torch.float32).max
+
+
+def frobenius(value: Tensor) -> float:
+    """The norm of all entries, in fp64."""
     return float(torch.linalg.vector_norm(value.double()))
 
 

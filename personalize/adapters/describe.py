@@ -44,7 +44,7 @@ def describe(path: str | Path) -> Description:
 
     Unmatched keys are listed rather than refused. Raises AdapterError for a missing file, HostileFileError for an unsound one.
     """
-    path = Path(path).expanduser()
+    path = dialects.file_of(Path(path).expanduser())
     header = read_header(path)
     reading = dialects.read(header)
     shapes = {module: dialects.shape(header, slot) for module, slot in reading.slots.items() if slot.kind}

@@ -16,10 +16,12 @@ dialects the scale is therefore folded into `lora_B` and alpha = rank, which eve
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from ..errors import AdapterError, HostileFileError, UnmatchedKeysError, nearest
@@ -68,6 +70,12 @@ class Reading:
     unmatched: tuple[str, ...]
 
 
+def file_of(path: Path) -> Path:
+    """The adapter's file: `path`, or the one inside it, if it is a folder as peft or diffusers leave it."""
+    inside = [path / name for name in (PEFT_FILE, "pytorch_lora_weights.safetensors")] if os.path.isdir(path) else []
+    return next((file for file in inside if file.is_file()), path)
+
+
 def read(header: Header) -> Reading:
     """Understand all keys of a file. Those that belong to another dialect than most, or to no module, are unmatched."""
     parsed = {key: address for key in header.tensors if (address := _parse(key))}
@@ -104,14 +112,10 @@ def rank(header: Header, slot: Slot) -> int:
 
 def shape(header: Header, slot: Slot) -> tuple[int, ...]:
     """The shape of the dW that a slot holds, as far as it tells (kinds.py). HostileFileError if its tensors do not fit."""
-    if not slot.kind:
-        return (-1,)
     try:
-        return kinds.KINDS[slot.kind].shape(shapes(header, slot))
-    except (kinds.MisfitError, LookupError, ValueError) as error:
-        first = next(iter(slot.keys.values()))
-        said = str(error) if isinstance(error, kinds.MisfitError) else "its tensors do not fit each other"
-        raise HostileFileError(f"{header.path}: {short(first)}: {said}") from None
+        return kinds.shape(slot.kind, shapes(header, slot))
+    except kinds.MisfitError as error:
+        raise HostileFileError(f"{header.path}: {short(next(iter(slot.keys.values())))}: {error}") from None
 
 
 def unmatched_error(header: Header, reading: Reading) -> UnmatchedKeysError:
@@ -134,12 +138,13 @@ def configured_scales(header: Header, reading: Reading) -> dict[str, float]:
     Raises AdapterError if the config cannot be honoured exactly.
     """
     config = {} if reading.dialect == "kohya" else _config(header)
+    owns = {part: _own_config(header, config, part) for part in set(map(keys.part_of, reading.slots))}
     scales = {}
     for module, slot in reading.slots.items():
         part, _, inside = module.partition(".")
-        own = {key.removeprefix(f"{part}."): value for key, value in config.items()}  # peft's have no part in front
+        own = owns[part]
         if str(own.get("init_lora_weights")).split("_")[0] in _MOVED:
-            what = f"{header.path}: {own['init_lora_weights']} has moved the base's weights, so the file does not tell dW"
+            what = f"{header.path}: {short(own['init_lora_weights'])} has moved the base's weights, so the file does not tell dW"
             raise AdapterError(what, "convert it to plain LoRA with peft (path_initial_model_for_weight_conversion)")
         if named := [own[name] for name in ("lora_alpha", "alpha") if name in own]:  # peft's LoHa and LoKr say alpha
             alpha = _patterned(header, own, "alpha_pattern", inside, named[0])
@@ -238,18 +243,29 @@ def _config(header: Header) -> dict[str, Any]:
     return config
 
 
-def _patterned(header: Header, config: Mapping[str, Any], table: str, module: str, usual: Any) -> float:
-    """The number that a LoraConfig gives a module: that of the first pattern that names the end of its path, or the usual.
+def _own_config(header: Header, config: Mapping[str, Any], part: str) -> dict[str, Any]:
+    """One part's fields; its patterns as `.end of a path` or `^whole path` => their place, and what they say."""
+    own = {key.removeprefix(f"{part}."): value for key, value in config.items()}  # peft's have no part in front
+    return own | {table: _plain_names(header, table, own.get(table)) for table in ("alpha_pattern", "rank_pattern")}
 
-    peft takes the patterns for regular expressions. Only plain names are honoured: a stranger's expression may never end.
-    """
-    value, patterns = usual, config.get(table)
-    for pattern, told in reversed(patterns.items() if isinstance(patterns, dict) else ()):
+
+def _plain_names(header: Header, table: str, patterns: Any) -> tuple[dict[str, tuple[int, Any]], set[int]]:
+    """And their lengths. peft takes them for regular expressions; only plain names are honoured: others may never end."""
+    found: dict[str, tuple[int, Any]] = {}
+    for place, (pattern, told) in enumerate(patterns.items() if isinstance(patterns, dict) else ()):
         name = pattern.removeprefix("^").removesuffix("$").replace("\\.", ".")
         if not re.fullmatch(r"[\w.]+", name):
             raise AdapterError(f"{header.path}: its {table} {short(pattern)} is no plain name", "save it with plain names")
-        if module == name or (f".{module}".endswith(f".{name}") and not pattern.startswith("^")):
-            value = told
+        found.setdefault(f"{'^' if pattern.startswith('^') else '.'}{name}", (place, told))
+    return found, set(map(len, found))
+
+
+def _patterned(header: Header, config: Mapping[str, Any], table: str, module: str, usual: Any) -> float:
+    """The number that a LoraConfig gives a module: that of the first pattern that names the end of its path, or the usual."""
+    patterns, lengths = config[table]
+    ends = {f".{module}"[-length:] for length in lengths}  # looked up: there may be many of both
+    found = [patterns[end] for end in (*ends, f"^{module}") if end in patterns]
+    value = min(found, key=lambda one: one[0])[1] if found else usual
     least = 0 if table == "rank_pattern" else -1e30
     if type(value) not in (int, float) or not least < value < 1e30:
         raise HostileFileError(f"{header.path}: its LoraConfig gives the {table.removesuffix('_pattern')} {short(value)}")

@@ -51,8 +51,12 @@ class Embedding:
         known = {key: KEYS[key] for key in header.tensors if key in KEYS}
         if not known and len(header.tensors) == 1 and len(next(iter(header.tensors.values())).shape) in (1, 2):
             known = dict.fromkeys(header.tensors, "text_encoder")
-        if not known or known.keys() != header.tensors.keys():
+        if not known or known.keys() != header.tensors.keys() or len(set(known.values())) < len(known):
             raise AdapterError(f"{path} is no textual inversion", f"it holds {', '.join(map(short, list(header.tensors)[:3]))}")
+        sizes = [header.tensors[key].shape for key in known]
+        if any(len(size) not in (1, 2) or 0 in size for size in sizes) or len({size[:-1] for size in sizes}) > 1:
+            found = " and ".join(str(list(size)) for size in sizes)
+            raise HostileFileError(f"{path} is no sound textual inversion: {found} are not as many vectors for each text encoder")
         with opened(header.path) as file:
             vectors = {part: read_tensor(file, key, header.tensors[key]).float() for key, part in known.items()}
         if sick := [part for part, value in vectors.items() if not value.isfinite().all()]:

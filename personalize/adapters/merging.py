@@ -20,6 +20,7 @@ from . import keys, linalg
 from .adapter import Adapter
 from .deltas import Delta, Dense, LowRank
 from .resizing import Line, Report, check_plain, divisible, rank_of, shortened, untouched
+from .tensors import one_thread
 
 Options = Mapping[str, Any]
 _FELT = 1e-7  # of the largest singular value: less is rounding
@@ -340,7 +341,9 @@ def steps(
         terms = _terms(path, adapters, weights)
         if terms and not (row.shared and len(terms) < sum(map(bool, weights))):
             module = Module(path, terms)
-            yield _fitted(module, row.merge(module, chosen), rank, row.refactor)
+            with one_thread():
+                merged = _fitted(module, row.merge(module, chosen), rank, row.refactor)
+            yield merged
 
 
 def _terms(path: str, adapters: Sequence[Adapter], weights: Sequence[float]) -> tuple[Term, ...]:

@@ -16,7 +16,7 @@ from . import linalg
 from .adapter import Adapter
 from .deltas import Delta, Dense, LowRank
 from .keys import PARTS, part_of
-from .tensors import TORCH
+from .tensors import TORCH, one_thread
 
 _NOISE = 1e-14  # of a squared norm: what fp32 factors cannot tell from nothing
 
@@ -210,8 +210,11 @@ def resize(
 
     Raises AdapterError for unknown rules and impossible numbers, and for updates that depend on the base, by name.
     """
-    _check(rule, value, max_rank, dtype)
-    cuts = list(_cuts(adapter, max_rank, TORCH[dtype].itemsize, 0 if drop else 1))
+    check_rule(rule, value, max_rank)
+    if dtype not in TORCH:
+        raise AdapterError(f"no storage dtype is called {dtype!r}", nearest(dtype, TORCH))
+    with one_thread():
+        cuts = list(_cuts(adapter, max_rank, TORCH[dtype].itemsize, 0 if drop else 1))
     ranks = RULES[rule].choose(cuts, value - _overhead(adapter) if rule == "size" else value)
     deltas = {cut.path: _shortened(cut, rank) for cut, rank in zip(cuts, ranks, strict=True) if rank}
     return Adapter(deltas, adapter.metadata), Report(tuple(cut.line(rank) for cut, rank in zip(cuts, ranks, strict=True)))
@@ -240,15 +243,14 @@ def check_plain(path: str, delta: Delta) -> None:
         raise AdapterError(f"{path}: {delta!r} depends on the base's weights", "name the base: --base")
 
 
-def _check(rule: str, value: float, max_rank: int | None, dtype: str) -> None:
+def check_rule(rule: str, value: float, max_rank: int | None) -> None:
+    """Raises AdapterError for rules that do not exist and numbers that make no sense."""
     if rule not in RULES:
         raise AdapterError(f"no rule for ranks is called {rule!r}", nearest(rule, RULES))
     if not RULES[rule].allows(value):
         raise AdapterError(f"{rule} {value:g} makes no sense", f"it keeps {RULES[rule].what}")
     if max_rank is not None and max_rank < 1:
         raise AdapterError(f"a rank of at most {max_rank} leaves nothing", "1 is the smallest rank")
-    if dtype not in TORCH:
-        raise AdapterError(f"no storage dtype is called {dtype!r}", nearest(dtype, TORCH))
 
 
 def _cuts(adapter: Adapter, max_rank: int | None, width: int, floor: int) -> Iterator[Cut]:

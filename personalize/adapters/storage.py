@@ -1,7 +1,8 @@
 """Adapter files: reading them into deltas, and writing them under the export contract.
 
-The contract: what was written is read back through the dialect's own key rules and every dW compared before the file takes its
-name, so an existing file is replaced by a whole and right one or not at all.
+The contract: what was written is read back through the dialect's own key rules and every dW compared, and the hosts that should
+read it (hosts.py) are asked where they find each layer and how strong they make it, before the file takes its name. So an
+existing file is replaced by a whole and right one or not at all.
 """
 
 from __future__ import annotations
@@ -15,13 +16,14 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from ..errors import AdapterError, nearest
+from ..errors import AdapterError, HostileFileError, nearest
 from ..files import atomic, write_text
 from . import deltas as kinds_of_delta
-from . import dialects, keys, kinds
-from .deltas import Decomposed, Delta, LowRank, Structured, apart
-from .headers import Header, opened, read_header, read_scalar
-from .tensors import TORCH, read_tensor, write_tensors
+from . import dialects, hosts, keys, kinds
+from .deltas import Decomposed, Delta, LowRank, Structured
+from .headers import Header, opened, read_header, read_scalar, short
+from .nearness import roughly, within
+from .tensors import TORCH, one_thread, read_tensor, write_tensors
 
 # Relative error of dW that a storage dtype may cause: a few of its rounding steps; more means it cannot hold the weights.
 _TOLERANCE = {"fp32": 1e-6, "fp16": 2e-3, "bf16": 1.6e-2}
@@ -35,10 +37,18 @@ Deltas = Mapping[str, Delta]
 
 def read(path: Path, allow_unmatched: bool) -> tuple[dict[str, Delta], Mapping[str, str]]:
     """The deltas and metadata of a file in any dialect. Raises as `Adapter.load` does."""
-    header = read_header(path)
+    header = read_header(dialects.file_of(path))
+    return _read(header, _reading(header, allow_unmatched)), header.metadata
+
+
+def _reading(header: Header, allow_unmatched: bool) -> dialects.Reading:
     reading = dialects.read(header)
     if not reading.slots or (reading.unmatched and not allow_unmatched):
         raise dialects.unmatched_error(header, reading)
+    return reading
+
+
+def _read(header: Header, reading: dialects.Reading) -> dict[str, Delta]:
     known = {module: dialects.shape(header, slot) for module, slot in reading.slots.items() if slot.kind}
     family = keys.family_of(known, header.metadata)
     true = {module: keys.resolve_shape(module, shape, family) for module, shape in known.items()}
@@ -50,8 +60,9 @@ def read(path: Path, allow_unmatched: bool) -> tuple[dict[str, Delta], Mapping[s
                 found[module] = read_delta(file, header, slot, scales.get(module), true[module])
             for role in slot.keys.keys() & set(kinds.BIASES):
                 key = slot.keys[role]
-                found[module + BIAS] = _sound(file, key, kinds_of_delta.Dense(read_tensor(file, key, header.tensors[key])))
-    return found, header.metadata
+                bias = read_tensor(file, key, header.tensors[key])
+                found[module + BIAS] = _sound(file, {key: bias}, kinds_of_delta.Dense(bias))
+    return found
 
 
 def read_delta(file: BinaryIO, header: Header, slot: dialects.Slot, scale: float | None, shape: keys.Shape) -> Delta:
@@ -63,16 +74,19 @@ def read_delta(file: BinaryIO, header: Header, slot: dialects.Slot, scale: float
     rank = dialects.rank(header, slot)
     alpha = scalars.pop(kinds.ALPHA, None if scale is None or not rank else scale * rank)
     flags = {role: torch.tensor(value) for role, value in scalars.items()}
-    sick = [weights[role] for role, value in tensors.items() if not value.float().isfinite().all()]
-    delta = kinds_of_delta.build(slot.kind, tensors | flags, alpha, shape)
+    try:
+        delta = kinds_of_delta.build(slot.kind, tensors | flags, alpha, shape)
+    except AdapterError as error:
+        raise HostileFileError(f"{file.name}: {short(next(iter(weights.values())))}: {error.what}") from None
     if scale is not None and not rank:  # peft scales a LoKr of two whole halves too
         delta = delta * scale
-    return _sound(file, " or ".join(sick or weights.values()), delta)
+    return _sound(file, {weights[role]: value for role, value in tensors.items()}, delta)
 
 
-def _sound(file: BinaryIO, names: str, delta: Delta) -> Delta:
+def _sound(file: BinaryIO, tensors: Mapping[str, Tensor], delta: Delta) -> Delta:
     if not delta.finite():
-        raise AdapterError(f"{file.name}: {names} holds NaN or Inf", "the training that made it diverged")
+        names = [key for key, value in tensors.items() if not value.float().isfinite().all()] or list(tensors)
+        raise AdapterError(f"{file.name}: {' or '.join(names)[:300]} holds NaN or Inf", "the training that made it diverged")
     return delta
 
 
@@ -90,23 +104,23 @@ def write(
 ) -> Path:
     """Write deltas; raises and describes as `Adapter.save` does. `carried` is metadata of old, `extra` what to say above all."""
     path = path if path.suffix == ".safetensors" else path.parent / f"{path.name}.safetensors"
-    names = _kohya_names(deltas, family)
+    closest = family or _closest(deltas)
+    names = keys.kohya_names(closest)
     _check(path, deltas, names, dialects.check(dialect), dtype)
     portable = _portable(deltas, dialect)
     described = _described(path, portable, family, dialect, carried) | dict(extra)
-    with atomic(path) as temporary:
+    with one_thread(), atomic(path) as temporary:
         write_tensors(temporary, _tensors(portable, dialect, names, TORCH[dtype]), described)
-        _check_same(path, temporary, deltas, dtype)
+        _check_same(path, temporary, deltas, dtype, closest)
     if dialect == "peft" and path.name == dialects.PEFT_FILE and len(parts := {keys.part_of(module) for module in deltas}) == 1:
         config = _configs(portable)[parts.pop()]
         write_text(path.with_name(dialects.PEFT_CONFIG), json.dumps(config, indent=2) + "\n")
     return path
 
 
-def _kohya_names(deltas: Deltas, family: keys.Family | None) -> Mapping[str, str]:
-    """kohya's names in the family or, when the widths are strange, in the family that has most of the paths."""
-    closest = max(keys.FAMILIES, key=lambda one: len(deltas.keys() & keys.weights(one).keys()))
-    return keys.kohya_names(family or closest)
+def _closest(deltas: Deltas) -> keys.Family:
+    """The family that has most of the paths, when the widths are strange: whose names kohya's files use."""
+    return max(keys.FAMILIES, key=lambda one: len(deltas.keys() & keys.weights(one).keys()))
 
 
 def _check(path: Path, deltas: Deltas, names: Mapping[str, str], dialect: str, dtype: str) -> None:
@@ -179,21 +193,36 @@ def _described(
     return general | kept | facts
 
 
-def _check_same(path: Path, temporary: Path, wanted: Deltas, dtype: str) -> None:
+def _check_same(path: Path, temporary: Path, wanted: Deltas, dtype: str, family: keys.Family) -> None:
     """The export contract: what was written, read back, is what was meant."""
     try:
-        found, _ = read(temporary, allow_unmatched=False)
+        header = read_header(temporary)
+        reading = _reading(header, allow_unmatched=False)
+        found = _read(header, reading)
     except AdapterError as error:
         raise AdapterError(f"{path} not written: it does not read back: {error.what}") from error
     found = {keys.canonical(module): delta for module, delta in found.items()}
     if found.keys() != wanted.keys():
         raise AdapterError(f"{path} not written: {_some(sorted(found.keys() ^ wanted.keys()))} does not read back")
-    norms = {module: delta.norm() for module, delta in wanted.items()}
+    norms = {module: roughly(delta) for module, delta in wanted.items()}
     floor = 1e-6 * max(norms.values())
     for module, norm in norms.items():
         weighty = max(norm, floor)  # what is a millionth of the rest may be rounded off
-        if apart(found[module], wanted[module]) > _TOLERANCE[dtype] * weighty:
+        if not within(found[module], wanted[module], _TOLERANCE[dtype] * weighty):
             raise AdapterError(f"{path} not written: {dtype} cannot hold {module} exactly enough", "save with dtype='fp32'")
+    _check_hosts(path, reading, found, family)
+
+
+def _check_hosts(path: Path, reading: dialects.Reading, found: Deltas, family: keys.Family) -> None:
+    """The export contract, others' side: each host that should read the file finds the same dW at the same layers."""
+    hint = f"save with dialect={'diffusers' if reading.dialect == 'kohya' else 'kohya'!r}"
+    for host, layer, at in hosts.misread(reading.dialect, family, reading.slots):
+        missed = f"would take {layer} for {at}" if at else f"would not find {layer}"
+        raise AdapterError(f"{path} not written: {host.name} {missed}", hint)
+    low = {layer: (delta.rank, delta.alpha) for layer, delta in found.items() if isinstance(delta, LowRank)}
+    for host in hosts.readers(reading.dialect, family, reading.slots):
+        if off := hosts.mistaken(host, reading.dialect, low):
+            raise AdapterError(f"{path} not written: {host.name} would take {off[0]} at another strength", hint)
 
 
 def _configs(deltas: Deltas) -> dict[str, dict[str, Any]]:

@@ -5,6 +5,7 @@ Semantics are those of LyCORIS (https://github.com/KohakuBlueleaf/LyCORIS), whic
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -27,6 +28,26 @@ class Form:
     linear_in: tuple[str, ...]
     factors: Factors | None = None
     needs_base: bool = False
+    bound: Callable[[Tensors], float] | None = None  # what no entry of dW, nor of any product on the way, exceeds
+
+
+def _largest(value: Tensor) -> float:
+    return float(value.abs().max())
+
+
+def _half_bound(t: Tensors, whole: str, core: str) -> float:
+    """Of `whole`, or of `whole`_a @ `whole`_b, with a Tucker core or without."""
+    if whole in t:
+        return _largest(t[whole])
+    a, b = t[f"{whole}_a"], t[f"{whole}_b"]
+    steps = [_largest(a), _largest(b) * len(b)]
+    if core in t:
+        steps.append(_largest(t[core]) * len(a))
+    return math.prod(max(1.0, step) for step in steps)
+
+
+def _bound_of(first: str, first_core: str, second: str, second_core: str) -> Callable[[Tensors], float]:
+    return lambda t: _half_bound(t, first, first_core) * _half_bound(t, second, second_core)
 
 
 def _tucker(core: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -49,9 +70,10 @@ def _loha(t: Tensors, weight: Tensor, alpha: float | None) -> Tensor:
 
 def _loha_factors(t: Tensors) -> tuple[Tensor, Tensor] | None:
     """Rank r^2: every column of one half times every column of the other (Khatri-Rao)."""
-    if "hada_t1" in t:
-        return None
-    up = torch.einsum("oi,oj->oij", t["hada_w1_a"], t["hada_w2_a"]).flatten(1)
+    a, b = t["hada_w1_a"], t["hada_w2_a"]
+    if "hada_t1" in t or a.shape[1] * b.shape[1] >= min(len(a), t["hada_w1_b"].shape[1]):
+        return None  # larger than dW, and of hostile shapes far larger
+    up = torch.einsum("oi,oj->oij", a, b).flatten(1)
     return up, torch.einsum("in,jn->ijn", t["hada_w1_b"].flatten(1), t["hada_w2_b"].flatten(1)).flatten(0, 1)
 
 
@@ -65,10 +87,16 @@ def _lokr_half(t: Tensors, i: int) -> Tensor:
     return _tucker(t[f"lokr_t{i}"], a, b) if f"lokr_t{i}" in t else a @ b.flatten(1)
 
 
+def _kron(one: Tensor, two: Tensor) -> Tensor:
+    """[o1, i1] and [o2, i2(, kh, kw)] => [o1 * o2, i1 * i2(, kh, kw)]. torch.kron fails where sides of 1 leave strides open."""
+    (out, inside), (low, deep, *kernel) = one.shape, two.shape
+    blocks = one.reshape(out, 1, inside, 1, *[1] * len(kernel)) * two[None, :, None]
+    return blocks.reshape(out * low, inside * deep, *kernel)
+
+
 def _lokr(t: Tensors, weight: Tensor, alpha: float | None) -> Tensor:
     """kron(w1, w2); over a kernel, w1 is 1 x 1."""
-    one, two = _lokr_half(t, 1), _lokr_half(t, 2)
-    return torch.kron(one.reshape(*one.shape, *[1] * (two.ndim - one.ndim)), two.contiguous())
+    return _kron(_lokr_half(t, 1), _lokr_half(t, 2))
 
 
 def _lokr_factors(t: Tensors) -> tuple[Tensor, Tensor] | None:
@@ -77,9 +105,11 @@ def _lokr_factors(t: Tensors) -> tuple[Tensor, Tensor] | None:
         return None
     one, a, b = _lokr_half(t, 1), t["lokr_w2_a"], t["lokr_w2_b"].flatten(1)
     out, inside = one.shape
+    if min(out, inside) * a.shape[1] >= min(out * len(a), inside * b.shape[1]):
+        return None  # larger than dW, and of hostile shapes far larger
     if inside <= out:
-        return torch.kron(one, a), torch.kron(torch.eye(inside), b)
-    return torch.kron(torch.eye(out), a), torch.kron(one, b)
+        return _kron(one, a), _kron(torch.eye(inside), b)
+    return _kron(torch.eye(out), a), _kron(one, b)
 
 
 # ---------------------------------------------------------------- OFT (Qiu et al. 2023, arXiv 2306.07280), BOFT (2311.06243)
@@ -91,7 +121,10 @@ def rotations(blocks: Tensor, limit: float) -> Tensor:
     size = torch.linalg.vector_norm(q) + 1e-8
     q = q * min(1.0, float(limit / size)) if limit > 0 else q
     eye = torch.eye(q.shape[-1], dtype=q.dtype)
-    return torch.linalg.solve(eye - q, eye + q, left=False)
+    try:
+        return torch.linalg.solve(eye - q, eye + q, left=False)
+    except torch.linalg.LinAlgError:  # entries so large that 1 is lost beside them
+        raise AdapterError(f"OFT blocks {list(blocks.shape)} turn by nothing that can be computed") from None
 
 
 def _oft(t: Tensors, weight: Tensor, alpha: float | None) -> Tensor:
@@ -141,8 +174,8 @@ def _ia3(t: Tensors, weight: Tensor, alpha: float | None) -> Tensor:
 
 
 FORMS = {
-    "LoHa": Form(_loha, ("hada_w1_a",), _loha_factors),
-    "LoKr": Form(_lokr, ("lokr_w1", "lokr_w1_a"), _lokr_factors),
+    "LoHa": Form(_loha, ("hada_w1_a",), _loha_factors, bound=_bound_of("hada_w1", "hada_t1", "hada_w2", "hada_t2")),
+    "LoKr": Form(_lokr, ("lokr_w1", "lokr_w1_a"), _lokr_factors, bound=_bound_of("lokr_w1", "lokr_t1", "lokr_w2", "lokr_t2")),
     "OFT": Form(_oft, (), needs_base=True),
     "GLoRA": Form(_glora, ("a1.weight", "b1.weight"), needs_base=True),
     "IA3": Form(_ia3, ("weight",), needs_base=True),

@@ -21,7 +21,7 @@ from .adapter import Adapter
 from .checkpoints import Weights, check_destination, close, open_weights, rewrite
 from .deltas import Delta, Dense, LowRank
 from .headers import short
-from .resizing import RULES, Cut
+from .resizing import RULES, Cut, check_rule
 
 Source = Weights | str | Path
 Strengths = float | Mapping[str, float]  # one for all, or per part; parts that are not named count 1.0
@@ -108,12 +108,7 @@ def extract(
 def _check_rule(rule: str, value: float, max_rank: int | None, clamp_quantile: float | None) -> None:
     if rule == "size":
         raise AdapterError("size weighs all layers against each other", "extract at a rank, then resize")
-    if rule not in RULES:
-        raise AdapterError(f"no rule for ranks is called {rule!r}", nearest(rule, RULES))
-    if not RULES[rule].allows(value):
-        raise AdapterError(f"{rule} {value:g} makes no sense", f"it keeps {RULES[rule].what}")
-    if max_rank is not None and max_rank < 1:
-        raise AdapterError(f"a rank of at most {max_rank} leaves nothing", "1 is the smallest rank")
+    check_rule(rule, value, max_rank)
     if clamp_quantile is not None and not 0.5 < clamp_quantile <= 1:
         raise AdapterError(f"a quantile of {clamp_quantile:g} makes no sense", "kohya's tool takes 0.99")
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
@@ -28,10 +29,23 @@ _NAMES = {dtype: name for name, dtype in _READABLE.items()}
 _HASHES = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")
 
 
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Inside, torch uses one thread: an adapter's matrices are so thin that two take several times as long."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def read_tensor(file: BinaryIO, key: str, entry: Entry) -> Tensor:
     """One tensor of floating-point numbers. Never reads more than the file holds: its header was checked."""
     if entry.dtype not in _READABLE:
         raise HostileFileError(f"{file.name}: {short(key)} holds {entry.dtype}, not weights", f"known: {', '.join(_READABLE)}")
+    if 0 in entry.shape:
+        return torch.empty(entry.shape, dtype=_READABLE[entry.dtype])
     raw = bytearray(entry.end - entry.start)
     file.seek(entry.start)
     if file.readinto(raw) != len(raw):  # type: ignore[attr-defined]
@@ -50,14 +64,17 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         chunks.append(tensor.reshape(-1).view(torch.uint8).numpy().data)
         start, end = end, end + tensor.nbytes
         entries[key] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
-    data = b"".join(chunks)
-    digest = hashlib.sha256(data).hexdigest()
+    whole, first = hashlib.sha256(), bytearray()
+    for chunk in chunks:
+        whole.update(chunk)
+        first += chunk[: max(0, 0x110000 - len(first))]
+    digest = whole.hexdigest()
     hashes = dict(zip(_HASHES, (digest, "0" * 8, f"0x{digest}"), strict=True))
-    draft = _header(entries, metadata, hashes) + data[:0x110000]
+    draft = _header(entries, metadata, hashes) + first
     hashes["sshs_legacy_hash"] = hashlib.sha256(draft[0x100000:0x110000]).hexdigest()[:8]
     with path.open("wb") as file:
         file.write(_header(entries, metadata, hashes))
-        file.write(data)
+        file.writelines(chunks)
 
 
 def _header(entries: Mapping[str, object], metadata: Mapping[str, str], hashes: Mapping[str, str]) -> bytes:

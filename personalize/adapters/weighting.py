@@ -79,7 +79,7 @@ def split(text: str) -> tuple[str, Weighting]:
     ('C:\\rex.safetensors', '0.8:lbw=OUTD')
     """
     match = SUFFIX.fullmatch(text)
-    if not match or Path(text).is_file():
+    if not match or Path(text).exists():
         return text, Weighting(dict.fromkeys(PARTS.values(), 1.0))
     named: dict[str, str] = {}
     bare: list[float] = []

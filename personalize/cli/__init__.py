@@ -17,7 +17,8 @@ import click
 from .. import __version__
 from ..errors import AdapterError, PersonalizeError, RecipeError
 from ..words import plain
-from . import algebra
+from .algebra import COMMANDS
+from .merging import merge
 from .values import PATH, Side, Strengthened
 
 if TYPE_CHECKING:
@@ -260,5 +261,5 @@ def version() -> int:
     return 0
 
 
-for command in algebra.COMMANDS:
+for command in (merge, *COMMANDS):
     cli.add_command(command)

@@ -1,16 +1,15 @@
-"""Commands that compute with adapter files: merge, convert, resize, extract, bake, interpolate, diff, doctor."""
+"""Commands that compute with adapter files: convert, resize, extract, bake, interpolate, diff, doctor; merge is in merging.py."""
 
 from __future__ import annotations
 
 import json
-import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..errors import AdapterError, RecipeError
+from ..errors import RecipeError
 from ..words import plain, readable
 from .values import PATH, Bytes, Strengthened
 
@@ -22,7 +21,6 @@ if TYPE_CHECKING:
     from ..adapters.resizing import Report
     from ..adapters.weighting import Weighting
 
-RECIPE = "personalize.merge"  # metadata: the arguments that repeat a merge
 Files = Sequence[tuple[Path, "Weighting"]]
 
 # ---------------------------------------------------------------- what several commands share
@@ -32,6 +30,9 @@ dtype = click.option("--dtype", metavar="fp32|fp16|bf16", help="storage [default
 to = click.option("--output", "-o", type=PATH, required=True, help="the file to write")
 base_option = click.option(
     "--base", type=PATH, help="diffusers folder or checkpoint, for what depends on its weights (DoRA, OFT)"
+)
+lenient = click.option(
+    "--allow-unmatched", is_flag=True, help="leave out keys that belong to no known layer, instead of stopping"
 )
 as_json = click.option("--json", "for_programs", is_flag=True, help="for programs")
 
@@ -66,11 +67,11 @@ def rule_of(options: Mapping[str, Any], default: tuple[str, float] | None = None
     return given[0] if given else default  # type: ignore[return-value]
 
 
-def loaded(files: Files) -> list[Adapter]:
+def loaded(files: Files, allow_unmatched: bool) -> list[Adapter]:
     """Adapters, each as much as was asked for."""
     from ..adapters import Adapter
 
-    return [Adapter.load(path).weighted(weighting) for path, weighting in files]
+    return [Adapter.load(path, allow_unmatched=allow_unmatched).weighted(weighting) for path, weighting in files]
 
 
 def resolved(adapters: Iterable[Adapter], base: Path | None) -> list[Adapter]:
@@ -127,108 +128,6 @@ def span(values: Iterable[int]) -> str:
     return f"{found[0]}..{found[-1]}" if len(found) > 1 else "".join(map(str, found))
 
 
-# ---------------------------------------------------------------- merge
-
-OPTIONS: dict[str, tuple[Any, str]] = {  # those of merging.OPTIONS
-    "density": (float, "share of the entries that is kept"),
-    "outliers": (float, "share of the entries, the largest, that is dropped"),
-    "epsilon": (float, "how much likelier the largest entries are kept than the smallest"),
-    "mean": (bool, "average the adapters that agree instead of adding them up"),
-    "seed": (int, "of the random numbers"),
-    "mu": (float, "how strongly the later adapters make room: 0 not at all, inf wholly"),
-    "energy": (float, "share of an adapter's squared norm whose directions are its own"),
-    "straight": (float, "above this cosine two updates are one direction and are added up"),
-}
-
-
-def tuned(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The options that only some methods take."""
-    for name, (kind, text) in reversed(OPTIONS.items()):
-        flag = f"--{name}/--no-{name}" if kind is bool else f"--{name}"
-        command = click.option(flag, name, type=None if kind is bool else kind, default=None, help=text)(command)
-    return command
-
-
-def list_methods(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
-    """The table of methods, and nothing else."""
-    if not wanted:
-        return
-    from ..adapters.merging import METHODS
-
-    for name, row in METHODS.items():
-        paper = f" (arXiv {row.paper})" if row.paper else ""
-        takes = f" [{', '.join(f'--{option} {value}' for option, value in row.options.items())}]" if row.options else ""
-        click.echo(f"{name:<14}{row.what}{paper}{takes}")
-    ctx.exit(0)
-
-
-@click.command()
-@click.argument("files", nargs=-1, type=Strengthened(), metavar="FILE[:STRENGTH]...")
-@to
-@click.option("--method", default="concat", show_default=True, help="see `personalize merge --list`")
-@click.option("--rank", type=click.IntRange(1), help="at most this many ranks per layer")
-@tuned
-@base_option
-@dialect
-@dtype
-@click.option("--replay", type=PATH, metavar="FILE", help="repeat the merge that made this file")
-@click.option("--list", is_flag=True, expose_value=False, is_eager=True, callback=list_methods, help="list the methods and stop")
-@click.pass_context
-def merge(ctx: click.Context, files: Files, output: Path, replay: Path | None, **options: Any) -> int:
-    """Add adapters up into one file, exactly: A.safetensors:0.7 B.safetensors:-0.3.
-
-    Strengths can be told by part, block and pattern: A.safetensors:0.8:0.5, A.safetensors:lbw=OUTD, A.safetensors:*attn2*=0.5.
-    """
-    if replay:
-        files, options = again(ctx, replay, output)
-    if not files:
-        raise RecipeError("which adapters?", "personalize merge A.safetensors:0.7 B.safetensors:-0.3 -o C.safetensors")
-    from ..adapters.merging import merge_with_report
-
-    chosen = {name: options[name] for name in OPTIONS if options[name] is not None}
-    adapters = resolved(loaded(files), options["base"])
-    merged, report = merge_with_report(adapters, [1.0] * len(adapters), options["method"], options["rank"], **chosen)
-    said = {RECIPE: arguments(files, options), "modelspec.merged_from": ", ".join(path.stem for path, _ in files)}
-    said["personalize.merge_hashes"] = json.dumps([content(path) for path, _ in files])
-    path = merged.save(output, options["dialect"], said, options["dtype"] or stored_as(files[0][0]))
-    table(report)
-    written(path, merged)
-    return 0
-
-
-def arguments(files: Files, options: Mapping[str, Any]) -> str:
-    """A merge as the words that repeat it."""
-    words = [f"{path}:{weighting}" for path, weighting in files] + ["--method", options["method"]]
-    for name in ("rank", "base", *OPTIONS):
-        if (value := options[name]) is not None:
-            words += [f"--{name}" if value else f"--no-{name}"] if isinstance(value, bool) else [f"--{name}", str(value)]
-    return shlex.join(words)
-
-
-def again(ctx: click.Context, made: Path, output: Path) -> tuple[Files, dict[str, Any]]:
-    """The files and options that made a merged file. Raises AdapterError if it tells none, or if a file has changed since."""
-    from ..adapters import describe
-
-    metadata = describe(made).metadata
-    if RECIPE not in metadata:
-        raise AdapterError(f"{made} does not say how it was merged", "only files merged by personalize can be repeated")
-    parsed = merge.make_context("merge", [*shlex.split(metadata[RECIPE]), "--output", str(output)], parent=ctx.parent).params
-    files, options = parsed["files"], {**parsed, "dialect": ctx.params["dialect"], "dtype": ctx.params["dtype"]}
-    for (path, _), known in zip(files, json.loads(metadata.get("personalize.merge_hashes", "[]")), strict=False):
-        if content(path) != known:
-            raise AdapterError(f"{path} is not the file that {made} was merged from", "its contents have changed")
-    return files, options
-
-
-def content(path: Path) -> str:
-    """sha256 of what stands behind a file's header: the weights."""
-    import hashlib
-
-    with path.open("rb") as file:
-        file.seek(8 + int.from_bytes(file.read(8), "little"))
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 # ---------------------------------------------------------------- convert, resize
 
 
@@ -240,6 +139,7 @@ def content(path: Path) -> str:
 )
 @click.option("--rank", type=click.IntRange(1), help="of what becomes LoRA [default: exact where the kind has factors, else 32]")
 @base_option
+@lenient
 @dialect
 @dtype
 def convert(file: tuple[Path, Weighting], output: Path, kind: str | None, rank: int | None, base: Path | None, **how: Any) -> int:
@@ -247,7 +147,7 @@ def convert(file: tuple[Path, Weighting], output: Path, kind: str | None, rank: 
     from ..adapters.converting import converted
 
     path, _ = file
-    (adapter,) = resolved(loaded([file]), base)
+    (adapter,) = resolved(loaded([file], how["allow_unmatched"]), base)
     made, report = converted(adapter, kind, rank)
     target = made.save(output, how["dialect"], dtype=how["dtype"] or stored_as(path))
     if report:
@@ -262,13 +162,14 @@ def convert(file: tuple[Path, Weighting], output: Path, kind: str | None, rank: 
 @rules
 @click.option("--drop", is_flag=True, help="drop layers that the rule leaves nothing of")
 @base_option
+@lenient
 @dialect
 @dtype
 def resize(file: tuple[Path, Weighting], output: Path, base: Path | None, **options: Any) -> int:
     """Cut an adapter down to fewer ranks, exactly by the truncated SVD of dW, and tell what it cost."""
     from ..adapters import resizing
 
-    (adapter,) = resolved(loaded([file]), base)
+    (adapter,) = resolved(loaded([file], options["allow_unmatched"]), base)
     rule, value = rule_of(options)
     kept = options["dtype"] or stored_as(file[0])
     cut, report = resizing.resize(adapter, rule, value, max_rank=options["max_rank"], dtype=kept, drop=options["drop"])
@@ -312,11 +213,12 @@ def extract(tuned: Path, base: Path, output: Path, **options: Any) -> int:
 @click.argument("base", type=PATH)
 @click.argument("files", nargs=-1, required=True, type=Strengthened(), metavar="FILE[:STRENGTH]...")
 @click.option("--output", "-o", type=PATH, required=True, help="the checkpoint or folder to write")
-def bake(base: Path, files: Files, output: Path) -> int:
+@lenient
+def bake(base: Path, files: Files, output: Path, allow_unmatched: bool) -> int:
     """Write the checkpoint BASE with adapters in its weights. BASE stays as it is: keep it, to go back."""
     from ..adapters import surgery
 
-    report = surgery.bake(located(base), [(adapter, 1.0) for adapter in loaded(files)], output)
+    report = surgery.bake(located(base), [(adapter, 1.0) for adapter in loaded(files, allow_unmatched)], output)
     click.echo(
         f"{output}  {len(report.changes)} weights changed; rounding to the checkpoint's dtype loses {report.error:.2%} of it"
     )
@@ -344,12 +246,15 @@ def interpolate(base: Path, tuned: Path, alpha: float, output: Path) -> int:
 @click.argument("one", type=Strengthened())
 @click.argument("other", type=Strengthened())
 @base_option
+@lenient
 @as_json
-def diff(one: tuple[Path, Weighting], other: tuple[Path, Weighting], base: Path | None, for_programs: bool) -> int:
+def diff(
+    one: tuple[Path, Weighting], other: tuple[Path, Weighting], base: Path | None, allow_unmatched: bool, for_programs: bool
+) -> int:
     """Tell how far apart two adapters are as updates, whatever their kinds, ranks and dialects."""
     from ..adapters.comparing import compared
 
-    a, b = resolved(loaded([one, other]), base)
+    a, b = resolved(loaded([one, other], allow_unmatched), base)
     rows = compared(a, b)
     if for_programs:
         click.echo(json.dumps([vars(row) for row in rows]))
@@ -366,8 +271,9 @@ def diff(one: tuple[Path, Weighting], other: tuple[Path, Weighting], base: Path 
 @click.argument("files", nargs=-1, required=True, type=Strengthened(), metavar="FILE[:STRENGTH]...")
 @click.option("--picture", type=PATH, metavar="FILE.png", help="strengths, cosines and overlaps by block, as a heat map")
 @base_option
+@lenient
 @as_json
-def doctor(files: Files, picture: Path | None, base: Path | None, for_programs: bool) -> int:
+def doctor(files: Files, picture: Path | None, base: Path | None, allow_unmatched: bool, for_programs: bool) -> int:
     """Tell what adapters are, what ails them, how much they collide, which block weights help, and what a merge would lose."""
     from .. import checkup
     from ..adapters.doctor import collide, examine, predict
@@ -377,7 +283,7 @@ def doctor(files: Files, picture: Path | None, base: Path | None, for_programs: 
     collision: Collision | None = None
     predictions: Sequence[Prediction] = ()
     if len(files) > 1 and all(found.loads for found in checkups):
-        adapters = loaded(files)
+        adapters = loaded(files, allow_unmatched)
         ones = [1.0] * len(files)
         collision = collide(adapters, ones, base=find)
         predictions = predict([adapter.resolve(find) if find else adapter for adapter in adapters], ones)
@@ -390,4 +296,4 @@ def doctor(files: Files, picture: Path | None, base: Path | None, for_programs: 
     return 0
 
 
-COMMANDS: tuple[click.Command, ...] = (merge, convert, resize, extract, bake, interpolate, diff, doctor)
+COMMANDS: tuple[click.Command, ...] = (convert, resize, extract, bake, interpolate, diff, doctor)

@@ -27,7 +27,7 @@ class Strengthened(click.ParamType):
         if isinstance(value, tuple):
             return value
         path, weighting = split(str(value))
-        if not Path(path).is_file():
+        if not Path(path).exists():
             raise AdapterError(f"there is no adapter {path}", "check its spelling; strengths are numbers: A.safetensors:0.8")
         return Path(path), weighting
 

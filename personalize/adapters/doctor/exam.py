@@ -81,6 +81,6 @@ def likely_trigger(metadata: Mapping[str, str]) -> str:
     try:
         folders = json.loads(metadata.get("ss_tag_frequency", "{}"))
         counts = Counter({tag.strip(): int(n) for tags in folders.values() for tag, n in tags.items() if tag.strip()})
-    except (ValueError, TypeError, AttributeError, RecursionError):
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
         return ""  # a stranger's text
     return counts.most_common(1)[0][0] if counts else ""

@@ -1,7 +1,7 @@
 """What can be wrong with an adapter file. One check per fault; codes are stable, so that scripts can look for them.
 
-What UIs read was seen by running ComfyUI 0.3.64, A1111 1.10.1, Forge (June 2025), InvokeAI 6.14.2 and stable-diffusion.cpp, but
-for IA3, OFT and GLoRA: there their sources were read.
+What UIs read was seen by running ComfyUI 0.3.64, A1111 1.10.1, Forge (June 2025), InvokeAI 6.14.2 and stable-diffusion.cpp, and
+for IA3, OFT and GLoRA the loaders alone of the first three (tests/test_hosts.py).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ LARGE = 1_000_000  # bytes: smaller files need not be halved
 UNREAD = {  # kind => UIs that do not read it
     "IA3": ("ComfyUI", "Forge"),
     "OFT": ("Forge", "InvokeAI"),
-    "GLoRA": ("InvokeAI",),
+    "GLoRA": ("A1111", "InvokeAI"),
 }
 A1111 = {"sd1": "SD1", "sd2": "SD2", "sdxl": "SDXL", "sdxl-refiner": "SDXL"}  # its word for families
 
@@ -172,8 +172,8 @@ def unread(exam: Exam) -> Iterator[Finding]:
         if own := tuple(path for path, slot in slots.items() if slot.kind == kind):
             what = f"{kind} in {_count(own, 'layer')}: not read by {' and '.join(hosts)}"
             yield Finding("warning", "kind-unread", what, own, "name the --base and save it as a full update, or extract LoRA")
-    if exam.reading.dialect == "peft":
-        what = "peft's names: A1111, Forge and InvokeAI do not read them, ComfyUI reads a part"
+    if exam.reading.dialect in ("peft", "diffusers"):
+        what = f"{exam.reading.dialect}'s names: A1111 and Forge do not read them, and ComfyUI reads a part"
         yield Finding("warning", "dialect-unread", what, (), "save it in kohya's names")
     outer = tuple(path for path in slots if path.startswith(("unet.conv_in", "unet.conv_out", "unet.time_emb", "unet.add_emb")))
     if outer:

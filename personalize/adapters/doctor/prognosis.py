@@ -9,7 +9,8 @@ from functools import reduce
 
 from .. import linalg, merging, resizing, weighting
 from ..adapter import Adapter
-from ..deltas import Delta, apart
+from ..deltas import Delta
+from ..nearness import apart
 from .collision import ALL, Collision, check_shapes, common_family
 from .measures import row_of
 

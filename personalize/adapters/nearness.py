@@ -1,0 +1,37 @@
+"""How far apart two updates are as dW: exactly, or as cheaply as a limit allows."""
+
+from __future__ import annotations
+
+import math
+
+from .deltas import Delta, LowRank, frobenius, summed
+
+
+def apart(a: Delta | None, b: Delta | None) -> float:
+    """||dW_a - dW_b||, where a missing update is zero; of the stored tensors where dW depends on the base."""
+    if a is None or b is None:
+        return (a or b).norm()  # type: ignore[union-attr]
+    if a.needs_base or b.needs_base:
+        ours, theirs = a.stored(), b.stored()
+        same = ours.keys() == theirs.keys() and all(ours[role].shape == theirs[role].shape for role in ours)
+        return math.hypot(*(frobenius(ours[role] - theirs[role]) for role in ours)) if same else math.inf
+    return summed(a, b * -1.0).norm()
+
+
+def roughly(delta: Delta) -> float:
+    """||dW||, cheaply: of factors from their Gram matrices, to half of fp64's digits."""
+    if not isinstance(delta, LowRank):
+        return delta.norm()
+    up, down = delta.up.flatten(1).double(), delta.down.flatten(1).double()
+    return abs(delta.scale) * math.sqrt(max(0.0, float(((up.T @ up) * (down @ down.T)).sum())))
+
+
+def within(a: Delta, b: Delta, limit: float) -> bool:
+    """Whether ||dW_a - dW_b|| <= limit: by a bound from the factors of each rank, and exactly where that does not tell."""
+    if isinstance(a, LowRank) and isinstance(b, LowRank) and a.shape == b.shape and a.rank == b.rank:
+        up, other_up = a.up.flatten(1) * a.scale, b.up.flatten(1) * b.scale
+        down, other_down = a.down.flatten(1), b.down.flatten(1)
+        far = (up - other_up).norm(dim=0) * down.norm(dim=1) + other_up.norm(dim=0) * (down - other_down).norm(dim=1)
+        if float(far.sum()) <= limit:
+            return True
+    return apart(a, b) <= limit

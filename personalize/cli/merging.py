@@ -1,0 +1,116 @@
+"""The command that adds adapters up, and how a merged file is made again."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..errors import AdapterError, RecipeError
+from ..files import weights_hash
+from .algebra import Files, base_option, dialect, dtype, lenient, loaded, resolved, stored_as, table, to, written
+from .values import PATH, Strengthened
+
+RECIPE = "personalize.merge"  # metadata: the arguments that repeat a merge
+
+OPTIONS: dict[str, tuple[Any, str]] = {  # those of merging.OPTIONS
+    "density": (float, "share of the entries that is kept"),
+    "outliers": (float, "share of the entries, the largest, that is dropped"),
+    "epsilon": (float, "how much likelier the largest entries are kept than the smallest"),
+    "mean": (bool, "average the adapters that agree instead of adding them up"),
+    "seed": (int, "of the random numbers"),
+    "mu": (float, "how strongly the later adapters make room: 0 not at all, inf wholly"),
+    "energy": (float, "share of an adapter's squared norm whose directions are its own"),
+    "straight": (float, "above this cosine two updates are one direction and are added up"),
+}
+
+
+def tuned(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options that only some methods take."""
+    for name, (kind, text) in reversed(OPTIONS.items()):
+        flag = f"--{name}/--no-{name}" if kind is bool else f"--{name}"
+        command = click.option(flag, name, type=None if kind is bool else kind, default=None, help=text)(command)
+    return command
+
+
+def list_methods(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
+    """The table of methods, and nothing else."""
+    if not wanted:
+        return
+    from ..adapters.merging import METHODS
+
+    for name, row in METHODS.items():
+        paper = f" (arXiv {row.paper})" if row.paper else ""
+        takes = f" [{', '.join(f'--{option} {value}' for option, value in row.options.items())}]" if row.options else ""
+        click.echo(f"{name:<14}{row.what}{paper}{takes}")
+    ctx.exit(0)
+
+
+@click.command()
+@click.argument("files", nargs=-1, type=Strengthened(), metavar="FILE[:STRENGTH]...")
+@to
+@click.option("--method", default="concat", show_default=True, help="see `personalize merge --list`")
+@click.option("--rank", type=click.IntRange(1), help="at most this many ranks per layer")
+@tuned
+@base_option
+@lenient
+@dialect
+@dtype
+@click.option("--replay", type=PATH, metavar="FILE", help="repeat the merge that made this file")
+@click.option("--list", is_flag=True, expose_value=False, is_eager=True, callback=list_methods, help="list the methods and stop")
+@click.pass_context
+def merge(ctx: click.Context, files: Files, output: Path, replay: Path | None, **options: Any) -> int:
+    """Add adapters up into one file, exactly: A.safetensors:0.7 B.safetensors:-0.3.
+
+    Strengths can be told by part, block and pattern: A.safetensors:0.8:0.5, A.safetensors:lbw=OUTD, A.safetensors:*attn2*=0.5.
+    """
+    if replay:
+        files, options = again(ctx, replay, output)
+    if not files:
+        raise RecipeError("which adapters?", "personalize merge A.safetensors:0.7 B.safetensors:-0.3 -o C.safetensors")
+    from ..adapters.merging import merge_with_report
+
+    chosen = {name: options[name] for name in OPTIONS if options[name] is not None}
+    adapters = resolved(loaded(files, options["allow_unmatched"]), options["base"])
+    merged, report = merge_with_report(adapters, [1.0] * len(adapters), options["method"], options["rank"], **chosen)
+    said = {RECIPE: arguments(files, options), "modelspec.merged_from": ", ".join(path.stem for path, _ in files)}
+    said["personalize.merge_hashes"] = json.dumps([weights_hash(file_of(path)) for path, _ in files])
+    path = merged.save(output, options["dialect"], said, options["dtype"] or stored_as(files[0][0]))
+    table(report)
+    written(path, merged)
+    return 0
+
+
+def arguments(files: Files, options: Mapping[str, Any]) -> str:
+    """A merge as the words that repeat it."""
+    words = [f"{path}:{weighting}" for path, weighting in files] + ["--method", options["method"]]
+    for name in ("rank", "base", *OPTIONS):
+        if (value := options[name]) is not None:
+            words += [f"--{name}" if value else f"--no-{name}"] if isinstance(value, bool) else [f"--{name}", str(value)]
+    return shlex.join(words)
+
+
+def file_of(path: Path) -> Path:
+    """The file behind a name that may be a folder of peft's."""
+    from ..adapters import dialects
+
+    return dialects.file_of(path)
+
+
+def again(ctx: click.Context, made: Path, output: Path) -> tuple[Files, dict[str, Any]]:
+    """The files and options that made a merged file. Raises AdapterError if it tells none, or if a file has changed since."""
+    from ..adapters import describe
+
+    metadata = describe(made).metadata
+    if RECIPE not in metadata:
+        raise AdapterError(f"{made} does not say how it was merged", "only files merged by personalize can be repeated")
+    parsed = merge.make_context("merge", [*shlex.split(metadata[RECIPE]), "--output", str(output)], parent=ctx.parent).params
+    files, options = parsed["files"], {**parsed, "dialect": ctx.params["dialect"], "dtype": ctx.params["dtype"]}
+    for (path, _), known in zip(files, json.loads(metadata.get("personalize.merge_hashes", "[]")), strict=False):
+        if weights_hash(file_of(path)) != known:
+            raise AdapterError(f"{path} is not the file that {made} was merged from", "its contents have changed")
+    return files, options
