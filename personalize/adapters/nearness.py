@@ -20,7 +20,7 @@ def apart(a: Delta | None, b: Delta | None) -> float:
 
 def roughly(delta: Delta) -> float:
     """||dW||, cheaply: of factors from their Gram matrices, to half of fp64's digits."""
-    if not isinstance(delta, LowRank):
+    if not isinstance(delta, LowRank) or delta.rank > min(delta.up.shape[0], math.prod(delta.shape[1:])):
         return delta.norm()
     up, down = delta.up.flatten(1).double(), delta.down.flatten(1).double()
     return abs(delta.scale) * math.sqrt(max(0.0, float(((up.T @ up) * (down @ down.T)).sum())))

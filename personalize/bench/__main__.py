@@ -6,9 +6,9 @@ import argparse
 import sys
 
 from ..errors import PersonalizeError
-from . import algebra
+from . import algebra, fuzz
 
-BENCHMARKS = {"algebra": algebra}
+BENCHMARKS = {"algebra": algebra, "fuzz": fuzz}
 
 
 def parser() -> argparse.ArgumentParser:

@@ -19,6 +19,7 @@ from collections.abc import Iterator, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+from ...adapters.kinds import MAX_ENTRIES
 from ...errors import TrainingError
 from ...files import write_text
 from ...pocket.proof.figures import FIGURES, machine, markdown, show_table
@@ -114,7 +115,8 @@ def main(options: argparse.Namespace) -> None:
         "inputs": f"{len(found):,}, of seed {options.seed}, in {time.monotonic() - began:.0f} s",
         "readers": f"{sum(len(trial.outcomes) for trial in found):,} times a file was read",
         "allowed": f"{trials.SECONDS:g} s of processor time and {trials.MEMORY >> 20} MB + 4 times the file for any one reader; "
-        f"the doctor, who multiplies one dW out at a time, {trials.PER_ENTRY[1]} bytes more for each of its entries",
+        f"the doctor, who multiplies one dW out at a time, {trials.PER_ENTRY[0] * 1e6:g} us and {trials.PER_ENTRY[1]} bytes more "
+        f"for each of the entries that the largest one claims, of which {MAX_ENTRIES / 1e6:.0f} million are let through",
         "machine": machine(),
         "command": f"python -m personalize.bench fuzz --inputs {len(found)} --seed {options.seed}",
     }
