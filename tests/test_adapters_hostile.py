@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 import pickle
 import random
@@ -307,6 +308,23 @@ def test_a_scale_beyond_fp32_is_not_finite_whatever_it_multiplies(alpha: float) 
     assert not LowRank(zeros, zeros, alpha).finite() and not LowRank(small, small, alpha).finite()
     lokr = {"lokr_w1": small, "lokr_w2_a": small, "lokr_w2_b": small}
     assert not Structured("LoKr", lokr, alpha, (1, 1)).finite()
+
+
+def test_a_small_half_does_not_make_up_for_one_beyond_fp32() -> None:
+    lokr = {"lokr_w1": torch.full((2, 2), 0.3), "lokr_w2_a": torch.ones(8, 3), "lokr_w2_b": torch.full((3, 8), 3e38)}
+    assert not Structured("LoKr", lokr, None, (16, 16)).finite()
+
+
+def test_the_smallest_alpha_has_a_spectrum(tmp_path: Path) -> None:
+    """Squares of 1e-200 are nothing, and shares of nothing NaN."""
+    tensors = {UP: torch.ones(4, 2), DOWN: torch.ones(2, 4), ALPHA: torch.tensor(5e-324, dtype=torch.float64)}
+    save_file(tensors, tmp_path / "a.safetensors")
+    (module,) = examine(tmp_path / "a.safetensors").modules
+    assert module.effective is None or math.isfinite(module.effective)
+    tensors[ALPHA].fill_(1e-200)
+    save_file(tensors, tmp_path / "a.safetensors")
+    (module,) = examine(tmp_path / "a.safetensors").modules
+    assert module.effective == pytest.approx(1) and module.needed == 1
 
 
 def test_updates_that_turn_or_mix_the_wrong_weight_are_refused() -> None:

@@ -38,7 +38,7 @@ def _largest(value: Tensor) -> float:
 def _half_bound(t: Tensors, whole: str, core: str) -> float:
     """Of `whole`, or of `whole`_a @ `whole`_b, with a Tucker core or without."""
     if whole in t:
-        return _largest(t[whole])
+        return max(1.0, _largest(t[whole]))  # the other half is made without it
     a, b = t[f"{whole}_a"], t[f"{whole}_b"]
     steps = [_largest(a), _largest(b) * len(b)]
     if core in t:

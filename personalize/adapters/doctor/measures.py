@@ -173,7 +173,8 @@ def _values(delta: Delta) -> Tensor | None:
 
 def _spectrum(values: Tensor) -> tuple[float, int]:
     """The effective rank, and how many ranks hold SHARE of the squared norm."""
-    shares = values.square() / values.square().sum()
+    shares = (values / values.max()).square()  # by the largest first: squares of what is tiny are nothing
+    shares = shares / shares.sum()
     behind = shares.flip(0).cumsum(0).flip(0)
     return float(torch.special.entr(shares).sum().exp()), int((behind > 1 - SHARE).sum())
 
