@@ -22,9 +22,10 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from .adapters import Adapter, Delta, Dense, LowRank
+from .adapters import PARTS, Adapter, Delta, Dense, LowRank
 from .adapters.deltas import as_low_rank
 from .adapters.keys import same
+from .adapters.weighting import Weighting
 from .base import Base
 from .errors import AdapterError, FamilyMismatchError, RecipeError, nearest
 from .recipe import AdapterSpec
@@ -172,7 +173,7 @@ def attach(
     for adapter, _ in pairs:
         check_fit(base, adapter)
     plain = [(adapter.resolve(lambda path: weight_named(base, path)), strengths) for adapter, strengths in pairs]
-    scaled = [part for adapter, strengths in plain for part in at_strength(adapter, strengths)]
+    scaled = [adapter.weighted(weighting_of(strengths)) for adapter, strengths in plain]
     return inject(base, functools.reduce(operator.add, scaled).deltas if scaled else {}, 0.0)
 
 
@@ -228,11 +229,10 @@ def hint_for(part: str, target: str, paths: Iterable[str]) -> str:
     return f"the nearest layer is {max(paths, key=found)}"
 
 
-def at_strength(adapter: Adapter, strengths: Strengths) -> list[Adapter]:
-    """The parts of an adapter at their strength; parts at 0 are left out, so that they cost nothing."""
-    names = dict.fromkeys(path.partition(".")[0] for path in adapter.deltas)
-    scale = {name: strengths.get(name, 1.0) if isinstance(strengths, Mapping) else strengths for name in names}
-    return [adapter.part(name) * strength for name, strength in scale.items() if strength]
+def weighting_of(strengths: Strengths) -> Weighting:
+    """A number, or one per part, as a weighting; parts that are not named count 1."""
+    named = strengths if isinstance(strengths, Mapping) else dict.fromkeys(PARTS, strengths)
+    return Weighting({part: named.get(part, 1.0) for part in PARTS})
 
 
 def check_fit(base: Base, adapter: Adapter) -> None:

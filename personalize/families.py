@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from .adapters.architecture import A1111 as A1111
 from .adapters.keys import FAMILIES, Family, UNet
 
 UNKNOWN = Family("unknown", UNet((), (), 0, 0), (), "unknown", "unknown/lora")
-A1111 = {"sd1": "SD1", "sd2": "SD2", "sdxl": "SDXL", "sdxl-refiner": "SDXL"}  # `sd version` in A1111's sidecar
 TWO_TEXT_ENCODERS = ("sdxl", "sdxl-refiner")
 
 

@@ -96,7 +96,8 @@ def tell_triggers(adapters: Sequence[Adapter], stack: Stack, prompts: Sequence[s
 
 def stacked(path: Path, weighting: Weighting) -> sample.Stacked:
     """An adapter as it goes into a picture's metadata; its hash is the one that UIs show: of the file without its header."""
-    return sample.Stacked(path.stem, weighting.parts["unet"], weighting.parts["text_encoder"], weights_hash(file_of(path)))
+    unet, text = weighting.parts["unet"], weighting.parts["text_encoder"]
+    return sample.Stacked(path.stem, unet, text, weights_hash(file_of(path)), weighting.inside)
 
 
 def pick(device: str) -> str:

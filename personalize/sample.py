@@ -173,6 +173,7 @@ class Stacked:
     unet: float = 1.0
     text_encoder: float = 1.0
     sha256: str = ""
+    inside: str = ""  # strengths by block and pattern, as typed
 
 
 @dataclass(frozen=True)
@@ -212,8 +213,9 @@ class Parameters:
 
 
 def strengths(used: Stacked) -> str:
-    """A1111's strength syntax: one number, or text encoder before UNet where they differ."""
-    return f"{used.unet:g}" if used.unet == used.text_encoder else f"{used.text_encoder:g}:{used.unet:g}"
+    """A1111's strength syntax: one number, or text encoder before UNet where they differ, then what block-weight plugins read."""
+    parts = f"{used.unet:g}" if used.unet == used.text_encoder else f"{used.text_encoder:g}:{used.unet:g}"
+    return f"{parts}:{used.inside}" if used.inside else parts
 
 
 def save_picture(picture: Image.Image, path: Path, parameters: Parameters) -> Path:

@@ -13,7 +13,9 @@ from safetensors.torch import load_file, save_file
 from personalize.adapters import Adapter, describe, distance
 from personalize.adapters.comparing import compared
 from personalize.adapters.merging import OPTIONS
+from personalize.adapters.resizing import RULES
 from personalize.cli import merging, run
+from personalize.cli.algebra import extract, resize
 from personalize.pocket import WEIGHTS
 from tests.test_adapters import make
 from tests.test_kinds import CONV, LINEAR, POCKET, dora, loha, lokr
@@ -46,6 +48,10 @@ def test_a_merge_can_be_repeated_from_its_file(files: dict[str, Adapter], capsys
     assert run(["merge", "a.safetensors:0.7", "b.safetensors:*to_q*=0.5", "--method", "ties", "--density", "0.3", "-o", "d"]) == 0
     assert run(["merge", "--replay", "d.safetensors", "-o", "e"]) == 0
     assert distance(load("d"), load("e")) < 1e-12
+    save_file({**load_file("a.safetensors"), "lora_unet_nothing.lora_up.weight": torch.ones(2, 2)}, "odd.safetensors")
+    assert run(["merge", "odd.safetensors:0.123456789", "--allow-unmatched", "-o", "g"]) == 0
+    assert run(["merge", "--replay", "g.safetensors", "-o", "h"]) == 0
+    assert distance(load("h"), files["a"] * 0.123456789) < 1e-7
     files["c"].save("b")
     assert run(["merge", "--replay", "d.safetensors", "-o", "f"]) == 2
     assert "is not the file that d.safetensors was merged from" in capsys.readouterr().err
@@ -53,7 +59,11 @@ def test_a_merge_can_be_repeated_from_its_file(files: dict[str, Adapter], capsys
 
 
 def test_options_of_methods_have_flags() -> None:
-    assert merging.OPTIONS.keys() == OPTIONS.keys()
+    assert {name: text for name, (_, text) in merging.OPTIONS.items()} == {name: row.what for name, row in OPTIONS.items()}
+    assert {name: kind for name, (kind, _) in merging.OPTIONS.items()} == {name: row.kind for name, row in OPTIONS.items()}
+    assert RULES.keys() <= {option.name for option in resize.params} and RULES.keys() - {"size"} <= {
+        o.name for o in extract.params
+    }
 
 
 def test_convert_resize_and_diff(files: dict[str, Adapter], capsys: pytest.CaptureFixture[str]) -> None:

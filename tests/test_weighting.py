@@ -21,6 +21,7 @@ ROWS = {family.name: family for family in FAMILIES}
         ("a.safetensors:unet=1:te=0.5:te2=0", "unet=1:te=0.5:te2=0"),
         ("a.safetensors:lbw=MID+OUT03:0.5", "0.5:lbw=MID+OUT03"),
         ("a.safetensors:0.8:*attn2*=0.5:*ff*=0", "0.8:*attn2*=0.5:*ff*=0"),
+        ("a.safetensors:0.123456789:-0.00001", "0.123456789:-0.00001"),
     ],
 )
 def test_what_was_typed_is_told_again(typed: str, said: str) -> None:

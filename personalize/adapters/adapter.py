@@ -17,7 +17,7 @@ from . import keys, storage
 from .deltas import Delta, Dense
 from .headers import short
 from .nearness import apart
-from .tensors import one_thread
+from .tensors import one_thread, with_ending
 from .weighting import Weighting
 
 
@@ -66,8 +66,9 @@ class Adapter:
     ) -> Path:
         """Write the adapter and return its path, which always ends in .safetensors.
 
-        The export contract: the file is read back through the dialect's own key rules and every dW compared before it takes
-        its name, so an existing file is replaced by a whole and right one or not at all. `metadata` goes into the header (values
+        The export contract: the file is read back through the dialect's own key rules and every dW compared, and A1111, ComfyUI,
+        Forge and diffusers are asked what they would make of it (hosts.py), before it takes its name; so an existing file is
+        replaced by a whole and right one or not at all. `metadata` goes into the header (values
         as text) over what the file says by itself. `dtype` fp32 is the default because it is exact: the file is what was
         trained; fp16 halves it at a relative error of about 3e-4, and is refused where it would be worse than 2e-3.
         In the peft dialect, a file named adapter_model.safetensors gets the adapter_config.json that peft wants beside it.
@@ -75,7 +76,7 @@ class Adapter:
         Raises AdapterError if dialect or dtype cannot carry the adapter, OutputError if the disk refuses.
         """
         said = {key: str(value) for key, value in (metadata or {}).items()}
-        return storage.write(Path(path).expanduser(), self.deltas, self.model, self.metadata, dialect, said, dtype)
+        return storage.write(with_ending(path), self.deltas, self.model, self.metadata, dialect, said, dtype)
 
     def resolve(self, weights: Mapping[str, Tensor] | Callable[[str], Tensor]) -> Adapter:
         """The same update without what depends on the base: DoRA, OFT, GLoRA and IA3 become full updates of these weights.
@@ -122,8 +123,11 @@ class Adapter:
 
         Raises AdapterError for blocks and patterns that it does not have.
         """
-        strengths = weighting.of(self.deltas, self.model)
-        return Adapter({path: delta * strengths[path] for path, delta in self.deltas.items() if strengths[path]}, self.metadata)
+        kept = {path: strength for path, strength in weighting.of(self.deltas, self.model).items() if strength}
+        for strength in set(kept.values()):
+            _check_weight(strength)
+        own = self.deltas
+        return Adapter({path: own[path] if at == 1 else own[path] * at for path, at in kept.items()}, self.metadata)
 
     def __mul__(self, weight: float) -> Adapter:
         _check_weight(weight)
@@ -136,8 +140,7 @@ class Adapter:
 
     def __add__(self, other: Adapter) -> Adapter:
         """The exact sum of both updates, by concatenation: ranks add up. Metadata that both agree on is kept."""
-        mine, theirs = (set(keys.families_of(one._shapes)) for one in (self, other))
-        if mine and theirs and not mine & theirs:
+        if not keys.kin([self.shapes, other.shapes]):
             raise FamilyMismatchError(f"an adapter of {self.family} cannot be added to one of {other.family}")
         deltas = dict(self.deltas)
         for path, delta in other.deltas.items():
@@ -153,10 +156,11 @@ class Adapter:
     @cached_property
     def model(self) -> keys.Family | None:
         """The row of its family; None if it is unknown."""
-        return keys.family_of(self._shapes, self.metadata)
+        return keys.family_of(self.shapes, self.metadata)
 
     @property
-    def _shapes(self) -> dict[str, keys.Shape]:
+    def shapes(self) -> dict[str, keys.Shape]:
+        """Path => the shape of its dW."""
         return {path: delta.shape for path, delta in self.deltas.items()}
 
 

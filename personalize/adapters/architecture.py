@@ -81,6 +81,7 @@ FAMILIES = (
         ("ldm", "diffusers"),
     ),
 )
+A1111 = {"sd1": "SD1", "sd2": "SD2", "sdxl": "SDXL", "sdxl-refiner": "SDXL"}  # its word for families
 
 
 class Layer(NamedTuple):

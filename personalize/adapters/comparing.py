@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from . import keys, linalg
 from .adapter import Adapter
 from .resizing import check_plain
-from .weighting import block_of
+from .weighting import block_of, names
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,10 @@ def compared(a: Adapter, b: Adapter) -> list[Row]:
     for path in paths:
         groups.setdefault(keys.part_of(path), []).append(path)
     if family := a.model or b.model:
-        for path in sorted((path for path in paths if path.startswith("unet.")), key=lambda path: _order(block_of(family, path))):
-            groups.setdefault(block_of(family, path), []).append(path)
+        own = [path for path in paths if keys.part_of(path) == "unet"]
+        groups |= {
+            block: members for block in names(family) if (members := [path for path in own if block_of(family, path) == block])
+        }
     return [_row(name, [products[path] for path in members]) for name, members in groups.items()]
 
 
@@ -57,7 +59,3 @@ def _row(name: str, products: Iterable[tuple[float, float, float]]) -> Row:
     aa, bb, ab = map(math.fsum, zip(*products, strict=True))
     cosine = ab / math.sqrt(aa * bb) if aa and bb else None
     return Row(name, math.sqrt(aa), math.sqrt(bb), math.sqrt(max(0.0, aa + bb - 2 * ab)), cosine)
-
-
-def _order(block: str) -> tuple[int, str]:
-    return "BIMO".index(block[0]), block

@@ -73,7 +73,7 @@ def summed(a: Delta, b: Delta) -> Delta:
         if one.needs_base:
             raise AdapterError(f"{one!r} depends on the base's weights and cannot be added as it is", "name the base: --base")
     x, y = a.low_rank(), b.low_rank()
-    if x and y and (x.rank + y.rank <= min(_sides(a.shape)) or (isinstance(a, LowRank) and isinstance(b, LowRank))):
+    if x and y and (x.rank + y.rank <= min(sides(a.shape)) or (isinstance(a, LowRank) and isinstance(b, LowRank))):
         p, q = x.with_alpha(x.rank), y.with_alpha(y.rank)
         return LowRank(torch.cat([p.up, q.up], 1), torch.cat([p.down, q.down], 0), p.rank + q.rank)
     return Dense(a.delta() + b.delta())
@@ -230,7 +230,7 @@ class Structured:
 
     def low_rank(self) -> LowRank | None:
         factors = self.form.factors(self.tensors) if self.form.factors else None
-        if factors is None or factors[0].shape[1] >= min(_sides(self.shape)):
+        if factors is None or factors[0].shape[1] >= min(sides(self.shape)):
             return None
         up, down = factors
         rank = up.shape[1]
@@ -348,7 +348,7 @@ def as_low_rank(delta: Delta) -> LowRank:
     if factored := delta.low_rank():
         return factored
     full, ones = delta.delta(), [1] * (len(delta.shape) - 2)
-    out, inside = _sides(delta.shape)
+    out, inside = sides(delta.shape)
     if out <= inside:
         return LowRank(torch.eye(out).reshape(out, out, *ones), full, out)
     return LowRank(full.reshape(out, inside, *ones), torch.eye(inside).reshape(inside, *delta.shape[1:]), inside)
@@ -370,8 +370,8 @@ def _own(value: Tensor) -> Tensor:
     return value.detach().to("cpu", torch.float32, copy=True).contiguous()
 
 
-def _sides(shape: Shape) -> tuple[int, int]:
-    """dW as a matrix."""
+def sides(shape: Shape) -> tuple[int, int]:
+    """An update of this shape as a matrix: [out, in * kh * kw]; a vector is a column."""
     return shape[0], math.prod(shape[1:])
 
 
@@ -382,7 +382,7 @@ def _bounded(*factors: float) -> bool:
 
 def frobenius(value: Tensor) -> float:
     """The norm of all entries, in fp64."""
-    return float(torch.linalg.vector_norm(value.double()))
+    return float(torch.linalg.vector_norm(value, dtype=torch.float64))
 
 
 def _triangle(factor: Tensor) -> Tensor:

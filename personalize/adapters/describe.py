@@ -47,8 +47,7 @@ def describe(path: str | Path) -> Description:
     path = dialects.file_of(Path(path).expanduser())
     header = read_header(path)
     reading = dialects.read(header)
-    shapes = {module: dialects.shape(header, slot) for module, slot in reading.slots.items() if slot.kind}
-    family = keys.family_of(shapes, header.metadata)
+    family = keys.family_of(reading.shapes, header.metadata)
     stored = [(role, key) for slot in reading.slots.values() for role, key in slot.keys.items()]
     weights = [header.tensors[key] for role, key in stored if role not in NUMBERS]
     return Description(

@@ -67,6 +67,7 @@ class Reading:
     dialect: str
     kind: str
     slots: Mapping[str, Slot]
+    shapes: Mapping[str, keys.Shape]  # of the dW that slots hold, as far as they tell; none of those that change a bias only
     unmatched: tuple[str, ...]
 
 
@@ -90,10 +91,12 @@ def read(header: Header) -> Reading:
     known = {name: shape(header, slot) for name, slot in slots.items()}
     if dialect == "kohya":
         paths = keys.find_kohya(known, header.metadata)
+        known = {paths[name]: shape for name, shape in known.items() if name in paths}
         slots = {paths[name]: slot for name, slot in slots.items() if name in paths}
+    shapes = {path: shape for path, shape in known.items() if slots[path].kind}
     matched = {key for slot in slots.values() for role, key in slot.keys.items() if _is_read(slot, role)}
     unmatched = tuple(key for key in header.tensors if key not in matched)
-    return Reading(dialect, _kind(slots, unmatched), slots, unmatched)
+    return Reading(dialect, _kind(slots, unmatched), slots, shapes, unmatched)
 
 
 def _is_read(slot: Slot, role: str) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..errors import AdapterError, HostileFileError
 from ..files import atomic
 from .headers import opened, read_header, short
-from .tensors import TORCH, read_tensor, write_tensors
+from .tensors import TORCH, read_tensor, with_ending, write_tensors
 
 # key of a file => the text encoder whose vectors it holds: A1111 (SD 1.x, 2.x), SDXL's two encoders
 KEYS = {"emb_params": "text_encoder", "clip_l": "text_encoder", "clip_g": "text_encoder_2"}
@@ -65,8 +65,7 @@ class Embedding:
 
     def save(self, path: str | Path, dtype: str = "fp32") -> Path:
         """Write it as UIs read it; returns the path, which always ends in .safetensors."""
-        path = Path(path).expanduser()
-        path = path if path.suffix == ".safetensors" else path.parent / f"{path.name}.safetensors"
+        path = with_ending(path)
         both = "text_encoder_2" in self.vectors
         names = {"text_encoder": "clip_l" if both else "emb_params", "text_encoder_2": "clip_g"}
         with atomic(path) as temporary:

@@ -7,7 +7,7 @@ forward from the layer lists of architecture.py. Norms have names like other lay
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cache
 
 from .architecture import FAMILIES, PARTS, Family, Shape, UNet, weights
@@ -90,6 +90,12 @@ def families_of(shapes: Mapping[str, Shape]) -> tuple[Family, ...]:
     return tuple(family for family in FAMILIES if _fits(shapes, weights(family)))
 
 
+def kin(each: Iterable[Mapping[str, Shape]]) -> bool:
+    """Whether one family can have all these; those of no known family go with any."""
+    known = [set(found) for shapes in each if (found := families_of(shapes))]
+    return not known or bool(set.intersection(*known))
+
+
 def family_of(shapes: Mapping[str, Shape], metadata: Mapping[str, str] | None = None) -> Family | None:
     """The family that has all these weights with these shapes; None if there is none.
 
@@ -142,12 +148,6 @@ def resolve_shape(path: str, shape: Shape, family: Family | None) -> Shape:
     """The weight's true shape, where this family has it and `shape` may be it; else `shape` as given."""
     known = weights(family).get(path) if family else None
     return known if known and same(shape, known) else shape
-
-
-def fit(up: Shape, down: Shape) -> bool:
-    """Whether two low-rank factors make an update: [out, r] with [r, in], or [out, r, 1, 1] with [r, in, kh, kw], r >= 1."""
-    paired = len(up) == len(down) and len(up) in (2, 4) and up[1] == down[0]
-    return paired and up[2:] in ((), (1, 1)) and 0 not in up + down
 
 
 def _fits(shapes: Mapping[str, Shape], known: Mapping[str, Shape]) -> bool:

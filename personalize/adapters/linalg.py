@@ -7,13 +7,13 @@ of dW takes 0.6 s and 13 s. fp64 costs twice the time of fp32 and is worth it: s
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .deltas import Delta, LowRank
+from .deltas import sides as sides
 
 # From here on a matrix is sketched if the wanted rank is an eighth of it or less. With as many spare columns as wanted ones and
 # four power iterations the error of merges at rank 64 was 1.0003 (TIES) to 1.001 (DARE: noise has no few directions) of the
@@ -28,11 +28,6 @@ class Svd(NamedTuple):
     s: Tensor
     v: Tensor
     rest: float = 0.0
-
-
-def sides(shape: tuple[int, ...]) -> tuple[int, int]:
-    """An update of this shape as a matrix: [out, in * kh * kw]; a vector is a column."""
-    return shape[0], math.prod(shape[1:])
 
 
 def factors(pair: LowRank) -> tuple[Tensor, Tensor]:

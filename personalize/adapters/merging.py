@@ -390,7 +390,6 @@ def _check(adapters: Sequence[Adapter], weights: Sequence[float], method: str, r
         raise AdapterError(f"a weight of {wrong[0]} makes no sense", "use finite numbers")
     if rank is not None and rank < 1:
         raise AdapterError(f"rank {rank} leaves nothing", "1 is the smallest")
-    families = [set(keys.families_of({path: delta.shape for path, delta in adapter.deltas.items()})) for adapter in adapters]
-    if (known := [one for one in families if one]) and not set.intersection(*known):
+    if not keys.kin(adapter.shapes for adapter in adapters):
         names = " and ".join(sorted({adapter.family for adapter in adapters}))
         raise FamilyMismatchError(f"adapters of different families cannot be merged: {names}")

@@ -49,9 +49,8 @@ def _reading(header: Header, allow_unmatched: bool) -> dialects.Reading:
 
 
 def _read(header: Header, reading: dialects.Reading) -> dict[str, Delta]:
-    known = {module: dialects.shape(header, slot) for module, slot in reading.slots.items() if slot.kind}
-    family = keys.family_of(known, header.metadata)
-    true = {module: keys.resolve_shape(module, shape, family) for module, shape in known.items()}
+    family = keys.family_of(reading.shapes, header.metadata)
+    true = {module: keys.resolve_shape(module, shape, family) for module, shape in reading.shapes.items()}
     found: dict[str, Delta] = {}
     with opened(header.path) as file:
         scales = dialects.configured_scales(header, reading)
@@ -103,7 +102,6 @@ def write(
     dtype: str,
 ) -> Path:
     """Write deltas; raises and describes as `Adapter.save` does. `carried` is metadata of old, `extra` what to say above all."""
-    path = path if path.suffix == ".safetensors" else path.parent / f"{path.name}.safetensors"
     closest = family or _closest(deltas)
     names = keys.kohya_names(closest)
     _check(path, deltas, names, dialects.check(dialect), dtype)

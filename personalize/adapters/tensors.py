@@ -53,6 +53,12 @@ def read_tensor(file: BinaryIO, key: str, entry: Entry) -> Tensor:
     return torch.frombuffer(raw, dtype=_READABLE[entry.dtype]).reshape(entry.shape)
 
 
+def with_ending(path: str | Path) -> Path:
+    """The path of a file to write: it always ends in .safetensors."""
+    path = Path(path).expanduser()
+    return path if path.suffix == ".safetensors" else path.parent / f"{path.name}.safetensors"
+
+
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write a safetensors file, the same bytes for the same tensors and metadata.
 

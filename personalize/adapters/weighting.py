@@ -15,6 +15,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from decimal import Decimal
 from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
@@ -50,11 +51,16 @@ class Weighting:
     def __str__(self) -> str:
         unet, te, te2 = (self.parts[part] for part in PARTS.values())
         if te == te2:
-            pieces = [f"{unet:g}"] if unet == te else [f"{unet:g}", f"{te:g}"]
+            pieces = [number(unet)] if unet == te else [number(unet), number(te)]
         else:
-            pieces = [f"{name}={self.parts[part]:g}" for name, part in PARTS.items()]
-        pieces += [f"lbw={self.blocks}"] if self.blocks else []
-        return ":".join([*pieces, *(f"{pattern}={weight:g}" for pattern, weight in self.patterns)])
+            pieces = [f"{name}={number(self.parts[part])}" for name, part in PARTS.items()]
+        return ":".join([*pieces, *([self.inside] if self.inside else [])])
+
+    @property
+    def inside(self) -> str:
+        """What is said of blocks and patterns; "" for nothing."""
+        blocks = [f"lbw={self.blocks}"] if self.blocks else []
+        return ":".join([*blocks, *(f"{pattern}={number(weight)}" for pattern, weight in self.patterns)])
 
     def of(self, paths: Iterable[str], family: keys.Family | None) -> dict[str, float]:
         """Path => strength. Raises AdapterError for blocks that the family does not have, and patterns that match nothing."""
@@ -69,6 +75,15 @@ class Weighting:
                 raise AdapterError(f"the pattern {pattern} matches no layer", f"a layer is called {paths[0]}" if paths else "")
             found |= {path: found[path] * weight for path in matched}
         return found
+
+
+def number(value: float) -> str:
+    """Every digit of a number, without an exponent.
+
+    >>> number(0.00001), number(1.0), number(0.1 + 0.2)
+    ('0.00001', '1', '0.30000000000000004')
+    """
+    return f"{Decimal(repr(value)):f}".removesuffix(".0")
 
 
 def split(text: str) -> tuple[str, Weighting]:

@@ -74,7 +74,7 @@ def loaded(files: Files, allow_unmatched: bool) -> list[Adapter]:
     return [Adapter.load(path, allow_unmatched=allow_unmatched).weighted(weighting) for path, weighting in files]
 
 
-def resolved(adapters: Iterable[Adapter], base: Path | None) -> list[Adapter]:
+def without_base(adapters: Iterable[Adapter], base: Path | None) -> list[Adapter]:
     """The same without what depends on the base, if one is named."""
     find = weights_of(base)
     return [adapter.resolve(find) if find else adapter for adapter in adapters]
@@ -147,7 +147,7 @@ def convert(file: tuple[Path, Weighting], output: Path, kind: str | None, rank: 
     from ..adapters.converting import converted
 
     path, _ = file
-    (adapter,) = resolved(loaded([file], how["allow_unmatched"]), base)
+    (adapter,) = without_base(loaded([file], how["allow_unmatched"]), base)
     made, report = converted(adapter, kind, rank)
     target = made.save(output, how["dialect"], dtype=how["dtype"] or stored_as(path))
     if report:
@@ -169,7 +169,7 @@ def resize(file: tuple[Path, Weighting], output: Path, base: Path | None, **opti
     """Cut an adapter down to fewer ranks, exactly by the truncated SVD of dW, and tell what it cost."""
     from ..adapters import resizing
 
-    (adapter,) = resolved(loaded([file], options["allow_unmatched"]), base)
+    (adapter,) = without_base(loaded([file], options["allow_unmatched"]), base)
     rule, value = rule_of(options)
     kept = options["dtype"] or stored_as(file[0])
     cut, report = resizing.resize(adapter, rule, value, max_rank=options["max_rank"], dtype=kept, drop=options["drop"])
@@ -254,7 +254,7 @@ def diff(
     """Tell how far apart two adapters are as updates, whatever their kinds, ranks and dialects."""
     from ..adapters.comparing import compared
 
-    a, b = resolved(loaded([one, other], allow_unmatched), base)
+    a, b = without_base(loaded([one, other], allow_unmatched), base)
     rows = compared(a, b)
     if for_programs:
         click.echo(json.dumps([vars(row) for row in rows]))

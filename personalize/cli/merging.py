@@ -12,7 +12,7 @@ import click
 
 from ..errors import AdapterError, RecipeError
 from ..files import weights_hash
-from .algebra import Files, base_option, dialect, dtype, lenient, loaded, resolved, stored_as, table, to, written
+from .algebra import Files, base_option, dialect, dtype, lenient, loaded, stored_as, table, to, without_base, written
 from .values import PATH, Strengthened
 
 RECIPE = "personalize.merge"  # metadata: the arguments that repeat a merge
@@ -21,7 +21,7 @@ OPTIONS: dict[str, tuple[Any, str]] = {  # those of merging.OPTIONS
     "density": (float, "share of the entries that is kept"),
     "outliers": (float, "share of the entries, the largest, that is dropped"),
     "epsilon": (float, "how much likelier the largest entries are kept than the smallest"),
-    "mean": (bool, "average the adapters that agree instead of adding them up"),
+    "mean": (bool, "average the adapters that agree, as the paper does, instead of adding them up"),
     "seed": (int, "of the random numbers"),
     "mu": (float, "how strongly the later adapters make room: 0 not at all, inf wholly"),
     "energy": (float, "share of an adapter's squared norm whose directions are its own"),
@@ -75,10 +75,10 @@ def merge(ctx: click.Context, files: Files, output: Path, replay: Path | None, *
     from ..adapters.merging import merge_with_report
 
     chosen = {name: options[name] for name in OPTIONS if options[name] is not None}
-    adapters = resolved(loaded(files, options["allow_unmatched"]), options["base"])
+    adapters = without_base(loaded(files, options["allow_unmatched"]), options["base"])
     merged, report = merge_with_report(adapters, [1.0] * len(adapters), options["method"], options["rank"], **chosen)
     said = {RECIPE: arguments(files, options), "modelspec.merged_from": ", ".join(path.stem for path, _ in files)}
-    said["personalize.merge_hashes"] = json.dumps([weights_hash(file_of(path)) for path, _ in files])
+    said["personalize.merge_hashes"] = json.dumps([content(path) for path, _ in files])
     path = merged.save(output, options["dialect"], said, options["dtype"] or stored_as(files[0][0]))
     table(report)
     written(path, merged)
@@ -88,17 +88,18 @@ def merge(ctx: click.Context, files: Files, output: Path, replay: Path | None, *
 def arguments(files: Files, options: Mapping[str, Any]) -> str:
     """A merge as the words that repeat it."""
     words = [f"{path}:{weighting}" for path, weighting in files] + ["--method", options["method"]]
+    words += ["--allow-unmatched"] * options["allow_unmatched"]
     for name in ("rank", "base", *OPTIONS):
         if (value := options[name]) is not None:
             words += [f"--{name}" if value else f"--no-{name}"] if isinstance(value, bool) else [f"--{name}", str(value)]
     return shlex.join(words)
 
 
-def file_of(path: Path) -> Path:
-    """The file behind a name that may be a folder of peft's."""
-    from ..adapters import dialects
+def content(path: Path) -> str:
+    """What tells an adapter's weights, also of a folder of peft's."""
+    from ..adapters.dialects import file_of
 
-    return dialects.file_of(path)
+    return weights_hash(file_of(path))
 
 
 def again(ctx: click.Context, made: Path, output: Path) -> tuple[Files, dict[str, Any]]:
@@ -111,6 +112,6 @@ def again(ctx: click.Context, made: Path, output: Path) -> tuple[Files, dict[str
     parsed = merge.make_context("merge", [*shlex.split(metadata[RECIPE]), "--output", str(output)], parent=ctx.parent).params
     files, options = parsed["files"], {**parsed, "dialect": ctx.params["dialect"], "dtype": ctx.params["dtype"]}
     for (path, _), known in zip(files, json.loads(metadata.get("personalize.merge_hashes", "[]")), strict=False):
-        if weights_hash(file_of(path)) != known:
+        if content(path) != known:
             raise AdapterError(f"{path} is not the file that {made} was merged from", "its contents have changed")
     return files, options

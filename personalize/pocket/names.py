@@ -21,32 +21,9 @@ from .world import COLOURS, OBJECTS, TRIGGERS
 
 SOMEBODIES, SCHOOLS = 150, 60  # how many individuals and looks have a name
 ONSETS = [
-    "b",
-    "bl",
-    "d",
-    "dr",
-    "f",
-    "fl",
-    "g",
-    "gr",
-    "h",
-    "j",
-    "k",
-    "kl",
-    "l",
-    "m",
-    "n",
-    "p",
-    "qu",
-    "r",
-    "s",
-    "sk",
-    "t",
-    "v",
-    "w",
-    "y",
-    "z",
-]
+    "b", "bl", "d", "dr", "f", "fl", "g", "gr", "h", "j", "k", "kl", "l", "m",
+    "n", "p", "qu", "r", "s", "sk", "t", "v", "w", "y", "z",
+]  # fmt: skip
 VOWELS = ["a", "e", "i", "o", "u", "oo", "ai"]
 CODAS = ["b", "ck", "f", "g", "k", "lp", "m", "nd", "p", "rk", "sh", "t", "x", "zz"]
 TAKEN = {*TRIGGERS, *OBJECTS, *COLOURS}

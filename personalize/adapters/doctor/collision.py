@@ -141,16 +141,13 @@ def collide(adapters: Sequence[Adapter], weights: Sequence[float] | None = None,
 
 def common_family(adapters: Sequence[Adapter]) -> keys.Family | None:
     """The family that all adapters can be of; None if theirs are unknown. FamilyMismatchError if they differ."""
-    each = [{path: delta.shape for path, delta in adapter.deltas.items()} for adapter in adapters]
-    if len({adapter.family for adapter in adapters} - {"unknown"}) > 1:
-        known = [set(keys.families_of(shapes)) for shapes in each if keys.families_of(shapes)]
-        if not set.intersection(*known):
-            names = " and ".join(sorted({adapter.family for adapter in adapters}))
-            raise FamilyMismatchError(f"adapters of different families do not meet: {names}")
+    if not keys.kin(adapter.shapes for adapter in adapters):
+        names = " and ".join(sorted({adapter.family for adapter in adapters}))
+        raise FamilyMismatchError(f"adapters of different families do not meet: {names}")
     said: dict[str, str] = {}
     for adapter in adapters:
         said |= adapter.metadata
-    return keys.family_of({path: shape for shapes in each for path, shape in shapes.items()}, said)
+    return keys.family_of({path: shape for adapter in adapters for path, shape in adapter.shapes.items()}, said)
 
 
 def check_shapes(path: str, found: Sequence[Delta]) -> None:

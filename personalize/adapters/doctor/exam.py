@@ -59,12 +59,11 @@ def examine(path: str | Path, weights: Weights | None = None) -> Checkup:
     about = describe(path)
     header = read_header(about.path)
     reading = dialects.read(header)
-    shapes = {module: dialects.shape(header, slot) for module, slot in reading.slots.items() if slot.kind}
-    family = keys.family_of(shapes, header.metadata)
+    family = keys.family_of(reading.shapes, header.metadata)
     modules: list[Module] = []
     lines: list[resizing.Line] = []
     sick: list[str] = []
-    for update in updates(header, reading, shapes, family):
+    for update in updates(header, reading, family):
         sick += update.sick
         if update.delta:
             module, line = measured(update, block_of(family, update.path), weights)

@@ -11,7 +11,8 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from statistics import median
 
-from .. import dialects, keys
+from .. import dialects, hosts, keys
+from ..architecture import A1111
 from ..kinds import ALPHA, DORA, MAGNITUDE
 from .measures import SHARE, Exam, Finding, Module
 
@@ -21,12 +22,8 @@ WILD = 10  # median absolute deviations of its logarithm, and at least this many
 FEW = 8  # layers tell what is usual
 LARGE = 1_000_000  # bytes: smaller files need not be halved
 
-UNREAD = {  # kind => UIs that do not read it
-    "IA3": ("ComfyUI", "Forge"),
-    "OFT": ("Forge", "InvokeAI"),
-    "GLoRA": ("A1111", "InvokeAI"),
-}
-A1111 = {"sd1": "SD1", "sd2": "SD2", "sdxl": "SDXL", "sdxl-refiner": "SDXL"}  # its word for families
+UIS = [host for host in hosts.HOSTS if not host.alone]
+INVOKEAI = ("OFT", "GLoRA")  # kinds that it does not read
 
 
 # ---------------------------------------------------------------- numbers
@@ -168,9 +165,10 @@ def dora_axis(exam: Exam) -> Iterator[Finding]:
 def unread(exam: Exam) -> Iterator[Finding]:
     """Kinds and names that some UIs do not know."""
     slots = exam.reading.slots
-    for kind, hosts in UNREAD.items():
-        if own := tuple(path for path, slot in slots.items() if slot.kind == kind):
-            what = f"{kind} in {_count(own, 'layer')}: not read by {' and '.join(hosts)}"
+    for kind in dict.fromkeys(slot.kind for slot in slots.values() if slot.kind):
+        own = tuple(path for path, slot in slots.items() if slot.kind == kind)
+        if deaf := [ui.name for ui in UIS if kind not in ui.kinds] + ["InvokeAI"] * (kind in INVOKEAI):
+            what = f"{kind} in {_count(own, 'layer')}: not read by {' and '.join(deaf)}"
             yield Finding("warning", "kind-unread", what, own, "name the --base and save it as a full update, or extract LoRA")
     if exam.reading.dialect in ("peft", "diffusers"):
         what = f"{exam.reading.dialect}'s names: A1111 and Forge do not read them, and ComfyUI reads a part"
@@ -179,6 +177,14 @@ def unread(exam: Exam) -> Iterator[Finding]:
     if outer:
         what = f"it changes {_count(outer, 'layer')} outside the blocks, which stable-diffusion.cpp does not read"
         yield Finding("info", "outer-layers", what, outer)
+
+
+def read_otherwise(exam: Exam) -> Iterator[Finding]:
+    """Kinds that a UI takes, and makes something else of."""
+    for ui in UIS:
+        if exam.family and exam.family.name in ui.families:
+            for what, own in hosts.departures(ui, exam.reading.slots).items():
+                yield Finding("warning", "read-otherwise", what, tuple(own), "name the --base and save it as a full update")
 
 
 def names(exam: Exam) -> Iterator[Finding]:
@@ -215,6 +221,7 @@ CHECKS: Sequence[Check] = (
     exploding,
     dora_axis,
     unread,
+    read_otherwise,
     names,
     alpha_missing,
     metadata_family,

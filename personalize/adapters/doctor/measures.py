@@ -102,15 +102,13 @@ class Update(NamedTuple):
     sick: tuple[str, ...]
 
 
-def updates(
-    header: Header, reading: dialects.Reading, shapes: Mapping[str, keys.Shape], family: keys.Family | None
-) -> Iterator[Update]:
+def updates(header: Header, reading: dialects.Reading, family: keys.Family | None) -> Iterator[Update]:
     """As storage.read, but NaN and Inf are passed on by name instead of refused."""
     with opened(header.path) as file:
         scales = dialects.configured_scales(header, reading)
         for path, slot in reading.slots.items():
             if slot.kind:
-                yield _update(file, header, path, slot, scales.get(path), keys.resolve_shape(path, shapes[path], family))
+                yield _update(file, header, path, slot, scales.get(path), keys.resolve_shape(path, reading.shapes[path], family))
             for key in (slot.keys[role] for role in slot.keys.keys() & set(kinds.BIASES)):
                 value = read_tensor(file, key, header.tensors[key]).float()
                 whole = bool(value.isfinite().all())
