@@ -90,7 +90,7 @@ def test_metadata_is_carried_along(tmp_path: Path) -> None:
 
 
 def test_kohya_files_have_one_positive_alpha_per_part(tmp_path: Path) -> None:
-    a = make(pick="attn1", rank=4, alpha=-2.0) + make(pick="attn2", rank=2, alpha=3.0) + make(pick="layers.0.", alpha=0.0)
+    a = make(pick="attn1", rank=4, alpha=3.0) + make(pick="attn2", rank=2, alpha=-2.0) + make(pick="layers.0.", alpha=0.0)
     seen = describe(a.save(tmp_path / "a"))
     assert set(seen.alphas) == {3.0, 1.0} and set(seen.ranks) == {4, 2}
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from personalize.adapters import Adapter, describe, distance
 from personalize.adapters.comparing import compared
-from personalize.adapters.merging import OPTIONS
+from personalize.adapters.methods import OPTIONS
 from personalize.adapters.resizing import RULES
 from personalize.cli import merging, run
 from personalize.cli.algebra import extract, resize

@@ -123,7 +123,7 @@ def test_alphas_that_a_host_would_lose_are_not_written(tmp_path: Path, monkeypat
     sd1 = FAMILY["sd1"]
     unlike = Adapter(dict(rank_one(sd1, LAYERS[:4]).deltas) | dict(rank_one(sd1, LAYERS[:1], alpha=0.5).deltas))
     unlike.save(tmp_path / "a")
-    monkeypatch.setattr(storage, "_portable", lambda deltas, dialect: dict(deltas))
+    monkeypatch.setattr(storage._Draft, "_alpha", lambda draft, path, delta: delta.alpha)
     with pytest.raises(AdapterError, match=r"diffusers would take unet.*to_q at another strength"):
         unlike.save(tmp_path / "b")
     assert not (tmp_path / "b.safetensors").exists()

@@ -206,7 +206,7 @@ def test_examples_in_docstrings(path: Path) -> None:
 
 def test_kinds_methods_and_presets_of_adapters_are_in_the_docs() -> None:
     from personalize.adapters.kinds import KINDS
-    from personalize.adapters.merging import METHODS
+    from personalize.adapters.methods import METHODS
     from personalize.adapters.weighting import PRESETS
 
     docs = (ROOT / "docs" / "adapters.md").read_text(encoding="utf-8")

@@ -14,7 +14,8 @@ from torch import Tensor
 from personalize.adapters import Adapter, LowRank
 from personalize.adapters.deltas import Delta, Dense, Structured
 from personalize.adapters.linalg import inner
-from personalize.adapters.merging import METHODS, OPTIONS, merge, merge_with_report
+from personalize.adapters.merging import merge, merge_with_report
+from personalize.adapters.methods import METHODS, OPTIONS
 from personalize.errors import AdapterError, FamilyMismatchError
 
 SEARCH = settings(max_examples=40, deadline=None, derandomize=True, database=None)

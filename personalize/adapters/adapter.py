@@ -17,6 +17,7 @@ from . import keys, storage
 from .deltas import Delta, Dense
 from .headers import short
 from .nearness import apart
+from .ondemand import OnDemand, mapped, shapes_of
 from .tensors import one_thread, with_ending
 from .weighting import Weighting
 
@@ -33,13 +34,15 @@ class Adapter:
     metadata: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "metadata", MappingProxyType({str(key): str(value) for key, value in self.metadata.items()}))
+        if isinstance(self.deltas, OnDemand):  # its paths come from an adapter or a file that was read
+            return
         deltas = {keys.canonical(path): delta for path, delta in self.deltas.items()}
         for path in deltas:
             _check_part(keys.part_of(path))
         if len(deltas) < len(self.deltas):
             raise AdapterError("two updates of one module: text encoders are the same with and without text_model")
         object.__setattr__(self, "deltas", MappingProxyType(dict(sorted(deltas.items()))))
-        object.__setattr__(self, "metadata", MappingProxyType({str(key): str(value) for key, value in self.metadata.items()}))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Adapter, (dict(self.deltas), dict(self.metadata))  # read-only mappings cannot be pickled
@@ -56,6 +59,15 @@ class Adapter:
         """
         with one_thread():
             return cls(*storage.read(Path(path).expanduser(), allow_unmatched))
+
+    @classmethod
+    def open(cls, path: str | Path, *, allow_unmatched: bool = False) -> Adapter:
+        """As `load`, but each update is read whenever it is asked for, and so is what is computed from it by `weighted`, `*`,
+        `part`, `resolve` and `merging.on_demand`: `save` then holds one layer at a time.
+
+        Raises what `load` does, for weights that are not finite only when they are read; AdapterError if the file has changed.
+        """
+        return cls(*storage.on_demand(Path(path).expanduser(), allow_unmatched))
 
     def save(
         self,
@@ -93,7 +105,7 @@ class Adapter:
             except KeyError:
                 raise AdapterError(f"the base has no {path}", "name the base that the adapter was made for") from None
 
-        return Adapter({path: plain(path, delta) for path, delta in self.deltas.items()}, self.metadata)
+        return Adapter(mapped(self.deltas, plain), self.metadata)
 
     @property
     def family(self) -> str:
@@ -108,15 +120,15 @@ class Adapter:
     def part(self, name: str) -> Adapter:
         """What it adds to one part of the model; empty if nothing."""
         _check_part(name)
-        return Adapter({path: delta for path, delta in self.deltas.items() if keys.part_of(path) == name}, self.metadata)
+        own = [path for path in self.deltas if keys.part_of(path) == name]
+        return Adapter(mapped(self.deltas, lambda _, delta: delta, own), self.metadata)
 
     def scaled(self, weights: Mapping[str, float]) -> Adapter:
         """Each part times its own strength; parts that are not named stay as they are."""
         for name, weight in weights.items():
             _check_part(name)
             _check_weight(weight)
-        scaled = {path: delta * weights.get(keys.part_of(path), 1.0) for path, delta in self.deltas.items()}
-        return Adapter(scaled, self.metadata)
+        return Adapter(mapped(self.deltas, lambda path, delta: delta * weights.get(keys.part_of(path), 1.0)), self.metadata)
 
     def weighted(self, weighting: Weighting) -> Adapter:
         """As much of it as a weighting says, by part, block and pattern; updates at 0 are left out.
@@ -126,12 +138,11 @@ class Adapter:
         kept = {path: strength for path, strength in weighting.of(self.deltas, self.model).items() if strength}
         for strength in set(kept.values()):
             _check_weight(strength)
-        own = self.deltas
-        return Adapter({path: own[path] if at == 1 else own[path] * at for path, at in kept.items()}, self.metadata)
+        return Adapter(mapped(self.deltas, lambda path, delta: _times(delta, kept[path]), kept), self.metadata)
 
     def __mul__(self, weight: float) -> Adapter:
         _check_weight(weight)
-        return Adapter({path: delta * weight for path, delta in self.deltas.items()}, self.metadata)
+        return Adapter(mapped(self.deltas, lambda _, delta: delta * weight), self.metadata)
 
     __rmul__ = __mul__
 
@@ -159,9 +170,9 @@ class Adapter:
         return keys.family_of(self.shapes, self.metadata)
 
     @property
-    def shapes(self) -> dict[str, keys.Shape]:
+    def shapes(self) -> Mapping[str, keys.Shape]:
         """Path => the shape of its dW."""
-        return {path: delta.shape for path, delta in self.deltas.items()}
+        return shapes_of(self.deltas)
 
 
 def distance(a: Adapter, b: Adapter) -> float:
@@ -172,6 +183,10 @@ def distance(a: Adapter, b: Adapter) -> float:
     difference = math.hypot(*(apart(a.deltas.get(path), b.deltas.get(path)) for path in a.deltas.keys() | b.deltas.keys()))
     largest = max(math.hypot(*(delta.norm() for delta in one.deltas.values())) for one in (a, b))
     return difference / largest if largest else 0.0
+
+
+def _times(delta: Delta, weight: float) -> Delta:
+    return delta if weight == 1 else delta * weight
 
 
 def _check_part(name: str) -> None:

@@ -25,7 +25,7 @@ from ..files import atomic
 from . import checkpoint_keys, keys
 from .checkpoint_keys import Address
 from .headers import Entry, Header, opened, read_header, short
-from .tensors import read_tensor
+from .tensors import HASHES, encoded, read_tensor
 
 New = Callable[[str], Tensor | None]  # path => its new tensor; None leaves it as it is
 Changed = Mapping[str, Tensor] | New
@@ -34,7 +34,6 @@ CHUNK = 4 << 20  # bytes of unchanged tensors that are copied at once
 _FLOATS = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
 _PICKLES = {".ckpt", ".bin", ".pt", ".pth"}
 _WEIGHTS = {*_PICKLES, ".safetensors", ".msgpack", ".h5", ".onnx", ".onnx_data", ".pb", ".gguf"}
-_HASHES = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")  # of the bytes that were
 _CONVERT = "pickled weights can run code and are never opened; take the .safetensors, or convert them where they came from"
 
 
@@ -361,10 +360,8 @@ def _described(header: Header, metadata: Mapping[str, str]) -> bytes:
         key: {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": [entry.start - start, entry.end - start]}
         for key, entry in header.tensors.items()
     }
-    kept = {key: value for key, value in header.metadata.items() if key not in _HASHES} | dict(metadata)
-    text = json.dumps({"__metadata__": kept, **entries}, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
+    kept = {key: value for key, value in header.metadata.items() if key not in HASHES}
+    return encoded(entries, kept | dict(metadata))
 
 
 def _copy(file: BinaryIO, out: BinaryIO, entry: Entry) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from ..errors import AdapterError
 from .adapter import Adapter
 from .deltas import Delta, Dense
+from .ondemand import mapped
 from .resizing import Line, Report, check_plain, divisible, shortened, untouched
 
 USUAL = 32  # the rank of what has no factors of its own
@@ -21,7 +22,7 @@ def converted(adapter: Adapter, kind: str | None = None, rank: int | None = None
     if kind == "full":
         if rank:
             raise AdapterError("a full update has no rank", "leave --rank out, or convert --to lora")
-        return Adapter({path: _dense(path, delta) for path, delta in adapter.deltas.items()}, adapter.metadata), None
+        return Adapter(mapped(adapter.deltas, _dense), adapter.metadata), None
     done = {path: _factored(path, delta, rank) for path, delta in adapter.deltas.items()}
     lines = tuple(line for _, line in done.values())
     return Adapter({path: delta for path, (delta, _) in done.items()}, adapter.metadata), Report(lines)

@@ -156,19 +156,22 @@ def _json(path: Path, raw: bytes) -> dict[str, Any]:
 
 def _entry(path: Path, key: str, value: Any, offset: int) -> Entry:
     """One header entry, its offsets made absolute. Lengths are compared as Python integers: nothing can overflow."""
-    here = f"{path}: tensor {short(key)}"
+
+    def unsound(what: str, hint: str = "") -> HostileFileError:
+        return HostileFileError(f"{path}: tensor {short(key)} {what}", hint)
+
     if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
-        raise HostileFileError(f"{here} needs exactly dtype, shape and data_offsets")
+        raise unsound("needs exactly dtype, shape and data_offsets")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(dtype, str) or dtype not in ITEM_SIZES:
-        raise HostileFileError(f"{here} has the unknown dtype {short(dtype)}", f"known: {', '.join(ITEM_SIZES)}")
+        raise unsound(f"has the unknown dtype {short(dtype)}", f"known: {', '.join(ITEM_SIZES)}")
     if not _naturals(shape) or len(shape) > MAX_DIMENSIONS:
-        raise HostileFileError(f"{here} has the impossible shape {short(shape)}")
+        raise unsound(f"has the impossible shape {short(shape)}")
     if not _naturals(offsets) or len(offsets) != 2:
-        raise HostileFileError(f"{here} has impossible offsets {short(offsets)}")
+        raise unsound(f"has impossible offsets {short(offsets)}")
     start, end = offsets
     if end - start != math.prod(shape) * ITEM_SIZES[dtype]:
-        raise HostileFileError(f"{here} of {dtype}{short(shape)} cannot lie in {end - start} bytes")
+        raise unsound(f"of {dtype}{short(shape)} cannot lie in {end - start} bytes")
     return Entry(dtype, tuple(shape), offset + start, offset + end)
 
 

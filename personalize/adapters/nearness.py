@@ -19,11 +19,13 @@ def apart(a: Delta | None, b: Delta | None) -> float:
 
 
 def roughly(delta: Delta) -> float:
-    """||dW||, cheaply: of factors from their Gram matrices, to half of fp64's digits."""
-    if not isinstance(delta, LowRank) or delta.rank > min(delta.up.shape[0], math.prod(delta.shape[1:])):
-        return delta.norm()
-    up, down = delta.up.flatten(1).double(), delta.down.flatten(1).double()
-    return abs(delta.scale) * math.sqrt(max(0.0, float(((up.T @ up) * (down @ down.T)).sum())))
+    """||dW||, cheaply: of factors from their Gram matrices in fp32, so never below a few ten-thousandths of ||up|| ||down||."""
+    if isinstance(delta, LowRank) and delta.rank <= min(delta.up.shape[0], math.prod(delta.shape[1:])):
+        up, down = delta.up.flatten(1), delta.down.flatten(1)
+        square = float(((up.T @ up) * (down @ down.T)).sum())
+        if 1e-30 < square < math.inf:  # nothing was too small or too large
+            return abs(delta.scale) * math.sqrt(square)
+    return delta.norm()
 
 
 def within(a: Delta, b: Delta, limit: float) -> bool:

@@ -178,15 +178,15 @@ def bake(base: Source, adapters: Iterable[tuple[Adapter, Strengths]], destinatio
     Raises FamilyMismatchError or AdapterError for an adapter that does not fit, and what `rewrite` raises.
     """
     base = _opened(base)
-    updates: dict[str, list[tuple[float, Delta]]] = {}
+    updates: dict[str, list[tuple[float, Adapter]]] = {}
     story = []
     for adapter, strengths in adapters:
         check_fit(base, adapter)
         by_part = _by_part(adapter, strengths)
         story.append(f"{_name(adapter)} ({', '.join(f'{part} {strength:g}' for part, strength in by_part.items())})")
-        for path, delta in adapter.deltas.items():
+        for path in adapter.deltas:
             if strength := by_part[keys.part_of(path)]:
-                updates.setdefault(path, []).append((strength, delta))
+                updates.setdefault(path, []).append((strength, adapter))
     changes: dict[str, Change] = {}
 
     def baked(path: str) -> Tensor | None:
@@ -195,8 +195,8 @@ def bake(base: Source, adapters: Iterable[tuple[Adapter, Strengths]], destinatio
         stored = base[path]
         weight = _wide(stored)
         total = weight.clone()
-        for strength, delta in updates[path]:
-            total += strength * delta.delta(weight).reshape(weight.shape)
+        for strength, adapter in updates[path]:
+            total += strength * adapter.deltas[path].delta(weight).reshape(weight.shape)
         changes[path] = _rounded(weight, total, stored.dtype)
         return total
 
@@ -206,7 +206,8 @@ def bake(base: Source, adapters: Iterable[tuple[Adapter, Strengths]], destinatio
 
 def check_fit(base: Weights, adapter: Adapter) -> None:
     """Raise unless every update has its parameter, in its shape: FamilyMismatchError for another family, else AdapterError."""
-    wrong = [path for path, one in adapter.deltas.items() if path not in base or not keys.same(one.shape, base.shape(path))]
+    shapes = adapter.shapes
+    wrong = [path for path, shape in shapes.items() if path not in base or not keys.same(shape, base.shape(path))]
     if not wrong:
         return
     path = wrong[0]
@@ -214,7 +215,7 @@ def check_fit(base: Weights, adapter: Adapter) -> None:
     what = f"{_name(adapter)} ({adapter.family}) does not fit {base.path} ({base.family}): {len(wrong)} of {len(adapter.deltas)}"
     same = adapter.family in (base.family, "unknown")
     raise (AdapterError if same else FamilyMismatchError)(
-        f"{what} updates differ, e.g. {path} is {list(adapter.deltas[path].shape)} there and here it {here}",
+        f"{what} updates differ, e.g. {path} is {list(shapes[path])} there and here it {here}",
         "use the base it was trained on",
     )
 

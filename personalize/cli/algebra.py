@@ -68,10 +68,10 @@ def rule_of(options: Mapping[str, Any], default: tuple[str, float] | None = None
 
 
 def loaded(files: Files, allow_unmatched: bool) -> list[Adapter]:
-    """Adapters, each as much as was asked for."""
+    """Adapters, each as much as was asked for, read layer by layer when they are needed."""
     from ..adapters import Adapter
 
-    return [Adapter.load(path, allow_unmatched=allow_unmatched).weighted(weighting) for path, weighting in files]
+    return [Adapter.open(path, allow_unmatched=allow_unmatched).weighted(weighting) for path, weighting in files]
 
 
 def without_base(adapters: Iterable[Adapter], base: Path | None) -> list[Adapter]:

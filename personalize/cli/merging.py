@@ -17,7 +17,7 @@ from .values import PATH, Strengthened
 
 RECIPE = "personalize.merge"  # metadata: the arguments that repeat a merge
 
-OPTIONS: dict[str, tuple[Any, str]] = {  # those of merging.OPTIONS
+OPTIONS: dict[str, tuple[Any, str]] = {  # those of methods.OPTIONS
     "density": (float, "share of the entries that is kept"),
     "outliers": (float, "share of the entries, the largest, that is dropped"),
     "epsilon": (float, "how much likelier the largest entries are kept than the smallest"),
@@ -41,7 +41,7 @@ def list_methods(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
     """The table of methods, and nothing else."""
     if not wanted:
         return
-    from ..adapters.merging import METHODS
+    from ..adapters.methods import METHODS
 
     for name, row in METHODS.items():
         paper = f" (arXiv {row.paper})" if row.paper else ""
@@ -72,15 +72,16 @@ def merge(ctx: click.Context, files: Files, output: Path, replay: Path | None, *
         files, options = again(ctx, replay, output)
     if not files:
         raise RecipeError("which adapters?", "personalize merge A.safetensors:0.7 B.safetensors:-0.3 -o C.safetensors")
-    from ..adapters.merging import merge_with_report
+    from ..adapters import merging
+    from ..adapters.resizing import Report
 
     chosen = {name: options[name] for name in OPTIONS if options[name] is not None}
     adapters = without_base(loaded(files, options["allow_unmatched"]), options["base"])
-    merged, report = merge_with_report(adapters, [1.0] * len(adapters), options["method"], options["rank"], **chosen)
+    merged, lines = merging.on_demand(adapters, [1.0] * len(adapters), options["method"], options["rank"], **chosen)
     said = {RECIPE: arguments(files, options), "modelspec.merged_from": ", ".join(path.stem for path, _ in files)}
     said["personalize.merge_hashes"] = json.dumps([content(path) for path, _ in files])
     path = merged.save(output, options["dialect"], said, options["dtype"] or stored_as(files[0][0]))
-    table(report)
+    table(Report(tuple(lines.values())))
     written(path, merged)
     return 0
 

@@ -10,6 +10,7 @@ from functools import reduce
 from .. import linalg, merging, resizing, weighting
 from ..adapter import Adapter
 from ..deltas import Delta
+from ..methods import METHODS
 from ..nearness import apart
 from .collision import ALL, Collision, check_shapes, common_family
 from .measures import row_of
@@ -124,7 +125,7 @@ def predict(
     if not sums:
         return ()
     cuts = _cuts(sums, ranks, sample)
-    fit = [method for method, row in merging.METHODS.items() if method not in EXACT and len(adapters) <= row.most]
+    fit = [method for method, row in METHODS.items() if method not in EXACT and len(adapters) <= row.most]
     tried = _tried(adapters, weights, [method for method in fit if method in methods], sums, sample)
     rest = [Prediction(method, None, None, 0, len(sums)) for method in fit if method not in methods]
     return (Prediction("concat", None, 0.0, len(sums), len(sums)), *cuts, *tried, *rest)
@@ -178,7 +179,7 @@ def _tried(
     few = [Adapter({path: one.deltas[path] for path in chosen if path in one.deltas}, one.metadata) for one in adapters]
     found = []
     for method in methods:
-        merged = {line.path: delta for delta, line in merging.steps(few, weights, method)}
+        merged = merging.merge(few, weights, method).deltas
         lost = math.hypot(*(apart(merged.get(path), wanted) for path, wanted in sums.items()))
         found.append(Prediction(method, None, lost / whole if whole else 0.0, len(chosen), len(terms)))
     return found
