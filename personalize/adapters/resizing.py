@@ -16,6 +16,7 @@ from . import linalg
 from .adapter import Adapter
 from .deltas import Delta, Dense, LowRank
 from .keys import PARTS, part_of
+from .ondemand import mapped
 from .tensors import TORCH, one_thread
 
 _NOISE = 1e-14  # of a squared norm: what fp32 factors cannot tell from nothing
@@ -98,22 +99,17 @@ class Report:
 
 @dataclass(frozen=True, eq=False)
 class Cut:
-    """A module before it is cut: the Svd of dW, and what one rank of it costs in a file."""
+    """A module before it is cut: the singular values of dW, and what one rank of it costs in a file."""
 
     path: str
-    delta: Delta
-    svd: linalg.Svd
+    values: Tensor
     old: int
     floor: int  # the ranks that are kept at least
     top: int  # ... and at most
     cost: int  # bytes per rank
 
-    @property
-    def values(self) -> Tensor:
-        return self.svd.s
-
     def line(self, rank: int) -> Line:
-        return Line(self.path, self.old, rank, self.values, self.svd.rest)
+        return Line(self.path, self.old, rank, self.values)
 
 
 Each = Callable[[Tensor, float], int]  # singular values of one module, the rule's number => rank
@@ -214,10 +210,11 @@ def resize(
     if dtype not in TORCH:
         raise AdapterError(f"no storage dtype is called {dtype!r}", nearest(dtype, TORCH))
     with one_thread():
-        cuts = list(_cuts(adapter, max_rank, TORCH[dtype].itemsize, 0 if drop else 1))
-    ranks = RULES[rule].choose(cuts, value - _overhead(adapter) if rule == "size" else value)
-    deltas = {cut.path: _shortened(cut, rank) for cut, rank in zip(cuts, ranks, strict=True) if rank}
-    return Adapter(deltas, adapter.metadata), Report(tuple(cut.line(rank) for cut, rank in zip(cuts, ranks, strict=True)))
+        cuts = [_cut(path, delta, max_rank, TORCH[dtype].itemsize, not drop) for path, delta in adapter.deltas.items()]
+        chosen = RULES[rule].choose(cuts, value - _overhead(adapter) if rule == "size" else value)
+        ranks = {cut.path: rank for cut, rank in zip(cuts, chosen, strict=True) if rank}
+        deltas = mapped(adapter.deltas, lambda path, delta: _at_rank(delta, ranks[path]), ranks)
+    return Adapter(deltas, adapter.metadata), Report(tuple(cut.line(rank) for cut, rank in zip(cuts, chosen, strict=True)))
 
 
 def shortened(path: str, delta: Delta, rank: int | None = None) -> tuple[Delta, Line]:
@@ -232,9 +229,7 @@ def shortened(path: str, delta: Delta, rank: int | None = None) -> tuple[Delta, 
 
 def untouched(path: str, delta: Delta) -> tuple[Delta, Line]:
     """One update as it is."""
-    return delta, Line(
-        path, rank_of(delta), rank_of(delta), lambda: linalg.singular_values(delta) if divisible(delta) else _whole(delta).s
-    )
+    return delta, Line(path, rank_of(delta), rank_of(delta), lambda: _values(delta))
 
 
 def check_plain(path: str, delta: Delta) -> None:
@@ -253,30 +248,24 @@ def check_rule(rule: str, value: float, max_rank: int | None) -> None:
         raise AdapterError(f"a rank of at most {max_rank} leaves nothing", "1 is the smallest rank")
 
 
-def _cuts(adapter: Adapter, max_rank: int | None, width: int, floor: int) -> Iterator[Cut]:
-    for path, delta in adapter.deltas.items():
-        check_plain(path, delta)
-        delta = delta.low_rank() or delta
-        parts = _narrow(linalg.svd(delta)) if divisible(delta) else _whole(delta)
-        top = min(len(parts.s), max_rank or len(parts.s))
-        cost = width * (sum(linalg.sides(delta.shape)) if divisible(delta) else math.prod(delta.shape))
-        yield Cut(path, delta, parts, rank_of(delta), min(floor, top), top, cost)
+def _cut(path: str, delta: Delta, max_rank: int | None, width: int, floor: int) -> Cut:
+    """Singular values only: those of all modules are held until the rule has seen them all."""
+    check_plain(path, delta)
+    values = _values(delta)
+    top = min(len(values), max_rank or len(values))
+    cost = width * (sum(linalg.sides(delta.shape)) if divisible(delta) else math.prod(delta.shape))
+    return Cut(path, values, rank_of(delta), min(floor, top), top, cost)
 
 
-def _narrow(parts: linalg.Svd) -> linalg.Svd:
-    """Vectors in fp32: all modules' are held until the rule has seen them all."""
-    return linalg.Svd(parts.u.float(), parts.s, parts.v.float(), parts.rest)
+def _values(delta: Delta) -> Tensor:
+    """The singular values of dW; of what is kept or dropped as one, its norm."""
+    return linalg.singular_values(delta) if divisible(delta) else torch.tensor([delta.norm()], dtype=torch.float64)
 
 
-def _whole(delta: Delta) -> linalg.Svd:
-    """What is kept or dropped as one: a single value, no vectors."""
-    return linalg.Svd(torch.empty(0), torch.tensor([delta.norm()], dtype=torch.float64), torch.empty(0))
-
-
-def _shortened(cut: Cut, rank: int) -> Delta:
-    if not divisible(cut.delta) or (rank >= cut.old and isinstance(cut.delta, LowRank | Dense)):
-        return cut.delta
-    return linalg.low_rank(cut.svd, cut.delta.shape, rank)
+def _at_rank(delta: Delta, rank: int) -> Delta:
+    if not divisible(delta) or (rank >= rank_of(delta) and isinstance(delta, LowRank | Dense)):
+        return delta
+    return linalg.low_rank(linalg.svd(delta), delta.shape, rank)
 
 
 def divisible(delta: Delta) -> bool:

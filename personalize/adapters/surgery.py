@@ -133,7 +133,7 @@ def _compressed(update: Tensor, rule: str, value: float, max_rank: int | None, c
     most = min(int(value) if rule == "rank" else update.numel(), max_rank or update.numel())
     svd = linalg.of_matrix(update.flatten(1), most if rule == "rank" else None)
     top = min(most, int((svd.s > _NOTHING * svd.s[0]).sum()))
-    cut = Cut("", Dense(torch.empty(0)), svd, top, 1, top, 1)
+    cut = Cut("", svd.s, top, 1, top, 1)
     (rank,) = RULES[rule].choose([cut], value)
     pair = linalg.low_rank(svd, tuple(update.shape), rank)
     return pair if clamp_quantile is None else _clamped(pair, svd.s[:rank], clamp_quantile)
