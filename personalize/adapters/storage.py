@@ -170,9 +170,10 @@ def _stems(path: Path, deltas: Deltas, dialect: str, names: Mapping[str, str], d
 
 def _room(draft: _Draft, metadata: Mapping[str, str]) -> int:
     """Bytes for a header of LoRA: rather a few too many; one that needs more is moved for."""
-    count, config = (3, 0) if draft.dialect == "kohya" else (2, 6)
-    layers = sum(count * (len(stem) + 104) + (len(module) + config) * bool(config) for module, stem in draft.stems.items())
-    return layers + len(json.dumps(metadata)) + 320  # the hashes
+    kohya = draft.dialect == "kohya"
+    tensors = sum((3 if kohya else 2) * (len(stem) + 104) for stem in draft.stems.values())
+    config = 0 if kohya else sum(len(module) + 6 for module in draft.stems)
+    return tensors + config + len(json.dumps(metadata)) + 320  # the hashes
 
 
 class _Draft:
@@ -195,11 +196,12 @@ class _Draft:
     def add(self, path: str, delta: Delta) -> None:
         """Write one update. Raises AdapterError for what the dialect cannot carry."""
         self._check(path, delta)
+        portable = delta
         if isinstance(delta, LowRank):
-            delta = delta.with_alpha(self._alpha(path, delta))
-            self.low[path] = delta.rank, delta.alpha
+            portable = delta.with_alpha(self._alpha(path, delta))
+            self.low[path] = portable.rank, portable.alpha
         module, tensors, numbers = path.removesuffix(BIAS), dict[str, Tensor](), dict[str, float]()
-        for role, value in delta.stored().items():
+        for role, value in portable.stored().items():
             role = self._role(path, role, delta)
             if role == kinds.ALPHA and self.dialect != "kohya":
                 continue
