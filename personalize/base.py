@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from .errors import BaseModelError
+from .errors import BaseModelError, RecipeError
 from .families import TWO_TEXT_ENCODERS, Family, detect
 
 NAMED = {"pocket": Path(__file__).parent / "pocket" / "weights"}
@@ -137,6 +137,13 @@ class Base:
     def denoise(self, latents: Tensor, timesteps: Tensor, cond: Tensor) -> Tensor:
         """Noisy latents [b, c, h, w], timesteps [b], conditioning [b, n, d] => the UNet's prediction [b, c, h, w]."""
         return self.unet(latents, timesteps, encoder_hidden_states=cond, return_dict=False)[0]
+
+
+def device_of(device: str) -> str:
+    """`cpu` or `cuda`; `auto` is CUDA where there is one. Raises RecipeError for a GPU that is not there."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise RecipeError("--device cuda, but torch sees no GPU here", "try --device auto")
+    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
 
 
 def locate(name: str | Path) -> Path:

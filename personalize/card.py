@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,11 @@ def card(found: Description) -> str:
 
 def rows(found: Description) -> Iterator[tuple[str, str]]:
     """Names and texts; an empty text is left out."""
-    yield "what", f"{found.kind} for {found.family}, {found.dialect or 'no known'} names, {found.dtype}"
+    if found.dialect or found.kind != "unknown":
+        names = f"{found.dialect} names" if found.dialect else ""
+        yield "what", ", ".join(filter(None, [f"{found.kind} for {found.family}", names, found.dtype]))
+    else:
+        yield "what", "no adapter; a checkpoint is read by bake, extract and interpolate"
     yield "title", found.title if found.title != found.path.stem else ""
     yield "trigger", found.trigger
     yield "parts", ", ".join(f"{part} ({count} layers)" for part, count in found.parts.items())
@@ -40,7 +45,10 @@ def rows(found: Description) -> Iterator[tuple[str, str]]:
 
 
 def made(found: Description) -> Iterator[tuple[str, str]]:
-    """How it was trained, as far as the file says."""
+    """How it was trained or merged, as far as the file says."""
+    if merged := found.metadata.get("personalize.merge"):
+        yield "merged", merged
+        yield "repeat", f"personalize merge --replay {shlex.quote(str(found.path))} -o NAME.safetensors"
     text = found.metadata.get("personalize.recipe")
     if text is None:
         return
@@ -50,7 +58,7 @@ def made(found: Description) -> Iterator[tuple[str, str]]:
         yield "recipe", str(error)
         return
     yield "recipe", ", ".join(f"{name} {values[name]}" for name in TOLD)
-    yield "repeat", f"personalize train FOLDER --from {found.path}"
+    yield "repeat", f"personalize train FOLDER --from {shlex.quote(str(found.path))}"
 
 
 def counted(values: Mapping[Any, int]) -> str:

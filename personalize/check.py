@@ -8,12 +8,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from . import sample
 from .adapters import Adapter
 from .attach import fresh as fresh_deltas
-from .base import Base
+from .base import Base, device_of
 from .data import Dataset, fill, read_folder, safe_trigger, without
 from .data.store import fingerprint
 from .errors import OutputError, RecipeError
@@ -78,7 +76,9 @@ def check(recipe: Recipe, *, fresh: bool = False) -> Job:
     dataset = read_folder(recipe.data)
     recipe = settled(recipe, dataset)
     assert recipe.output and recipe.name
-    base = Base.load(recipe.base, device(recipe))
+    if recipe.output.suffix == ".safetensors":
+        raise RecipeError(f"--output is the run's folder, and {recipe.output} a file's name", "name the adapter with --name")
+    base = Base.load(recipe.base, device_of(recipe.device))
     sample.make_sampler(base, recipe.sampling.sample_steps)
     sample.latent_shape(base, recipe.data.resolution or None)
     run = Run(recipe.output, recipe.name)
@@ -108,13 +108,6 @@ def parts(recipe: Recipe) -> tuple[str, ...]:
     """The parts of the base that the recipe trains: those with a learning rate."""
     rates = {"unet": recipe.optim.lr, "text_encoder": recipe.optim.text_encoder_lr}
     return tuple(part for part, rate in rates.items() if rate)
-
-
-def device(recipe: Recipe) -> str:
-    """Where to train. Raises RecipeError for a GPU that is not there."""
-    if recipe.device == "cuda" and not torch.cuda.is_available():
-        raise RecipeError("--device cuda, but torch sees no GPU here", "try --device auto")
-    return ("cuda" if torch.cuda.is_available() else "cpu") if recipe.device == "auto" else recipe.device
 
 
 def compared(recipe: Recipe) -> dict[str, Any]:

@@ -138,6 +138,8 @@ def _advice(checkups: Sequence[Checkup], collision: Collision) -> Iterator[str]:
     from .adapters.doctor.prognosis import THRESHOLD, suggest
 
     suggestions, reliefs = suggest(collision)
+    for pair in collision.twins:
+        yield f"{' and '.join(map(letter, pair))} are nearly the same update: use one of them, or both at half their strength"
     if not any(one.factors for one in suggestions):
         yield f"no block needs other weights: nowhere do two overlap by more than {THRESHOLD:g}"
         return
@@ -147,8 +149,7 @@ def _advice(checkups: Sequence[Checkup], collision: Collision) -> Iterator[str]:
         text = f"{letter(one.place)}  {blocks}; keeps {one.kept:.0%} of its ||dW||"
         yield from textwrap.wrap(text, WIDTH, initial_indent=" " * 3, subsequent_indent=" " * 6)
         if one.lbw:
-            yield f"      {plain(checkups[one.place].about.path.name)}:{collision.weights[one.place]:g}:"
-            yield f"      lbw={one.lbw}"
+            yield f"      {plain(checkups[one.place].about.path.name)}:{collision.weights[one.place]:g}:lbw={one.lbw}"
     for relief in reliefs:
         names = " and ".join(map(letter, relief.pair))
         yield f"   {names}  overlap {relief.before:.3f} before, {relief.after:.3f} after"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import tempfile
@@ -31,7 +32,8 @@ def atomic(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     except OSError as error:
         reason = error.strerror or error
-        raise OutputError(f"cannot write {path}: {reason}", "free some space or choose another --output") from error
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        raise OutputError(f"cannot write {path}: {reason}", "free some space" if full else "choose another place") from error
     finally:
         if temporary:
             temporary.unlink(missing_ok=True)

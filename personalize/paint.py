@@ -9,14 +9,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from . import sample
 from .adapters import Adapter
 from .adapters.dialects import file_of
 from .adapters.weighting import Weighting
 from .attach import attach
-from .base import Base
+from .base import Base, device_of
 from .errors import OutputError, RecipeError
 from .files import weights_hash
 from .recipe import Recipe, from_json
@@ -45,14 +43,16 @@ def paint(
 
     `output` is a folder, where names never clash with what is there, or a .png file for a single picture or the grid.
     """
-    single = output.suffix.lower() == ".png"
+    device, single = device_of(device), output.suffix.lower() == ".png"
+    if output.suffix.lower() in (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"):
+        raise RecipeError(f"{output}: pictures are written as .png, which holds how they were made", "name a .png or a folder")
     jobs = [(prompt, seed) for prompt in prompts for seed in seeds]
     if single and len(jobs) > 1 and not grid:
         raise RecipeError(f"{len(jobs)} pictures do not fit into {output}", "give a folder as --output, or add --grid")
     make_room(output.parent if single else output)
     adapters = [Adapter.load(path) for path, _ in stack]
     tell_triggers(adapters, stack, prompts)
-    model = Base.load(base or trained_on(adapters), device=pick(device))
+    model = Base.load(base or trained_on(adapters), device=device)
     used = tuple(stacked(path, weighting) for path, weighting in stack)
     drawn: list[Image.Image] = []
     with attach(model, [(adapter.weighted(much), 1.0) for adapter, (_, much) in zip(adapters, stack, strict=True)]):
@@ -98,11 +98,6 @@ def stacked(path: Path, weighting: Weighting) -> sample.Stacked:
     """An adapter as it goes into a picture's metadata; its hash is the one that UIs show: of the file without its header."""
     unet, text = weighting.parts["unet"], weighting.parts["text_encoder"]
     return sample.Stacked(path.stem, unet, text, weights_hash(file_of(path)), weighting.inside)
-
-
-def pick(device: str) -> str:
-    """`auto` is CUDA where there is one."""
-    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
 
 
 def slug(prompt: str) -> str:

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from personalize.adapters import Adapter, describe, distance
 from personalize.adapters.comparing import compared
+from personalize.adapters.deltas import Dense
 from personalize.adapters.methods import OPTIONS
 from personalize.adapters.resizing import RULES
 from personalize.cli import merging, run
@@ -28,6 +29,9 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Adapter]
     made = {"a": make(pick="attn", seed=1), "b": make(pick="attn2", rank=3, alpha=2.0, seed=2), "c": make(pick="conv", seed=3)}
     for name, adapter in made.items():
         adapter.save(name)
+    make("sd1", "mid_block.attentions.0.proj_in", rank=1).save("sd")
+    Adapter({"unet.conv_in.bias": Dense(torch.ones(96))}).save("bias")
+    Path("folder").mkdir()
     return made
 
 
@@ -66,6 +70,30 @@ def test_options_of_methods_have_flags() -> None:
     }
 
 
+def test_a_merged_file_tells_what_it_is(files: dict[str, Adapter], capsys: pytest.CaptureFixture[str]) -> None:
+    for name, trigger in (("a", "zwx"), ("b", "vork")):
+        files[name].save(f"{name} file", metadata={"modelspec.trigger_phrase": trigger})
+    assert run(["merge", "a file.safetensors:0.7", "b file.safetensors", "-o", "a merge"]) == 0
+    capsys.readouterr()
+    assert run(["show", "nothing.safetensors", "a merge.safetensors", "folder"]) == 2
+    told, errors = capsys.readouterr()
+    assert "trigger   zwx, vork" in told and "'a file.safetensors:0.7' 'b file.safetensors:1'" in told
+    assert "--replay 'a merge.safetensors'" in told and errors.count("\n") == 2
+    moved = Path("elsewhere")
+    moved.mkdir()
+    Path("a merge.safetensors").rename(moved / "a.safetensors")
+    Path("a file.safetensors").unlink()
+    assert run(["merge", "--replay", "elsewhere/a.safetensors", "-o", "x"]) == 2
+    assert "merged from files that are not here: there is no adapter a file.safetensors" in capsys.readouterr().err
+
+
+def test_twins_are_called_twins(files: dict[str, Adapter], capsys: pytest.CaptureFixture[str]) -> None:
+    (files["a"] * 0.9).save("twin")
+    assert run(["doctor", "a.safetensors", "twin.safetensors"]) == 0
+    told = capsys.readouterr().out
+    assert "A and B are nearly the same update" in told and "block weights that would help" not in told
+
+
 def test_convert_resize_and_diff(files: dict[str, Adapter], capsys: pytest.CaptureFixture[str]) -> None:
     for dialect in ("diffusers", "peft"):
         assert run(["convert", "b.safetensors", "-o", dialect, "--dialect", dialect]) == 0
@@ -74,6 +102,9 @@ def test_convert_resize_and_diff(files: dict[str, Adapter], capsys: pytest.Captu
     assert describe("half.safetensors").dtype == "fp16" and distance(load("half"), files["b"] * 0.5) < 1e-3
     assert run(["resize", "b.safetensors", "--rank", "1", "-o", "small"]) == 0
     assert set(describe("small.safetensors").ranks) == {1}
+    capsys.readouterr()
+    assert run(["resize", "b.safetensors", "--size", "60kB", "--dtype", "fp16", "-o", "tiny"]) == 0
+    assert Path("tiny.safetensors").stat().st_size <= 60_000 and "True" not in capsys.readouterr().out
     capsys.readouterr()
     assert run(["diff", "b.safetensors", "diffusers.safetensors"]) == 0
     assert "0.00%    1.000" in capsys.readouterr().out
@@ -91,6 +122,21 @@ def test_convert_resize_and_diff(files: dict[str, Adapter], capsys: pytest.Captu
         (["convert", "a.safetensors", "-o", "x", "--dialect", "koyha"], "did you mean kohya?"),
         (["extract", "pocket", "pocket", "-o", "x"], "are the same"),
         (["bake", "pocket", "a.safetensors", "-o", "a.safetensors"], "a.safetensors"),
+        (["bake", "a.safetensors", "b.safetensors", "-o", "x"], "name the checkpoint"),
+        (["diff", "a.safetensors", "sd.safetensors"], "a is for pocket, sd is for sd1"),
+        (["merge", "a.safetensors", "sd.safetensors", "-o", "x"], "a is for pocket, sd is for sd1"),
+        (["doctor", "a.safetensors", "sd.safetensors"], "a is for pocket, sd is for sd1"),
+        (["merge", "a.safetensors", "b.safetensors", "-o", "b.safetensors"], "would overwrite b.safetensors, which is read"),
+        (["resize", "a.safetensors", "--rank", "1", "-o", "a"], "would overwrite a.safetensors, which is read"),
+        (["convert", "a.safetensors", "-o", "folder"], "folder is a folder (name a file in it)"),
+        (["convert", "a.safetensors", "-o", "x.pt"], "x.pt would be a pickle"),
+        (["convert", "a.safetensors:abc", "-o", "x"], "'abc' is no strength of a.safetensors"),
+        (["convert", "a.safetensors:lbw=OUTD", "-o", "x"], "lbw=OUTD is a preset for SD 1 and 2"),
+        (["convert", "bias.safetensors", "--dialect", "diffusers", "-o", "x"], "leave it out: FILE:unet.conv_in.bias=0"),
+        (["resize", "a.safetensors", "--sv-fro", "90", "-o", "x"], "sv-fro 90 makes no sense"),
+        (["doctor", "a.safetensors", "--picture", "x.txt"], "--picture writes a .png"),
+        (["generate", "x", "--output", "x.jpg"], "pictures are written as .png"),
+        (["generate", "x", "--device", "cuda"], "torch sees no GPU here"),
     ],
 )
 def test_mistakes_end_in_one_line(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -151,8 +151,7 @@ class Adapter:
 
     def __add__(self, other: Adapter) -> Adapter:
         """The exact sum of both updates, by concatenation: ranks add up. Metadata that both agree on is kept."""
-        if not keys.kin([self.shapes, other.shapes]):
-            raise FamilyMismatchError(f"an adapter of {self.family} cannot be added to one of {other.family}")
+        check_kin([self, other])
         deltas = dict(self.deltas)
         for path, delta in other.deltas.items():
             try:
@@ -173,6 +172,14 @@ class Adapter:
     def shapes(self) -> Mapping[str, keys.Shape]:
         """Path => the shape of its dW."""
         return shapes_of(self.deltas)
+
+
+def check_kin(adapters: Sequence[Adapter]) -> None:
+    """Raises FamilyMismatchError, with the names of all, for adapters that no one family can have."""
+    if not keys.kin(adapter.shapes for adapter in adapters):
+        names = [short(one.metadata.get("ss_output_name", f"number {i}")) for i, one in enumerate(adapters, 1)]
+        told = ", ".join(f"{name} is for {one.family}" for name, one in zip(names, adapters, strict=True))
+        raise FamilyMismatchError(f"adapters of different families do not go together: {told}", "leave the strangers out")
 
 
 def distance(a: Adapter, b: Adapter) -> float:

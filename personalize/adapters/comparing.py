@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from . import keys, linalg
-from .adapter import Adapter
+from .adapter import Adapter, check_kin
 from .resizing import check_plain
 from .weighting import block_of, names
 
@@ -31,8 +31,9 @@ class Row:
 def compared(a: Adapter, b: Adapter) -> list[Row]:
     """A row for all, then for each part, then for each block of the UNet. Exact: from factors where there are some.
 
-    Raises AdapterError for updates that depend on the base, and for shapes that differ.
+    Raises AdapterError for updates that depend on the base, FamilyMismatchError for adapters of different families.
     """
+    check_kin([a, b])
     paths = sorted(a.deltas.keys() | b.deltas.keys())
     products = {path: _products(path, a, b) for path in paths}
     groups: dict[str, list[str]] = {"all": paths}

@@ -343,6 +343,13 @@ def build(kind: str, tensors: Mapping[str, Tensor], alpha: float | None, shape: 
     return Decomposed(inner, tensors[DORA]) if DORA in tensors else inner
 
 
+def kind_name(delta: Delta) -> str:
+    """A delta's kind, as people call it."""
+    if isinstance(delta, Structured):
+        return delta.kind
+    return {LowRank: "a LoRA", Decomposed: "a DoRA"}.get(type(delta), "a full update")
+
+
 def as_low_rank(delta: Delta) -> LowRank:
     """The same dW of a matrix or convolution as two factors whatever their size: beside a full update stands a unit matrix."""
     if factored := delta.low_rank():

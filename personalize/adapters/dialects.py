@@ -132,7 +132,7 @@ def unmatched_error(header: Header, reading: Reading) -> UnmatchedKeysError:
         holds = "no adapter: name another file" if reading.kind == "unknown" else f"parts of {reading.kind} updates, none whole"
         return UnmatchedKeysError(what, f"it holds {holds}")
     families = ", ".join(family.name for family in keys.FAMILIES)
-    return UnmatchedKeysError(what, f"known families: {families}; allow_unmatched=True reads the rest")
+    return UnmatchedKeysError(what, f"known families: {families}; --allow-unmatched reads the rest")
 
 
 def configured_scales(header: Header, reading: Reading) -> dict[str, float]:

@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from ..errors import AdapterError, FamilyMismatchError, nearest
+from ..errors import AdapterError, nearest
 from . import keys
-from .adapter import Adapter
+from .adapter import Adapter, check_kin
 from .deltas import Delta, Dense
 from .methods import METHODS, OPTIONS, Method, Module, Options, Term
 from .ondemand import OnDemand
@@ -109,9 +109,7 @@ def _check(adapters: Sequence[Adapter], weights: Sequence[float], method: str, r
         raise AdapterError(f"a weight of {wrong[0]} makes no sense", "use finite numbers")
     if rank is not None and rank < 1:
         raise AdapterError(f"rank {rank} leaves nothing", "1 is the smallest")
-    if not keys.kin(adapter.shapes for adapter in adapters):
-        names = " and ".join(sorted({adapter.family for adapter in adapters}))
-        raise FamilyMismatchError(f"adapters of different families cannot be merged: {names}")
+    check_kin(adapters)
     known: dict[str, keys.Shape] = {}
     for path, shape in ((path, shape) for adapter in adapters for path, shape in adapter.shapes.items()):
         if known.setdefault(path, shape) != shape:

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..errors import AdapterError, nearest
 from . import linalg
 from .adapter import Adapter
-from .deltas import Delta, Dense, LowRank
+from .deltas import Delta, Dense, LowRank, kind_name
 from .keys import PARTS, part_of
 from .ondemand import mapped
 from .tensors import TORCH, one_thread
@@ -172,7 +172,7 @@ def _size(cuts: Sequence[Cut], size: float) -> list[int]:
     left = size - sum(cut.cost * cut.floor for cut in cuts)
     if left < 0:
         raise AdapterError(
-            f"no ranks fit: one for each module needs {-left:.0f} bytes more", "let modules be dropped, or use fp16"
+            f"no ranks fit: one for each module needs {-left:.0f} bytes more", "drop the weakest (--drop), or store fp16"
         )
     squares, owners = _pool(cuts)
     worth = squares / torch.tensor([float(cut.cost) for cut in cuts], dtype=torch.float64)[owners]
@@ -210,7 +210,7 @@ def resize(
     if dtype not in TORCH:
         raise AdapterError(f"no storage dtype is called {dtype!r}", nearest(dtype, TORCH))
     with one_thread():
-        cuts = [_cut(path, delta, max_rank, TORCH[dtype].itemsize, not drop) for path, delta in adapter.deltas.items()]
+        cuts = [_cut(path, delta, max_rank, TORCH[dtype].itemsize, 0 if drop else 1) for path, delta in adapter.deltas.items()]
         chosen = RULES[rule].choose(cuts, value - _overhead(adapter) if rule == "size" else value)
         ranks = {cut.path: rank for cut, rank in zip(cuts, chosen, strict=True) if rank}
         deltas = mapped(adapter.deltas, lambda path, delta: _at_rank(delta, ranks[path]), ranks)
@@ -235,7 +235,7 @@ def untouched(path: str, delta: Delta) -> tuple[Delta, Line]:
 def check_plain(path: str, delta: Delta) -> None:
     """Raises AdapterError, by name, for an update whose dW is known only together with the base."""
     if delta.needs_base:
-        raise AdapterError(f"{path}: {delta!r} depends on the base's weights", "name the base: --base")
+        raise AdapterError(f"{path}: {kind_name(delta)} depends on the base's weights", "name the base: --base")
 
 
 def check_rule(rule: str, value: float, max_rank: int | None) -> None:
@@ -243,7 +243,7 @@ def check_rule(rule: str, value: float, max_rank: int | None) -> None:
     if rule not in RULES:
         raise AdapterError(f"no rule for ranks is called {rule!r}", nearest(rule, RULES))
     if not RULES[rule].allows(value):
-        raise AdapterError(f"{rule} {value:g} makes no sense", f"it keeps {RULES[rule].what}")
+        raise AdapterError(f"{rule.replace('_', '-')} {value:g} makes no sense", f"it keeps {RULES[rule].what}")
     if max_rank is not None and max_rank < 1:
         raise AdapterError(f"a rank of at most {max_rank} leaves nothing", "1 is the smallest rank")
 

@@ -11,9 +11,9 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from ..errors import AdapterError, HostileFileError, nearest
 from ..files import atomic, weights_hash, write_text
 from . import deltas as kinds_of_delta
 from . import dialects, hosts, keys, kinds
-from .deltas import Decomposed, Delta, LowRank, Structured
+from .deltas import Decomposed, Delta, LowRank
 from .headers import Header, opened, read_header, read_scalar, short
 from .nearness import apart, roughly, within
 from .ondemand import OnDemand, shapes_of
@@ -164,7 +164,7 @@ def _stems(path: Path, deltas: Deltas, dialect: str, names: Mapping[str, str], d
     if not modules:
         raise AdapterError(f"{path} not written: the adapter changes nothing")
     if dialect == "kohya" and (strange := sorted(modules - names.keys())):
-        raise AdapterError(f"{path} not written: kohya has no name for {_some(strange)}", "save with dialect='diffusers'")
+        raise AdapterError(f"{path} not written: kohya has no name for {_some(strange)}", "save it in the diffusers dialect")
     return dialects.stems(dialect, modules, names)
 
 
@@ -220,16 +220,17 @@ class _Draft:
         floor = 1e-6 * max(self._norms.values())  # what is a millionth of the rest may be rounded off
         for path, far in self._far.items():
             if not far <= _TOLERANCE[self.dtype] * max(self._norms[path], floor):
-                raise AdapterError(
-                    f"{self.path} not written: {self.dtype} cannot hold {path} exactly enough", "save with dtype='fp32'"
-                )
+                raise AdapterError(f"{self.path} not written: {self.dtype} cannot hold {path} exactly enough", "save it as fp32")
 
     def _check(self, path: str, delta: Delta) -> None:
         if not delta.finite():
             raise AdapterError(f"{self.path} not written: {path} holds NaN or Inf", "train with a lower learning rate")
         if self.dialect != "kohya" and not isinstance(delta, LowRank):
-            what = f"{self.path} not written: {self.dialect} files hold LoRA only, and {path} is {_name(delta)}"
-            raise AdapterError(what, "save with dialect='kohya', or convert to LoRA first")
+            what = (
+                f"{self.path} not written: {self.dialect} files hold LoRA only, and {path} is {kinds_of_delta.kind_name(delta)}"
+            )
+            hint = f"leave it out: FILE:{path}=0" if len(delta.shape) == 1 else "convert it to LoRA first (--to lora)"
+            raise AdapterError(what, f"save it in the kohya dialect, or {hint}")
         if isinstance(delta, Decomposed) and len(delta.magnitude) > 1:
             what = f"{self.path} not written: {path} is a DoRA with norms of rows, which UIs take for norms of columns"
             raise AdapterError(what, "name the --base, and it is written as a full update")
@@ -303,23 +304,13 @@ def _check_same(temporary: Path, draft: _Draft, family: keys.Family) -> None:
 
 def _check_hosts(draft: _Draft, reading: dialects.Reading, family: keys.Family) -> None:
     """The export contract, others' side: each host that should read the file finds the same dW at the same layers."""
-    hint = f"save with dialect={'diffusers' if reading.dialect == 'kohya' else 'kohya'!r}"
+    hint = f"save it in the {'diffusers' if reading.dialect == 'kohya' else 'kohya'} dialect"
     for host, layer, at in hosts.misread(reading.dialect, family, reading.slots):
         missed = f"would take {layer} for {at}" if at else f"would not find {layer}"
         raise AdapterError(f"{draft.path} not written: {host.name} {missed}", hint)
     for host in hosts.readers(reading.dialect, family, reading.slots):
         if off := hosts.mistaken(host, reading.dialect, draft.low):
             raise AdapterError(f"{draft.path} not written: {host.name} would take {off[0]} at another strength", hint)
-
-
-def _name(delta: Delta) -> str:
-    """A delta's kind, as people call it."""
-    named: tuple[tuple[type, Callable[[Any], str]], ...] = (
-        (LowRank, lambda one: "LoRA"),
-        (Structured, lambda one: str(one.kind)),
-        (Decomposed, lambda one: "DoRA"),
-    )
-    return next((say(delta) for kind, say in named if isinstance(delta, kind)), "a full update")
 
 
 def _common(values: Iterable[str]) -> str:

@@ -40,10 +40,11 @@ class Change:
 
 @dataclass(frozen=True)
 class Report:
-    """What was done, by canonical path, and which changed parameters were left out => norm of their update."""
+    """What was done, by canonical path, which changed parameters were left out => norm of their update, and what was written."""
 
     changes: Mapping[str, Change]
     left_out: Mapping[str, float] = field(default_factory=dict)
+    path: Path | None = None
 
     def part(self, name: str) -> Report:
         """The same for one part of the model."""
@@ -200,8 +201,8 @@ def bake(base: Source, adapters: Iterable[tuple[Adapter, Strengths]], destinatio
         changes[path] = _rounded(weight, total, stored.dtype)
         return total
 
-    rewrite(base, destination, baked, _told(base, " + ".join([base.path.name, *story])))
-    return Report(changes)
+    made = rewrite(base, destination, baked, _told(base, " + ".join([base.path.name, *story])))
+    return Report(changes, path=made)
 
 
 def check_fit(base: Weights, adapter: Adapter) -> None:
@@ -262,8 +263,8 @@ def interpolate(base: Source, tuned: Source, alpha: float, destination: str | Pa
         return total
 
     story = f"{1 - alpha:g} x {base.path.name} + {alpha:g} x {tuned.path.name}"
-    rewrite(base, destination, between, _told(base, story))
-    return Report(changes)
+    made = rewrite(base, destination, between, _told(base, story))
+    return Report(changes, path=made)
 
 
 # --- both -----------------------------------------------------------------------------------------------------------

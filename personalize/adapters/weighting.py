@@ -148,6 +148,10 @@ def blocks(text: str, family: keys.Family | None) -> dict[str, float]:
         return dict.fromkeys(long, 0.0) | dict(zip(order, values, strict=True))
     if (preset := PRESETS.get(text.upper())) and len(short) == len(preset):
         return dict.fromkeys(long, 0.0) | dict(zip(short, map(float, preset), strict=True))
+    if text.upper() in PRESETS:
+        raise AdapterError(
+            f"lbw={text} is a preset for SD 1 and 2, and this is {family.name}", f"it has blocks {', '.join(short)}"
+        )
     chosen = [re.sub(r"^(IN|OUT)(\d)$", r"\g<1>0\2", piece.upper()) for piece in text.split("+")]
     if unknown := [block for block in chosen if block not in long]:
         known = [*long, *(PRESETS if len(short) == 17 else ())]

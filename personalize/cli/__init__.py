@@ -234,9 +234,13 @@ def show(adapters: tuple[Path, ...], for_programs: bool) -> int:
     from ..adapters import describe
     from ..card import as_json, card
 
+    code = 0
     for path in adapters:
-        click.echo((as_json if for_programs else card)(describe(path)))
-    return 0
+        try:
+            click.echo((as_json if for_programs else card)(describe(path)))
+        except AdapterError as error:
+            code = fail(str(error))
+    return code
 
 
 @cli.command()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..errors import RecipeError
+from ..errors import OutputError, RecipeError
 from ..words import plain, readable
 from .values import PATH, Bytes, Strengthened
 
@@ -29,7 +29,7 @@ dialect = click.option("--dialect", default="kohya", show_default=True, metavar=
 dtype = click.option("--dtype", metavar="fp32|fp16|bf16", help="storage [default: that of the first file]")
 to = click.option("--output", "-o", type=PATH, required=True, help="the file to write")
 base_option = click.option(
-    "--base", type=PATH, help="diffusers folder or checkpoint, for what depends on its weights (DoRA, OFT)"
+    "--base", type=PATH, help="'pocket', a diffusers folder or checkpoint, for what depends on its weights (DoRA, OFT)"
 )
 lenient = click.option(
     "--allow-unmatched", is_flag=True, help="leave out keys that belong to no known layer, instead of stopping"
@@ -69,9 +69,27 @@ def rule_of(options: Mapping[str, Any], default: tuple[str, float] | None = None
 
 def loaded(files: Files, allow_unmatched: bool) -> list[Adapter]:
     """Adapters, each as much as was asked for, read layer by layer when they are needed."""
-    from ..adapters import Adapter
+    from ..adapters import Adapter, describe
 
+    for path in dict.fromkeys(path for path, _ in files) if allow_unmatched else ():
+        if unmatched := describe(path).unmatched:
+            click.echo(f"warning: left out of {plain(str(path))}: {len(unmatched)} tensors, {plain(unmatched[0])} ...", err=True)
     return [Adapter.open(path, allow_unmatched=allow_unmatched).weighted(weighting) for path, weighting in files]
+
+
+def target(output: Path, *read: Path) -> Path:
+    """The file to write. Raises OutputError for a folder's name, for another format's, and for a file that is read."""
+    from ..adapters.dialects import file_of
+    from ..adapters.tensors import with_ending
+
+    path = with_ending(output)
+    if output.is_dir():
+        raise OutputError(f"{output} is a folder", "name a file in it")
+    if output.suffix.lower() in (".pt", ".pth", ".ckpt", ".bin"):
+        raise OutputError(f"{output} would be a pickle", "adapters are written as .safetensors")
+    if taken := [one for one in read if path.exists() and path.samefile(file_of(one))]:
+        raise OutputError(f"{path} would overwrite {taken[0]}, which is read", "choose another name")
+    return path
 
 
 def without_base(adapters: Iterable[Adapter], base: Path | None) -> list[Adapter]:
@@ -147,12 +165,13 @@ def convert(file: tuple[Path, Weighting], output: Path, kind: str | None, rank: 
     from ..adapters.converting import converted
 
     path, _ = file
+    output = target(output, path)
     (adapter,) = without_base(loaded([file], how["allow_unmatched"]), base)
     made, report = converted(adapter, kind, rank)
-    target = made.save(output, how["dialect"], dtype=how["dtype"] or stored_as(path))
+    made.save(output, how["dialect"], dtype=how["dtype"] or stored_as(path))
     if report:
         table(report)
-    written(target, made)
+    written(output, made)
     return 0
 
 
@@ -169,6 +188,7 @@ def resize(file: tuple[Path, Weighting], output: Path, base: Path | None, **opti
     """Cut an adapter down to fewer ranks, exactly by the truncated SVD of dW, and tell what it cost."""
     from ..adapters import resizing
 
+    output = target(output, file[0])
     (adapter,) = without_base(loaded([file], options["allow_unmatched"]), base)
     rule, value = rule_of(options)
     kept = options["dtype"] or stored_as(file[0])
@@ -194,17 +214,19 @@ def resize(file: tuple[Path, Weighting], output: Path, base: Path | None, **opti
 @dialect
 @click.option("--dtype", default="fp16", show_default=True, metavar="fp32|fp16|bf16", help="storage")
 def extract(tuned: Path, base: Path, output: Path, **options: Any) -> int:
-    """Make an adapter of what the checkpoint TUNED learned beyond BASE."""
+    """Make an adapter of what the checkpoint TUNED learned beyond BASE; without a rule, of rank 32."""
     from ..adapters import surgery
 
     rule, value = rule_of(options, ("rank", 32))
     picked = {name: options[name] for name in ("max_rank", "parts", "targets", "full")}
+    output = target(output)
     found, report = surgery.extract(located(tuned), located(base), rule, value, clamp_quantile=options["clamp"], **picked)
     path = found.save(output, options["dialect"], dtype=options["dtype"])
     for part in found.parts:
         click.echo(f"{part:<16}{len(found.part(part).deltas):>6} layers, relative error {report.part(part).error:.2%}")
     if report.left_out:
-        click.echo(f"left out: {len(report.left_out)} changed biases, norms and tables")
+        hint = "" if options["full"] else ", --full keeps biases and norms"
+        click.echo(f"left out: {len(report.left_out)} other changed weights ({next(iter(report.left_out))}, ...){hint}")
     written(path, found)
     return 0
 
@@ -216,12 +238,12 @@ def extract(tuned: Path, base: Path, output: Path, **options: Any) -> int:
 @lenient
 def bake(base: Path, files: Files, output: Path, allow_unmatched: bool) -> int:
     """Write the checkpoint BASE with adapters in its weights. BASE stays as it is: keep it, to go back."""
-    from ..adapters import surgery
+    from ..adapters import open_weights, surgery
 
-    report = surgery.bake(located(base), [(adapter, 1.0) for adapter in loaded(files, allow_unmatched)], output)
-    click.echo(
-        f"{output}  {len(report.changes)} weights changed; rounding to the checkpoint's dtype loses {report.error:.2%} of it"
-    )
+    into = open_weights(located(base))
+    report = surgery.bake(into, [(adapter, 1.0) for adapter in loaded(files, allow_unmatched)], output)
+    changed = f"{len(report.changes)} weights changed"
+    click.echo(f"{report.path}  {changed}; rounding to the checkpoint's dtype loses {report.error:.2%} of it")
     return 0
 
 
@@ -235,7 +257,7 @@ def interpolate(base: Path, tuned: Path, alpha: float, output: Path) -> int:
     from ..adapters import surgery
 
     report = surgery.interpolate(located(base), located(tuned), alpha, output)
-    click.echo(f"{output}  {len(report.changes)} weights")
+    click.echo(f"{report.path}  {len(report.changes)} weights")
     return 0
 
 
@@ -277,6 +299,9 @@ def doctor(files: Files, picture: Path | None, base: Path | None, allow_unmatche
     """Tell what adapters are, what ails them, how much they collide, which block weights help, and what a merge would lose."""
     from .. import checkup
     from ..adapters.doctor import collide, examine, predict
+
+    if picture and (picture.suffix.lower() != ".png" or picture.is_dir()):
+        raise OutputError(f"--picture writes a .png, not {picture}", "e.g. doctor.png")
 
     find = weights_of(base)
     checkups = [examine(path, find) for path, _ in files]

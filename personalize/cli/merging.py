@@ -12,7 +12,7 @@ import click
 
 from ..errors import AdapterError, RecipeError
 from ..files import weights_hash
-from .algebra import Files, base_option, dialect, dtype, lenient, loaded, stored_as, table, to, without_base, written
+from .algebra import Files, base_option, dialect, dtype, lenient, loaded, stored_as, table, target, to, without_base, written
 from .values import PATH, Strengthened
 
 RECIPE = "personalize.merge"  # metadata: the arguments that repeat a merge
@@ -72,14 +72,17 @@ def merge(ctx: click.Context, files: Files, output: Path, replay: Path | None, *
         files, options = again(ctx, replay, output)
     if not files:
         raise RecipeError("which adapters?", "personalize merge A.safetensors:0.7 B.safetensors:-0.3 -o C.safetensors")
-    from ..adapters import merging
+    from ..adapters import describe, merging
     from ..adapters.resizing import Report
 
+    output = target(output, *(path for path, _ in files))
     chosen = {name: options[name] for name in OPTIONS if options[name] is not None}
     adapters = without_base(loaded(files, options["allow_unmatched"]), options["base"])
     merged, lines = merging.on_demand(adapters, [1.0] * len(adapters), options["method"], options["rank"], **chosen)
     said = {RECIPE: arguments(files, options), "modelspec.merged_from": ", ".join(path.stem for path, _ in files)}
     said["personalize.merge_hashes"] = json.dumps([content(path) for path, _ in files])
+    if triggers := [trigger for path, _ in files if (trigger := describe(path).trigger)]:
+        said["modelspec.trigger_phrase"] = ", ".join(dict.fromkeys(triggers))
     path = merged.save(output, options["dialect"], said, options["dtype"] or stored_as(files[0][0]))
     table(Report(tuple(lines.values())))
     written(path, merged)
@@ -110,7 +113,13 @@ def again(ctx: click.Context, made: Path, output: Path) -> tuple[Files, dict[str
     metadata = describe(made).metadata
     if RECIPE not in metadata:
         raise AdapterError(f"{made} does not say how it was merged", "only files merged by personalize can be repeated")
-    parsed = merge.make_context("merge", [*shlex.split(metadata[RECIPE]), "--output", str(output)], parent=ctx.parent).params
+    words = [*shlex.split(metadata[RECIPE]), "--output", str(output)]
+    try:
+        parsed = merge.make_context("merge", words, parent=ctx.parent).params
+    except AdapterError as error:
+        raise AdapterError(
+            f"{made} was merged from files that are not here: {error.what}", "go to the folder it was made in"
+        ) from None
     files, options = parsed["files"], {**parsed, "dialect": ctx.params["dialect"], "dtype": ctx.params["dtype"]}
     for (path, _), known in zip(files, json.loads(metadata.get("personalize.merge_hashes", "[]")), strict=False):
         if content(path) != known:

@@ -28,6 +28,9 @@ class Strengthened(click.ParamType):
             return value
         path, weighting = split(str(value))
         if not Path(path).exists():
+            near, _, strength = path.rpartition(":")
+            if near and Path(near).exists():
+                raise AdapterError(f"{strength!r} is no strength of {near}", "strengths are numbers: A.safetensors:0.8")
             raise AdapterError(f"there is no adapter {path}", "check its spelling; strengths are numbers: A.safetensors:0.8")
         return Path(path), weighting
 

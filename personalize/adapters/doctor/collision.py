@@ -25,13 +25,14 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from ...errors import AdapterError, FamilyMismatchError
+from ...errors import AdapterError
 from .. import keys, linalg, resizing
-from ..adapter import Adapter
+from ..adapter import Adapter, check_kin
 from ..deltas import Delta
 from .measures import Weights, block_of, ordered, plain, strengths
 
 MAIN = 0.9  # of ||A||^2: the directions that hold it are A's ground
+TWINS = 0.9  # cosine from which on two adapters are nearly one
 ALL = "all"  # the block that stands for all of them
 _SKETCH = 64  # singular vectors of full updates
 
@@ -70,6 +71,11 @@ class Collision:
     @property
     def pairs(self) -> tuple[tuple[int, int], ...]:
         return tuple(combinations(range(len(self.weights)), 2))
+
+    @property
+    def twins(self) -> tuple[tuple[int, int], ...]:
+        """Pairs that do nearly the same."""
+        return tuple(one.pair for one in self.meetings if one.block == ALL and one.cosine > TWINS)
 
     def at(self, pair: tuple[int, int], block: str = ALL) -> Meeting | None:
         """Where two meet; None if they do not."""
@@ -141,9 +147,7 @@ def collide(adapters: Sequence[Adapter], weights: Sequence[float] | None = None,
 
 def common_family(adapters: Sequence[Adapter]) -> keys.Family | None:
     """The family that all adapters can be of; None if theirs are unknown. FamilyMismatchError if they differ."""
-    if not keys.kin(adapter.shapes for adapter in adapters):
-        names = " and ".join(sorted({adapter.family for adapter in adapters}))
-        raise FamilyMismatchError(f"adapters of different families do not meet: {names}")
+    check_kin(adapters)
     said: dict[str, str] = {}
     for adapter in adapters:
         said |= adapter.metadata

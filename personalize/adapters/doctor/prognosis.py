@@ -50,10 +50,10 @@ class Relief:
 
 def suggest(collision: Collision, threshold: float = THRESHOLD) -> tuple[tuple[Suggestion, ...], tuple[Relief, ...]]:
     """In each block where two overlap by more than the threshold, the one that has less of itself there (the share of its own
-    ||dW||^2; of equals the later one) is multiplied by 1 - overlap."""
+    ||dW||^2; of equals the later one) is multiplied by 1 - overlap. Twins are left alone: no block weights part them."""
     factors: list[dict[str, float]] = [{} for _ in collision.weights]
     for one in collision.meetings:
-        if one.block != ALL and one.overlap > threshold:
+        if one.block != ALL and one.overlap > threshold and one.pair not in collision.twins:
             shares = [_share(collision.norms[place], one.block) for place in one.pair]
             place = one.pair[0] if shares[0] < shares[1] * (1 - 1e-9) else one.pair[1]
             factor = max(0.0, round(1 - one.overlap, 2))
