@@ -288,7 +288,7 @@ def test_layers_that_one_lacks_are_no_collision() -> None:
 
 
 def test_adapters_that_do_not_go_together() -> None:
-    with pytest.raises(FamilyMismatchError, match="pocket and sd1"):
+    with pytest.raises(FamilyMismatchError, match="for pocket, .* for sd1"):
         collide([make(pick="attn1"), make("sd1", "attn2.to_q")])
     with pytest.raises(AdapterError, match="weights"):
         collide([make(pick="attn1")], [1, 2])
@@ -329,13 +329,14 @@ def test_suggestions_lower_the_collision() -> None:
     assert norms[0] / norms[1] == pytest.approx(suggestions[1].kept)
     met_after = after.at((0, 1))
     assert met_after and met_after.overlap * norms[0] / norms[1] == pytest.approx(relief.after, abs=1e-6)
-    assert suggest(collide([a, a]))[0][1].kept == 0  # twice the same: one is enough
+    assert suggest(collide([a, -a]))[0][1].kept == 0  # opposites: one of them must go
+    assert collide([a, a]).twins == ((0, 1),) and suggest(collide([a, a]))[0][1].kept == 1
 
 
 @pytest.mark.parametrize("pick", ["attentions", "resnets"])
 def test_lbw_lists_are_short_where_they_can_be(pick: str) -> None:
     row, a = ROWS["sd1"], make("sd1", pick, rank=1)
-    text = suggest(collide([a, a]))[0][1].lbw
+    text = suggest(collide([a, -a]))[0][1].lbw
     assert len(text.split(",")) == len(weighting.names(row, attention=pick == "attentions"))
     assert {block for block, weight in weighting.blocks(text, row).items() if not weight} >= set(collide([a]).norms[0])
 

@@ -248,8 +248,8 @@ def test_what_cannot_be_resized_is_said() -> None:
     for match, arguments, options in [
         ("did you mean sv_fro", (adapter, "sv_for", 0.9), {}),
         ("rank 0 makes no sense", (adapter, "rank", 0), {}),
-        ("sv_ratio 1 ", (adapter, "sv_ratio", 1), {}),
-        ("sv_fro 1.5", (adapter, "sv_fro", 1.5), {}),
+        ("sv-ratio 1 ", (adapter, "sv_ratio", 1), {}),
+        ("sv-fro 1.5", (adapter, "sv_fro", 1.5), {}),
         ("error 1 ", (adapter, "error", 1), {}),
         ("error nan", (adapter, "error", math.nan), {}),
         ("size inf", (adapter, "size", math.inf), {}),

@@ -236,7 +236,7 @@ def test_what_is_chosen_and_what_is_left_out(tmp_path: Path) -> None:
     assert chosen(targets=["*.attn?.*", "down_blocks.1.*"]) == ({TO_Q, CONV}, {*SOME, *vectors, table} - {TO_Q, CONV})
     got, report = extract(tmp_path / "all", POCKET, value=2, full=True)
     assert isinstance(got.deltas["unet.conv_norm_out"], Dense) and report.changes["unet.conv_norm_out"].rank == 0
-    assert report.left_out[table] == pytest.approx(math.sqrt(874 * 192), rel=1e-2)
+    assert report.left_out[table] == pytest.approx(math.sqrt(open_weights(POCKET)[table].numel()), rel=1e-2)
     assert set(report.part("unet").changes) == {*SOME, *vectors} - {FC1} and not report.part("unet").left_out
 
 

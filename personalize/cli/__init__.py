@@ -195,7 +195,7 @@ def preview(recipe: Recipe) -> int:
 )
 @click.option("--count", "-c", type=click.IntRange(1), help="pictures per prompt: seeds go up from the last one given")
 @click.option("--steps", type=click.IntRange(1), default=20, show_default=True, help="denoising steps")
-@click.option("--guidance", "-g", type=click.FloatRange(0), default=4.0, show_default=True, help="classifier-free guidance")
+@click.option("--guidance", "-g", type=click.FloatRange(0), default=3.0, show_default=True, help="classifier-free guidance")
 @click.option("--size", type=Side(), help="side or WIDTHxHEIGHT in pixels [default: the base's own]")
 @click.option("--base", help="'pocket' or a diffusers folder [default: what the adapter was trained on]")
 @click.option("--grid", is_flag=True, help="also write one sheet: a row per prompt, a column per seed")

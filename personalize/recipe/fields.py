@@ -120,7 +120,7 @@ class Sampling(Part):
     )
     sample_seeds: Annotated[tuple[Seed, ...], AtCommas] = Field((0, 1), description="seeds of the sample pictures")
     sample_steps: int = Field(20, ge=1, le=1000, description="denoising steps of the sample pictures")
-    guidance: float = Field(4.0, ge=0, description="classifier-free guidance of the sample pictures")
+    guidance: float = Field(3.0, ge=0, description="classifier-free guidance of the sample pictures")
 
 
 class Recipe(Part):

@@ -68,7 +68,7 @@ def _diffusers(run: Run, prompt: str) -> Use:
         "image = pipe(",
         f"    {prompt!r},",
         f"    num_inference_steps={int(number(run.recipe.get('sample_steps')) or 20)},",
-        f"    guidance_scale={number(run.recipe.get('guidance')) or 4.0:g},",
+        f"    guidance_scale={number(run.recipe.get('guidance')) or 3.0:g},",
         "    generator=torch.Generator().manual_seed(0),",
         ").images[0]",
         'image.save("out.png")',

@@ -196,11 +196,12 @@ def main(options: argparse.Namespace) -> None:
     clip = Clip.of(base.folder)
     records = [compared(task, options, judge, clip, artist) for task in tasks(options.only, options.pictures, options.seed)]
     tables = {}
-    for theirs in [name for name in records[0]["runs"] if name != "personalize"]:
-        for kind in ("subject", "style"):
-            if rows := [record for record in records if record["kind"] == kind]:
-                head = f"{kind.capitalize()}s ({len(rows)}), beside {theirs}"
-                tables[head] = table(rows, "personalize", theirs)
+    for kind in ("subject", "style"):
+        rows = [record for record in records if record["kind"] == kind]
+        for theirs in (
+            [name for name in rows[0]["runs"] if name != "personalize"] if rows else ()
+        ):  # each kind has rates of its own
+            tables[f"{kind.capitalize()}s ({len(rows)}), beside {theirs}"] = table(rows, "personalize", theirs)
     about = {
         "base": f"{options.base} ({artist.identity}), on {machine()}",
         "torchvision": "installed" if importlib.util.find_spec("torchvision") else "a stand-in for the six transforms in use",
