@@ -288,7 +288,7 @@ def test_layers_that_one_lacks_are_no_collision() -> None:
 
 
 def test_adapters_that_do_not_go_together() -> None:
-    with pytest.raises(FamilyMismatchError, match="for pocket, .* for sd1"):
+    with pytest.raises(FamilyMismatchError, match=r"for pocket, .* for sd1"):
         collide([make(pick="attn1"), make("sd1", "attn2.to_q")])
     with pytest.raises(AdapterError, match="weights"):
         collide([make(pick="attn1")], [1, 2])

@@ -352,7 +352,7 @@ def test_what_cannot_be_merged_is_named() -> None:
 def test_families_are_not_merged() -> None:
     path = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
     pocket, sd1 = Adapter({path: low_rank((96, 192))}), Adapter({path: low_rank((320, 768))})
-    with pytest.raises(FamilyMismatchError, match="for pocket, .* for sd1"):
+    with pytest.raises(FamilyMismatchError, match=r"for pocket, .* for sd1"):
         merge([pocket, sd1], [1, 1], "ties")
 
 

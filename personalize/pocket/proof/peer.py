@@ -198,9 +198,8 @@ def main(options: argparse.Namespace) -> None:
     tables = {}
     for kind in ("subject", "style"):
         rows = [record for record in records if record["kind"] == kind]
-        for theirs in (
-            [name for name in rows[0]["runs"] if name != "personalize"] if rows else ()
-        ):  # each kind has rates of its own
+        names = [name for name in rows[0]["runs"] if name != "personalize"] if rows else []  # each kind has its own rates
+        for theirs in names:
             tables[f"{kind.capitalize()}s ({len(rows)}), beside {theirs}"] = table(rows, "personalize", theirs)
     about = {
         "base": f"{options.base} ({artist.identity}), on {machine()}",
