@@ -14,7 +14,7 @@ from personalize.adapters import FAMILIES, Adapter, Dense, LowRank, describe, di
 from personalize.adapters.deltas import Decomposed, Delta, Structured, as_low_rank, build
 from personalize.adapters.keys import weights
 from personalize.adapters.merging import merge
-from personalize.adapters.nearness import apart
+from personalize.adapters.nearness import apart, within
 from personalize.attach import attach, weight_named
 from personalize.base import Base
 from personalize.errors import AdapterError
@@ -258,3 +258,16 @@ def predicted(base: Base) -> Tensor:
     latents = torch.randn(2, 16, 8, 8, generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
         return base.denoise(latents, torch.tensor([100, 700]), base.embed(["a red cat", "a house in the snow"]))
+
+
+@pytest.mark.parametrize("two", [False, True])
+def test_norms_and_nearness_of_kronecker_products_need_no_dense_update(two: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = lokr(POCKET[LINEAR], two=two)
+    norm = float(one.delta().double().norm())
+    moved = Structured("LoKr", {role: value * (1 + 1e-4) for role, value in one.tensors.items()}, one.alpha, one.shape)
+    exact = float((moved.delta() - one.delta()).double().norm())
+    monkeypatch.setattr(Structured, "delta", lambda *_: pytest.fail("dW was made"))
+    assert one.norm() == pytest.approx(norm, rel=1e-6)
+    assert within(moved, one, 2 * exact) and within(one, one, 0)
+    monkeypatch.undo()
+    assert not within(moved, one, 0.5 * exact)

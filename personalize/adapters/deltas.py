@@ -240,8 +240,11 @@ class Structured:
     def norm(self) -> float:
         if self.needs_base:
             return abs(self.strength) * math.hypot(*(frobenius(value) for value in self.tensors.values()))
-        factored = self.low_rank()
-        return factored.norm() if factored else frobenius(self.delta())
+        if factored := self.low_rank():
+            return factored.norm()
+        if self.form.halves:  # ||kron(a, b)|| = ||a|| ||b||
+            return abs(self.scale) * math.prod(map(frobenius, self.form.halves(self.tensors)))
+        return frobenius(self.delta())
 
     def finite(self) -> bool:
         """Judged by the largest entry of each tensor: dW is not made."""
@@ -345,9 +348,8 @@ def build(kind: str, tensors: Mapping[str, Tensor], alpha: float | None, shape: 
 
 def kind_name(delta: Delta) -> str:
     """A delta's kind, as people call it."""
-    if isinstance(delta, Structured):
-        return delta.kind
-    return {LowRank: "a LoRA", Decomposed: "a DoRA"}.get(type(delta), "a full update")
+    named = {LowRank: "a LoRA", Decomposed: "a DoRA"}
+    return delta.kind if isinstance(delta, Structured) else named.get(type(delta), "a full update")
 
 
 def as_low_rank(delta: Delta) -> LowRank:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from .deltas import Delta, LowRank, frobenius, summed
+from .deltas import Delta, LowRank, Structured, frobenius, summed
 
 
 def apart(a: Delta | None, b: Delta | None) -> float:
@@ -29,11 +29,18 @@ def roughly(delta: Delta) -> float:
 
 
 def within(a: Delta, b: Delta, limit: float) -> bool:
-    """Whether ||dW_a - dW_b|| <= limit: by a bound from the factors of each rank, and exactly where that does not tell."""
+    """Whether ||dW_a - dW_b|| <= limit: by a bound from the factors of each rank, or from both halves of Kronecker products, and
+    exactly where that does not tell."""
     if isinstance(a, LowRank) and isinstance(b, LowRank) and a.shape == b.shape and a.rank == b.rank:
         up, other_up = a.up.flatten(1) * a.scale, b.up.flatten(1) * b.scale
         down, other_down = a.down.flatten(1), b.down.flatten(1)
         far = (up - other_up).norm(dim=0) * down.norm(dim=1) + other_up.norm(dim=0) * (down - other_down).norm(dim=1)
         if float(far.sum()) <= limit:
             return True
+    if isinstance(a, Structured) and isinstance(b, Structured) and a.kind == b.kind and (halves := a.form.halves):
+        (one, two), (other, another) = halves(a.tensors), halves(b.tensors)
+        if one.shape == other.shape and two.shape == another.shape:
+            moved = frobenius(one * a.scale - other * b.scale), frobenius(two - another)
+            if moved[0] * frobenius(two) + frobenius(other) * abs(b.scale) * moved[1] <= limit:
+                return True
     return apart(a, b) <= limit

@@ -29,6 +29,7 @@ class Form:
     factors: Factors | None = None
     needs_base: bool = False
     bound: Callable[[Tensors], float] | None = None  # what no entry of dW, nor of any product on the way, exceeds
+    halves: Callable[[Tensors], tuple[Tensor, Tensor]] | None = None  # whose Kronecker product dW is
 
 
 def _largest(value: Tensor) -> float:
@@ -87,6 +88,10 @@ def _lokr_half(t: Tensors, i: int) -> Tensor:
     return _tucker(t[f"lokr_t{i}"], a, b) if f"lokr_t{i}" in t else a @ b.flatten(1)
 
 
+def _lokr_halves(t: Tensors) -> tuple[Tensor, Tensor]:
+    return _lokr_half(t, 1), _lokr_half(t, 2)
+
+
 def _kron(one: Tensor, two: Tensor) -> Tensor:
     """[o1, i1] and [o2, i2(, kh, kw)] => [o1 * o2, i1 * i2(, kh, kw)]. torch.kron fails where sides of 1 leave strides open."""
     (out, inside), (low, deep, *kernel) = one.shape, two.shape
@@ -96,7 +101,7 @@ def _kron(one: Tensor, two: Tensor) -> Tensor:
 
 def _lokr(t: Tensors, weight: Tensor, alpha: float | None) -> Tensor:
     """kron(w1, w2); over a kernel, w1 is 1 x 1."""
-    return _kron(_lokr_half(t, 1), _lokr_half(t, 2))
+    return _kron(*_lokr_halves(t))
 
 
 def _lokr_factors(t: Tensors) -> tuple[Tensor, Tensor] | None:
@@ -175,7 +180,13 @@ def _ia3(t: Tensors, weight: Tensor, alpha: float | None) -> Tensor:
 
 FORMS = {
     "LoHa": Form(_loha, ("hada_w1_a",), _loha_factors, bound=_bound_of("hada_w1", "hada_t1", "hada_w2", "hada_t2")),
-    "LoKr": Form(_lokr, ("lokr_w1", "lokr_w1_a"), _lokr_factors, bound=_bound_of("lokr_w1", "lokr_t1", "lokr_w2", "lokr_t2")),
+    "LoKr": Form(
+        _lokr,
+        ("lokr_w1", "lokr_w1_a"),
+        _lokr_factors,
+        bound=_bound_of("lokr_w1", "lokr_t1", "lokr_w2", "lokr_t2"),
+        halves=_lokr_halves,
+    ),
     "OFT": Form(_oft, (), needs_base=True),
     "GLoRA": Form(_glora, ("a1.weight", "b1.weight"), needs_base=True),
     "IA3": Form(_ia3, ("weight",), needs_base=True),

@@ -88,6 +88,7 @@ def readers(path: Path, folder: Path, sampled: bool) -> dict[str, Callable[[], A
         "describe": lambda: describe(path),
         "load": lambda: used(Adapter.load(path), folder),
         "load the rest": lambda: Adapter.load(path, allow_unmatched=True),
+        "open and save": lambda: Adapter.open(path).save(folder / "again"),
         "embedding": lambda: Embedding.load(path).save(folder / "again"),
         "doctor": lambda: examine(path),
         "checkpoint": lambda: opened(whole),
