@@ -180,3 +180,18 @@ def test_peer_commands_name_the_same_training(tiny_base: Path, tmp_path: Path) -
     assert pairs["--rank"] == str(recipe.adapter.rank) and pairs["--max_train_steps"] == str(recipe.steps)
     assert pairs["--instance_prompt"] == f"a {task.trigger} fish" and pairs["--pretrained_model_name_or_path"] == str(tiny_base)
     assert os.path.basename(peer.our_command(recipe, tmp_path)[-2]) == "recipe.toml"
+
+
+def test_peer_tables_hold_the_rates_of_their_kind() -> None:
+    run = {
+        "identity": {"floor": 0.0, "value": 0.5, "ceiling": 1.0},
+        "fidelity": {"value": 1.0},
+        "leak": {"value": 0.0},
+        "drift": {"value": 1.0, "changed": 0.0},
+        "seconds": 10.0,
+    }
+    rates = {"subject": ("5e-4", "4e-3"), "style": ("5e-4", "3e-3")}
+    records = [{"kind": kind, "runs": {"personalize": run, **{f"lr {lr}": run for lr in lrs}}} for kind, lrs in rates.items()]
+    named = [f"{kind.capitalize()}s (1), beside lr {lr}" for kind, lrs in rates.items() for lr in lrs]
+    assert list(peer.tables(records)) == named
+    assert list(peer.tables(records[:1])) == named[:2]

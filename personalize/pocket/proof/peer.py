@@ -186,6 +186,16 @@ def table(records: Sequence[dict[str, Any]], ours: str, theirs: str) -> list[Fig
     return figures
 
 
+def tables(records: Sequence[dict[str, Any]]) -> dict[str, list[Figure]]:
+    """One for each kind and each of their rates: subjects and styles have rates of their own."""
+    found = {}
+    for kind in ("subject", "style"):
+        rows = [record for record in records if record["kind"] == kind]
+        for theirs in [name for name in (rows[0]["runs"] if rows else ()) if name != "personalize"]:
+            found[f"{kind.capitalize()}s ({len(rows)}), beside {theirs}"] = table(rows, "personalize", theirs)
+    return found
+
+
 def main(options: argparse.Namespace) -> None:
     """Run both, measure both, publish."""
     if not options.script.is_file():
@@ -195,16 +205,10 @@ def main(options: argparse.Namespace) -> None:
     artist = Artist(base, options.work / "base-pictures", options.guidance, options.sampler_steps)
     clip = Clip.of(base.folder)
     records = [compared(task, options, judge, clip, artist) for task in tasks(options.only, options.pictures, options.seed)]
-    tables = {}
-    for kind in ("subject", "style"):
-        rows = [record for record in records if record["kind"] == kind]
-        names = [name for name in rows[0]["runs"] if name != "personalize"] if rows else []  # each kind has its own rates
-        for theirs in names:
-            tables[f"{kind.capitalize()}s ({len(rows)}), beside {theirs}"] = table(rows, "personalize", theirs)
     about = {
         "base": f"{options.base} ({artist.identity}), on {machine()}",
         "torchvision": "installed" if importlib.util.find_spec("torchvision") else "a stand-in for the six transforms in use",
         "captions": "one prompt for all, for both" if options.no_captions else "read by personalize; the script has one prompt",
         "pictures": f"{options.pictures} per figure and task, {options.sampler_steps} steps, guidance {options.guidance:g}",
     }
-    publish(options.to, options.name, "Beside diffusers' train_dreambooth_lora.py", about, tables, records, HEADS)
+    publish(options.to, options.name, "Beside diffusers' train_dreambooth_lora.py", about, tables(records), records, HEADS)
