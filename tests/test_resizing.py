@@ -260,3 +260,12 @@ def test_what_cannot_be_resized_is_said() -> None:
         with pytest.raises(AdapterError, match=match):
             resize(*arguments, **options)  # type: ignore[arg-type]
     assert TARGETS.keys() | {"size"} == RULES.keys()
+
+
+def test_what_has_exact_factors_and_loses_nothing_is_not_computed_anew() -> None:
+    path, draw = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q", torch.Generator().manual_seed(0)
+    roles = {"lokr_w1": (2, 2), "lokr_w2_a": (48, 1), "lokr_w2_b": (1, 48)}
+    tensors = {role: torch.randn(shape, generator=draw) for role, shape in roles.items()}
+    one = Structured("LoKr", tensors, 1.0, (96, 96))
+    exact, kept = one.low_rank(), resize(Adapter({path: one}), "rank", 8)[0].deltas[path]
+    assert exact and isinstance(kept, LowRank) and torch.equal(kept.up, exact.up) and torch.equal(kept.down, exact.down)

@@ -58,6 +58,7 @@ def far(a: Tensor, b: Tensor) -> float:
 def test_baking_is_attaching_in_fp32(tmp_path: Path, tiny_base: Path) -> None:
     a, b = make("pocket", rank=2) * 0.02, some(seed=9)
     report = bake(tiny_base, [(a, {"text_encoder": 0.5}), (b, -0.7)], tmp_path / "baked")
+    assert report.path == tmp_path / "baked"
     base = Base.load(tiny_base)
     plain = predict(base)
     with attach(base, [(a, {"text_encoder": 0.5}), (b, -0.7)]):

@@ -256,7 +256,7 @@ def check_destination(destination: str | Path, *sources: Weights) -> Path:
     if single and path.suffix != ".safetensors":
         path = path.with_name(f"{path.name}.safetensors")
     try:
-        if taken := [source.path for source in sources if _overwrites(path, source.path)]:
+        if taken := [source.path for source in sources if overwrites(path, source.path)]:
             raise OutputError(f"{path} would overwrite {taken[0]}, which is read", "choose another name")
         if not single and (path.suffix == ".safetensors" or path.is_file()):
             raise OutputError(f"{path} is a file's name, and {sources[0].path} is a folder", "name a new folder")
@@ -267,7 +267,8 @@ def check_destination(destination: str | Path, *sources: Weights) -> Path:
     return path
 
 
-def _overwrites(path: Path, source: Path) -> bool:
+def overwrites(path: Path, source: Path) -> bool:
+    """Whether writing to `path` would change `source`: it is that file, or lies in that folder."""
     return source.resolve() in (path.resolve(), *path.resolve().parents) or (path.exists() and path.samefile(source))
 
 

@@ -263,6 +263,7 @@ def _values(delta: Delta) -> Tensor:
 
 
 def _at_rank(delta: Delta, rank: int) -> Delta:
+    delta = delta.low_rank() or delta
     if not divisible(delta) or (rank >= rank_of(delta) and isinstance(delta, LowRank | Dense)):
         return delta
     return linalg.low_rank(linalg.svd(delta), delta.shape, rank)

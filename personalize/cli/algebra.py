@@ -79,6 +79,7 @@ def loaded(files: Files, allow_unmatched: bool) -> list[Adapter]:
 
 def target(output: Path, *read: Path) -> Path:
     """The file to write. Raises OutputError for a folder's name, for another format's, and for a file that is read."""
+    from ..adapters.checkpoints import overwrites
     from ..adapters.dialects import file_of
     from ..adapters.tensors import with_ending
 
@@ -87,7 +88,7 @@ def target(output: Path, *read: Path) -> Path:
         raise OutputError(f"{output} is a folder", "name a file in it")
     if output.suffix.lower() in (".pt", ".pth", ".ckpt", ".bin"):
         raise OutputError(f"{output} would be a pickle", "adapters are written as .safetensors")
-    if taken := [one for one in read if path.exists() and path.samefile(file_of(one))]:
+    if taken := [one for one in read if overwrites(path, file_of(one))]:
         raise OutputError(f"{path} would overwrite {taken[0]}, which is read", "choose another name")
     return path
 

@@ -72,7 +72,7 @@ def merge(ctx: click.Context, files: Files, output: Path, replay: Path | None, *
         files, options = again(ctx, replay, output)
     if not files:
         raise RecipeError("which adapters?", "personalize merge A.safetensors:0.7 B.safetensors:-0.3 -o C.safetensors")
-    from ..adapters import describe, merging
+    from ..adapters import merging
     from ..adapters.resizing import Report
 
     output = target(output, *(path for path, _ in files))
@@ -81,7 +81,7 @@ def merge(ctx: click.Context, files: Files, output: Path, replay: Path | None, *
     merged, lines = merging.on_demand(adapters, [1.0] * len(adapters), options["method"], options["rank"], **chosen)
     said = {RECIPE: arguments(files, options), "modelspec.merged_from": ", ".join(path.stem for path, _ in files)}
     said["personalize.merge_hashes"] = json.dumps([content(path) for path, _ in files])
-    if triggers := [trigger for path, _ in files if (trigger := describe(path).trigger)]:
+    if triggers := [told for one in adapters if (told := one.metadata.get("modelspec.trigger_phrase"))]:
         said["modelspec.trigger_phrase"] = ", ".join(dict.fromkeys(triggers))
     path = merged.save(output, options["dialect"], said, options["dtype"] or stored_as(files[0][0]))
     table(Report(tuple(lines.values())))
