@@ -28,6 +28,7 @@ from .adapters.keys import same
 from .adapters.weighting import Weighting
 from .base import Base
 from .errors import AdapterError, FamilyMismatchError, RecipeError, nearest
+from .families import canonical, native
 from .recipe import AdapterSpec
 
 NAME = "personalize"  # peft's name for what is attached
@@ -135,7 +136,7 @@ class Attached:
     def _remove(self) -> None:
         self._shift(0.0)
         for path, layer in self.layers.items():
-            part, own = native(path)
+            part, own = native(path, self.base.parts)
             parent, _, leaf = own.rpartition(".")
             setattr(self.base.parts[part].get_submodule(parent), leaf, layer.base_layer)
         for part in {path.partition(".")[0] for path in self.layers}:
@@ -212,15 +213,20 @@ def select(base: Base, part: str, targets: Sequence[str]) -> dict[str, nn.Module
 
 def matches(part: str, target: str, path: str) -> bool:
     """Whether a target, a name of TARGETS or a glob over module paths (with or without the part's name), names a path."""
-    if pattern := TARGETS[part].get(target):
+    if pattern := TARGETS[kind_of(part)].get(target):
         return re.fullmatch(pattern, path) is not None
     return fnmatchcase(path, target) or fnmatchcase(path.removeprefix(f"{part}."), target)
+
+
+def kind_of(part: str) -> str:
+    """`unet`, or `text_encoder` for both of SDXL's."""
+    return part.removesuffix("_2")
 
 
 def hint_for(part: str, target: str, paths: Iterable[str]) -> str:
     """The nearest thing to a target that matched nothing."""
     if not re.search(r"[.*?\[]", target):
-        return nearest(target, TARGETS[part])
+        return nearest(target, TARGETS[kind_of(part)])
     literal = target.replace("*", "")
 
     def found(path: str) -> int:
@@ -254,7 +260,7 @@ def check_fit(base: Base, adapter: Adapter) -> None:
 
 def find_weight(base: Base, path: str) -> nn.Parameter | None:
     """The parameter that a delta's path names: a weight or, behind `.bias`, a bias; None if the base has none."""
-    part, own = native(path.removesuffix(".bias"))
+    part, own = native(path.removesuffix(".bias"), base.parts)
     try:
         found = getattr(base.parts[part].get_submodule(own), "bias" if path.endswith(".bias") else "weight", None)
     except (AttributeError, KeyError):
@@ -280,7 +286,7 @@ def inject(base: Base, deltas: Mapping[str, Delta], dropout: float) -> Attached:
     single = {path for path, delta in deltas.items() if len(delta.shape) == 1}
     vectors = {path: vector(weight_named(base, path), deltas[path]) for path in single}
     for part, model in base.parts.items():
-        own = {native(path)[1]: path for path in deltas if path.startswith(f"{part}.") and path not in single}
+        own = {native(path, base.parts)[1]: path for path in deltas if path.startswith(f"{part}.") and path not in single}
         if not own:
             continue
         pattern = "|".join(map(re.escape, own))  # full paths, so that peft's match by ending cannot find others
@@ -328,15 +334,3 @@ def adaptable(base: Base) -> dict[str, nn.Module]:
         for path, module in model.named_modules()
         if isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1)
     }
-
-
-def canonical(part: str, path: str) -> str:
-    """A module's own path => its canonical one."""
-    middle = "text_model." if part.startswith("text_encoder") and not path.startswith("text_model.") else ""
-    return f"{part}.{middle}{path}"
-
-
-def native(path: str) -> tuple[str, str]:
-    """A canonical path => part and the module's own path (CLIPTextModel lost its `text_model` in transformers 5.6)."""
-    part, _, own = path.partition(".")
-    return part, own.removeprefix("text_model.") if part == "text_encoder" else own

@@ -43,6 +43,11 @@ class Job:
         return self.recipe.data.resolution or self.base.resolution
 
     @property
+    def windows(self) -> int:
+        """Windows of the text encoder that every caption is brought to, so that they fit into one batch."""
+        return self.base.windows([*(example.caption for example in self.dataset.examples), *self.class_captions])
+
+    @property
     def prompts(self) -> list[str]:
         """The sample prompts, filled in."""
         return [self._filled(prompt) for prompt in self.recipe.sampling.sample_prompts]
@@ -78,7 +83,14 @@ def check(recipe: Recipe, *, fresh: bool = False) -> Job:
     assert recipe.output and recipe.name
     if recipe.output.suffix == ".safetensors":
         raise RecipeError(f"--output is the run's folder, and {recipe.output} a file's name", "name the adapter with --name")
-    base = Base.load(recipe.base, device_of(recipe.device))
+    base = Base.load(
+        recipe.base,
+        device_of(recipe.device),
+        prediction=recipe.prediction,
+        zero_snr=recipe.zero_snr,
+        clip_skip=recipe.clip_skip,
+        vae=recipe.vae,
+    )
     sample.make_sampler(base, recipe.sampling.sample_steps)
     sample.latent_shape(base, recipe.data.resolution or None)
     run = Run(recipe.output, recipe.name)
@@ -104,10 +116,10 @@ def settled(recipe: Recipe, dataset: Dataset) -> Recipe:
     return recipe.model_copy(update={"data": data, "name": name, "output": recipe.output or Path("runs") / name})
 
 
-def parts(recipe: Recipe) -> tuple[str, ...]:
+def parts(recipe: Recipe, base: Base) -> tuple[str, ...]:
     """The parts of the base that the recipe trains: those with a learning rate."""
-    rates = {"unet": recipe.optim.lr, "text_encoder": recipe.optim.text_encoder_lr}
-    return tuple(part for part, rate in rates.items() if rate)
+    texts = [text.part for text in base.texts] if recipe.optim.text_encoder_lr else []
+    return (*(["unet"] if recipe.optim.lr else []), *texts)
 
 
 def compared(recipe: Recipe) -> dict[str, Any]:
@@ -136,7 +148,7 @@ def check_same(run: Run, before: dict[str, Any], now: dict[str, Any]) -> None:
 
 def rehearse(job: Job) -> None:
     """Save the adapter as it will be, still empty, read it back and remove it: targets, dialect, output and disk are sound."""
-    deltas = fresh_deltas(job.base, job.recipe.adapter, parts(job.recipe), job.recipe.seed)
+    deltas = fresh_deltas(job.base, job.recipe.adapter, parts(job.recipe, job.base), job.recipe.seed)
     job.run.make()
     path = job.run.folder / ".rehearsal.safetensors"
     Adapter(deltas).save(path, job.recipe.dialect)

@@ -64,7 +64,7 @@ class Clip:
             model = load_model(CLIPModel, folder, torch.float32, lent).eval().requires_grad_(False)
         own = folder / "preprocessor_config.json"
         about = read_json(own) if own.is_file() else {}
-        tokenizer = load_tokenizer(folder if (folder / "tokenizer").is_dir() else base)
+        tokenizer = load_tokenizer((folder if (folder / "tokenizer").is_dir() else base) / "tokenizer")
         return cls(model, tokenizer, about.get("image_mean", HALF), about.get("image_std", HALF))
 
     @torch.no_grad()

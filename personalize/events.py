@@ -19,6 +19,7 @@ class Started:
     device: str
     dtype: str
     versions: dict[str, str]
+    base: dict[str, Any] = field(default_factory=dict)  # what was loaded: family, prediction, parameters, dtypes, bytes
     resumed: int = 0
 
 

@@ -52,7 +52,7 @@ def kohya_keys(recipe: Recipe, base: Base, dataset: Dataset, name: str, step: in
         "ss_network_args": json.dumps({"conv_dim": spec.rank, "conv_alpha": f"{spec.alpha:g}"} if "conv" in spec.targets else {}),
         "ss_network_dropout": spec.dropout or None,
         "ss_resolution": f"({side}, {side})",
-        "ss_clip_skip": None,
+        "ss_clip_skip": recipe.clip_skip if recipe.clip_skip > 1 else None,
         "ss_num_train_images": len(dataset.examples),
         "ss_num_reg_images": recipe.objective.prior_images if recipe.objective.prior == "images" else 0,
         "ss_num_epochs": -(-seen // len(dataset.examples)),

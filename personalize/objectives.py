@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .base import Schedule
+from .base import Cond, Schedule
 from .recipe import Objective
 
-Denoise = Callable[[Tensor, Tensor, Tensor], Tensor]  # x_t [b, c, h, w], t [b], conditioning [b, n, d] -> [b, c, h, w]
+Denoise = Callable[[Tensor, Tensor, Cond], Tensor]  # x_t [b, c, h, w], t [b], conditioning of b captions -> [b, c, h, w]
 Rng = Callable[[str], torch.Generator]  # what it is for -> a generator; the same for the same run, step and purpose
 Off = Callable[[], contextlib.AbstractContextManager[None]]
 
@@ -27,10 +27,10 @@ class Inputs:
 
     mean: Tensor  # [b, c, h, w], of the posterior over x_0; [b + k, c, h, w] with class images
     std: Tensor  # as mean
-    cond: Tensor  # [b, n, d], or [b + k, n, d]
+    cond: Cond  # b rows, or b + k with class images
     class_images: int = 0  # k, how many of the last rows are class images, for prior 'images'
-    class_cond: Tensor | None = None  # [k, n, d], captions without the trigger for the first rows, for prior 'output'
-    class_cond_off: Tensor | None = None  # the same without the adapter
+    class_cond: Cond | None = None  # k rows, captions without the trigger for the first rows, for prior 'output'
+    class_cond_off: Cond | None = None  # the same without the adapter
 
 
 Loss = Callable[[Denoise, Inputs, Rng], Tensor]
@@ -73,7 +73,7 @@ def build(objective: Objective, schedule: Schedule, off: Off = contextlib.nullco
             torch.cat([x.target, kept]),
             torch.cat([x.weight, x.weight[:k]]),
         )
-        own, prior = errors(denoise(both.latents, both.t, torch.cat([inputs.cond, inputs.class_cond])), both).tensor_split([-k])
+        own, prior = errors(denoise(both.latents, both.t, Cond.cat([inputs.cond, inputs.class_cond])), both).tensor_split([-k])
         return own + weight * prior.mean()
 
     return {"none": plain, "images": images, "output": output}[objective.prior]

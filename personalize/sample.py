@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import inspect
 import json
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ import diffusers
 import torch
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
+from .base.cond import Cond
 from .errors import BaseModelError, RecipeError
 from .files import atomic
 from .recipe import Sampling
@@ -68,7 +68,6 @@ def drawing(
     if len(prompts) != len(seeds):
         raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds: give one seed per picture")
     shape = latent_shape(base, size)
-    warn_overlong(base, [*prompts, negative])
     for first in range(0, len(prompts), batch_size):
         chunk = slice(first, first + batch_size)
         with evaluating(base):
@@ -91,20 +90,32 @@ def denoise(
     sampler = make_sampler(base, steps)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     own = {"generator": generators} if "generator" in inspect.signature(sampler.step).parameters else {}
-    cond = base.embed(list(prompts))
-    if guidance != 1:
-        cond = torch.cat([base.embed([negative]).expand_as(cond), cond])
+    cond = conditioning(base, prompts, negative, guidance)
     noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
-    latents = noise.to(cond.device) * sampler.init_noise_sigma
+    latents = noise.to(base.device) * sampler.init_noise_sigma
     for t in sampler.timesteps:
         output = predict(base, sampler.scale_model_input(latents, t), t, cond, guidance)
         latents = sampler.step(output.float(), t, latents, **own).prev_sample
     return latents
 
 
-def predict(base: Base, latents: torch.Tensor, t: torch.Tensor, cond: torch.Tensor, guidance: float) -> torch.Tensor:
-    """The guided model output [b, c, h, w] at timestep `t`; `cond` is [b, 77, d], or [2b, 77, d] with the negatives first."""
-    times = t.to(cond.device).expand(len(cond))
+def conditioning(base: Base, prompts: Sequence[str], negative: str, guidance: float) -> Cond:
+    """What b prompts say: b rows, or 2b with the negatives first where there is guidance.
+
+    An empty negative prompt is nothing at all for SDXL, as it was trained (and as A1111 and diffusers do).
+    """
+    if guidance == 1:
+        return base.embed(prompts, weighted=True)
+    both = base.embed([negative, *prompts], weighted=True)
+    against, wanted = both[:1], both[1:]
+    if base.sized and not negative:
+        against = against.zeros()
+    return Cond.cat([against.expand(len(prompts)), wanted])
+
+
+def predict(base: Base, latents: torch.Tensor, t: torch.Tensor, cond: Cond, guidance: float) -> torch.Tensor:
+    """The guided model output [b, c, h, w] at timestep `t`; `cond` has b rows, or 2b with the negatives first."""
+    times = t.to(base.device).expand(len(cond))
     if guidance == 1:
         return base.denoise(latents.to(base.dtype), times, cond)
     without, with_prompt = base.denoise(torch.cat([latents, latents]).to(base.dtype), times, cond).chunk(2)
@@ -135,24 +146,14 @@ def latent_shape(base: Base, size: Size | None) -> tuple[int, int, int]:
     return base.unet.config.in_channels, height // factor, width // factor
 
 
-def warn_overlong(base: Base, prompts: Sequence[str]) -> None:
-    """Warn once about each prompt that does not fit into the text encoder's window."""
-    window = base.tokenizer.model_max_length
-    for prompt in dict.fromkeys(prompts):
-        length = len(base.tokenizer(prompt, verbose=False).input_ids)
-        if length > window:
-            told = f"{base.name} reads {window - 2} tokens, this prompt has {length - 2} and loses its end: {prompt[:40]}…"
-            warnings.warn(told, stacklevel=2)
-
-
 @contextlib.contextmanager
 def evaluating(base: Base) -> Iterator[None]:
     """Dropout off while pictures are drawn, and back to what it was afterwards."""
-    modules = [module for model in (base.unet, base.text_encoder) for module in model.modules()]
+    modules = [module for model in base.parts.values() for module in model.modules()]
     before = [module.training for module in modules]
     try:
-        base.unet.eval()
-        base.text_encoder.eval()
+        for model in base.parts.values():
+            model.eval()
         yield
     finally:
         for module, training in zip(modules, before, strict=True):

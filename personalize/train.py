@@ -22,6 +22,7 @@ from torch import Tensor
 
 from . import objectives, sample
 from .attach import Attached, attach
+from .base import Cond
 from .check import Job, check, is_drawn, parts
 from .data import Latents, batches, cached, class_images, generator
 from .errors import PersonalizeError, TrainingError
@@ -52,7 +53,7 @@ def train(recipe: Recipe, *, fresh: bool = False) -> Iterator[Event]:
     if fresh:
         run.clear()
     lesson = prepare(job)  # pictures, captions => latents and conditioning, once
-    with attach(base, recipe.adapter, parts=parts(recipe), seed=recipe.seed) as attached:
+    with attach(base, recipe.adapter, parts=parts(recipe, base), seed=recipe.seed) as attached:
         loss = objectives.build(recipe.objective, base.schedule, attached.off)
         opt = Optimizer(attached.groups(), recipe.optim, recipe.steps)
         done = failed = 0
@@ -100,7 +101,7 @@ class Lesson:
     latents: Latents
     prior: Latents | None  # class images, for prior 'images'
     class_captions: list[str]  # those of the pictures without the trigger, then the class prompts
-    class_cond: Tensor | None  # [captions, n, d], class captions as the base reads them, for prior 'output'
+    class_cond: Cond | None  # class captions as the base reads them, for prior 'output'
 
 
 def prepare(job: Job) -> Lesson:
@@ -108,11 +109,11 @@ def prepare(job: Job) -> Lesson:
     recipe, captions, prior, class_cond = job.recipe, job.class_captions, None, None
     if recipe.objective.prior == "images":
         draw_class_images(job)
-        prior = cached(job.base, class_images(job.run.class_images, job.class_prompts[0]), recipe)
+        prior = cached(job.base, class_images(job.run.class_images, job.class_prompts[0]), recipe, job.windows)
     if recipe.objective.prior == "output":
         with torch.no_grad():
-            class_cond = job.base.embed(captions)
-    return Lesson(cached(job.base, job.dataset, recipe), prior, captions, class_cond)
+            class_cond = job.base.embed(captions, windows=job.windows)
+    return Lesson(cached(job.base, job.dataset, recipe, job.windows), prior, captions, class_cond)
 
 
 def feed(job: Job, lesson: Lesson, start: int) -> Iterator[Inputs]:
@@ -123,7 +124,7 @@ def feed(job: Job, lesson: Lesson, start: int) -> Iterator[Inputs]:
     read = reader(job)
     for micro, batch in enumerate(stream(lesson.latents, batch_size=recipe.batch_size), start):
         rows = [one.to(base.device) for one in ([batch, next(priors)] if priors else [batch])]
-        cond = torch.cat([read(row.captions, micro) if row.cond is None else row.cond for row in rows])
+        cond = Cond.cat([read(row.captions, micro) if row.cond is None else row.cond for row in rows])
         mean, std = torch.cat([row.mean for row in rows]), torch.cat([row.std for row in rows])
         inputs = Inputs(mean, std, cond, class_images=recipe.prior_rows if priors else 0)
         if lesson.class_cond is not None:
@@ -131,7 +132,7 @@ def feed(job: Job, lesson: Lesson, start: int) -> Iterator[Inputs]:
         yield inputs
 
 
-Read = Callable[[Sequence[str], int], Tensor]  # captions, micro-step -> conditioning [n, tokens, d]
+Read = Callable[[Sequence[str], int], Cond]  # captions, micro-step -> their conditioning
 
 
 def reader(job: Job) -> Read:
@@ -140,11 +141,13 @@ def reader(job: Job) -> Read:
 
     @functools.cache
     @torch.no_grad()
-    def final(caption: str) -> Tensor:
-        return job.base.embed([caption])
+    def final(caption: str) -> Cond:
+        return job.base.embed([caption], windows=job.windows)
 
-    def read(captions: Sequence[str], micro: int) -> Tensor:
-        return job.base.embed(captions) if micro < learning else torch.cat([final(caption) for caption in captions])
+    def read(captions: Sequence[str], micro: int) -> Cond:
+        if micro < learning:
+            return job.base.embed(captions, windows=job.windows)
+        return Cond.cat(final(caption) for caption in captions)
 
     return read
 
@@ -160,7 +163,7 @@ def with_class_captions(job: Job, lesson: Lesson, inputs: Inputs, index: Tensor,
         drawn = torch.randint(prompts, (len(index),), generator=rng_of(job.recipe, micro)("class captions"))
         others = torch.arange(len(index)) % 2 == micro % 2
         index = torch.where(others, pictures + drawn, index.cpu())
-    off = lesson.class_cond[index.to(lesson.class_cond.device)]
+    off = lesson.class_cond[index.to(lesson.class_cond.tokens.device)]
     now = read([captions[i] for i in index.tolist()], micro) if job.recipe.optim.text_encoder_lr else off
     return replace(inputs, class_cond=now, class_cond_off=off)
 
@@ -278,6 +281,7 @@ def started(job: Job, opt: Optimizer, lesson: Lesson, done: int) -> Started:
         device=str(job.base.device),
         dtype=str(job.base.dtype).removeprefix("torch."),
         versions=versions(),
+        base=job.base.facts,
         resumed=done,
     )
 

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from .events import Event, Finished, Sample, Saved, Started, Step
 from .recipe import Recipe, flatten
-from .words import duration, pace, plain, readable
+from .words import duration, loaded, pace, plain, readable
 
 SMOOTHING = 0.9  # of the loss that is shown: single steps are mostly noise
 LINES = 10  # of progress, where there is no terminal
@@ -106,8 +106,8 @@ class View:
         self.settled = event.recipe
         for warning in event.warnings:
             self.say(f"warning: {warning}")
-        where = f"on {event.device} in {event.dtype}"
-        self.say(f"{len(event.images)} pictures, base {self.recipe.base}, {event.parameters:,} parameters to train {where}")
+        self.say(f"base     {self.recipe.base}: {loaded(event.base)}")
+        self.say(f"learning {len(event.images)} pictures, {event.parameters:,} parameters to train on {event.device}")
         self.step = event.resumed
         if event.resumed:
             self.say(f"going on after step {event.resumed}")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 
 def plain(text: str, limit: int = 500) -> str:
     """One line without control characters, which could write anywhere on a terminal, and not endless."""
@@ -30,3 +33,12 @@ def duration(seconds: float) -> str:
 def pace(steps_per_second: float) -> str:
     """`12.3 steps/s`, or `4.1 s/step` for slow ones."""
     return f"{steps_per_second:.1f} steps/s" if steps_per_second >= 1 else f"{1 / steps_per_second:.1f} s/step"
+
+
+def loaded(facts: Mapping[str, Any]) -> str:
+    """What was loaded of a base, from its facts: the true dtypes, sizes and prediction, whatever was asked for."""
+    prediction = facts["prediction"] + (" with zero-terminal SNR" if facts["zero_snr"] else "")
+    stored = " and ".join(f"{dtype.lower()} ({readable(size)})" for dtype, size in facts["stored"].items())
+    held = f"{' and '.join(dict.fromkeys(facts['dtypes'].values()))} ({readable(facts['bytes'])})"
+    million = sum(facts["parameters"].values()) / 1e6
+    return f"{facts['title']}, {prediction}, {million:,.0f} M parameters, stored as {stored}, held as {held}"

@@ -13,8 +13,8 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel
 
-from personalize.base import CONFIGS, NAMED, Base
-from personalize.errors import BaseModelError
+from personalize.base import CONFIGS, NAMED, Base, Schedule
+from personalize.errors import BaseModelError, HostileFileError
 
 
 @pytest.fixture(scope="module")
@@ -31,8 +31,8 @@ def copy(tiny_base: Path, tmp_path: Path) -> Path:
 def test_loads_the_real_classes_frozen(base: Base) -> None:
     assert isinstance(base.unet, UNet2DConditionModel)
     assert isinstance(base.vae, AutoencoderKL)
-    assert isinstance(base.text_encoder, CLIPTextModel)
-    for model in (base.unet, base.vae, base.text_encoder):
+    assert isinstance(base.texts[0].model, CLIPTextModel)
+    for model in (base.unet, base.vae, base.texts[0].model):
         assert not model.training
         assert not any(p.requires_grad for p in model.parameters())
         assert {p.dtype for p in model.parameters()} == {torch.float32}
@@ -41,9 +41,9 @@ def test_loads_the_real_classes_frozen(base: Base) -> None:
 
 def test_verbs_have_their_shapes(base: Base) -> None:
     mean, std = base.encode(torch.rand(2, 3, 64, 64) * 2 - 1)
-    cond = base.embed(["zwx", "a photo of zwx " * 60])
+    cond = base.embed(["zwx", "a photo of zwx"])
     assert mean.shape == std.shape == (2, 16, 8, 8)
-    assert cond.shape == (2, 77, 192)
+    assert cond.tokens.shape == (2, 77, 192) and cond.pooled is None
     assert base.denoise(mean, torch.tensor([0, 999]), cond).shape == mean.shape
     assert base.decode(mean).shape == (2, 3, 64, 64)
     assert base.decode(mean * 1e4).abs().max() <= 1
@@ -58,8 +58,9 @@ def test_encode_is_scaled_and_decode_undoes_it(base: Base) -> None:
 
 
 def test_embed_is_what_the_pipeline_conditions_on(base: Base) -> None:
-    tokens = base.tokenizer(["a zwx"], padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids
-    assert torch.equal(base.embed(["a zwx"]), base.text_encoder(tokens).last_hidden_state)
+    text = base.texts[0]
+    tokens = text.tokenizer(["a zwx"], padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids
+    assert torch.equal(base.embed(["a zwx"]).tokens, text.model(tokens).last_hidden_state)
 
 
 @pytest.mark.parametrize("rescale", [True, False])
@@ -69,7 +70,7 @@ def test_schedule_is_that_of_the_scheduler_config(
 ) -> None:
     config = json.loads((tiny_base / "scheduler" / "scheduler_config.json").read_text())
     config |= {"prediction_type": prediction, "rescale_betas_zero_snr": rescale}
-    schedule = Base("", tiny_base, None, torch.device("cpu"), torch.float32, config, None, None, None, None).schedule  # type: ignore[arg-type]
+    schedule = Schedule.of(config)
     assert torch.equal(schedule.alphas_cumprod, DDIMScheduler.from_config(config).alphas_cumprod)
     assert schedule.prediction == prediction
     assert (schedule.snr(torch.tensor([999])) == 0).item() == rescale
@@ -147,9 +148,7 @@ def misfitting(folder: Path) -> Path:
 
 def two_encoders(folder: Path) -> Path:
     config = folder / "unet" / "config.json"
-    config.write_text(
-        json.dumps(json.loads(config.read_text()) | {"block_out_channels": [320, 640, 1280], "cross_attention_dim": 2048})
-    )
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"projection_class_embeddings_input_dim": 2816}))
     return folder
 
 
@@ -164,7 +163,8 @@ def a_file(name: str) -> Callable[[Path], Path]:
 BAD = {
     "missing": (lambda folder: folder / "nowhere", "no base called .*nowhere"),
     "pickled checkpoint": (a_file("model.ckpt"), "model.ckpt is a pickle"),
-    "single file": (a_file("model.safetensors"), "model.safetensors is a file"),
+    "pickle in disguise": (a_file("model.safetensors"), "model.safetensors is a Python pickle"),
+    "another file": (a_file("model.zip"), "model.zip is no base"),
     **{f"no {part}": (lacks(part), f"lacks {part}/{CONFIGS[part]}") for part in CONFIGS},
     "pickled weights": (pickled, "unet has only pickled weights"),
     "no weights": (emptied, "vae has no weights"),
@@ -173,13 +173,13 @@ BAD = {
     "lacking a UNet weight": (lambda folder: incomplete(folder, "unet"), "unet lacks 1 weights|unet cannot be loaded"),
     "broken config": (garbled, "config.json cannot be read"),
     "weights of another shape": (misfitting, "unet cannot be loaded"),
-    "SDXL": (two_encoders, "SDXL base: not supported yet"),
+    "SDXL with one encoder": (two_encoders, "lacks its second text encoder"),
 }
 
 
 @pytest.mark.parametrize("case", BAD)
 def test_bad_bases_are_refused_in_one_line(copy: Path, case: str) -> None:
     damage, message = BAD[case]
-    with pytest.raises(BaseModelError, match=message) as caught:
+    with pytest.raises((BaseModelError, HostileFileError), match=message) as caught:
         Base.load(damage(copy))
     assert "\n" not in str(caught.value)

@@ -305,7 +305,7 @@ def test_files_that_are_none(tmp_path: Path) -> None:
     with pytest.raises(BaseModelError, match="that is an adapter"):
         open_weights(tmp_path / "c.safetensors")
     save_file({"model.diffusion_model.joint_blocks.0.x": torch.ones(1, 2)}, tmp_path / "d.safetensors")
-    with pytest.raises(BaseModelError, match=r"no checkpoint of a known family \(known: pocket, sd1"):
+    with pytest.raises(BaseModelError, match=r"no checkpoint of a known family: it is Stable Diffusion 3 \(known: pocket, sd1"):
         open_weights(tmp_path / "d.safetensors")
     scaled = sparse(tmp_path / "e.safetensors", ROWS["sd1"], {"model.diffusion_model.out.2.scale_weight": (1,)})
     with pytest.raises(BaseModelError, match="scaled to fit"):

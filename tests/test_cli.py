@@ -327,14 +327,6 @@ def test_a_full_disk_is_told(tmp_path: Path, tiny_base: Path, pictures: Path) ->
         subprocess.run(["umount", str(disk)], check=True)
 
 
-def test_an_overlong_prompt_is_told(tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["generate", "zebra " * 40, "--base", str(tiny_base), "--steps", "1", "--output", str(tmp_path)]
-    command = [sys.executable, "-m", "personalize", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0
-    assert len(done.stderr.splitlines()) == 1 and "reads 75 tokens, this prompt has" in done.stderr
-
-
 def test_without_a_preset_the_bases_own_for_subjects_is_used(pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["train", str(pictures), "--dry-run", "--class", "cat"]) == 0
     assert "# from preset pocket-subject" in capsys.readouterr().out

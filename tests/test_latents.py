@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from personalize.base import Base
+from personalize.base import Base, Cond
 from personalize.data import Batch, Dataset, Latents, batches, cached, generator, load_pixels, read_folder
 from personalize.data import latents as latents_module
 from personalize.data.store import cache_folder
@@ -58,7 +58,9 @@ def recipe(**data: object) -> Recipe:
 
 
 def same(a: Latents, b: Latents) -> bool:
-    return all(torch.equal(getattr(a, name), getattr(b, name)) for name in ("mean", "std", "cond", "cond_index"))
+    return torch.equal(a.cond.tokens, b.cond.tokens) and all(
+        torch.equal(getattr(a, name), getattr(b, name)) for name in ("mean", "std", "cond_index")
+    )
 
 
 # ---------------------------------------------------------------- what is cached
@@ -73,8 +75,8 @@ def test_latents_are_the_posterior_of_both_sides(loaded: Base, folder: Path) -> 
             pixels = load_pixels(example, 64)[None].flip(axes) / 127.5 - 1
             mean, std = loaded.encode(pixels)
             assert torch.equal(latents.mean[side, i], mean[0]) and torch.equal(latents.std[side, i], std[0])
-    assert latents.cond is not None and torch.equal(latents.cond[0], loaded.embed(["zwx"])[0])
-    assert torch.equal(latents.cond[-1], loaded.embed([""])[0])
+    assert latents.cond is not None and torch.equal(latents.cond[:1].tokens, loaded.embed(["zwx"]).tokens)
+    assert torch.equal(latents.cond[-1:].tokens, loaded.embed([""]).tokens)
     assert cached(loaded, dataset, recipe(flip=False)).mean.shape == (1, 3, 16, 8, 8)
 
 
@@ -101,7 +103,7 @@ def test_a_picture_encodes_the_same_in_any_company(
     (folder / "0.png").unlink()
     (folder / "3.png").unlink()
     alone = cached(loaded, read(folder), RECIPE)
-    assert torch.equal(together.mean[:, 1:2], alone.mean) and torch.equal(together.cond, alone.cond)
+    assert torch.equal(together.mean[:, 1:2], alone.mean) and torch.equal(together.cond.tokens, alone.cond.tokens)
 
 
 # ---------------------------------------------------------------- what makes a cache stale
@@ -125,20 +127,20 @@ def change_the_resolution(folder: Path, base: Base, patch: pytest.MonkeyPatch) -
 
 
 def train_the_vae(folder: Path, base: Base, patch: pytest.MonkeyPatch) -> tuple[Base, Recipe]:
-    other = Base.load(base.folder)
+    other = Base.load(base.path)
     next(other.vae.parameters()).data[0] += 1e-3
     return other, RECIPE
 
 
 def rescale_the_vae(folder: Path, base: Base, patch: pytest.MonkeyPatch) -> tuple[Base, Recipe]:
-    other = Base.load(base.folder)
+    other = Base.load(base.path)
     other.vae.register_to_config(scaling_factor=0.5)
     return other, RECIPE
 
 
 def train_the_text_encoder(folder: Path, base: Base, patch: pytest.MonkeyPatch) -> tuple[Base, Recipe]:
-    other = Base.load(base.folder)
-    list(other.text_encoder.parameters())[-1].data += 1e-3
+    other = Base.load(base.path)
+    list(other.texts[0].model.parameters())[-1].data += 1e-3
     return other, RECIPE
 
 
@@ -197,7 +199,7 @@ def test_mirrored_pictures_are_entries_of_their_own(loaded: Base, folder: Path, 
 def test_names_and_places_do_not_matter(loaded: Base, folder: Path, cache: Path, tmp_path: Path) -> None:
     cached(loaded, read(folder), RECIPE)
     old = entries(cache)
-    base = Base.load(shutil.copytree(loaded.folder, tmp_path / "moved"))
+    base = Base.load(shutil.copytree(loaded.path, tmp_path / "moved"))
     folder.rename(tmp_path / "renamed")
     cached(base, read(tmp_path / "renamed", trigger="zwx"), RECIPE)
     assert entries(cache) == old
@@ -248,13 +250,20 @@ def test_latents_that_are_not_finite_are_refused(tiny_base: Path, folder: Path, 
     assert not entries(cache)
 
 
-def test_small_pictures_and_long_captions_are_told(loaded: Base, folder: Path) -> None:
-    (folder / "1.txt").write_text("zwx " * 50)
+def test_small_pictures_are_told(loaded: Base, folder: Path) -> None:
     latents = cached(loaded, read(folder), recipe(resolution=96))
     assert latents.warnings == [
-        "2 of 3 pictures are smaller than 96 pixels and get blurred by enlarging, such as 0.png (64 x 64)",
-        "1 of 3 captions are longer than 77 tokens and lose their end, such as that of 1.png",
+        "2 of 3 pictures are smaller than 96 pixels and get blurred by enlarging, such as 0.png (64 x 64)"
     ]
+
+
+def test_long_captions_are_read_to_their_end(loaded: Base, folder: Path) -> None:
+    (folder / "1.txt").write_text("zwx " * 50 + "red")
+    one = cached(loaded, read(folder), RECIPE)
+    (folder / "1.txt").write_text("zwx " * 50 + "blue")
+    other = cached(loaded, read(folder), RECIPE)
+    assert one.cond.tokens.shape[1] == 3 * 77  # 151 words of three letters in 75 to a window
+    assert torch.equal(one.cond.tokens[0], other.cond.tokens[0]) and not torch.equal(one.cond.tokens[1], other.cond.tokens[1])
 
 
 # ---------------------------------------------------------------- batches
@@ -263,7 +272,7 @@ def test_small_pictures_and_long_captions_are_told(loaded: Base, folder: Path) -
 def made(n: int, sides: int = 2) -> Latents:
     """Latents whose values tell side and picture: mean = 10 * side + picture; cond = the caption's row, -1 when empty."""
     mean = (10 * torch.arange(sides)[:, None] + torch.arange(n)).float()[:, :, None, None, None].expand(sides, n, 4, 2, 2)
-    cond = torch.tensor([*range(n), -1]).float()[:, None, None].expand(n + 1, 3, 5)
+    cond = Cond(torch.tensor([*range(n), -1]).float()[:, None, None].expand(n + 1, 3, 5))
     return Latents(mean, torch.ones_like(mean), [f"caption {i}" for i in range(n)], cond, torch.arange(n), [])
 
 
@@ -272,7 +281,7 @@ def take(n: int, count: int, start: int = 0, **options: object) -> list[Batch]:
 
 
 def equal(a: Batch, b: Batch) -> bool:
-    tensors = all(torch.equal(getattr(a, name), getattr(b, name)) for name in ("mean", "std", "cond", "index"))
+    tensors = all(torch.equal(getattr(a, name), getattr(b, name)) for name in ("mean", "std", "index"))
     return tensors and a.captions == b.captions
 
 
@@ -300,7 +309,7 @@ def test_every_row_belongs_to_its_picture(n: int, batch_size: int, seed: int) ->
         assert batch.mean.shape == batch.std.shape == (batch_size, 4, 2, 2)
         for row, i in enumerate(batch.index.tolist()):
             assert batch.mean[row, 0, 0, 0] % 10 == i
-            assert (batch.captions[row], batch.cond[row, 0, 0].item()) in [(f"caption {i}", i), ("", -1)]
+            assert (batch.captions[row], batch.cond.tokens[row, 0, 0].item()) in [(f"caption {i}", i), ("", -1)]
 
 
 @settings(max_examples=10)

@@ -14,7 +14,7 @@ from diffusers import DDPMScheduler
 from torch import Tensor
 
 from personalize import objectives
-from personalize.base import Base, Schedule
+from personalize.base import Base, Cond, Schedule
 from personalize.data import generator
 from personalize.objectives import Inputs, Rng, build, noised, timesteps, weights
 from personalize.recipe import Objective
@@ -38,10 +38,15 @@ def rng(seed: int = 0, step: int = 0) -> Rng:
 
 def inputs(b: int = 4, std: float = 0.0) -> Inputs:
     mean = torch.randn(b, 16, 8, 8, generator=torch.Generator().manual_seed(7))
-    return Inputs(mean, torch.full_like(mean, std), torch.zeros(b, 77, 192))
+    return Inputs(mean, torch.full_like(mean, std), said(0.0, b))
 
 
-def zero(latents: Tensor, t: Tensor, cond: Tensor) -> Tensor:
+def said(value: float, rows: int = 2) -> Cond:
+    """Conditioning that is this number everywhere."""
+    return Cond(torch.full((rows, 77, 192), value))
+
+
+def zero(latents: Tensor, t: Tensor, cond: Cond) -> Tensor:
     return torch.zeros_like(latents)
 
 
@@ -62,7 +67,7 @@ def test_noising_and_targets_are_those_of_diffusers(prediction: str, zero_snr: b
 def test_a_perfect_network_has_no_loss_at_any_timestep(prediction: str, gamma: float) -> None:
     schedule, given = schedule_of(prediction), inputs()
 
-    def perfect(latents: Tensor, t: Tensor, cond: Tensor) -> Tensor:
+    def perfect(latents: Tensor, t: Tensor, cond: Cond) -> Tensor:
         return noised(given, schedule, 0.0, rng()).target
 
     assert torch.equal(build(Objective(min_snr=gamma), schedule)(perfect, given, rng()), torch.zeros(4))
@@ -138,7 +143,11 @@ def test_latents_are_drawn_afresh_from_the_posterior() -> None:
 
 def test_class_images_add_their_own_loss() -> None:
     own, theirs = inputs(3), inputs(2, std=0.1)
-    both = Inputs(*(torch.cat([getattr(own, name), getattr(theirs, name)]) for name in ("mean", "std", "cond")), class_images=2)
+    both = Inputs(
+        *(torch.cat([getattr(own, name), getattr(theirs, name)]) for name in ("mean", "std")),
+        Cond.cat([own.cond, theirs.cond]),
+        class_images=2,
+    )
     schedule = schedule_of("epsilon")
 
     def total(weight: float) -> Tensor:
@@ -167,14 +176,14 @@ class Switched:
         yield
         self.on = True
 
-    def __call__(self, latents: Tensor, t: Tensor, cond: Tensor) -> Tensor:
+    def __call__(self, latents: Tensor, t: Tensor, cond: Cond) -> Tensor:
         self.calls.append((self.on, len(latents)))
-        return latents * (self.gain if self.on else 1.0) + cond.mean(dim=(1, 2))[:, None, None, None]
+        return latents * (self.gain if self.on else 1.0) + cond.tokens.mean(dim=(1, 2))[:, None, None, None]
 
 
 def with_class(cond: float = 0.0, off: float = 0.0, rows: int = 2) -> Inputs:
     given = inputs(2)
-    held = {"class_cond": torch.full_like(given.cond[:rows], cond), "class_cond_off": torch.full_like(given.cond[:rows], off)}
+    held = {"class_cond": said(cond, rows), "class_cond_off": said(off, rows)}
     return replace(given, **held)
 
 

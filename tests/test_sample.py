@@ -72,9 +72,9 @@ def test_other_sizes(base: Base) -> None:
         sample.draw(base, ["a cat"], [0], steps=1001)
 
 
-def test_overlong_prompts_are_told(base: Base) -> None:
-    with pytest.warns(UserWarning, match="reads 75 tokens, this prompt has"):
-        sample.draw(base, ["zebra " * 80], [0], steps=1)
+def test_long_prompts_are_read_to_their_end(base: Base) -> None:
+    ends = [sample.draw(base, ["zebra " * 80 + end], [0], steps=1)[0].tobytes() for end in ("red", "blue")]
+    assert ends[0] != ends[1]
 
 
 def test_training_mode_is_left_as_it_was(base: Base) -> None:

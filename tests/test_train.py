@@ -481,11 +481,13 @@ CHANGES: dict[str, tuple[Any, dict[str, Any]]] = {
     "prior_images": (3, {"prior": "images"}), "prior_prompts": (["the {class}", "an {class}"], {"prior": "images"}),
     "lr": (2e-3, {}), "text_encoder_lr": (1e-3, {}), "schedule": ("constant", {"warmup": 0}), "warmup": (1, {}),
     "weight_decay": (0.5, {}), "beta1": (0.5, {}), "beta2": (0.9, {}), "clip": (0.01, {}), "accumulate": (2, {}),
+    "prediction": ("epsilon", {}), "zero_snr": ("no", {}), "clip_skip": (2, {}),
 }  # fmt: skip
 ELSEWHERE = {
     "kind",
     "folder",
     "base",
+    "vae",
     "preset",
     "name",
     "output",
@@ -509,6 +511,15 @@ def test_every_setting_changes_the_adapter(
     before = weights_of(make(**small, output=tmp_path / "before"))
     after = weights_of(make(**{**small, name: value}, output=tmp_path / "after"))
     assert set(before) != set(after) or any(not torch.equal(before[path], after[path]) for path in before)
+
+
+def test_another_vae_changes_the_adapter(
+    make: Make, tmp_path: Path, base_builder: Callable[..., Path], weights_of: Callable[[Recipe], dict[str, torch.Tensor]]
+) -> None:
+    other = base_builder(tmp_path / "other", seed=5)
+    before = weights_of(make(steps=2, output=tmp_path / "before"))
+    after = weights_of(make(steps=2, vae=str(other), output=tmp_path / "after"))
+    assert any(not torch.equal(before[path], after[path]) for path in before)
 
 
 @pytest.fixture(scope="module")
@@ -581,10 +592,12 @@ def test_prior_output_holds_the_class_prompts_too(make: Make, tmp_path: Path) ->
     assert captions[-2:] == ["a cat, ink drawing", "a house"] and len(captions) == len(job.dataset.examples) + 2
     assert lesson.class_cond is not None
     shown = [inputs.class_cond_off for inputs in islice(feed(job, lesson, 0), 6)]
-    held = {i for cond in shown for row in cond for i in range(len(captions)) if torch.equal(row, lesson.class_cond[i])}
+    held = {
+        i for cond in shown for row in cond.tokens for i in range(len(captions)) if torch.equal(row, lesson.class_cond.tokens[i])
+    }
     assert {len(captions) - 2, len(captions) - 1} < held
     again = next(feed(job, lesson, 5)).class_cond_off
-    assert torch.equal(again, shown[5])  # a run that goes on holds the same
+    assert torch.equal(again.tokens, shown[5].tokens)  # a run that goes on holds the same
 
 
 def test_without_a_class_only_prompts_that_need_none_are_held(make: Make) -> None:

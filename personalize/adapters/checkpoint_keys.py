@@ -68,12 +68,17 @@ def parameters_at(family: Family) -> Mapping[str, tuple[str, ...]]:
     return table
 
 
+def text_prefix(family: Family, part: str) -> tuple[str, bool]:
+    """What the keys of a text encoder begin with, and whether OpenCLIP named what follows."""
+    return _PREFIXES.get((family.name, part), _SD1)
+
+
 def _address(family: Family, path: str, names: Mapping[str, str], texts: Mapping[str, Text]) -> Address:
     module, kind = _split(path)
     part, _, rest = path.partition(".")
     if part == "unet":
         return Address(f"{UNET}{names[module]}.{kind}")
-    prefix, openclip = _PREFIXES.get((family.name, part), _SD1)
+    prefix, openclip = text_prefix(family, part)
     return _openclip(rest, texts[part], prefix) if openclip else Address(prefix + ".".join(_split(rest)))
 
 

@@ -25,6 +25,7 @@ from ..files import atomic
 from . import checkpoint_keys, keys
 from .checkpoint_keys import Address
 from .headers import Entry, Header, opened, read_header, short
+from .recognition import family_in, stranger_in
 from .tensors import HASHES, encoded, read_tensor
 
 New = Callable[[str], Tensor | None]  # path => its new tensor; None leaves it as it is
@@ -66,7 +67,7 @@ class Weights:
     """
 
     path: Path
-    family: str  # "sd1", ...; "unknown" for a folder of another architecture
+    row: keys.Family | None  # None for a folder of another architecture
     headers: tuple[Header, ...]  # of the files that hold the parameters
     places: Mapping[str, Place]
 
@@ -97,6 +98,11 @@ class Weights:
         if path not in self.places:
             raise BaseModelError(f"{self.path} has no parameter {short(path)}", close(path, self.places))
         return self.places[path]
+
+    @property
+    def family(self) -> str:
+        """Its name: "sd1", ... or "unknown"."""
+        return self.row.name if self.row else "unknown"
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -132,13 +138,15 @@ def close(path: str, paths: Iterable[str]) -> str:
 
 def _open_file(path: Path) -> Weights:
     header = read_header(path)
-    layouts = {family: _places(header, family) for family in keys.FAMILIES}
-    family = _closest({family: {path: place.shape for path, place in places.items()} for family, places in layouts.items()})
+    shapes = {key: entry.shape for key, entry in header.tensors.items()}
+    families = (own,) if (own := family_in(shapes)) else keys.FAMILIES
+    layouts = {family: _places(header, family) for family in families}
+    family = own or _closest({row: {path: place.shape for path, place in places.items()} for row, places in layouts.items()})
     if family is None:
         adapter = any("lora" in key or "hada_" in key or "lokr_" in key for key in header.tensors)
         hint = "that is an adapter: name the checkpoint" if adapter else f"known: {', '.join(row.name for row in keys.FAMILIES)}"
-        raise BaseModelError(f"{path} is no checkpoint of a known family", hint)
-    return Weights(path, family.name, (header,), layouts[family])
+        raise BaseModelError(f"{path} is no checkpoint of a known family{stranger_in(shapes)}", hint)
+    return Weights(path, family, (header,), layouts[family])
 
 
 def _places(header: Header, family: keys.Family) -> dict[str, Place]:
@@ -184,7 +192,7 @@ def _open_folder(folder: Path) -> Weights:
         raise BaseModelError(f"{folder} is not a diffusers folder: no unet in it", "give the folder that holds model_index.json")
     shapes = {path: place.shape for path, place in places.items()}
     family = _closest(dict.fromkeys(keys.FAMILIES, shapes))
-    return Weights(folder, family.name if family else "unknown", tuple(headers), places)
+    return Weights(folder, family, tuple(headers), places)
 
 
 def _named(header: Header, part: str) -> Iterator[tuple[str, Place]]:

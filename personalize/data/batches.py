@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Generator, Tensor
 
+from ..base.cond import Cond
 from .latents import Latents
 
 
@@ -20,7 +21,7 @@ class Batch:
 
     mean: Tensor  # [b, c, h, w], scaled
     std: Tensor  # [b, c, h, w], scaled
-    cond: Tensor | None  # [b, tokens, d]
+    cond: Cond | None  # b rows
     captions: list[str]  # "" where dropped
     index: Tensor  # [b], which example each item is
 

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..base import model, text
+from ..base.cond import Cond
 from ..errors import BaseModelError
 from ..recipe import Recipe
 from . import pictures, store
@@ -34,23 +36,23 @@ class Latents:
     mean: Tensor  # [1 or 2, n, c, h, w], scaled
     std: Tensor  # [1 or 2, n, c, h, w], scaled
     captions: list[str]  # n of them
-    cond: Tensor | None  # [distinct captions + 1, tokens, d], the last of the empty caption; None: the text encoder trains
+    cond: Cond | None  # of distinct captions + 1, the last of the empty caption; None: the text encoder trains
     cond_index: Tensor  # [n], each picture's row of cond
     warnings: list[str]
 
 
-def cached(base: Base, dataset: Dataset, recipe: Recipe) -> Latents:
+def cached(base: Base, dataset: Dataset, recipe: Recipe, windows: int = 0) -> Latents:
     """Encode a dataset with the base, or find it in the cache ($PERSONALIZE_CACHE, else ~/.cache/personalize).
 
     Keys cover the pictures' bytes, resolution, mirroring, captions, the encoders' weights and configs, the device and the code.
     Raises BaseModelError for latents that are not finite, DataError for a picture that changed meanwhile.
     """
     examples, resolution = dataset.examples, recipe.data.resolution or base.resolution
-    warnings = [*_enlarged(examples, resolution), *_cut(base, examples)]
+    warnings = _enlarged(examples, resolution)
     mean, std = _encode(base, examples, resolution, recipe.data.flip, warnings)
     captions = [example.caption for example in examples]
     distinct = list(dict.fromkeys(captions))
-    cond = None if recipe.optim.text_encoder_lr else _embed(base, [*distinct, ""], warnings)
+    cond = None if recipe.optim.text_encoder_lr else _embed(base, [*distinct, ""], windows or base.windows(distinct), warnings)
     return Latents(mean, std, captions, cond, torch.tensor([distinct.index(caption) for caption in captions]), warnings)
 
 
@@ -77,27 +79,29 @@ def _posterior(base: Base, example: Example, resolution: int, mirrored: bool) ->
     return {"mean": mean[0].float(), "std": std[0].float()}
 
 
-def _embed(base: Base, captions: Sequence[str], warnings: list[str]) -> Tensor:
-    """Conditioning [n, tokens, d] of captions, in the base's dtype."""
-    text = identity(base, base.text_encoder)
+def _embed(base: Base, captions: Sequence[str], windows: int, warnings: list[str]) -> Cond:
+    """Conditioning of captions, a row each, in the base's dtype."""
+    texts = [[identity(base, text.model), text.layer] for text in base.texts]
 
     @torch.no_grad()
     def embed(caption: str) -> dict[str, Tensor]:
-        return {"cond": base.embed([caption])[0]}
+        cond = base.embed([caption], windows=windows)
+        return {"tokens": cond.tokens} | ({} if cond.pooled is None else {"pooled": cond.pooled})
 
-    def recalled(caption: str) -> Tensor:
-        name = store.key(kind="cond", text_encoder=text, caption=caption, tokens=_tokens(base, caption))
-        return store.recall(name, lambda: embed(caption), warnings)["cond"]
+    def recalled(caption: str) -> Cond:
+        tokens = [text.tokenizer(caption, verbose=False).input_ids for text in base.texts]
+        name = store.key(kind="cond", texts=texts, caption=caption, tokens=tokens, windows=windows)
+        return Cond(**store.recall(name, lambda: embed(caption), warnings))
 
-    return torch.stack([recalled(caption) for caption in captions])
+    return Cond.cat(recalled(caption) for caption in captions)
 
 
-def identity(base: Base, model: Any) -> str:
+def identity(base: Base, encoder: Any) -> str:
     """Everything but its input that decides what an encoder gives: weights, config, device, and the code around it."""
-    config = dict(model.config) if isinstance(model.config, Mapping) else model.config.to_dict()
+    config = dict(encoder.config) if isinstance(encoder.config, Mapping) else encoder.config.to_dict()
     plain = {name: str(value) for name, value in config.items() if not name.startswith("_")}  # "_name_or_path" and the like
-    weights = store.fingerprint(model.state_dict())
-    return store.key(weights=weights, config=plain, device=base.device.type, code=code(type(base).__module__))
+    weights = store.fingerprint(encoder.state_dict())
+    return store.key(weights=weights, config=plain, device=base.device.type, code=code(model.__name__, text.__name__))
 
 
 @functools.cache
@@ -105,11 +109,6 @@ def code(*modules: str) -> str:
     """The sources and libraries that turn files into latents: an edit or an upgrade must not meet what the old ones left."""
     sources = [inspect.getsource(sys.modules[module]) for module in (pictures.__name__, __name__, *modules)]
     return store.key(sources=sources, libraries=[version(name) for name in ("torch", "diffusers", "transformers", "pillow")])
-
-
-def _tokens(base: Base, caption: str) -> list[int]:
-    tokens: list[int] = base.tokenizer(caption, verbose=False).input_ids
-    return tokens
 
 
 def _enlarged(examples: Sequence[Example], resolution: int) -> list[str]:
@@ -120,10 +119,3 @@ def _enlarged(examples: Sequence[Example], resolution: int) -> list[str]:
     size = " x ".join(map(str, worst.size))
     what = f"{len(small)} of {len(examples)} pictures are smaller than {resolution} pixels and get blurred by enlarging"
     return [f"{what}, such as {worst.path.name} ({size})"]
-
-
-def _cut(base: Base, examples: Sequence[Example]) -> list[str]:
-    limit = base.tokenizer.model_max_length
-    long = [example.path.name for example in examples if len(_tokens(base, example.caption)) > limit]
-    what = f"{len(long)} of {len(examples)} captions are longer than {limit} tokens and lose their end"
-    return [f"{what}, such as that of {long[0]}"] if long else []

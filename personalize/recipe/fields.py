@@ -126,7 +126,15 @@ class Sampling(Part):
 class Recipe(Part):
     """Everything that decides a run: same recipe, seed and machine give the same bytes."""
 
-    base: str = Field("pocket", description="base model: 'pocket' or a diffusers folder")
+    base: str = Field("pocket", description="base model: 'pocket', a diffusers folder, a .safetensors checkpoint or a hub id")
+    prediction: Literal["auto", "epsilon", "v_prediction", "sample"] = Field(
+        "auto", description="what the base predicts; auto: as it says, or as its weights tell"
+    )
+    zero_snr: Literal["auto", "yes", "no"] = Field(
+        "auto", description="whether the base's noise ends without any signal (Lin et al. 2023); auto: as it says"
+    )
+    clip_skip: int = Field(1, ge=1, le=12, description="text-encoder layer that is read, from the last: 2 for most anime models")
+    vae: str | None = Field(None, description="another VAE than the base's: a folder or a .safetensors file")
     preset: str | None = Field(None, description="partial recipe: a name from presets/ or a .toml file")
     steps: int = Field(200, ge=1, description="optimizer steps")
     batch_size: int = Field(4, ge=1, description="pictures per step")

@@ -9,6 +9,7 @@ from pathlib import PurePath
 from typing import Any, NamedTuple
 
 from ..recipe import settings
+from ..words import loaded
 from . import use
 from .curves import figure, panels
 from .pictures import Inline, Picture, inliner, original
@@ -219,6 +220,7 @@ def machine(run: Run) -> list[tuple[str, str]]:
         ("one step", duration(middle or None)),
         ("speed", f"{batch / middle:.3g} pictures/s" if middle and batch else None),
         ("peak memory", size(number(finished.get("peak_bytes")))),
+        ("base", loaded(facts) if (facts := section(run.started, "base")) else None),
         ("device", " ".join(str(run.started[key]) for key in ("device", "dtype") if run.started.get(key))),
         ("trainable", f"{number(run.started.get('parameters')) or 0:,.0f} parameters" if run.started.get("parameters") else None),
         ("adapter file", f"{run.adapter.name}, {size(run.adapter.stat().st_size)}" if run.adapter else None),

@@ -126,7 +126,8 @@ def _base(run: Run) -> str:
 
 
 def _family(run: Run) -> str:
-    return str(run.started.get("family") or "")
+    facts = run.started.get("base")
+    return str(facts.get("family") or "") if isinstance(facts, dict) else ""
 
 
 def _shipped(run: Run) -> bool:

@@ -34,7 +34,7 @@ class Artist:
 
     def __init__(self, base: Base, cache: Path, guidance: float, steps: int) -> None:
         self.base, self.cache, self.guidance, self.steps = base, cache, guidance, steps
-        self.identity = identity(base.folder)
+        self.identity = identity(base.path)
 
     def draw(self, trials: Sequence[Trial], label: str = "") -> Pictures:
         """Pictures of trials with what is attached now."""

@@ -203,7 +203,7 @@ def main(options: argparse.Namespace) -> None:
     judge, base = Judge.load(), Base.load(options.base)
     options.side = base.resolution
     artist = Artist(base, options.work / "base-pictures", options.guidance, options.sampler_steps)
-    clip = Clip.of(base.folder)
+    clip = Clip.of(base.path)
     records = [compared(task, options, judge, clip, artist) for task in tasks(options.only, options.pictures, options.seed)]
     about = {
         "base": f"{options.base} ({artist.identity}), on {machine()}",

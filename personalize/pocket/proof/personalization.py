@@ -147,7 +147,7 @@ def main(options: argparse.Namespace) -> None:
         recipe_of(task, options, options.work)  # a wrong setting shows before the first hour
     judge, base = Judge.load(), Base.load(options.base)
     artist = Artist(base, options.work / "base-pictures", options.guidance, options.sampler_steps)
-    clip = Clip.of(base.folder)
+    clip = Clip.of(base.path)
     records = [proved(task, options, judge, clip, artist) for task in chosen]
     stacked([place_of(task, options, artist) / "row.png" for task in chosen], options.to / f"{options.name}.png")
     show_table("Tasks", HEADS, rows := [cells(record) for record in records])

@@ -1,0 +1,93 @@
+"""Text encoders: prompts => hidden states, with prompts of any length and weights as UIs read them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .prompts import pieces
+
+BACKTRACK = 20  # tokens that a window may leave unused to end behind a comma, as in AUTOMATIC1111
+
+Token = tuple[int, float]
+
+
+@dataclass(frozen=True, eq=False)
+class TextEncoder:
+    """A CLIP text model, its tokenizer, and which of its layers the UNet listens to."""
+
+    part: str  # "text_encoder" or "text_encoder_2"
+    tokenizer: Any
+    model: Any
+    layer: int = 1  # counted from the last; 2 is what UIs call clip skip 2
+    normed: bool = True  # SDXL takes a layer as it is, SD 1 and 2 through the final norm
+
+    @property
+    def window(self) -> int:
+        """Tokens that the model reads at once, 77 with both ends."""
+        return int(self.model.config.max_position_embeddings)
+
+    def windows(self, prompt: str, weighted: bool = False) -> int:
+        """How many windows a prompt fills."""
+        return len(self._chunks(prompt, weighted))
+
+    def embed(self, prompts: Sequence[str], windows: int, weighted: bool) -> tuple[Tensor, Tensor | None]:
+        """Prompts => hidden states [b, windows * 77, d]; where the model has a projection, that of the first window's end [b, p].
+
+        A weight multiplies its tokens' states, and the window's mean is kept, as in AUTOMATIC1111 (there: that of the batch).
+        """
+        chunks = [self._chunks(prompt, weighted) for prompt in prompts]
+        padded = [rows + [[]] * (windows - len(rows)) for rows in chunks]
+        rows = [self._framed(chunk) for prompt in padded for chunk in prompt]
+        device = self.model.get_input_embeddings().weight.device
+        ids = torch.tensor([[token for token, _ in row] for row in rows], device=device)
+        last = self.layer == 1 and self.normed
+        output = self.model(ids, output_hidden_states=not last)
+        states = output.last_hidden_state if last else output.hidden_states[-self.layer]
+        if self.normed and not last:
+            states = self._final_norm(states)
+        if any(weight != 1 for row in rows for _, weight in row):
+            weights = torch.tensor([[weight for _, weight in row] for row in rows], device=device, dtype=states.dtype)
+            weighed = states * weights[..., None]
+            mean, kept = weighed.mean(dim=(1, 2), keepdim=True), states.mean(dim=(1, 2), keepdim=True)
+            states = weighed * torch.where(mean == 0, 1, kept / mean)
+        projected = getattr(output, "text_embeds", None)
+        pooled = None if projected is None else projected.reshape(len(prompts), windows, -1)[:, 0]
+        return states.reshape(len(prompts), -1, states.shape[-1]), pooled
+
+    def _final_norm(self, states: Tensor) -> Tensor:
+        model = getattr(self.model, "text_model", self.model)  # CLIPTextModel lost its inner one in transformers 5.6
+        normed: Tensor = model.final_layer_norm(states)
+        return normed
+
+    def _chunks(self, prompt: str, weighted: bool) -> list[list[Token]]:
+        """A prompt's tokens with their weights, window by window, without the windows' ends; at least one window."""
+        tokens: list[list[Token]] = [[]]
+        for text, weight in pieces(prompt) if weighted else [(prompt, 1.0)]:
+            if weight is None:
+                tokens.append([])
+            else:
+                ids = self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+                tokens[-1] += [(token, weight) for token in ids]
+        return [chunk for run in tokens for chunk in self._split(run)]
+
+    def _split(self, run: list[Token]) -> list[list[Token]]:
+        """Tokens in windows; where one is full, it ends behind a comma if there is one near its end."""
+        room, comma = self.window - 2, self.tokenizer.convert_tokens_to_ids(",</w>")
+        chunks: list[list[Token]] = []
+        while len(run) > room:
+            near = [i for i in range(room - BACKTRACK, room) if i > 0 and run[i][0] == comma]
+            end = near[-1] + 1 if near else room
+            chunks.append(run[:end])
+            run = run[end:]
+        return [*chunks, run] if run or not chunks else chunks
+
+    def _framed(self, chunk: list[Token]) -> list[Token]:
+        """A window: beginning, tokens, end, and padding."""
+        one = self.tokenizer
+        row = [(one.bos_token_id, 1.0), *chunk, (one.eos_token_id, 1.0)]
+        return row + [(one.pad_token_id, 1.0)] * (self.window - len(row))
