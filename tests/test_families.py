@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-import json
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import bases
+import hub
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
@@ -325,14 +329,32 @@ def test_another_vae(tmp_path: Path, shelf: Path) -> None:
 # ---------------------------------------------------------------- the hub
 
 
-def test_a_cached_repository_is_never_asked_for_again(shelf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    repository = tmp_path / "models--someone--tiny"
-    (repository / "refs").mkdir(parents=True)
-    (repository / "refs" / "main").write_text("0" * 40)
-    (repository / "snapshots").mkdir()
-    (repository / "snapshots" / ("0" * 40)).symlink_to(shelf / "sd1", target_is_directory=True)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    assert Base.load("someone/tiny").family.name == "sd1"
-    refused(Path("someone/else"), "someone/else is not in the cache, and HF_HUB_OFFLINE is set")
-    index = json.loads((shelf / "sd1" / "unet" / "config.json").read_text())
-    assert index["_class_name"] == "UNet2DConditionModel"
+LOADING = "import sys; from personalize.base import Base; print(Base.load(sys.argv[1]).family.name)"
+
+
+def test_a_repository_is_downloaded_once_and_safetensors_only(shelf: Path, tmp_path: Path) -> None:
+    repository = Path(shutil.copytree(shelf / "sd1", tmp_path / "repository"))
+    (repository / "unet" / "diffusion_pytorch_model.bin").write_bytes(b"a pickle")
+    (repository / "model.ckpt").write_bytes(b"another")
+    (repository / "vae" / "diffusion_pytorch_model.fp16.safetensors").write_bytes(
+        (repository / "vae" / "diffusion_pytorch_model.safetensors").read_bytes()
+    )
+
+    def load(name: str, **settings: str) -> subprocess.CompletedProcess[str]:
+        around = {key: value for key, value in os.environ.items() if not key.endswith("_OFFLINE")}
+        around |= {"HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1", **settings}
+        return subprocess.run([sys.executable, "-c", LOADING, name], env=around, capture_output=True, text=True)
+
+    with hub.serving("someone/tiny", repository) as (address, taken):
+        first = load("someone/tiny", HF_ENDPOINT=address)
+        assert first.stdout == "sd1\n", first.stderr
+        assert "vae/diffusion_pytorch_model.fp16.safetensors" in taken and "unet/diffusion_pytorch_model.safetensors" in taken
+        assert not any(file.endswith((".bin", ".ckpt")) or file == "vae/diffusion_pytorch_model.safetensors" for file in taken)
+        unknown = load("someone/unknown", HF_ENDPOINT=address)
+        assert "BaseModelError: someone/unknown cannot be had from the hub" in unknown.stderr
+    again = load("someone/tiny", HF_ENDPOINT="http://127.0.0.1:9")  # where nobody answers
+    assert again.stdout == "sd1\n", again.stderr
+    lost = load("someone/else", HF_ENDPOINT="http://127.0.0.1:9")
+    assert "BaseModelError: someone/else cannot be had from the hub: [Errno 111] Connection refused" in lost.stderr
+    offline = load("someone/else", HF_HUB_OFFLINE="1")
+    assert "someone/else is not in the cache, and HF_HUB_OFFLINE is set" in offline.stderr

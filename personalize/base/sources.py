@@ -53,25 +53,28 @@ def locate(name: str | Path) -> Path:
 
 def from_hub(name: str) -> Path:
     """The folder (or, for OWNER/NAME/FILE.safetensors, the file) of a hub repository in the cache, downloaded if need be."""
-    from huggingface_hub import constants, hf_hub_download, list_repo_files, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub import constants, hf_hub_download, list_repo_files, snapshot_download, try_to_load_from_cache
+    from huggingface_hub.errors import HfHubHTTPError
 
     repo, file = "/".join(name.split("/")[:2]), HUB_ID.fullmatch(name)["file"]  # type: ignore[index]
+    found = try_to_load_from_cache(repo, file or f"unet/{CONFIGS['unet']}")
+    if isinstance(found, str) and (file or is_whole(Path(found).parents[1])):
+        return Path(found) if file else Path(found).parents[1]
+    if constants.HF_HUB_OFFLINE:
+        raise BaseModelError(f"{name} is not in the cache, and HF_HUB_OFFLINE is set", "unset it, or give a folder")
     try:
         if file:
             return Path(hf_hub_download(repo, file))
-        try:
-            cached = Path(snapshot_download(repo, local_files_only=True))
-        except LocalEntryNotFoundError:
-            cached = None
-        if cached and not missing(cached):
-            return cached
-        if constants.HF_HUB_OFFLINE:
-            raise BaseModelError(f"{name} is not in the cache, and HF_HUB_OFFLINE is set", "unset it, or give a folder")
         return Path(snapshot_download(repo, allow_patterns=wanted(list_repo_files(repo))))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+    except (*HfHubHTTPError.__bases__, ValueError) as error:  # its bases: OSError, and the root of whatever HTTP library it uses
         why = first_line(error)
         raise BaseModelError(f"{name} cannot be had from the hub: {why}", "is the name right, and the network there?") from error
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether a diffusers folder has all its parts, and weights in each: a download may have been interrupted."""
+    parts = ["unet", "vae", *(part for part in TEXTS if (folder / part).is_dir())]
+    return not missing(folder) and all(any((folder / part).glob("*.safetensors")) for part in parts)
 
 
 def wanted(files: Iterable[str]) -> list[str]:
