@@ -62,11 +62,12 @@ def from_hub(name: str) -> Path:
         return Path(found) if file else Path(found).parents[1]
     if constants.HF_HUB_OFFLINE:
         raise BaseModelError(f"{name} is not in the cache, and HF_HUB_OFFLINE is set", "unset it, or give a folder")
+    failures: tuple[type[BaseException], ...] = (*HfHubHTTPError.__bases__, ValueError)  # OSError, and its HTTP library's root
     try:
         if file:
             return Path(hf_hub_download(repo, file))
         return Path(snapshot_download(repo, allow_patterns=wanted(list_repo_files(repo))))
-    except (*HfHubHTTPError.__bases__, ValueError) as error:  # its bases: OSError, and the root of whatever HTTP library it uses
+    except failures as error:
         why = first_line(error)
         raise BaseModelError(f"{name} cannot be had from the hub: {why}", "is the name right, and the network there?") from error
 
@@ -114,6 +115,6 @@ def read_json(path: Path) -> dict[str, Any]:
         raise BaseModelError(f"{path} cannot be read: {first_line(error)}") from error
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """The first line of a library's message."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
