@@ -23,7 +23,7 @@ from torch import Tensor
 from . import objectives, sample
 from .attach import Attached, attach
 from .check import Job, check, is_drawn, parts
-from .data import Latents, batches, cached, class_images, generator
+from .data import Dataset, Example, Latents, batch_at, batches, cached, class_images, generator, on_demand
 from .errors import PersonalizeError, TrainingError
 from .events import Event, Finished, Sample, Saved, Started, Step, Sweep
 from .files import atomic, write_text
@@ -98,7 +98,7 @@ class Lesson:
     """What there is to learn, encoded: the pictures, and what keeps the class as it is."""
 
     latents: Latents
-    prior: Latents | None  # class images, for prior 'images'
+    prior: Latents | None  # class images, for prior 'images'; encoded when a step first wants them in its shape
     class_captions: list[str]  # those of the pictures without the trigger, then the class prompts
     class_cond: Tensor | None  # [captions, n, d], class captions as the base reads them, for prior 'output'
 
@@ -107,8 +107,10 @@ def prepare(job: Job) -> Lesson:
     """Encode the pictures and captions, and draw class images if the objective wants them. Cached, all of it."""
     recipe, captions, prior, class_cond = job.recipe, job.class_captions, None, None
     if recipe.objective.prior == "images":
-        draw_class_images(job)
-        prior = cached(job.base, class_images(job.run.class_images, job.class_prompts[0]), recipe)
+        if job.regularization is None:
+            draw_class_images(job)
+        pictures = job.regularization or class_images(job.run.class_images, job.class_prompts[0])
+        prior = on_demand(job.base, pictures, recipe)
     if recipe.objective.prior == "output":
         with torch.no_grad():
             class_cond = job.base.embed(captions)
@@ -116,16 +118,18 @@ def prepare(job: Job) -> Lesson:
 
 
 def feed(job: Job, lesson: Lesson, start: int) -> Iterator[Inputs]:
-    """Endless batches from micro-step `start` on. Where the text encoder trains, captions are embedded here, each time anew."""
+    """Endless batches from micro-step `start` on. Captions that are not read beforehand are embedded here."""
     recipe, base = job.recipe, job.base
-    stream = functools.partial(batches, seed=recipe.seed, caption_dropout=recipe.data.caption_dropout, start_step=start)
-    priors = stream(lesson.prior, batch_size=recipe.prior_rows, purpose="class images") if lesson.prior else None
+    stream = batches(lesson.latents, batch_size=recipe.batch_size, seed=recipe.seed, data=recipe.data, start_step=start)
+    whole = recipe.data.model_copy(update={"caption_shuffle": False, "tag_dropout": 0.0})  # class captions stay as they are
+    prior = functools.partial(batch_at, batch_size=recipe.prior_rows, seed=recipe.seed, data=whole, purpose="class images")
     read = reader(job)
-    for micro, batch in enumerate(stream(lesson.latents, batch_size=recipe.batch_size), start):
-        rows = [one.to(base.device) for one in ([batch, next(priors)] if priors else [batch])]
+    for micro, batch in enumerate(stream, start):
+        both = [batch, prior(lesson.prior, micro, shape=batch.shape)] if lesson.prior else [batch]
+        rows = [one.to(base.device) for one in both]
         cond = torch.cat([read(row.captions, micro) if row.cond is None else row.cond for row in rows])
         mean, std = torch.cat([row.mean for row in rows]), torch.cat([row.std for row in rows])
-        inputs = Inputs(mean, std, cond, class_images=recipe.prior_rows if priors else 0)
+        inputs = Inputs(mean, std, cond, class_images=recipe.prior_rows if lesson.prior else 0, mask=rows[0].mask)
         if lesson.class_cond is not None:
             inputs = with_class_captions(job, lesson, inputs, batch.index[: recipe.prior_rows], micro, read)
         yield inputs
@@ -135,10 +139,10 @@ Read = Callable[[Sequence[str], int], Tensor]  # captions, micro-step -> conditi
 
 
 def reader(job: Job) -> Read:
-    """How the adapter reads captions at a micro-step: anew while the text encoder learns, and from then on each once."""
+    """How the adapter reads captions at a micro-step: anew while the text encoder learns, and else each once, as far as kept."""
     learning = job.recipe.optim.text_encoder_steps(job.recipe.steps) * job.recipe.optim.accumulate
 
-    @functools.cache
+    @functools.lru_cache(maxsize=256)
     @torch.no_grad()
     def final(caption: str) -> Tensor:
         return job.base.embed([caption])
@@ -272,7 +276,7 @@ def started(job: Job, opt: Optimizer, lesson: Lesson, done: int) -> Started:
     return Started(
         time=datetime.now(UTC).isoformat(timespec="seconds"),
         recipe=flatten(job.recipe),
-        images=[{"path": str(e.path), "caption": e.caption, "sha256": e.sha256} for e in job.dataset.examples],
+        images=[told_of(example, job.dataset) for example in job.dataset.examples],
         warnings=warnings,
         parameters=sum(p.numel() for p in opt.parameters.values()),
         device=str(job.base.device),
@@ -280,6 +284,12 @@ def started(job: Job, opt: Optimizer, lesson: Lesson, done: int) -> Started:
         versions=versions(),
         resumed=done,
     )
+
+
+def told_of(example: Example, dataset: Dataset) -> dict[str, str]:
+    """A training picture as the diary has it."""
+    trigger = dataset.concepts[example.concept].trigger
+    return {"path": str(example.path), "caption": example.caption, "sha256": example.sha256, "trigger": trigger}
 
 
 def told(job: Job, opt: Optimizer, done: int, losses: list[float], norm: float, seconds: float, good: bool) -> Step:
