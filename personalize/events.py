@@ -13,13 +13,14 @@ class Started:
 
     time: str  # ISO 8601, UTC
     recipe: dict[str, Any]  # flat names, fully resolved
-    images: list[dict[str, Any]]  # path, caption, sha256
+    images: list[dict[str, Any]]  # path, caption, sha256, trigger
     warnings: list[str]
     parameters: int
     device: str
     dtype: str
     versions: dict[str, str]
     resumed: int = 0
+    shapes: dict[str, int] = field(default_factory=dict)  # pictures (repeats counted) by WIDTHxHEIGHT, in pixels
 
 
 @dataclass(frozen=True, slots=True)

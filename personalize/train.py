@@ -216,7 +216,7 @@ def save(job: Job, attached: Attached, done: int) -> Saved:
     if not all(delta.finite() for delta in adapter.deltas.values()):
         raise TrainingError(f"the adapter is not finite after {done} steps; nothing was overwritten", "try a lower --lr")
     first = next((picture for step in range(done, -1, -1) if (picture := job.run.sample(step, 0, 0)).is_file()), None)
-    about = describe_run(job.recipe, job.base, job.dataset, job.run.name, done, first)
+    about = describe_run(job.recipe, job.base, job.dataset, job.run.name, done, first, job.regularization)
     adapter.save(path, job.recipe.dialect, about)
     return Saved(done, job.run.relative(path))
 
@@ -282,6 +282,7 @@ def started(job: Job, opt: Optimizer, lesson: Lesson, done: int) -> Started:
         device=str(job.base.device),
         dtype=str(job.base.dtype).removeprefix("torch."),
         versions=versions(),
+        shapes={f"{w}x{h}": len(pool) for (w, h), pool in lesson.latents.buckets.items()},
         resumed=done,
     )
 

@@ -108,6 +108,8 @@ class View:
             self.say(f"warning: {warning}")
         where = f"on {event.device} in {event.dtype}"
         self.say(f"{len(event.images)} pictures, base {self.recipe.base}, {event.parameters:,} parameters to train {where}")
+        if len(event.shapes) > 1:
+            self.say(f"shapes   {', '.join(f'{shape} ({count})' for shape, count in event.shapes.items())}")
         self.step = event.resumed
         if event.resumed:
             self.say(f"going on after step {event.resumed}")
