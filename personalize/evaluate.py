@@ -132,15 +132,15 @@ def evidence(folder: Path) -> Evidence:
             words, called = without(triggers, record["prompt"])
             pairs[called].append(Pair(words, opened(folder / twin), opened(folder / record["path"])))
     side = max((pair.adapter.width for pair in pairs[True] + pairs[False]), default=0)
-    training = [(example(folder, one, side), without(triggers, one["caption"])[0]) for one in started.get("images", [])]
+    training = [(example(one, side), without(triggers, one["caption"])[0]) for one in started.get("images", [])]
     there = [(picture, caption) for picture, caption in training if picture]
     return Evidence(pairs[True], pairs[False], [picture for picture, _ in there], [caption for _, caption in there])
 
 
-def example(folder: Path, told: dict[str, Any], side: int) -> Image.Image | None:
+def example(told: dict[str, Any], side: int) -> Image.Image | None:
     """The square centre of a training picture, None if it is gone or has changed since."""
     with contextlib.suppress(DataError):
-        seen = Example(folder / told["path"], told["caption"], told["sha256"], (side, side))
+        seen = Example(Path(told["path"]), told["caption"], told["sha256"], (side, side))
         pixels = load_pixels(seen, side)
         return Image.fromarray(pixels.permute(1, 2, 0).numpy())
     return None

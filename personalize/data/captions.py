@@ -58,8 +58,13 @@ def safe_trigger(name: str) -> str:
 
 def sidecar(picture: Path) -> str:
     """The caption in NAME.txt beside a picture, or "" where there is none. Raises DataError when it is not UTF-8."""
-    found = next((path for suffix in SIDECARS if (path := picture.with_suffix(suffix)).is_file()), None)
+    found = sidecar_of(picture)
     return _tidy(_read(found)) if found else ""
+
+
+def sidecar_of(picture: Path) -> Path | None:
+    """The caption file beside a picture, if there is one."""
+    return next((path for suffix in SIDECARS if (path := picture.with_suffix(suffix)).is_file()), None)
 
 
 def read_metadata(folder: Path) -> dict[Path, Note]:

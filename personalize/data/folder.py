@@ -52,7 +52,8 @@ class Example:
 class Dataset:
     """The pictures in natural order, what was odd about them, and the trigger: as given, else the folder's name made safe.
 
-    `skipped` tells the pictures that could not be read, and why. Of several concepts, the first one's trigger is THE trigger.
+    Of several concepts, the first one's trigger is THE trigger. `skipped` tells the pictures that could not be read, and why,
+    `unused` what lies in the folder and is not used.
     """
 
     examples: tuple[Example, ...]
@@ -60,6 +61,7 @@ class Dataset:
     trigger: str
     concepts: tuple[Concept, ...] = ()
     skipped: tuple[tuple[Path, str], ...] = ()
+    unused: tuple[str, ...] = ()
 
     @property
     def triggers(self) -> tuple[str, ...]:
@@ -158,8 +160,9 @@ def _collect(
     told_skipped = [f"skipped {path.relative_to(root).as_posix()}: {why}" for path, why in skipped]
     if not examples:
         raise DataError(f"none of the {len(used)} pictures in {root} can be read", "; ".join(told_skipped[:3]))
-    warnings = [*told_skipped, *_twins(examples), *_lonely(root, concepts, used), *_unused(root, used)]
-    return Dataset(tuple(examples), warnings, concepts[0].trigger, concepts, tuple(skipped))
+    unused = (*_lonely(root, concepts, used), *_unused(root, used))
+    warnings = [*told_skipped, *_twins(examples), *unused]
+    return Dataset(tuple(examples), warnings, concepts[0].trigger, concepts, tuple(skipped), unused)
 
 
 def _balanced(examples: Sequence[Example], concepts: Sequence[Concept]) -> tuple[Example, ...]:
