@@ -109,8 +109,8 @@ def prepare(job: Job) -> Lesson:
     if recipe.objective.prior == "images":
         if job.regularization is None:
             draw_class_images(job)
-        pictures = job.regularization or class_images(job.run.class_images, job.class_prompts[0])
-        prior = on_demand(job.base, pictures, recipe)
+        classes = job.regularization or class_images(job.run.class_images, job.class_prompts[0])
+        prior = on_demand(job.base, classes, recipe)
     if recipe.objective.prior == "output":
         with torch.no_grad():
             class_cond = job.base.embed(captions)
@@ -272,7 +272,8 @@ def draw_class_images(job: Job) -> None:
 
 def started(job: Job, opt: Optimizer, lesson: Lesson, done: int) -> Started:
     """The event of a run that is about to go."""
-    warnings = [*job.dataset.warnings, *lesson.latents.warnings, *(lesson.prior.warnings if lesson.prior else [])]
+    folders, encoded = (job.dataset, job.regularization), (lesson.latents, lesson.prior)
+    warnings = [warning for part in (*folders, *encoded) if part for warning in part.warnings]
     return Started(
         time=datetime.now(UTC).isoformat(timespec="seconds"),
         recipe=flatten(job.recipe),

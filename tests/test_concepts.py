@@ -339,6 +339,47 @@ def test_regularization_pictures_are_the_class_images_in_the_step_s_shape(make: 
     assert differ(told, weights(recipe.model_copy(update={"output": tmp_path / "more"})))
 
 
+def test_class_images_have_no_masks_and_whole_captions(make: Make, tmp_path: Path) -> None:
+    folder, classes = filled(tmp_path / "zwx", "a.png"), filled(tmp_path / "cat", "x.png", "y.png", size=(64, 96))
+    white((64, 96), 0, 0, 8, 8).save(classes / "x-masklabel.png")
+    for name in "xy":
+        (classes / f"{name}.txt").write_text("a cat, by day, at night, asleep")
+    recipe = make(folder, prior="images", regularization=classes, caption_shuffle=True, keep_tokens=0, **{"class": "cat"})
+    job = check(recipe)
+    with torch.no_grad():
+        whole = job.base.embed(["a cat, by day, at night, asleep"])
+    for inputs in islice(feed(job, prepare(job), 0), 5):
+        assert inputs.mask is None and all(torch.equal(cond, whole[0]) for cond in inputs.cond[2:])
+
+
+def test_what_is_odd_about_class_images_is_told(make: Make, tmp_path: Path) -> None:
+    folder, classes = filled(tmp_path / "zwx", "a.png"), filled(tmp_path / "cat", "x.png")
+    (classes / "torn.png").write_bytes(b"torn")
+    events = train(make(folder, prior="images", regularization=classes, **{"class": "cat"}))
+    warnings = next(events).warnings
+    events.close()
+    assert [line for line in warnings if line.startswith("skipped torn.png")]
+
+
+def test_a_run_with_everything_goes_on_where_it_was_stopped(make: Make, tmp_path: Path, kohya: Path) -> None:
+    for i, size in enumerate([(64, 64), (64, 120), (150, 70), (40, 40), (200, 50)]):
+        filled(kohya, f"2_vok/shape{i}.png", size=size)
+        (kohya / "2_vok" / f"shape{i}.txt").write_text("vok, by day, asleep, far away")
+    white((64, 64), 0, 0, 24, 40).save(kohya / "2_vok" / "shape0-masklabel.png")
+    classes = filled(tmp_path / "reg", "1_cat/a.png", "1_cat/b.png", size=(100, 90))
+    flags = {"steps": 6, "batch_size": 4, "balance": True, "caption_shuffle": True, "tag_dropout": 0.2, "caption_dropout": 0.1}
+    recipe = make(kohya, prior="images", prior_share=0.5, regularization=classes, **flags)
+    unbroken = weights(recipe)
+    again = recipe.model_copy(update={"output": tmp_path / "again"})
+    events = train(again)
+    assert len(next(events).shapes) == 5
+    for _ in range(3):
+        next(events)
+    events.close()
+    resumed = weights(again)
+    assert all(torch.equal(unbroken[path], resumed[path]) for path in unbroken)
+
+
 def test_a_run_does_not_go_on_with_other_masks_or_class_images(make: Make, tmp_path: Path) -> None:
     folder, classes = filled(tmp_path / "zwx", "a.png"), filled(tmp_path / "cat", "x.png")
     white((64, 64), 0, 0, 32, 32).save(folder / "a-masklabel.png")

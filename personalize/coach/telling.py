@@ -88,7 +88,7 @@ def _findings(found: Sequence[Finding]) -> Iterator[str]:
         yield "nothing to complain about"
     for finding in found:
         yield f"{SIGNS[finding.level]} {plain(finding.what)}"
-        yield f"    {'$ ' if finding.command else ''}{plain(finding.do, 2000)}"
+        yield f"    {'$ ' if finding.command else ''}{plain(finding.do, 10**6)}"
 
 
 def _record(survey: Survey, one: Look) -> dict[str, Any]:

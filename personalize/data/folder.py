@@ -134,9 +134,9 @@ def _collect(
     concepts: tuple[Concept, ...],
     template: Callable[[Concept], str],
     prefix: Callable[[Concept], str] = lambda _: "",
-    alpha: bool = False,
+    alpha: bool | None = None,
 ) -> Dataset:
-    """The pictures of all concepts."""
+    """The pictures of all concepts. `alpha` says whether an alpha channel is a mask; None: nothing is, as of class images."""
     examples: list[Example] = []
     skipped: list[tuple[Path, str]] = []
     used: list[Path] = []
@@ -153,7 +153,7 @@ def _collect(
             except Unreadable as error:
                 skipped.append((path, str(error)))
                 continue
-            mask, mask_sha256 = mask_of(path, sha256, size, alpha)
+            mask, mask_sha256 = (None, "") if alpha is None else mask_of(path, sha256, size, alpha)
             repeats = note.repeats or concept.repeats
             caption = f"{prefix(concept)} {caption}".strip()
             examples.append(Example(path, caption, sha256, size, repeats, number, mask, mask_sha256))
