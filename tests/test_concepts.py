@@ -164,6 +164,19 @@ def test_a_mask_is_cut_like_its_picture_and_averaged(tmp_path: Path) -> None:
     assert np.allclose(got[:, :3], 0) and np.allclose(got[:, 4:], 1) and np.allclose(got[:, 3], 0.5, atol=0.02)
 
 
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBA", "LA", "I;16"])
+def test_masks_are_stored_in_many_ways(tmp_path: Path, mode: str) -> None:
+    folder, mask = filled(tmp_path / "zwx", "a.png"), white((64, 64), 0, 0, 64, 32)
+    if mode in ("RGBA", "LA"):
+        stored = Image.new(mode, mask.size, "white")
+        stored.putalpha(mask)  # white on nothing
+    else:
+        stored = Image.fromarray(np.asarray(mask, np.uint16) * 257) if mode == "I;16" else mask.convert(mode)
+    stored.save(folder / "a-masklabel.png")
+    got = load_mask(read(folder).examples[0], (64, 64), 8)
+    assert (got[:4] == 1).all() and (got[4:] == 0).all()
+
+
 def test_the_alpha_channel_is_a_mask_if_asked(tmp_path: Path) -> None:
     folder = filled(tmp_path / "zwx", "a.png", "b.png", "c.png")
     for name in "ac":

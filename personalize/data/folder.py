@@ -123,7 +123,7 @@ def _concepts(root: Path, data: Data) -> tuple[Concept, ...]:
 
 def _numbered(root: Path) -> list[tuple[str, int]]:
     """Subfolders with pictures called `10_something`, and their numbers; none where there are pictures beside them."""
-    if any(is_picture(path) and not path.is_dir() for path in _visible(root)):
+    if any(is_picture(path) and not path.is_dir() and not is_mask(path) for path in _visible(root)):
         return []
     names = sorted(_galleries(root), key=natural)
     return [(name, int(match[1])) for name in names if (match := KOHYA.fullmatch(name))]

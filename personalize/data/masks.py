@@ -9,7 +9,7 @@ import numpy as np
 
 from ..errors import DataError
 from .buckets import Shape
-from .pictures import Unreadable, load_image, opened, over, probe
+from .pictures import Unreadable, eight_bit, load_image, opened, over, probe, white_of
 
 if TYPE_CHECKING:
     from .folder import Example
@@ -65,8 +65,8 @@ def _lightest(path: Path, *, alpha: bool = False) -> int | None:
         if alpha and not image.has_transparency_data:
             return None
         image.load()
-        rgba = image.convert("RGBA")
-        grey = rgba.getchannel("A") if alpha else over("black", rgba).convert("L")
+        flat = eight_bit(image, white_of(image))
+        grey = flat.getchannel("A") if alpha else over("black", flat).convert("L")
         brightest = int(np.asarray(grey).max())
     if brightest == 0:
         what = f"{path} is transparent everywhere" if alpha else f"the mask {path} is all black"

@@ -163,15 +163,15 @@ def over(colour: str, image: Image.Image) -> Image.Image:
 def _shrunk(image: Image.Image, shape: Shape) -> Image.Image:
     """RGB or RGBA; the centre of a picture much larger than `shape` is averaged down, in strips that need little memory."""
     left, top, right, bottom = centre(image.size, shape)
-    factor, white = int(min((right - left) / shape[0], (bottom - top) / shape[1])) // SPARE, _white(image)
+    factor, white = int(min((right - left) / shape[0], (bottom - top) / shape[1])) // SPARE, white_of(image)
     if factor < 2:
-        return _eight_bit(image, white)
+        return eight_bit(image, white)
     width, height, strip = round(right - left) // factor, round(bottom - top) // factor, max(1, STRIP // factor)
     left, top = (image.width - width * factor) // 2, (image.height - height * factor) // 2
     parts = []
     for row in range(0, height, strip):
         box = (left, top + row * factor, left + width * factor, top + min(row + strip, height) * factor)
-        part = _eight_bit(image.crop(box), white)
+        part = eight_bit(image.crop(box), white)
         # averaged colours must be weighted by their alpha, which is what RGBa holds
         parts.append(part.convert("RGBa").reduce(factor).convert("RGBA") if part.mode == "RGBA" else part.reduce(factor))
     whole = Image.new(parts[0].mode, (width, height))
@@ -180,7 +180,7 @@ def _shrunk(image: Image.Image, shape: Shape) -> Image.Image:
     return whole
 
 
-def _eight_bit(image: Image.Image, white: float) -> Image.Image:
+def eight_bit(image: Image.Image, white: float) -> Image.Image:
     """Any mode -> RGB, or RGBA where something can be transparent; `white` is the brightest value of 16- and 32-bit greys."""
     if not _is_deep(image):
         return image.convert("RGBA" if image.has_transparency_data else "RGB")
@@ -188,7 +188,7 @@ def _eight_bit(image: Image.Image, white: float) -> Image.Image:
     return Image.fromarray(np.rint(values.clip(0, 255)).astype(np.uint8)).convert("RGB")
 
 
-def _white(image: Image.Image) -> float:
+def white_of(image: Image.Image) -> float:
     """What is white in a deep grey. I;16 spans its range; I and F say nothing of theirs: the least usual one that holds all."""
     if not _is_deep(image) or image.mode.startswith("I;16"):
         return 65535.0
