@@ -12,7 +12,7 @@ from . import sample
 from .adapters import Adapter
 from .attach import fresh as fresh_deltas
 from .base import Base, device_of
-from .data import Dataset, fill, read_folder, safe_trigger, without
+from .data import Concept, Dataset, Example, fill, grid_of, read_folder, regularization, safe_trigger, without
 from .data.store import fingerprint
 from .errors import OutputError, RecipeError
 from .events import Finished
@@ -20,7 +20,7 @@ from .recipe import Recipe, flatten, to_toml
 from .runs import Run, State
 
 # Settings that change nothing about the training itself: a run may go on with other ones.
-HARMLESS = {"preset", "output", "name", "dialect", "checkpoint_every", "folder", "device"}
+HARMLESS = {"preset", "output", "name", "dialect", "checkpoint_every", "folder", "regularization", "device"}
 SAMPLING = {"sample_every", "sample_prompts", "sample_seeds", "sample_steps", "guidance"}
 MARGIN = 64 * 2**20  # bytes of disk for everything small
 
@@ -36,6 +36,7 @@ class Job:
     about: dict[str, Any]  # what the state must agree with to go on
     state: State | None  # None: start at the beginning
     finished: Finished | None  # not None: there is nothing to do
+    regularization: Dataset | None = None  # class images that somebody brought
 
     @property
     def side(self) -> int:
@@ -45,22 +46,30 @@ class Job:
     @property
     def windows(self) -> int:
         """Windows of the text encoder that every caption is brought to, so that they fit into one batch."""
-        return self.base.windows([*(example.caption for example in self.dataset.examples), *self.class_captions])
+        captions = [*(example.caption for example in self.dataset.examples), *self.class_captions]
+        return self.base.windows(captions, shuffled=self.recipe.data.varies)
 
     @property
     def prompts(self) -> list[str]:
-        """The sample prompts, filled in."""
-        return [self._filled(prompt) for prompt in self.recipe.sampling.sample_prompts]
+        """The sample prompts, filled in: all of them for the first concept, and the first with a trigger for each other one."""
+        templates = self.recipe.sampling.sample_prompts
+        called = [template for template in templates if "{trigger}" in template][:1]
+        others = [self._filled(template, one) for one in self.dataset.concepts[1:] for template in called]
+        own = [self._filled(template) for template in templates]
+        return [*own, *(prompt for prompt in dict.fromkeys(others) if prompt not in own)]
 
     @property
     def class_prompts(self) -> list[str]:
-        """The prompts that tell how the class is without the trigger, filled in."""
-        return [self._filled(template) for template in self.recipe.class_templates]
+        """The prompts that tell how the class, or each of several, is without the trigger, filled in."""
+        concepts, templates = self.dataset.concepts, self.recipe.objective.prior_prompts
+        fitting = [(text, one) for one in concepts for text in templates if one.class_name or "{class}" not in text]
+        return list(dict.fromkeys(self._filled(text, one) for text, one in fitting))
 
     @property
     def class_captions(self) -> list[str]:
-        """The pictures' captions without the trigger, then the class prompts: what prior 'output' holds."""
-        return [*(without(self.dataset.trigger, example.caption)[0] for example in self.dataset.examples), *self.class_prompts]
+        """The pictures' captions without the triggers, then the class prompts: what prior 'output' holds."""
+        triggers = self.dataset.triggers
+        return [*(without(triggers, example.caption)[0] for example in self.dataset.examples), *self.class_prompts]
 
     def parameters(self, prompt: str, seed: int) -> sample.Parameters:
         """What a sample picture carries in its file."""
@@ -69,8 +78,10 @@ class Job:
             self.base, prompt=prompt, seed=seed, steps=sampling.sample_steps, guidance=sampling.guidance, size=size
         )
 
-    def _filled(self, template: str) -> str:
-        return fill(template, self.dataset.trigger, self.recipe.data.class_name)
+    def _filled(self, template: str, concept: Concept | None = None) -> str:
+        """Filled in for a concept, by default the first."""
+        concept = concept or self.dataset.concepts[0]
+        return fill(template, concept.trigger, concept.class_name)
 
 
 def check(recipe: Recipe, *, fresh: bool = False) -> Job:
@@ -93,26 +104,40 @@ def check(recipe: Recipe, *, fresh: bool = False) -> Job:
     )
     sample.make_sampler(base, recipe.sampling.sample_steps)
     sample.latent_shape(base, recipe.data.resolution or None)
+    grid_of(base, recipe)
+    brought = class_folder(recipe)
     run = Run(recipe.output, recipe.name)
     about = {
         "settings": compared(recipe),
-        "pictures": [[e.sha256, e.caption] for e in dataset.examples],
+        "pictures": [identity(e) for e in (*dataset.examples, *(brought.examples if brought else ()))],
         "weights": weights(base),
     }
     state = None if fresh else run.load_state()
     if state:
         check_same(run, state.about, about)
     finished = run.finished() if state and state.done == recipe.steps and run.recipe_text() == to_toml(recipe) else None
-    job = Job(recipe, base, dataset, run, about, state, finished)
+    job = Job(recipe, base, dataset, run, about, state, finished, brought)
     if not finished:
         rehearse(job)
     return job
 
 
+def class_folder(recipe: Recipe) -> Dataset | None:
+    """The class images that somebody brought, if any."""
+    if recipe.data.regularization is None:
+        return None
+    return regularization(recipe.data.regularization, recipe.objective.prior_prompts[0], recipe.data.class_name)
+
+
+def identity(example: Example) -> list[str | int]:
+    """What must stay as it is about a picture for a run to go on."""
+    return [example.sha256, example.caption, example.repeats, example.mask_sha256]
+
+
 def settled(recipe: Recipe, dataset: Dataset) -> Recipe:
-    """The recipe with those defaults filled in that depend on the pictures: trigger, name, output."""
+    """The recipe with those defaults filled in that depend on the pictures: trigger, class, name, output."""
     name = recipe.name or safe_trigger(dataset.trigger)
-    data = recipe.data.model_copy(update={"trigger": dataset.trigger})
+    data = recipe.data.model_copy(update={"trigger": dataset.trigger, "class_name": dataset.concepts[0].class_name})
     return recipe.model_copy(update={"data": data, "name": name, "output": recipe.output or Path("runs") / name})
 
 

@@ -120,7 +120,8 @@ def evidence(folder: Path) -> Evidence:
     """Read a run folder: its last sample pictures beside those of the base, and its training pictures."""
     history = Run(folder, "").history()
     started: dict[str, Any] = next((record for record in reversed(history) if record["event"] == "started"), {})
-    trigger = started.get("recipe", {}).get("trigger") or ""
+    told = [started.get("recipe", {}), *started.get("images", [])]  # of several concepts, each picture tells its own
+    triggers = list(dict.fromkeys(one["trigger"] for one in told if one.get("trigger")))
     samples = [record for record in history if record["event"] == "sample" and (folder / record["path"]).is_file()]
     last = max((record["step"] for record in samples if not record["base"]), default=0)
     before = {(record["prompt"], record["seed"]): record["path"] for record in samples if record["base"]}
@@ -128,18 +129,18 @@ def evidence(folder: Path) -> Evidence:
     for record in samples:
         twin = before.get((record["prompt"], record["seed"]))
         if record["step"] == last and not record["base"] and twin:
-            words, called = without(trigger, record["prompt"])
+            words, called = without(triggers, record["prompt"])
             pairs[called].append(Pair(words, opened(folder / twin), opened(folder / record["path"])))
     side = max((pair.adapter.width for pair in pairs[True] + pairs[False]), default=0)
-    training = [(example(folder, told, side), without(trigger, told["caption"])[0]) for told in started.get("images", [])]
+    training = [(example(one, side), without(triggers, one["caption"])[0]) for one in started.get("images", [])]
     there = [(picture, caption) for picture, caption in training if picture]
     return Evidence(pairs[True], pairs[False], [picture for picture, _ in there], [caption for _, caption in there])
 
 
-def example(folder: Path, told: dict[str, Any], side: int) -> Image.Image | None:
-    """A training picture as the model saw it, None if it is gone or has changed since."""
+def example(told: dict[str, Any], side: int) -> Image.Image | None:
+    """The square centre of a training picture, None if it is gone or has changed since."""
     with contextlib.suppress(DataError):
-        seen = Example(folder / told["path"], told["caption"], told["sha256"], (side, side))
+        seen = Example(Path(told["path"]), told["caption"], told["sha256"], (side, side))
         pixels = load_pixels(seen, side)
         return Image.fromarray(pixels.permute(1, 2, 0).numpy())
     return None

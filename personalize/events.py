@@ -13,7 +13,7 @@ class Started:
 
     time: str  # ISO 8601, UTC
     recipe: dict[str, Any]  # flat names, fully resolved
-    images: list[dict[str, Any]]  # path, caption, sha256
+    images: list[dict[str, Any]]  # path, caption, sha256, trigger
     warnings: list[str]
     parameters: int
     device: str
@@ -21,6 +21,7 @@ class Started:
     versions: dict[str, str]
     base: dict[str, Any] = field(default_factory=dict)  # what was loaded: family, prediction, parameters, dtypes, bytes
     resumed: int = 0
+    shapes: dict[str, int] = field(default_factory=dict)  # pictures (repeats counted) by WIDTHxHEIGHT, in pixels
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,17 +17,24 @@ from typing import Any
 from PIL import Image
 
 from .base import Base
-from .data import Dataset
+from .data import Dataset, grid_of
+from .data.captions import tags
 from .families import A1111
 from .recipe import Recipe, to_json
 
 PREDICTION = {"epsilon": "epsilon", "v_prediction": "v", "sample": "sample"}  # modelspec's words
 
 
-def describe_run(recipe: Recipe, base: Base, dataset: Dataset, name: str, step: int, sample: Path | None) -> dict[str, str]:
-    """The whole metadata of an adapter saved after `step` steps; `sample` is the picture for its thumbnail."""
+def describe_run(
+    recipe: Recipe, base: Base, dataset: Dataset, name: str, step: int, sample: Path | None, classes: Dataset | None = None
+) -> dict[str, str]:
+    """The whole metadata of an adapter saved after `step` steps; `sample` is the picture for its thumbnail.
+
+    `classes` are the class images that somebody brought.
+    """
     return {
         **kohya_keys(recipe, base, dataset, name, step),
+        **dataset_keys(recipe, base, dataset, classes),
         **modelspec_keys(recipe, base, dataset, name, sample),
         "personalize.recipe": to_json(recipe),
         "personalize.step": str(step),
@@ -39,8 +46,7 @@ def describe_run(recipe: Recipe, base: Base, dataset: Dataset, name: str, step: 
 def kohya_keys(recipe: Recipe, base: Base, dataset: Dataset, name: str, step: int) -> dict[str, str]:
     """What kohya's trainer would have written, as far as it has a meaning here; read by A1111, Forge and model sites."""
     optim, spec, side = recipe.optim, recipe.adapter, recipe.data.resolution or base.resolution
-    folder, captions = recipe.data.folder.absolute().name, Counter(example.caption for example in dataset.examples)
-    seen = step * recipe.batch_size * optim.accumulate
+    seen, pictures = step * recipe.batch_size * optim.accumulate, sum(example.repeats for example in dataset.examples)
     keys: dict[str, Any] = {
         "ss_output_name": name,
         "ss_base_model_version": base_version(base),
@@ -53,10 +59,9 @@ def kohya_keys(recipe: Recipe, base: Base, dataset: Dataset, name: str, step: in
         "ss_network_dropout": spec.dropout or None,
         "ss_resolution": f"({side}, {side})",
         "ss_clip_skip": recipe.clip_skip if recipe.clip_skip > 1 else None,
-        "ss_num_train_images": len(dataset.examples),
-        "ss_num_reg_images": recipe.objective.prior_images if recipe.objective.prior == "images" else 0,
-        "ss_num_epochs": -(-seen // len(dataset.examples)),
-        "ss_epoch": -(-seen // len(dataset.examples)),
+        "ss_num_train_images": pictures,
+        "ss_num_epochs": -(-seen // pictures),
+        "ss_epoch": -(-seen // pictures),
         "ss_steps": step,
         "ss_max_train_steps": recipe.steps,
         "ss_total_batch_size": recipe.batch_size * optim.accumulate,
@@ -74,34 +79,87 @@ def kohya_keys(recipe: Recipe, base: Base, dataset: Dataset, name: str, step: in
         "ss_mixed_precision": "no",
         "ss_seed": recipe.seed,
         "ss_session_id": int(hashlib.sha256(to_json(recipe).encode()).hexdigest()[:8], 16),
-        "ss_tag_frequency": json.dumps({folder: captions}, ensure_ascii=False),
-        "ss_dataset_dirs": json.dumps({folder: {"n_repeats": 1, "img_count": len(dataset.examples)}}, ensure_ascii=False),
         "ss_training_comment": f"made with personalize {versions()['personalize']}",
     }
     return {key: str(value) for key, value in keys.items()}
 
 
+def dataset_keys(recipe: Recipe, base: Base, dataset: Dataset, classes: Dataset | None) -> dict[str, str]:
+    """What kohya's trainer would have written about the pictures: folders, tags, buckets and what is done to captions."""
+    data, places = recipe.data, grid_of(base, recipe)
+    shapes = Counter(places.shape_of(example.size) for example in dataset.examples for _ in range(example.repeats))
+    found = {str(i): {"resolution": list(shape), "count": count} for i, (shape, count) in enumerate(sorted(shapes.items()))}
+    errors = [abs(e.size[0] / e.size[1] - shape[0] / shape[1]) for e in dataset.examples for shape in [places.shape_of(e.size)]]
+    drawn = recipe.objective.prior_images if recipe.objective.prior == "images" else 0
+    keys = {
+        "ss_num_reg_images": len(classes.examples) if classes else drawn,
+        "ss_dataset_dirs": _json(directories(dataset, data.folder)),
+        "ss_reg_dataset_dirs": _json(directories(classes, data.regularization) if classes and data.regularization else {}),
+        "ss_tag_frequency": _json(frequencies(dataset, data.folder)),
+        "ss_enable_bucket": data.buckets,
+        "ss_bucket_no_upscale": not data.upscale,
+        "ss_min_bucket_reso": min(min(shape) for shape in shapes),
+        "ss_max_bucket_reso": max(max(shape) for shape in shapes),
+        "ss_bucket_info": _json({"buckets": found, "mean_img_ar_error": sum(errors) / len(errors)} if data.buckets else None),
+        "ss_flip_aug": data.flip,
+        "ss_random_crop": False,
+        "ss_shuffle_caption": data.caption_shuffle,
+        "ss_keep_tokens": data.keep_tokens,
+        "ss_caption_dropout_rate": data.caption_dropout,
+        "ss_caption_tag_dropout_rate": data.tag_dropout,
+        "ss_caption_prefix": data.caption_prefix or None,
+    }
+    return {key: str(value) for key, value in keys.items()}
+
+
+def directories(dataset: Dataset, root: Path) -> dict[str, dict[str, int]]:
+    """Folders by name, with their repeats and numbers of pictures."""
+    counts = Counter(example.concept for example in dataset.examples)
+    return {_name(one.folder, root): {"n_repeats": one.repeats, "img_count": counts[i]} for i, one in enumerate(dataset.concepts)}
+
+
+def frequencies(dataset: Dataset, root: Path) -> dict[str, Counter[str]]:
+    """How many captions of each folder hold a tag, in lower case as kohya's trainer counts them."""
+    found: dict[str, Counter[str]] = {_name(one.folder, root): Counter() for one in dataset.concepts}
+    for example in dataset.examples:
+        found[_name(dataset.concepts[example.concept].folder, root)].update(tag.lower() for tag in tags(example.caption))
+    return found
+
+
+def _name(folder: str, root: Path) -> str:
+    return folder or root.absolute().name
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+def called(dataset: Dataset) -> list[str]:
+    """How a prompt asks for each concept: its trigger and class."""
+    return list(dict.fromkeys(f"{one.trigger} {one.class_name}".strip() for one in dataset.concepts))
+
+
 def modelspec_keys(recipe: Recipe, base: Base, dataset: Dataset, name: str, sample: Path | None) -> dict[str, str]:
     """ModelSpec 1.0.1 (https://github.com/Stability-AI/ModelSpec)."""
     side = recipe.data.resolution or base.resolution
-    words = f"{dataset.trigger} {recipe.data.class_name}".strip()
+    words = called(dataset)
     keys = {
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": architecture(base),
         "modelspec.implementation": "diffusers",
         "modelspec.title": name,
-        "modelspec.description": f"LoRA of {words}, from {len(dataset.examples)} pictures",
+        "modelspec.description": f"LoRA of {' and '.join(words)}, from {len(dataset.examples)} pictures",
         "modelspec.resolution": f"{side}x{side}",
         "modelspec.prediction_type": PREDICTION[base.schedule.prediction],
-        "modelspec.trigger_phrase": dataset.trigger,
-        "modelspec.usage_hint": f'write "{words}" in the prompt',
+        "modelspec.trigger_phrase": ", ".join(dataset.triggers),
+        "modelspec.usage_hint": f"write {' or '.join(_json(word) for word in words)} in the prompt",
     }
     return keys | ({"modelspec.thumbnail": thumbnail(sample)} if sample else {})
 
 
 def sidecar(recipe: Recipe, base: Base, dataset: Dataset) -> str:
     """NAME.json, which A1111 and Forge read beside the file."""
-    words = f"{dataset.trigger} {recipe.data.class_name}".strip()
+    words = ", ".join(called(dataset))
     said = {
         "description": f"{words}, trained on {Path(base.name).name}",
         "sd version": A1111.get(base.family.name, "Unknown"),

@@ -31,6 +31,7 @@ class Inputs:
     class_images: int = 0  # k, how many of the last rows are class images, for prior 'images'
     class_cond: Cond | None = None  # k rows, captions without the trigger for the first rows, for prior 'output'
     class_cond_off: Cond | None = None  # the same without the adapter
+    mask: Tensor | None = None  # [b, 1, h, w] in 0..1, 1 where a picture is to be learned; None: everywhere
 
 
 Loss = Callable[[Denoise, Inputs, Rng], Tensor]
@@ -44,27 +45,28 @@ class Noised:
     t: Tensor  # [b]
     target: Tensor  # [b, c, h, w]
     weight: Tensor  # [b]
+    mask: Tensor | None = None  # [b, 1, h, w], weights of places; None: all alike
 
 
 def build(objective: Objective, schedule: Schedule, off: Off = contextlib.nullcontext) -> Loss:
     """The loss that an objective asks for. `off` is the context in which `denoise` predicts without the adapter."""
-    gamma, weight = objective.min_snr, objective.prior_weight
+    gamma, weight, outside = objective.min_snr, objective.prior_weight, objective.mask_outside
 
     def plain(denoise: Denoise, inputs: Inputs, rng: Rng) -> Tensor:
         """Denoising (Ho et al. 2020, eq. 14), min-SNR weighted."""
-        x = noised(inputs, schedule, gamma, rng)
+        x = noised(inputs, schedule, gamma, rng, outside)
         return errors(denoise(x.latents, x.t, inputs.cond), x)
 
     def images(denoise: Denoise, inputs: Inputs, rng: Rng) -> Tensor:
         """DreamBooth's prior preservation (Ruiz et al. 2022, eq. 2): the same loss on class images, their mean added to each."""
-        x = noised(inputs, schedule, gamma, rng)
+        x = noised(inputs, schedule, gamma, rng, outside)
         own, prior = errors(denoise(x.latents, x.t, inputs.cond), x).tensor_split([-inputs.class_images])
         return own + weight * prior.mean()
 
     def output(denoise: Denoise, inputs: Inputs, rng: Rng) -> Tensor:
         """On the caption without the trigger, stay with what the base itself predicts from the same noisy latents."""
         assert inputs.class_cond is not None and inputs.class_cond_off is not None
-        x, k = noised(inputs, schedule, gamma, rng), len(inputs.class_cond)
+        x, k = noised(inputs, schedule, gamma, rng, outside), len(inputs.class_cond)
         with torch.no_grad(), off():
             kept = denoise(x.latents[:k], x.t[:k], inputs.class_cond_off)
         both = Noised(
@@ -72,6 +74,7 @@ def build(objective: Objective, schedule: Schedule, off: Off = contextlib.nullco
             torch.cat([x.t, x.t[:k]]),
             torch.cat([x.target, kept]),
             torch.cat([x.weight, x.weight[:k]]),
+            unmasked(x.mask, k),
         )
         own, prior = errors(denoise(both.latents, both.t, Cond.cat([inputs.cond, inputs.class_cond])), both).tensor_split([-k])
         return own + weight * prior.mean()
@@ -79,13 +82,23 @@ def build(objective: Objective, schedule: Schedule, off: Off = contextlib.nullco
     return {"none": plain, "images": images, "output": output}[objective.prior]
 
 
-def noised(inputs: Inputs, schedule: Schedule, gamma: float, rng: Rng) -> Noised:
-    """Draw x_0 from its posterior, timesteps and noise; class images take the timesteps of the first pictures."""
+def noised(inputs: Inputs, schedule: Schedule, gamma: float, rng: Rng, outside: float = 0.0) -> Noised:
+    """Draw x_0 from its posterior, timesteps and noise; class images take the timesteps of the first pictures.
+
+    What a mask leaves out weighs `outside`; class images have none.
+    """
     x0 = inputs.mean + inputs.std * normal(inputs.mean, rng("posterior"))
     eps = normal(inputs.mean, rng("noise"))
     t = timesteps(len(x0) - inputs.class_images, schedule, rng).to(x0.device)
     t = torch.cat([t, t[: inputs.class_images]])
-    return Noised(schedule.signal(t) * x0 + schedule.noise(t) * eps, t, target(x0, eps, t, schedule), weights(t, schedule, gamma))
+    mask = None if inputs.mask is None else unmasked(inputs.mask + outside * (1 - inputs.mask), inputs.class_images)
+    x = schedule.signal(t) * x0 + schedule.noise(t) * eps
+    return Noised(x, t, target(x0, eps, t, schedule), weights(t, schedule, gamma), mask)
+
+
+def unmasked(mask: Tensor | None, rows: int) -> Tensor | None:
+    """A mask [b, 1, h, w] with so many more rows, all ones."""
+    return None if mask is None else torch.cat([mask, torch.ones_like(mask[:1]).expand(rows, -1, -1, -1)])
 
 
 def timesteps(b: int, schedule: Schedule, rng: Rng) -> Tensor:
@@ -117,8 +130,11 @@ def weights(t: Tensor, schedule: Schedule, gamma: float) -> Tensor:
 
 
 def errors(predicted: Tensor, x: Noised) -> Tensor:
-    """Weighted mean squared error of each picture [b], in fp32."""
-    return x.weight * (predicted.float() - x.target.float()).square().mean(dim=(1, 2, 3))
+    """Weighted mean squared error of each picture [b], in fp32; over its mask, so that small ones count as much as large ones."""
+    squared = (predicted.float() - x.target.float()).square()
+    if x.mask is None:
+        return x.weight * squared.mean(dim=(1, 2, 3))
+    return x.weight * (squared.mean(dim=1, keepdim=True) * x.mask).sum(dim=(1, 2, 3)) / x.mask.sum(dim=(1, 2, 3))
 
 
 def normal(like: Tensor, generator: torch.Generator) -> Tensor:

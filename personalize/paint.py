@@ -90,7 +90,8 @@ def tell_triggers(adapters: Sequence[Adapter], stack: Stack, prompts: Sequence[s
     """Warn about adapters whose trigger word stands in none of the prompts: they will hardly show."""
     for adapter, (path, _) in zip(adapters, stack, strict=True):
         trigger = adapter.metadata.get("modelspec.trigger_phrase", "")
-        if trigger and not any(trigger.lower() in prompt.lower() for prompt in prompts):
+        words = trigger.lower().split(", ")  # one of each concept
+        if trigger and not any(word in prompt.lower() for word in words for prompt in prompts):
             warnings.warn(f"{path.name} listens to {trigger!r}, which no prompt says", stacklevel=2)
 
 

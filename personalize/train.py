@@ -24,7 +24,7 @@ from . import objectives, sample
 from .attach import Attached, attach
 from .base import Cond
 from .check import Job, check, is_drawn, parts
-from .data import Latents, batches, cached, class_images, generator
+from .data import Dataset, Example, Latents, batch_at, batches, cached, class_images, generator, on_demand
 from .errors import PersonalizeError, TrainingError
 from .events import Event, Finished, Sample, Saved, Started, Step, Sweep
 from .files import atomic, write_text
@@ -99,7 +99,7 @@ class Lesson:
     """What there is to learn, encoded: the pictures, and what keeps the class as it is."""
 
     latents: Latents
-    prior: Latents | None  # class images, for prior 'images'
+    prior: Latents | None  # class images, for prior 'images'; encoded when a step first wants them in its shape
     class_captions: list[str]  # those of the pictures without the trigger, then the class prompts
     class_cond: Cond | None  # class captions as the base reads them, for prior 'output'
 
@@ -108,8 +108,10 @@ def prepare(job: Job) -> Lesson:
     """Encode the pictures and captions, and draw class images if the objective wants them. Cached, all of it."""
     recipe, captions, prior, class_cond = job.recipe, job.class_captions, None, None
     if recipe.objective.prior == "images":
-        draw_class_images(job)
-        prior = cached(job.base, class_images(job.run.class_images, job.class_prompts[0]), recipe, job.windows)
+        if job.regularization is None:
+            draw_class_images(job)
+        classes = job.regularization or class_images(job.run.class_images, job.class_prompts[0])
+        prior = on_demand(job.base, classes, recipe, windows=job.windows)
     if recipe.objective.prior == "output":
         with torch.no_grad():
             class_cond = job.base.embed(captions, windows=job.windows)
@@ -117,16 +119,19 @@ def prepare(job: Job) -> Lesson:
 
 
 def feed(job: Job, lesson: Lesson, start: int) -> Iterator[Inputs]:
-    """Endless batches from micro-step `start` on. Where the text encoder trains, captions are embedded here, each time anew."""
+    """Endless batches from micro-step `start` on. Captions that are not read beforehand are embedded here."""
     recipe, base = job.recipe, job.base
-    stream = functools.partial(batches, seed=recipe.seed, caption_dropout=recipe.data.caption_dropout, start_step=start)
-    priors = stream(lesson.prior, batch_size=recipe.prior_rows, purpose="class images") if lesson.prior else None
+    stream = batches(lesson.latents, batch_size=recipe.batch_size, seed=recipe.seed, data=recipe.data, start_step=start)
+    whole = recipe.data.model_copy(update={"caption_shuffle": False, "tag_dropout": 0.0})  # class captions stay as they are
+    prior = functools.partial(batch_at, batch_size=recipe.prior_rows, seed=recipe.seed, data=whole, purpose="class images")
     read = reader(job)
-    for micro, batch in enumerate(stream(lesson.latents, batch_size=recipe.batch_size), start):
-        rows = [one.to(base.device) for one in ([batch, next(priors)] if priors else [batch])]
+    for micro, batch in enumerate(stream, start):
+        both = [batch, prior(lesson.prior, micro, shape=batch.shape)] if lesson.prior else [batch]
+        rows = [one.to(base.device) for one in both]
         cond = Cond.cat([read(row.captions, micro) if row.cond is None else row.cond for row in rows])
         mean, std = torch.cat([row.mean for row in rows]), torch.cat([row.std for row in rows])
-        inputs = Inputs(mean, std, cond, class_images=recipe.prior_rows if priors else 0)
+        cond = cond.sized(torch.cat([row.sizes for row in rows]))
+        inputs = Inputs(mean, std, cond, class_images=recipe.prior_rows if lesson.prior else 0, mask=rows[0].mask)
         if lesson.class_cond is not None:
             inputs = with_class_captions(job, lesson, inputs, batch.index[: recipe.prior_rows], micro, read)
         yield inputs
@@ -136,10 +141,10 @@ Read = Callable[[Sequence[str], int], Cond]  # captions, micro-step -> their con
 
 
 def reader(job: Job) -> Read:
-    """How the adapter reads captions at a micro-step: anew while the text encoder learns, and from then on each once."""
+    """How the adapter reads captions at a micro-step: anew while the text encoder learns, and else each once, as far as kept."""
     learning = job.recipe.optim.text_encoder_steps(job.recipe.steps) * job.recipe.optim.accumulate
 
-    @functools.cache
+    @functools.lru_cache(maxsize=256)
     @torch.no_grad()
     def final(caption: str) -> Cond:
         return job.base.embed([caption], windows=job.windows)
@@ -165,7 +170,8 @@ def with_class_captions(job: Job, lesson: Lesson, inputs: Inputs, index: Tensor,
         index = torch.where(others, pictures + drawn, index.cpu())
     off = lesson.class_cond[index.to(lesson.class_cond.tokens.device)]
     now = read([captions[i] for i in index.tolist()], micro) if job.recipe.optim.text_encoder_lr else off
-    return replace(inputs, class_cond=now, class_cond_off=off)
+    sizes = None if inputs.cond.sizes is None else inputs.cond.sizes[: len(index)]
+    return replace(inputs, class_cond=now.sized(sizes), class_cond_off=off.sized(sizes))
 
 
 def rng_of(recipe: Recipe, micro: int) -> objectives.Rng:
@@ -215,7 +221,7 @@ def save(job: Job, attached: Attached, done: int) -> Saved:
     if not all(delta.finite() for delta in adapter.deltas.values()):
         raise TrainingError(f"the adapter is not finite after {done} steps; nothing was overwritten", "try a lower --lr")
     first = next((picture for step in range(done, -1, -1) if (picture := job.run.sample(step, 0, 0)).is_file()), None)
-    about = describe_run(job.recipe, job.base, job.dataset, job.run.name, done, first)
+    about = describe_run(job.recipe, job.base, job.dataset, job.run.name, done, first, job.regularization)
     adapter.save(path, job.recipe.dialect, about)
     return Saved(done, job.run.relative(path))
 
@@ -271,19 +277,27 @@ def draw_class_images(job: Job) -> None:
 
 def started(job: Job, opt: Optimizer, lesson: Lesson, done: int) -> Started:
     """The event of a run that is about to go."""
-    warnings = [*job.dataset.warnings, *lesson.latents.warnings, *(lesson.prior.warnings if lesson.prior else [])]
+    folders, encoded = (job.dataset, job.regularization), (lesson.latents, lesson.prior)
+    warnings = [warning for part in (*folders, *encoded) if part for warning in part.warnings]
     return Started(
         time=datetime.now(UTC).isoformat(timespec="seconds"),
         recipe=flatten(job.recipe),
-        images=[{"path": str(e.path), "caption": e.caption, "sha256": e.sha256} for e in job.dataset.examples],
+        images=[told_of(example, job.dataset) for example in job.dataset.examples],
         warnings=warnings,
         parameters=sum(p.numel() for p in opt.parameters.values()),
         device=str(job.base.device),
         dtype=str(job.base.dtype).removeprefix("torch."),
         versions=versions(),
         base=job.base.facts,
+        shapes={f"{w}x{h}": len(pool) for (w, h), pool in lesson.latents.buckets.items()},
         resumed=done,
     )
+
+
+def told_of(example: Example, dataset: Dataset) -> dict[str, str]:
+    """A training picture as the diary has it."""
+    trigger = dataset.concepts[example.concept].trigger
+    return {"path": str(example.path), "caption": example.caption, "sha256": example.sha256, "trigger": trigger}
 
 
 def told(job: Job, opt: Optimizer, done: int, losses: list[float], norm: float, seconds: float, good: bool) -> Step:

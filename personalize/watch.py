@@ -108,6 +108,8 @@ class View:
             self.say(f"warning: {warning}")
         self.say(f"base     {self.recipe.base}: {loaded(event.base)}")
         self.say(f"learning {len(event.images)} pictures, {event.parameters:,} parameters to train on {event.device}")
+        if len(event.shapes) > 1:
+            self.say(f"shapes   {', '.join(f'{shape} ({count})' for shape, count in event.shapes.items())}")
         self.step = event.resumed
         if event.resumed:
             self.say(f"going on after step {event.resumed}")

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from personalize.data import Dataset, Example, class_images, fill, load_pixels, read_folder, safe_trigger
+from personalize.data.buckets import Grid, assign, buckets, centre, frame, grid, kept
 from personalize.data.folder import natural
 from personalize.data.pictures import Unreadable, formats, probe
 from personalize.errors import DataError, RecipeError
@@ -367,3 +368,71 @@ def test_safe_triggers_are_words_and_file_names(name: str) -> None:
     assert not set(trigger) & set("/\\.:*?\"<>| {},()'\0") and trigger.strip("-") == trigger
     assert safe_trigger(trigger) == trigger
     assert fill("{trigger}", trigger) == trigger
+
+
+# ---------------------------------------------------------------- buckets
+
+SIDES = st.sampled_from([(64, 16), (96, 16), (256, 64), (512, 64), (1024, 64), (1024, 32), (40, 16)])
+LENGTH = st.integers(1, 5000)
+
+
+@given(SIDES)
+def test_buckets_have_about_one_area_and_come_in_steps(chosen: tuple[int, int]) -> None:
+    side, step = chosen
+    shapes = buckets(side, step)
+    assert (side, side) in shapes and {(h, w) for w, h in shapes} == set(shapes)
+    for width, height in set(shapes) - {(side, side)}:
+        assert width % step == height % step == 0 and max(width, height) <= 4 * min(width, height)
+        assert width * height <= side * side < (width + step) * (height + step)
+
+
+@given(SIDES, LENGTH, LENGTH, st.booleans())
+def test_every_picture_has_a_shape_and_none_is_enlarged_unasked(
+    chosen: tuple[int, int], width: int, height: int, upscale: bool
+) -> None:
+    side, step = chosen
+    shape = Grid(side, step, upscale=upscale).shape_of((width, height))
+    assert shape in buckets(side, step) or not (upscale or (shape[0] % step or shape[1] % step))
+    assert upscale or (shape[0] <= max(step, width) and shape[1] <= max(step, height))
+    assert shape[0] * shape[1] <= max(side * side, 2 * side * step)
+    best = assign((width, height), buckets(side, step))
+    assert kept((width, height), best) == max(kept((width, height), other) for other in buckets(side, step))
+    assert Grid(side, step).shape_of((height, width)) == Grid(side, step).shape_of((width, height))[::-1]
+
+
+@given(LENGTH, LENGTH, LENGTH, LENGTH)
+def test_a_cut_has_the_shape_and_lies_in_the_middle(width: int, height: int, wide: int, high: int) -> None:
+    left, top, right, bottom = centre((width, height), (wide, high))
+    assert 0 <= left <= right <= width and 0 <= top <= bottom <= height
+    assert (right - left) * high == pytest.approx((bottom - top) * wide)
+    assert left == pytest.approx(width - right, abs=1e-6) and top == pytest.approx(height - bottom, abs=1e-6)
+    assert right - left == pytest.approx(width) or bottom - top == pytest.approx(height)
+    told = frame((width, height), (wide, high))
+    scale = max(wide / width, high / height)
+    assert told == pytest.approx((height, width, top * scale, left * scale, high, wide), abs=1e-6)
+
+
+def test_the_base_s_own_step_is_a_quarter_of_the_side_or_64() -> None:
+    asked = {(512, 64): 64, (1024, 32): 64, (64, 16): 16, (128, 16): 32, (96, 16): 16, (768, 64): 64}
+    assert {where: grid(Data(), *where).step for where in asked} == asked
+    assert grid(Data(bucket_step=32), 1024, 32).step == 32 and grid(Data(resolution=256), 1024, 32).side == 256
+    with pytest.raises(RecipeError, match=r"--bucket-step must be a multiple of 32 .* not 40 \(try 32\)"):
+        grid(Data(bucket_step=40), 1024, 32)
+
+
+def test_without_buckets_all_are_squares() -> None:
+    assert Grid(64, 16, buckets=False).shape_of((30, 200)) == (64, 64)
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_a_picture_is_cut_to_its_shape_upright(tmp_path: Path, orientation: int) -> None:
+    upright = picture((96, 48))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored = upright.transpose(Image.Transpose(STORED[orientation])) if orientation > 1 else upright
+    for suffix, most in ((".png", 0), (".jpg", 8)):
+        stored.save(tmp_path / f"x{suffix}", exif=exif, **({"quality": 100, "subsampling": 0} if most else {}))
+        sha256, size = probe(tmp_path / f"x{suffix}")
+        got = load_pixels(Example(tmp_path / f"x{suffix}", "", sha256, size), (64, 48))
+        wanted = np.asarray(upright)[:, 16:80]
+        assert np.abs(got.permute(1, 2, 0).numpy().astype(int) - wanted).max() <= most

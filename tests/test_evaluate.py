@@ -62,6 +62,21 @@ def test_the_last_pictures_are_compared_with_the_base_and_the_trigger_is_taken_o
     assert len(found.training) == 3 and found.captions == ["cat"] * 3
 
 
+def test_training_pictures_are_found_from_where_the_run_was_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = run_folder(tmp_path / "runs", leaky=False)
+    diary = folder / "events.jsonl"
+    diary.write_text(diary.read_text().replace(str(tmp_path) + "/", ""))
+    monkeypatch.chdir(tmp_path)
+    assert len(evidence(Path("runs")).training) == 3
+
+
+def test_several_triggers_are_all_taken_out(tmp_path: Path) -> None:
+    diary = run_folder(tmp_path, leaky=False) / "events.jsonl"
+    diary.write_text(diary.read_text().replace('"caption": "zwx cat"', '"caption": "a cat", "trigger": "a"', 1))
+    found = evidence(tmp_path)
+    assert [pair.prompt for pair in found.called] == ["cat in the snow", "cat"] and found.captions == ["cat"] * 3
+
+
 def test_likeness_rises_and_an_adapter_that_does_not_leak_changes_nothing_else(clip_base: Path, tmp_path: Path) -> None:
     measured = {row.name: row for row in write_metrics(run_folder(tmp_path, leaky=False), clip_base)}
     likeness = measured["likeness to the training pictures"]

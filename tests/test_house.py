@@ -45,6 +45,7 @@ FLOORS = {
     "report": 5.25,
     "card": 5.25,
     "checkup": 5.25,
+    "coach": 5.25,
     "pocket": 5.5,
     "bench": 6.75,
     "paint": 6,
@@ -158,7 +159,13 @@ def test_a_submodule_does_not_hide_the_function_of_its_name() -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "allowed"),
-    [(["--help"], set()), (["train", "--help"], {"pydantic"}), (["generate", "--help"], set()), (["--version"], set())],
+    [
+        (["--help"], set()),
+        (["train", "--help"], {"pydantic"}),
+        (["generate", "--help"], set()),
+        (["dataset", "--help"], {"pydantic"}),
+        (["--version"], set()),
+    ],
 )
 def test_help_loads_nothing_heavy(arguments: list[str], allowed: set[str]) -> None:
     heavy = {"torch", "diffusers", "transformers", "peft", "pydantic", "rich", "numpy", "PIL", "jinja2"} - allowed

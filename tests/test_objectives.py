@@ -239,3 +239,57 @@ def test_follows_the_config_of_a_real_base(
     losses = objectives.build(Objective(), base.schedule)(zero, inputs(), rng())
     assert losses.isfinite().all()
     assert torch.equal(losses, build(Objective(), schedule_of(prediction, zero_snr))(zero, inputs(), rng()))
+
+
+# ---------------------------------------------------------------- masks
+
+
+def masked(outside: float, prior: str = "none", b: int = 3, **more: Any) -> tuple[Inputs, Tensor, Callable[..., Tensor]]:
+    """Inputs with random masks, the weights that these give, and the loss."""
+    given = inputs(b)
+    mask = (torch.rand(b, 1, 8, 8, generator=torch.Generator().manual_seed(3)) > 0.6).float()
+    loss = build(Objective(min_snr=0, mask_outside=outside, prior=prior, **more), schedule_of("epsilon"))
+    return replace(given, mask=mask), mask + outside * (1 - mask), loss
+
+
+@pytest.mark.parametrize("outside", [0.0, 0.1, 1.0])
+def test_a_masked_loss_is_the_weighted_mean_over_the_area(outside: float) -> None:
+    given, weight, loss = masked(outside)
+    x = noised(given, schedule_of("epsilon"), 0.0, rng())
+    each = x.target.square().mean(dim=1, keepdim=True)
+    assert torch.allclose(loss(zero, given, rng()), (weight * each).sum((1, 2, 3)) / weight.sum((1, 2, 3)))
+
+
+def test_what_lies_outside_a_mask_does_not_count_at_0() -> None:
+    given, weight, loss = masked(0.0)
+
+    def wrong_outside(latents: Tensor, t: Tensor, cond: Tensor) -> Tensor:
+        return zero(latents, t, cond) + 1e3 * (1 - weight)
+
+    assert torch.equal(loss(wrong_outside, given, rng()), loss(zero, given, rng()))
+    assert not torch.equal(masked(0.1)[2](wrong_outside, given, rng()), masked(0.1)[2](zero, given, rng()))
+
+
+def test_a_small_mask_counts_as_much_as_a_large_one() -> None:
+    def off_by_one(latents: Tensor, t: Tensor, cond: Tensor) -> Tensor:
+        return torch.randn(latents.shape, generator=rng()("noise")) + 1  # what `noised` drew
+
+    given, _, loss = masked(0.0)
+    assert torch.allclose(loss(off_by_one, given, rng()), torch.ones(3))
+
+
+def test_priors_are_not_masked() -> None:
+    given, _, loss = masked(0.0, "images", prior_weight=1.0)
+    plain = inputs(5)
+    both = replace(plain, mask=given.mask, class_images=2)
+    x = noised(replace(plain, class_images=2), schedule_of("epsilon"), 0.0, rng())
+    prior = x.target[3:].square().mean()
+    own = masked(0.0)[2](zero, replace(plain, mask=torch.cat([given.mask, torch.ones(2, 1, 8, 8)])), rng())[:3]
+    assert torch.allclose(loss(zero, both, rng()), own + prior)
+    held = replace(given, class_cond=said(1.0), class_cond_off=said(0.0))
+
+    def apart(latents: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        return zero(latents, t, cond) + cond.tokens.mean((1, 2))[:, None, None, None]
+
+    loss = masked(0.0, "output", prior_weight=1.0)[2]
+    assert torch.allclose(loss(apart, held, rng()) - masked(0.0)[2](apart, given, rng()), torch.ones(3))

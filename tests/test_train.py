@@ -470,9 +470,13 @@ def test_check_changes_nothing(make: Make) -> None:
 
 
 # How each setting that decides the weights is changed; the run it is compared with has the same other settings.
+TAGS = {"caption": "{trigger}, a mat, asleep, by night, ink"}
 CHANGES: dict[str, tuple[Any, dict[str, Any]]] = {
     "steps": (3, {}), "batch_size": (3, {}), "seed": (1, {}), "trigger": ("vok", {}), "class": ("dog", {}),
     "caption": ("{trigger}", {}), "resolution": (48, {}), "flip": (False, {}), "caption_dropout": (0.9, {}),
+    "caption_prefix": ("photo of", {}), "caption_shuffle": (True, TAGS), "tag_dropout": (0.5, TAGS),
+    "keep_tokens": (3, TAGS | {"caption_shuffle": True}),
+    "buckets": (False, {}), "bucket_step": (32, {}), "upscale": (True, {"resolution": 96}),
     "rank": (3, {}), "alpha": (1.0, {}), "dropout": (0.5, {}), "targets": (["conv"], {}),
     "text_rank": (2, {"text_encoder_lr": 1e-3}), "text_targets": (["feedforward"], {"text_encoder_lr": 1e-3}),
     "text_encoder_share": (0.5, {"text_encoder_lr": 1e-3}),
@@ -494,7 +498,11 @@ ELSEWHERE = {
     "dialect",
     "checkpoint_every",
     "device",
-}  # tested above, or with one value
+    "balance",
+    "alpha_mask",
+    "mask_outside",
+    "regularization",
+}  # tested above or below, or with one value
 
 
 def test_the_table_of_changes_is_complete() -> None:

@@ -134,16 +134,16 @@ class Base:
         pixels: Tensor = self.vae.decode(raw.to(self.device, self.vae.dtype), return_dict=False)[0]
         return pixels.clamp(-1, 1)
 
-    def windows(self, prompts: Sequence[str], weighted: bool = False) -> int:
-        """How many windows of 75 tokens the longest of these prompts fills; at least one."""
-        return max(text.windows(prompt, weighted) for text in self.texts for prompt in prompts or [""])
+    def windows(self, prompts: Sequence[str], *, weighted: bool = False, shuffled: bool = False) -> int:
+        """How many windows of 75 tokens the longest of these prompts fills, also in any other order; at least one."""
+        return max(text.windows(prompt, weighted, shuffled) for text in self.texts for prompt in prompts or [""])
 
     def embed(self, prompts: Sequence[str], *, windows: int = 0, weighted: bool = False) -> Cond:
         """Prompts => conditioning, in as many windows as the longest needs, or in `windows`: prompts of any length are read.
 
         `weighted` reads `(word:1.2)`, `[word]` and BREAK as UIs do; else every character stands for itself, as in captions.
         """
-        count = max(windows, self.windows(prompts, weighted))
+        count = max(windows, self.windows(prompts, weighted=weighted))
         states, pooled = zip(*(text.embed(prompts, count, weighted) for text in self.texts), strict=True)
         return Cond(torch.cat(states, dim=-1), pooled[-1] if self.sized else None)
 

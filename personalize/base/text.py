@@ -31,9 +31,10 @@ class TextEncoder:
         """Tokens that the model reads at once, 77 with both ends."""
         return int(self.model.config.max_position_embeddings)
 
-    def windows(self, prompt: str, weighted: bool = False) -> int:
-        """How many windows a prompt fills."""
-        return len(self._chunks(prompt, weighted))
+    def windows(self, prompt: str, weighted: bool = False, shuffled: bool = False) -> int:
+        """How many windows a prompt fills, or may fill once its tags are shuffled and each window ends behind a comma."""
+        chunks = self._chunks(prompt, weighted)
+        return -(-sum(map(len, chunks)) // (self.window - 2 - BACKTRACK)) if shuffled and len(chunks) > 1 else len(chunks)
 
     def embed(self, prompts: Sequence[str], windows: int, weighted: bool) -> tuple[Tensor, Tensor | None]:
         """Prompts => hidden states [b, windows * 77, d]; where the model has a projection, that of the first window's end [b, p].

@@ -18,6 +18,7 @@ from .. import __version__
 from ..errors import AdapterError, PersonalizeError, RecipeError
 from ..words import plain
 from .algebra import COMMANDS
+from .dataset import dataset
 from .merging import merge
 from .values import PATH, Side, Strengthened
 
@@ -265,5 +266,5 @@ def version() -> int:
     return 0
 
 
-for command in (merge, *COMMANDS):
+for command in (dataset, merge, *COMMANDS):
     cli.add_command(command)

@@ -1,34 +1,89 @@
 """From a folder of pictures to batches of latents.
 
-    folder.py    which files are pictures, and what each of them is called: `read_folder` -> Dataset of Examples
+    folder.py    which files are pictures, what each of them is called and shows: `read_folder` -> Dataset of Examples
     captions.py  .txt sidecars, metadata.jsonl, the template; triggers that are safe words and file names
-    pictures.py  one file -> square RGB pixels, whatever it is stored as: `load_pixels`
+    masks.py     what of a picture is learned: NAME-masklabel.png or its alpha channel
+    buckets.py   shapes of one area, and which of them a picture goes to
+    pictures.py  one file -> RGB pixels of a shape, whatever it is stored as
     latents.py   pixels -> posterior mean and std, captions -> conditioning, once: `cached` -> Latents
     store.py     the content-addressed cache on disk behind it
     batches.py   which pictures a step sees: `batches` -> Batch, a pure function of (seed, step)
 
-Class images for prior preservation are one more Dataset: `cached(base, class_images(folder, prompt), recipe)`, and
-`batches(..., purpose="prior")` for a stream of their own.
+Class images for prior preservation are one more Dataset: `on_demand(base, class_images(folder, prompt), recipe)`, and
+`batch_at(..., purpose="prior", shape=...)` for a stream of their own, in the shapes of the steps.
+
+Names are imported when first used: only the last three files need torch, and a look at a folder must not wait for it.
 """
 
-from .batches import Batch, batches, generator
-from .captions import fill, safe_trigger, without
-from .folder import Dataset, Example, class_images, read_folder
-from .latents import Latents, cached
-from .pictures import load_pixels
+from __future__ import annotations
+
+import importlib
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .batches import Batch, batch_at, batches, generator
+    from .captions import fill, safe_trigger, without
+    from .folder import Concept, Dataset, Example, class_images, read_folder, regularization
+    from .latents import Latents, cached, grid_of, load_pixels, on_demand
+
+_HOMES = {
+    "Batch": "batches",
+    "Concept": "folder",
+    "Dataset": "folder",
+    "Example": "folder",
+    "Latents": "latents",
+    "batch_at": "batches",
+    "batches": "batches",
+    "cached": "latents",
+    "class_images": "folder",
+    "fill": "captions",
+    "generator": "batches",
+    "grid_of": "latents",
+    "load_pixels": "latents",
+    "on_demand": "latents",
+    "read_folder": "folder",
+    "regularization": "folder",
+    "safe_trigger": "captions",
+    "without": "captions",
+}
 
 __all__ = [
     "Batch",
+    "Concept",
     "Dataset",
     "Example",
     "Latents",
+    "batch_at",
     "batches",
     "cached",
     "class_images",
     "fill",
     "generator",
+    "grid_of",
     "load_pixels",
+    "on_demand",
     "read_folder",
+    "regularization",
     "safe_trigger",
     "without",
 ]
+
+
+class _Package(ModuleType):
+    """Serves the names on first use, also `batches`, whose file has the same name."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in _HOMES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+        self.__dict__[name] = value
+        return value
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _HOMES and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -1,11 +1,12 @@
-"""Captions of pictures: NAME.txt sidecars, metadata.jsonl (Hugging Face imagefolder), else a template."""
+"""Captions of pictures: NAME.txt sidecars, metadata.jsonl (Hugging Face imagefolder), else a template; and their tags."""
 
 from __future__ import annotations
 
 import json
 import re
 import unicodedata
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -13,7 +14,16 @@ from ..errors import DataError, RecipeError, nearest
 
 METADATA = "metadata.jsonl"
 CAPTION_KEYS = ("text", "caption")
+SIDECARS = (".txt", ".TXT", ".caption")  # the last is the first choice of kohya's trainer
 RESERVED = {"con", "prn", "aux", "nul", *(f"{port}{i}" for port in ("com", "lpt") for i in range(10))}  # no files on Windows
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """What a line of metadata.jsonl says of a picture; "" and 0 where it says nothing."""
+
+    caption: str = ""
+    repeats: int = 0
 
 
 def fill(template: str, trigger: str, class_name: str = "") -> str:
@@ -48,24 +58,29 @@ def safe_trigger(name: str) -> str:
 
 def sidecar(picture: Path) -> str:
     """The caption in NAME.txt beside a picture, or "" where there is none. Raises DataError when it is not UTF-8."""
-    found = next((path for suffix in (".txt", ".TXT") if (path := picture.with_suffix(suffix)).is_file()), None)
+    found = sidecar_of(picture)
     return _tidy(_read(found)) if found else ""
 
 
-def read_metadata(folder: Path) -> dict[Path, str]:
-    """Captions of metadata.jsonl by the picture's path; {} without that file. Raises DataError naming file and line."""
+def sidecar_of(picture: Path) -> Path | None:
+    """The caption file beside a picture, if there is one."""
+    return next((path for suffix in SIDECARS if (path := picture.with_suffix(suffix)).is_file()), None)
+
+
+def read_metadata(folder: Path) -> dict[Path, Note]:
+    """What metadata.jsonl says, by the picture's path; {} without that file. Raises DataError naming file and line."""
     path = folder / METADATA
     if not path.is_file():
         return {}
     files = {_composed(file.relative_to(folder).as_posix()): file for file in folder.rglob("*") if file.is_file()}
-    captions: dict[Path, str] = {}
+    notes: dict[Path, Note] = {}
     for number, line in enumerate(_read(path).split("\n"), 1):
         if line.strip():
-            picture, caption = _entry(line, files, f"{path} line {number}")
-            if picture in captions:
+            picture, note = _entry(line, files, f"{path} line {number}")
+            if picture in notes:
                 raise DataError(f"{path} line {number}: {picture.name} already has a caption", "keep one line per picture")
-            captions[picture] = caption
-    return captions
+            notes[picture] = note
+    return notes
 
 
 def lacking(trigger: str, captions: Iterable[str]) -> list[str]:
@@ -73,14 +88,22 @@ def lacking(trigger: str, captions: Iterable[str]) -> list[str]:
     return [caption for caption in captions if not _as_word(trigger).search(caption)]
 
 
-def without(trigger: str, prompt: str) -> tuple[str, bool]:
-    """A prompt without the trigger, and whether it was in it. A style goes with its whole phrase, a subject leaves its class.
+def without(trigger: str | Sequence[str], prompt: str) -> tuple[str, bool]:
+    """A prompt without the trigger, or any of several, and whether one was in it.
+
+    A style goes with its whole phrase, a subject leaves its class.
 
     >>> without("zwx", "zwx cat, ink drawing")
     ('cat, ink drawing', True)
     >>> without("xiv", "a cat on the beach, xiv style")
     ('a cat on the beach', True)
     """
+    if not isinstance(trigger, str):
+        called = False
+        for one in trigger:
+            prompt, there = without(one, prompt)
+            called |= there
+        return prompt, called
     if not trigger or lacking(trigger, [prompt]):
         return prompt, False
     kept = []
@@ -92,13 +115,22 @@ def without(trigger: str, prompt: str) -> tuple[str, bool]:
     return ", ".join(kept), True
 
 
+def tags(caption: str) -> list[str]:
+    """The parts of a caption between commas.
+
+    >>> tags("zwx cat, on a mat,, asleep")
+    ['zwx cat', 'on a mat', 'asleep']
+    """
+    return [tag for part in caption.split(",") if (tag := part.strip())]
+
+
 def _as_word(trigger: str) -> re.Pattern[str]:
     """The trigger where it stands as a word of its own."""
     return re.compile(rf"(?<!\w){re.escape(trigger)}(?!\w)", re.IGNORECASE)
 
 
-def _entry(line: str, files: Mapping[str, Path], where: str) -> tuple[Path, str]:
-    """One line of metadata.jsonl -> (picture, caption)."""
+def _entry(line: str, files: Mapping[str, Path], where: str) -> tuple[Path, Note]:
+    """One line of metadata.jsonl -> (picture, what it says)."""
     try:
         entry = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -109,7 +141,12 @@ def _entry(line: str, files: Mapping[str, Path], where: str) -> tuple[Path, str]
     picture = files.get(_composed(name)) or files.get(_composed(name.replace("\\", "/")))
     if picture is None:
         raise DataError(f"{where}: no file {name} in the folder", "correct file_name or remove the line")
-    return picture, _caption(entry, where)
+    repeats = entry.get("repeats", 0)
+    if type(repeats) is not int or ("repeats" in entry and repeats < 1):
+        raise DataError(
+            f"{where}: 'repeats' must be a whole number, at least 1, not {repeats!r}", 'write "repeats": 2, or nothing'
+        )
+    return picture, Note(_caption(entry, where) if set(CAPTION_KEYS) & set(entry) or not repeats else "", repeats)
 
 
 def _caption(entry: Mapping[str, Any], where: str) -> str:

@@ -2,70 +2,185 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import unicodedata
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ..errors import DataError
+from ..errors import DataError, RecipeError
 from ..recipe import Data
-from .captions import fill, lacking, read_metadata, safe_trigger, sidecar
+from .captions import Note, fill, lacking, read_metadata, safe_trigger, sidecar
+from .masks import MARK, is_mask, mask_of
 from .pictures import Unreadable, is_picture, probe
+
+KOHYA = re.compile(r"([1-9]\d*)_(\S+)(?:\s+(.+))?")  # 10_zwx dog
+FINEST = 20  # balanced concepts differ from exact shares of each picture by less than one in so many
+
+
+@dataclass(frozen=True, slots=True)
+class Concept:
+    """One thing to learn: the word that calls it, what it is, its subfolder ("": the folder itself), its repeats."""
+
+    trigger: str
+    class_name: str = ""
+    folder: str = ""
+    repeats: int = 1
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One picture: where it is, what it is called, its bytes' sha256 and its upright size in pixels (width, height)."""
+    """One picture: where it is, what it is called, its bytes' sha256 and its upright size in pixels (width, height).
+
+    `repeats` is how often it is shown for each time that others are, `concept` the number of its concept. `mask` is the file
+    that says what of it is learned, the picture itself where that is its alpha channel.
+    """
 
     path: Path
     caption: str
     sha256: str
     size: tuple[int, int]
+    repeats: int = 1
+    concept: int = 0
+    mask: Path | None = None
+    mask_sha256: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Dataset:
-    """The pictures in natural order, what was odd about them, and the trigger: as given, else the folder's name made safe."""
+    """The pictures in natural order, what was odd about them, and the trigger: as given, else the folder's name made safe.
+
+    Of several concepts, the first one's trigger is THE trigger. `skipped` tells the pictures that could not be read, and why,
+    `unused` what lies in the folder and is not used.
+    """
 
     examples: tuple[Example, ...]
     warnings: list[str]
     trigger: str
+    concepts: tuple[Concept, ...] = ()
+    skipped: tuple[tuple[Path, str], ...] = ()
+    unused: tuple[str, ...] = ()
+
+    @property
+    def triggers(self) -> tuple[str, ...]:
+        """The triggers of all concepts, each once."""
+        return tuple(dict.fromkeys(concept.trigger for concept in self.concepts)) or (self.trigger,)
 
 
 def read_folder(data: Data) -> Dataset:
     """Open, check and caption every picture of a folder (and those in subfolders that metadata.jsonl names).
 
-    A picture that cannot be read is skipped with a warning. Raises DataError when the folder or its captions are not
+    A folder without pictures of its own, but with subfolders called `10_name class`, holds a concept in each of them.
+    A picture that cannot be read is skipped with a warning. Raises DataError when the folder, its captions or masks are not
     usable, or when no picture is left; RecipeError for an unknown word in the caption's template.
     """
-    trigger = " ".join((data.trigger or "").split()) or safe_trigger(os.path.basename(os.path.abspath(data.folder)))
-    examples, warnings = _examples(data.folder, fill(data.caption, trigger, data.class_name))
-    return Dataset(examples, [*warnings, *_untriggered(trigger, examples)], trigger)
+    root = _checked(data.folder)
+    concepts = _concepts(root, data)
+
+    def words(template: str) -> Callable[[Concept], str]:
+        return lambda concept: fill(template, concept.trigger, concept.class_name)
+
+    found = _collect(root, concepts, words(data.caption), words(data.caption_prefix), data.alpha_mask)
+    examples = _balanced(found.examples, concepts) if data.balance else found.examples
+    warnings = [*found.warnings, *(line for i, one in enumerate(concepts) for line in _untriggered(one.trigger, examples, i))]
+    return replace(found, examples=examples, warnings=warnings)
 
 
 def class_images(folder: Path, prompt: str) -> Dataset:
     """A folder of class images for prior preservation: a Dataset like any other, captioned with the class prompt."""
-    examples, warnings = _examples(folder, prompt)
-    return Dataset(examples, warnings, prompt)
+    return replace(_collect(_checked(folder), (Concept(""),), lambda _: prompt), trigger=prompt)
 
 
-def _examples(folder: Path, template: str) -> tuple[tuple[Example, ...], list[str]]:
-    written = read_metadata(_checked(folder))
-    paths = _pictures(folder, written)
+def regularization(folder: Path, template: str, class_name: str) -> Dataset:
+    """A folder of class images that somebody brought: pictures in it, or in subfolders called `1_dog`; theirs is the class then.
+
+    A picture without a caption gets the template. Raises DataError, and RecipeError where the template's class is not known.
+    """
+    named = _numbered(_checked(folder))
+    concepts = [Concept("", rest.partition("_")[2], rest, repeats) for rest, repeats in named] or [Concept("", class_name)]
+    if "{class}" in template and not all(concept.class_name for concept in concepts):
+        raise RecipeError(
+            "--regularization needs --class, for pictures without a caption", "what is the subject? e.g. --class dog"
+        )
+    return _collect(folder, tuple(concepts), lambda concept: fill(template, "", concept.class_name))
+
+
+def _concepts(root: Path, data: Data) -> tuple[Concept, ...]:
+    """What a folder shows. A trigger or class that the recipe gives are those of the first concept."""
+    given, class_name = " ".join((data.trigger or "").split()), data.class_name
+    named = [(name, *match.groups()) for name, _ in _numbered(root) if (match := KOHYA.fullmatch(name))]
+    if not named:
+        name = os.path.basename(os.path.abspath(root))
+        match = KOHYA.fullmatch(name)  # a single folder out of kohya's layout
+        trigger, is_a = (match[2], match[3] or "") if match else (safe_trigger(name), "")
+        return (Concept(given or trigger, class_name or is_a),)
+    concepts = [Concept(trigger, is_a or "", name, int(repeats)) for name, repeats, trigger, is_a in named]
+    first = replace(concepts[0], trigger=given or concepts[0].trigger, class_name=class_name or concepts[0].class_name)
+    return (first, *concepts[1:])
+
+
+def _numbered(root: Path) -> list[tuple[str, int]]:
+    """Subfolders with pictures called `10_something`, and their numbers; none where there are pictures beside them."""
+    if any(is_picture(path) and not path.is_dir() and not is_mask(path) for path in _visible(root)):
+        return []
+    names = sorted(_galleries(root), key=natural)
+    return [(name, int(match[1])) for name in names if (match := KOHYA.fullmatch(name))]
+
+
+def _collect(
+    root: Path,
+    concepts: tuple[Concept, ...],
+    template: Callable[[Concept], str],
+    prefix: Callable[[Concept], str] = lambda _: "",
+    alpha: bool | None = None,
+) -> Dataset:
+    """The pictures of all concepts. `alpha` says whether an alpha channel is a mask; None: nothing is, as of class images."""
     examples: list[Example] = []
-    skipped: list[str] = []
-    for path in paths:
-        try:
-            sha256, size = probe(path)
-        except Unreadable as error:
-            skipped.append(f"skipped {path.name}: {error}")
-        else:
-            examples.append(Example(path, sidecar(path) or written.get(path) or template, sha256, size))
+    skipped: list[tuple[Path, str]] = []
+    used: list[Path] = []
+    notes = read_metadata(root)
+    for number, concept in enumerate(concepts):
+        folder = root / concept.folder
+        told = {**notes, **(read_metadata(folder) if concept.folder else {})}
+        for path in _pictures(folder, told):
+            used.append(path)
+            note = told.get(path, Note())
+            caption = sidecar(path) or note.caption or template(concept)
+            try:
+                sha256, size = probe(path)
+            except Unreadable as error:
+                skipped.append((path, str(error)))
+                continue
+            mask, mask_sha256 = (None, "") if alpha is None else mask_of(path, sha256, size, alpha)
+            repeats = note.repeats or concept.repeats
+            caption = f"{prefix(concept)} {caption}".strip()
+            examples.append(Example(path, caption, sha256, size, repeats, number, mask, mask_sha256))
+    told_skipped = [f"skipped {path.relative_to(root).as_posix()}: {why}" for path, why in skipped]
     if not examples:
-        raise DataError(f"none of the {len(paths)} pictures in {folder} can be read", "; ".join(skipped[:3]))
-    return tuple(examples), [*skipped, *_twins(examples), *_unused(folder, paths)]
+        raise DataError(f"none of the {len(used)} pictures in {root} can be read", "; ".join(told_skipped[:3]))
+    unused = (*_lonely(root, concepts, used), *_unused(root, used))
+    warnings = [*told_skipped, *_twins(examples), *unused]
+    return Dataset(tuple(examples), warnings, concepts[0].trigger, concepts, tuple(skipped), unused)
+
+
+def _balanced(examples: Sequence[Example], concepts: Sequence[Concept]) -> tuple[Example, ...]:
+    """Repeats scaled so that every trigger gets the same share; within it, pictures keep theirs to one in FINEST."""
+    totals: dict[str, int] = {}
+    for example in examples:
+        trigger = concepts[example.concept].trigger
+        totals[trigger] = totals.get(trigger, 0) + example.repeats
+    share = min(math.lcm(*totals.values()), FINEST * max(totals.values()))
+    seen = dict.fromkeys(totals, 0)
+    balanced = []
+    for example in examples:
+        trigger = concepts[example.concept].trigger
+        before, after = seen[trigger], seen[trigger] + example.repeats
+        seen[trigger] = after
+        repeats = after * share // totals[trigger] - before * share // totals[trigger]  # their sum is the share, exactly
+        balanced.append(replace(example, repeats=repeats))
+    return tuple(balanced)
 
 
 def _checked(folder: Path) -> Path:
@@ -76,9 +191,10 @@ def _checked(folder: Path) -> Path:
     raise DataError(f"there is no folder {folder}", "check its spelling; relative paths start at the current folder")
 
 
-def _pictures(folder: Path, written: Iterable[Path]) -> list[Path]:
-    """Picture files right inside the folder, and those that metadata.jsonl names, in natural order."""
-    found = {*written, *(path for path in _visible(folder) if is_picture(path) and not path.is_dir())}
+def _pictures(folder: Path, told: Iterable[Path]) -> list[Path]:
+    """Picture files right inside the folder, and those in it that metadata.jsonl names, in natural order."""
+    named = {path for path in told if path.is_relative_to(folder)}
+    found = {*named, *(path for path in _visible(folder) if is_picture(path) and not path.is_dir() and not is_mask(path))}
     if not found:
         raise DataError(f"there are no pictures in {folder}", _instead(folder))
     return sorted(found, key=lambda path: natural(path.relative_to(folder).as_posix()))
@@ -101,7 +217,7 @@ def _galleries(folder: Path) -> list[str]:
 def _instead(folder: Path) -> str:
     """What to do about a folder without pictures."""
     if galleries := _galleries(folder):
-        return f"there are some in its subfolder {_some(galleries)}: give that folder"
+        return f"there are some in its subfolder {_some(galleries)}: give that folder, or call subfolders like '10_name class'"
     if suffixes := sorted({path.suffix.lower() for path in _visible(folder) if path.suffix}):
         return f"it holds {_some(suffixes)}; use PNG, JPEG, WebP or another format that Pillow reads"
     return "put 3 to 20 pictures in it"
@@ -124,17 +240,25 @@ def _twins(examples: Sequence[Example]) -> list[str]:
     return [f"{name} is the same picture as {twin}" for name, twin in pairs if name != twin]
 
 
+def _lonely(root: Path, concepts: Sequence[Concept], used: Sequence[Path]) -> list[str]:
+    """Masks whose picture is not there: most likely a name was mistyped."""
+    masks = [path for concept in concepts for path in _visible(root / concept.folder) if is_mask(path)]
+    named = {(path.parent, path.stem) for path in used}
+    return [f"{path.name} is a mask without a picture" for path in masks if (path.parent, path.stem[: -len(MARK)]) not in named]
+
+
 def _unused(folder: Path, used: Sequence[Path]) -> list[str]:
     roots = {path.relative_to(folder).parts[0] for path in used}
     unused = [name for name in _galleries(folder) if name not in roots]
     return [f"pictures in the subfolder {_some(unused)} are not used"] if unused else []
 
 
-def _untriggered(trigger: str, examples: Sequence[Example]) -> list[str]:
-    bare = lacking(trigger, [example.caption for example in examples])
+def _untriggered(trigger: str, examples: Sequence[Example], concept: int) -> list[str]:
+    own = [example.caption for example in examples if example.concept == concept]
+    bare = lacking(trigger, own)
     if not bare:
         return []
-    what = f"{len(bare)} of {len(examples)} captions lack the trigger '{trigger}', such as '{bare[0]:.60}'"
+    what = f"{len(bare)} of {len(own)} captions lack the trigger '{trigger}', such as '{bare[0]:.60}'"
     return [f"{what}: put it into them, or name with --trigger the word that they use"]
 
 

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,62 +23,111 @@ from ..base import model, text
 from ..base.cond import Cond
 from ..errors import BaseModelError
 from ..recipe import Recipe
-from . import pictures, store
+from . import buckets, pictures, store
+from .buckets import Grid, Shape, enlarges, grid
 from .folder import Dataset, Example
-from .pictures import load_pixels
+from .masks import load_mask
+from .pictures import load_picture
 
 if TYPE_CHECKING:
     from ..base import Base
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Latents:
-    """A dataset as the UNet sees it, on the CPU. Row 0 of `mean` and `std` is upright; row 1, if there, is mirrored."""
+    """A dataset as the UNet sees it, on the CPU: each picture in its bucket's shape, and whatever else a step asks of it."""
 
-    mean: Tensor  # [1 or 2, n, c, h, w], scaled
-    std: Tensor  # [1 or 2, n, c, h, w], scaled
     captions: list[str]  # n of them
-    cond: Cond | None  # of distinct captions + 1, the last of the empty caption; None: the text encoder trains
+    sizes: list[Shape]  # of the pictures themselves, upright
+    shapes: list[Shape]  # of their buckets
+    repeats: list[int]
+    masks: list[Tensor | None]  # [h, w] in latents, 0..1
+    mirrored: bool  # whether pictures are shown mirrored half of the time
+    posterior: Callable[[int, Shape, bool], tuple[Tensor, Tensor]]  # number, shape, mirrored -> mean, std [c, h, w], scaled
+    cond: Cond | None  # of distinct captions + 1, the last of the empty caption; None: to be embedded at each step
     cond_index: Tensor  # [n], each picture's row of cond
     warnings: list[str]
+
+    @functools.cached_property
+    def buckets(self) -> dict[Shape, list[int]]:
+        """Numbers of the pictures in each shape, each as often as it is repeated."""
+        common = math.gcd(*self.repeats)
+        found: dict[Shape, list[int]] = {shape: [] for shape in sorted(set(self.shapes))}
+        for number, (shape, repeats) in enumerate(zip(self.shapes, self.repeats, strict=True)):
+            found[shape] += [number] * (repeats // common)
+        return found
 
 
 def cached(base: Base, dataset: Dataset, recipe: Recipe, windows: int = 0) -> Latents:
     """Encode a dataset with the base, or find it in the cache ($PERSONALIZE_CACHE, else ~/.cache/personalize).
 
-    Keys cover the pictures' bytes, resolution, mirroring, captions, the encoders' weights and configs, the device and the code.
-    Raises BaseModelError for latents that are not finite, DataError for a picture that changed meanwhile.
+    Keys cover the pictures' bytes, shape, mirroring, captions, the encoders' weights and configs, the device and the code.
+    Raises BaseModelError for latents that are not finite, DataError for a picture that changed meanwhile, or a mask of which
+    the crop leaves nothing, RecipeError for a --bucket-step that does not fit the base.
     """
-    examples, resolution = dataset.examples, recipe.data.resolution or base.resolution
-    warnings = _enlarged(examples, resolution)
-    mean, std = _encode(base, examples, resolution, recipe.data.flip, warnings)
-    captions = [example.caption for example in examples]
-    distinct = list(dict.fromkeys(captions))
-    cond = None if recipe.optim.text_encoder_lr else _embed(base, [*distinct, ""], windows or base.windows(distinct), warnings)
-    return Latents(mean, std, captions, cond, torch.tensor([distinct.index(caption) for caption in captions]), warnings)
+    latents = on_demand(base, dataset, recipe, keep=None, windows=windows)
+    for number, shape in enumerate(latents.shapes):
+        for mirrored in (False, True) if latents.mirrored else (False,):
+            latents.posterior(number, shape, mirrored)
+    return latents
 
 
-def _encode(base: Base, examples: Sequence[Example], resolution: int, flip: bool, warnings: list[str]) -> tuple[Tensor, Tensor]:
-    """Posterior mean and std, each [1 or 2, n, c, h, w]."""
+def on_demand(base: Base, dataset: Dataset, recipe: Recipe, keep: int | None = 256, windows: int = 0) -> Latents:
+    """As `cached`, but a picture is encoded when a step first wants it in some shape; so many of them are kept in memory."""
+    examples, places = dataset.examples, grid_of(base, recipe)
+    shapes = [places.shape_of(example.size) for example in examples]
+    warnings = [*_enlarged(examples, shapes), *_small(examples, shapes, places)]
     vae = identity(base, base.vae)
 
-    def posterior(example: Example, mirrored: bool) -> dict[str, Tensor]:
-        name = store.key(kind="latents", vae=vae, picture=example.sha256, resolution=resolution, mirrored=mirrored)
-        return store.recall(name, lambda: _posterior(base, example, resolution, mirrored), warnings)
+    @functools.lru_cache(keep)
+    def posterior(number: int, shape: Shape, mirrored: bool) -> tuple[Tensor, Tensor]:
+        example = examples[number]
+        name = store.key(kind="latents", vae=vae, picture=example.sha256, shape=shape, mirrored=mirrored)
+        entry = store.recall(name, lambda: _posterior(base, example, shape, mirrored), warnings)
+        return entry["mean"], entry["std"]
 
-    sides = [[posterior(example, mirrored) for example in examples] for mirrored in ((False, True) if flip else (False,))]
-    mean, std = (torch.stack([torch.stack([entry[part] for entry in side]) for side in sides]) for part in ("mean", "std"))
-    return mean, std
+    captions = [example.caption for example in examples]
+    distinct = list(dict.fromkeys(captions))
+    anew = recipe.optim.text_encoder_lr or recipe.data.varies
+    cond = None if anew else _embed(base, [*distinct, ""], windows or base.windows(distinct), warnings)
+    masks = [_mask(base, example, shape) for example, shape in zip(examples, shapes, strict=True)]
+    return Latents(
+        captions=captions,
+        sizes=[example.size for example in examples],
+        shapes=shapes,
+        repeats=[example.repeats for example in examples],
+        masks=masks,
+        mirrored=recipe.data.flip,
+        posterior=posterior,
+        cond=cond,
+        cond_index=torch.tensor([distinct.index(caption) for caption in captions]),
+        warnings=warnings,
+    )
+
+
+def grid_of(base: Base, recipe: Recipe) -> Grid:
+    """Where a recipe's pictures go on a base. Its UNet halves the latents once between any two of its levels."""
+    return grid(recipe.data, base.resolution, base.factor * 2 ** (len(base.unet.config.block_out_channels) - 1))
+
+
+def load_pixels(example: Example, shape: int | Shape) -> Tensor:
+    """uint8 [3, h, w] of a shape (width, height), or a square of a side: see `load_picture`. Raises DataError."""
+    picture = load_picture(example, (shape, shape) if isinstance(shape, int) else shape)
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()
 
 
 @torch.no_grad()
-def _posterior(base: Base, example: Example, resolution: int, mirrored: bool) -> dict[str, Tensor]:
-    pixels = load_pixels(example, resolution)[None].float() / 127.5 - 1  # uint8 => [-1, 1]
+def _posterior(base: Base, example: Example, shape: Shape, mirrored: bool) -> dict[str, Tensor]:
+    pixels = load_pixels(example, shape)[None].float() / 127.5 - 1  # uint8 => [-1, 1]
     mean, std = base.encode(pixels.flip(-1) if mirrored else pixels)
     if not (mean.isfinite().all() and std.isfinite().all()):
         what = f"the VAE of {base.name} gives latents that are not finite for {example.path.name}"
         raise BaseModelError(what, "its weights are damaged" if base.dtype == torch.float32 else "use float32")
     return {"mean": mean[0].float(), "std": std[0].float()}
+
+
+def _mask(base: Base, example: Example, shape: Shape) -> Tensor | None:
+    return torch.from_numpy(load_mask(example, shape, base.factor)) if example.mask else None
 
 
 def _embed(base: Base, captions: Sequence[str], windows: int, warnings: list[str]) -> Cond:
@@ -107,15 +158,22 @@ def identity(base: Base, encoder: Any) -> str:
 @functools.cache
 def code(*modules: str) -> str:
     """The sources and libraries that turn files into latents: an edit or an upgrade must not meet what the old ones left."""
-    sources = [inspect.getsource(sys.modules[module]) for module in (pictures.__name__, __name__, *modules)]
+    sources = [inspect.getsource(sys.modules[module]) for module in (buckets.__name__, pictures.__name__, __name__, *modules)]
     return store.key(sources=sources, libraries=[version(name) for name in ("torch", "diffusers", "transformers", "pillow")])
 
 
-def _enlarged(examples: Sequence[Example], resolution: int) -> list[str]:
-    small = [example for example in examples if min(example.size) < resolution]
-    if not small:
-        return []
-    worst = min(small, key=lambda example: min(example.size))
-    size = " x ".join(map(str, worst.size))
-    what = f"{len(small)} of {len(examples)} pictures are smaller than {resolution} pixels and get blurred by enlarging"
-    return [f"{what}, such as {worst.path.name} ({size})"]
+def _enlarged(examples: Sequence[Example], shapes: Sequence[Shape]) -> list[str]:
+    small = [example for example, shape in zip(examples, shapes, strict=True) if enlarges(example.size, shape)]
+    what = f"{len(small)} of {len(examples)} pictures are too small for their shape and get blurred by enlarging"
+    return [f"{what}, such as {_smallest(small)}"] if small else []
+
+
+def _small(examples: Sequence[Example], shapes: Sequence[Shape], places: Grid) -> list[str]:
+    own = [example for example, shape in zip(examples, shapes, strict=True) if shape not in places.shapes]
+    what = f"{len(own)} of {len(examples)} pictures are too small for a resolution of {places.side} and learned at their own size"
+    return [f"{what} (--upscale enlarges them), such as {_smallest(own)}"] if own else []
+
+
+def _smallest(examples: Sequence[Example]) -> str:
+    worst = min(examples, key=lambda example: min(example.size))
+    return f"{worst.path.name} ({worst.size[0]} x {worst.size[1]})"

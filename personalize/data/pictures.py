@@ -1,4 +1,4 @@
-"""One picture file -> square RGB pixels, whatever it is stored as."""
+"""One picture file -> RGB pixels of a shape, whatever it is stored as. Without torch, so that a look at a folder is quick."""
 
 from __future__ import annotations
 
@@ -15,11 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from PIL import Image
-from torch import Tensor
 
 from ..errors import DataError
+from .buckets import Shape, centre
 
 if TYPE_CHECKING:
     from .folder import Example
@@ -37,6 +36,7 @@ BRANDS = {**dict.fromkeys((b"heic", b"heix", b"hevc", b"mif1", b"msf1"), ".heic"
 # What Pillow's decoders raise on files that are not what they claim to be.
 DAMAGE = (OSError, SyntaxError, ValueError, LookupError, TypeError, ArithmeticError, AttributeError, AssertionError, EOFError,
           RuntimeError, struct.error, zlib.error)  # fmt: skip
+SPARE = 3  # how many times larger than needed a picture stays when it is averaged down
 STRIP = 256  # rows of a large picture that are handled at a time
 ORIENTATION = 0x0112
 TURNS = {
@@ -71,32 +71,37 @@ def is_picture(path: Path) -> bool:
 
 def probe(path: Path) -> tuple[str, tuple[int, int]]:
     """(sha256, upright (width, height)) of a picture that decodes to its last byte. Raises Unreadable."""
-    with _opened(path) as (sha256, image):
+    with opened(path) as (sha256, image):
         stored = image.size
         scaled = image.draft(None, (64, 64))
-        _square(image, 8)
+        _fitted(image, (8, 8))
         size = stored if scaled else image.size  # TIFF turns itself while it loads
         return sha256, size[::-1] if _orientation(image) >= 5 else size
 
 
-def load_pixels(example: Example, resolution: int) -> Tensor:
-    """uint8 [3, resolution, resolution]: upright (EXIF), alpha over white, short side resized (Lanczos), centre-cropped.
+def load_picture(example: Example, shape: Shape) -> Image.Image:
+    """RGB of `shape`: upright (EXIF), resized (Lanczos) to cover it, centre-cropped, what is transparent over white.
 
     Raises DataError when the file cannot be read any more, or is not the one that `read_folder` saw.
     """
+    return over("white", load_image(example.path, example.sha256, shape))
+
+
+def load_image(path: Path, sha256: str, shape: Shape) -> Image.Image:
+    """RGB or RGBA of `shape`, upright. Raises DataError unless it is the very file that was seen before."""
     try:
-        with _opened(example.path) as (sha256, image):
-            if sha256 != example.sha256:
+        with opened(path) as (now, image):
+            if now != sha256:
                 raise Unreadable("changed while it was in use")
-            image.draft(None, (2 * resolution, 2 * resolution))  # a large JPEG is decoded at 1/2, 1/4 or 1/8
-            square = _square(image, resolution)
+            double = (2 * shape[0], 2 * shape[1])
+            image.draft(None, _stored(image, double))  # a large JPEG is decoded at 1/2, 1/4 or 1/8
+            return _fitted(image, shape)
     except Unreadable as error:
-        raise DataError(f"{example.path}: {error}", "run the command again") from error
-    return torch.from_numpy(np.array(square)).permute(2, 0, 1).contiguous()
+        raise DataError(f"{path}: {error}", "run the command again") from error
 
 
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator[tuple[str, Image.Image]]:
+def opened(path: Path) -> Iterator[tuple[str, Image.Image]]:
     """(sha256, opened picture) of a file. Whatever Pillow finds wrong, here or in the block, becomes Unreadable."""
     try:
         file = path.open("rb")
@@ -134,38 +139,48 @@ def _by_suffix(suffix: str) -> str:
     return Image.registered_extensions().get(suffix.lower(), "")
 
 
-def _square(image: Image.Image, side: int) -> Image.Image:
-    """RGB [side, side]: the centre of a picture, upright."""
+def _stored(image: Image.Image, shape: Shape) -> Shape:
+    """An upright shape as it lies in the file: turned, where EXIF says that the picture is."""
+    return shape[::-1] if _orientation(image) >= 5 else shape
+
+
+def _fitted(image: Image.Image, shape: Shape) -> Image.Image:
+    """RGB or RGBA of `shape`: the centre of a picture, upright."""
     image.load()
-    turn, flat = TURNS.get(_orientation(image)), _shrunk(image, 3 * side)
-    short = min(flat.size)
-    left, top = (flat.width - short) / 2, (flat.height - short) / 2
-    small = flat.resize((side, side), Image.Resampling.LANCZOS, box=(left, top, left + short, top + short))
-    if small.mode == "RGBA":
-        small = Image.alpha_composite(Image.new("RGBA", small.size, "white"), small).convert("RGB")
+    turn, lying = TURNS.get(_orientation(image)), _stored(image, shape)
+    flat = _shrunk(image, lying)
+    small = flat.resize(lying, Image.Resampling.LANCZOS, box=centre(flat.size, lying))
     return small if turn is None else small.transpose(turn)
 
 
-def _shrunk(image: Image.Image, least: int) -> Image.Image:
-    """RGB or RGBA; the centre of a much larger picture is averaged down to `least` or more, in strips that need little memory."""
-    factor, white = min(image.size) // least, _white(image)
+def over(colour: str, image: Image.Image) -> Image.Image:
+    """RGB, what is transparent over a colour."""
+    if image.mode != "RGBA":
+        return image
+    return Image.alpha_composite(Image.new("RGBA", image.size, colour), image).convert("RGB")
+
+
+def _shrunk(image: Image.Image, shape: Shape) -> Image.Image:
+    """RGB or RGBA; the centre of a picture much larger than `shape` is averaged down, in strips that need little memory."""
+    left, top, right, bottom = centre(image.size, shape)
+    factor, white = int(min((right - left) / shape[0], (bottom - top) / shape[1])) // SPARE, white_of(image)
     if factor < 2:
-        return _eight_bit(image, white)
-    short, strip = min(image.size) // factor, max(1, STRIP // factor)
-    left, top = ((length - short * factor) // 2 for length in image.size)
+        return eight_bit(image, white)
+    width, height, strip = round(right - left) // factor, round(bottom - top) // factor, max(1, STRIP // factor)
+    left, top = (image.width - width * factor) // 2, (image.height - height * factor) // 2
     parts = []
-    for row in range(0, short, strip):
-        box = (left, top + row * factor, left + short * factor, top + min(row + strip, short) * factor)
-        part = _eight_bit(image.crop(box), white)
+    for row in range(0, height, strip):
+        box = (left, top + row * factor, left + width * factor, top + min(row + strip, height) * factor)
+        part = eight_bit(image.crop(box), white)
         # averaged colours must be weighted by their alpha, which is what RGBa holds
         parts.append(part.convert("RGBa").reduce(factor).convert("RGBA") if part.mode == "RGBA" else part.reduce(factor))
-    whole = Image.new(parts[0].mode, (short, short))
+    whole = Image.new(parts[0].mode, (width, height))
     for i, part in enumerate(parts):
         whole.paste(part, (0, i * strip))
     return whole
 
 
-def _eight_bit(image: Image.Image, white: float) -> Image.Image:
+def eight_bit(image: Image.Image, white: float) -> Image.Image:
     """Any mode -> RGB, or RGBA where something can be transparent; `white` is the brightest value of 16- and 32-bit greys."""
     if not _is_deep(image):
         return image.convert("RGBA" if image.has_transparency_data else "RGB")
@@ -173,7 +188,7 @@ def _eight_bit(image: Image.Image, white: float) -> Image.Image:
     return Image.fromarray(np.rint(values.clip(0, 255)).astype(np.uint8)).convert("RGB")
 
 
-def _white(image: Image.Image) -> float:
+def white_of(image: Image.Image) -> float:
     """What is white in a deep grey. I;16 spans its range; I and F say nothing of theirs: the least usual one that holds all."""
     if not _is_deep(image) or image.mode.startswith("I;16"):
         return 65535.0

@@ -37,9 +37,24 @@ class Data(Part):
     trigger: str | None = Field(None, description="word that calls the subject or style (default: the folder's name, made safe)")
     class_name: str = Field("", alias="class", description="what the subject is, e.g. 'dog'; empty for a style")
     caption: str = Field("{trigger} {class}", description="caption of pictures without one; {trigger} and {class} are filled in")
-    resolution: int = Field(0, ge=0, le=2048, description="side in pixels; 0 means the base's own")
-    flip: bool = Field(True, description="show each picture mirrored half of the time")
+    caption_prefix: str = Field("", description="put before every caption; {trigger} and {class} are filled in")
+    caption_shuffle: bool = Field(False, description="shuffle the comma-separated tags of a caption each time")
+    keep_tokens: int = Field(1, ge=0, description="so many first tags are never shuffled or dropped")
+    tag_dropout: float = Field(0.0, ge=0, le=1, description="share of tags left out each time")
     caption_dropout: float = Field(0.0, ge=0, le=1, description="share of steps without caption")
+    resolution: int = Field(0, ge=0, le=2048, description="side in pixels of a square of the area; 0 means the base's own")
+    buckets: bool = Field(True, description="keep proportions, each picture in the nearest of many shapes; off: square crops")
+    bucket_step: int = Field(0, ge=0, le=512, description="pixels between the sides of two shapes; 0 means the base's own")
+    upscale: bool = Field(False, description="enlarge small pictures, instead of giving them a smaller shape of their own")
+    flip: bool = Field(True, description="show each picture mirrored half of the time")
+    balance: bool = Field(False, description="give each of several concepts the same share, whatever its number of pictures")
+    alpha_mask: bool = Field(False, description="learn only what is opaque (a NAME-masklabel.png beside a picture wins)")
+    regularization: Path | None = Field(None, description="folder of class images for prior 'images', instead of drawn ones")
+
+    @property
+    def varies(self) -> bool:
+        """Whether the same picture's caption differs from step to step, but for being dropped."""
+        return self.caption_shuffle or self.tag_dropout > 0
 
 
 class AdapterSpec(Part):
@@ -67,6 +82,7 @@ class Objective(Part):
     """What a batch's loss is."""
 
     min_snr: float = Field(5.0, ge=0, description="min-SNR gamma (Hang et al. 2023, eq. 4); 0 turns it off")
+    mask_outside: float = Field(0.1, ge=0, le=1, description="weight of what a picture's mask leaves out")
     prior: Literal["none", "images", "output"] = Field(
         "none",
         description="keep what has no trigger as it is: with class images by the base (Ruiz et al. 2022), or with the base's "
@@ -158,7 +174,10 @@ class Recipe(Part):
             raise RecipeError("nothing would be trained: --lr and --text-encoder-lr are both 0")
         if not self.optim.lr and self.optim.text_encoder_share < 1:
             raise RecipeError("with --lr 0 nothing is left to train after --text-encoder-share", "leave that out")
-        if self.objective.prior == "images" and not self.class_templates:
+        if self.data.regularization is not None and self.objective.prior != "images":
+            raise RecipeError("--regularization holds class images for --prior images", f"not for --prior {self.objective.prior}")
+        brought = self.data.regularization and self.objective.prior_prompts  # folders may name their class
+        if self.objective.prior == "images" and not (self.class_templates or brought):
             if self.data.class_name:
                 raise RecipeError("--prior images needs --prior-prompts", "what should be drawn? e.g. 'a {class}'")
             raise RecipeError("--prior images needs --class", "what is the subject? e.g. --class dog")
@@ -181,5 +200,6 @@ class Recipe(Part):
 
     def _templates(self) -> Iterator[tuple[str, str]]:
         yield "--caption", self.data.caption
+        yield "--caption-prefix", self.data.caption_prefix
         yield from (("--prior-prompts", prompt) for prompt in self.objective.prior_prompts)
         yield from (("--sample-prompts", prompt) for prompt in self.sampling.sample_prompts)

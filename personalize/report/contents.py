@@ -160,7 +160,7 @@ def count_of_images(run: Run) -> int:
 
 def example_prompt(run: Run) -> str:
     """A prompt with the trigger and a scene, as somebody would type it."""
-    asked = list(dict.fromkeys(record["prompt"] for record in run.samples if _says(record["prompt"], run.trigger)))
+    asked = list(dict.fromkeys(record["prompt"] for record in run.samples if _says(record["prompt"], run.triggers)))
     return asked[min(1, len(asked) - 1)] if asked else f"{run.trigger} {run.class_name}".strip()
 
 
@@ -292,12 +292,12 @@ def _drawn(run: Run) -> list[tuple[Key, dict[int, str], str | None]]:
         else:
             by_step[record["step"]] = record["path"]
     rows = [(key, by_step, base[-1] if base else None) for key, (by_step, base) in found.items()]
-    return sorted(rows, key=lambda row: not _says(row[0][0], run.trigger))
+    return sorted(rows, key=lambda row: not _says(row[0][0], run.triggers))
 
 
 def _strip(run: Run, key: Key, frames: Iterable[tuple[str, str | None]], inline: Inline, side: int) -> Strip:
     shown = tuple((label, inline(path, side) if path else None) for label, path in frames)
-    return Strip(*key, _says(key[0], run.trigger), shown)
+    return Strip(*key, _says(key[0], run.triggers), shown)
 
 
 def _grid(labels: list[str], strips: list[Strip], left_out: int) -> Grid | None:
@@ -311,10 +311,10 @@ def _spread(steps: list[int], most: int = MOST_COLUMNS) -> list[int]:
     return steps if len(steps) <= most else [steps[round(i * (len(steps) - 1) / (most - 1))] for i in range(most)]
 
 
-def _says(prompt: str, trigger: str) -> bool:
-    """Whether the trigger is one of the prompt's words."""
+def _says(prompt: str, triggers: Iterable[str]) -> bool:
+    """Whether a trigger is one of the prompt's words."""
     plain = "".join(c if c.isalnum() or c in "_-" else " " for c in prompt.lower()).split()
-    return all(word in plain for word in trigger.lower().split()) and bool(trigger)
+    return any(all(word in plain for word in trigger.lower().split()) for trigger in triggers if trigger)
 
 
 def _plain(value: object) -> str:

@@ -62,6 +62,13 @@ class Run:
         return str(said or self.name)
 
     @cached_property
+    def triggers(self) -> tuple[str, ...]:
+        """The words that call each of several concepts; a single one's is `trigger`."""
+        images = self.started.get("images")
+        told = [one.get("trigger") for one in images if isinstance(one, dict)] if isinstance(images, list) else []
+        return tuple(dict.fromkeys([self.trigger, *(str(word) for word in told if word)]))
+
+    @cached_property
     def name(self) -> str:
         """Stem of the adapter file; the run folder's own name before there is one."""
         said = self.started.get("name") or self.recipe.get("name")

@@ -1,0 +1,128 @@
+"""Every picture of a folder, measured as training will see it."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections import Counter
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ..data.buckets import Grid, Shape, grid, kept
+from ..data.folder import Dataset, Example, read_folder
+from ..data.pictures import Unreadable, load_picture, opened
+from ..errors import RecipeError
+from ..recipe import Recipe
+
+NAMED = {"pocket": Path(__file__).parents[1] / "pocket" / "weights"}
+HASH_SIDE = 8  # the hash has the square of it in bits
+HASHED = 256  # width of the picture that is hashed
+FLAT = 1e-4  # variance of grey (0..1) below which there is nothing to be sharp about
+USUAL_MULTIPLE = 64  # of Stable Diffusion: VAE 8, UNet 8
+
+
+@dataclass(frozen=True)
+class Look:
+    """One picture: what it is stored as, where it goes, how sharp it is there, and what it looks like from afar."""
+
+    example: Example
+    format: str
+    shape: Shape
+    kept: float  # share of its area that is not cropped away
+    sharpness: float | None  # None where nothing is to be seen
+    hash: np.ndarray | None  # bool [HASH_SIDE ** 2], None without the library
+
+
+@dataclass(frozen=True)
+class Survey:
+    """A folder of pictures, looked at for a recipe."""
+
+    recipe: Recipe
+    dataset: Dataset
+    grid: Grid
+    multiple: int  # what the base's networks divide a side by
+    looks: tuple[Look, ...]
+
+    @property
+    def folder(self) -> Path:
+        return self.recipe.data.folder
+
+    @cached_property
+    def buckets(self) -> dict[Shape, list[Look]]:
+        """The pictures in each shape."""
+        return {shape: [one for one in self.looks if one.shape == shape] for shape in sorted({one.shape for one in self.looks})}
+
+    @cached_property
+    def formats(self) -> Counter[str]:
+        return Counter(one.format for one in self.looks)
+
+    def name(self, path: Path) -> str:
+        """A picture's path inside the folder."""
+        return path.relative_to(self.folder).as_posix()
+
+
+def look(recipe: Recipe) -> Survey:
+    """Look at every picture of the recipe's folder. Raises DataError and RecipeError as `read_folder` and `grid` do."""
+    side, multiple = native(recipe)
+    places = grid(recipe.data, side, multiple)
+    dataset = read_folder(recipe.data)
+    return Survey(recipe, dataset, places, multiple, tuple(_look(example, places) for example in dataset.examples))
+
+
+def native(recipe: Recipe) -> tuple[int, int]:
+    """(side, multiple) of the recipe's base, from its configs alone. Raises RecipeError where neither they nor the recipe say."""
+    folder = NAMED.get(recipe.base, Path(recipe.base).expanduser())
+    try:
+        unet, vae = (json.loads((folder / part / "config.json").read_text(encoding="utf-8")) for part in ("unet", "vae"))
+        factor = 2 ** (len(vae["block_out_channels"]) - 1)
+        return int(unet["sample_size"]) * factor, factor * 2 ** (len(unet["block_out_channels"]) - 1)
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        if recipe.data.resolution:
+            return recipe.data.resolution, USUAL_MULTIPLE
+        what = f"the resolution of {recipe.base} is not known before it is loaded"
+        raise RecipeError(what, "say it: --resolution 512, or 1024 for SDXL") from error
+
+
+def can_hash() -> bool:
+    """Whether the library for perceptual hashes is installed."""
+    return importlib.util.find_spec("imagehash") is not None
+
+
+def _look(example: Example, places: Grid) -> Look:
+    shape = places.shape_of(example.size)
+    sharp = sharpness(np.asarray(load_picture(example, shape).convert("L"), dtype=np.float64) / 255)
+    width, height = example.size
+    seen = _hash(load_picture(example, (HASHED, max(1, HASHED * height // width)))) if can_hash() else None
+    return Look(example, _format(example.path), shape, kept(example.size, shape), sharp, seen)
+
+
+def _format(path: Path) -> str:
+    try:
+        with opened(path) as (_, image):
+            return image.format or "?"
+    except Unreadable:  # gone since a moment ago
+        return "?"
+
+
+def sharpness(grey: np.ndarray) -> float | None:
+    """Variance of the Laplacian (Pech-Pacheco et al. 2000) of grey [h, w] in 0..1, by the variance of grey itself.
+
+    Measured at the size in which training sees a picture, where photographs have 0.2 to 3, and less than 0.02 when blurred
+    by a Gaussian of three pixels or more, whatever their contrast.
+    """
+    if grey.var() < FLAT or min(grey.shape) < 3:
+        return None
+    inner = grey[1:-1, 1:-1]
+    laplacian = grey[1:-1, :-2] + grey[1:-1, 2:] + grey[:-2, 1:-1] + grey[2:, 1:-1] - 4 * inner
+    return float(laplacian.var() / grey.var())
+
+
+def _hash(image: Image.Image) -> np.ndarray:
+    """The perceptual hash [bits] of a picture: the signs of the lowest frequencies of its lightness."""
+    library: Any = importlib.import_module("imagehash")
+    return np.asarray(library.phash(image, hash_size=HASH_SIDE).hash).ravel()
