@@ -29,6 +29,7 @@ FLOORS = {
     "words": 0.25,
     "recipe": 0.5,
     "adapters": 1,
+    "prompts": 1.5,
     "families": 2,
     "base": 2.25,
     "data": 2.5,

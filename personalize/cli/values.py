@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os.path
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,9 +28,9 @@ class Strengthened(click.ParamType):
         if isinstance(value, tuple):
             return value
         path, weighting = split(str(value))
-        if not Path(path).exists():
+        if not os.path.exists(path):  # also of names that no disk allows
             near, _, strength = path.rpartition(":")
-            if near and Path(near).exists():
+            if near and os.path.exists(near):
                 raise AdapterError(f"{strength!r} is no strength of {near}", "strengths are numbers: A.safetensors:0.8")
             raise AdapterError(f"there is no adapter {path}", "check its spelling; strengths are numbers: A.safetensors:0.8")
         return Path(path), weighting
