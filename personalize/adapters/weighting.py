@@ -81,11 +81,14 @@ class Weighting:
         """Whether it may differ from step to step."""
         return self.window != ALWAYS or any(isinstance(value, Curve) for value in self.parts.values())
 
-    def at(self, step: int, steps: int) -> Weighting:
-        """What it is at a step of 0 .. steps - 1: numbers only."""
+    def levels(self, step: int, steps: int) -> dict[str, float]:
+        """The strength of each part at a step of 0 .. steps - 1."""
         on = self.window.open(step, steps)
-        parts = {part: level(value, step, steps) if on else 0.0 for part, value in self.parts.items()}
-        return replace(self, parts=parts, window=ALWAYS)
+        return {part: level(value, step, steps) if on else 0.0 for part, value in self.parts.items()}
+
+    def at(self, step: int, steps: int) -> Weighting:
+        """What it is at a step: numbers only."""
+        return replace(self, parts=self.levels(step, steps), window=ALWAYS)
 
     @property
     def shape(self) -> Weighting:

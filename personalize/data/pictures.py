@@ -95,6 +95,19 @@ def load_pixels(example: Example, resolution: int) -> Tensor:
     return torch.from_numpy(np.array(square)).permute(2, 0, 1).contiguous()
 
 
+def load_picture(path: Path) -> Image.Image:
+    """RGB in its own size: upright (EXIF), alpha over white. Raises DataError."""
+    try:
+        with _opened(path) as (_, image):
+            image.load()
+            turn, flat = TURNS.get(_orientation(image)), _eight_bit(image, _white(image))
+    except Unreadable as error:
+        raise DataError(f"{path}: {error}", "give another picture") from error
+    if flat.mode == "RGBA":
+        flat = Image.alpha_composite(Image.new("RGBA", flat.size, "white"), flat).convert("RGB")
+    return flat if turn is None else flat.transpose(turn)
+
+
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[tuple[str, Image.Image]]:
     """(sha256, opened picture) of a file. Whatever Pillow finds wrong, here or in the block, becomes Unreadable."""
