@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from pathlib import Path
 from typing import NamedTuple
 
 from .adapters.schedule import spelled
@@ -115,3 +116,16 @@ def find(name: str, known: Iterable[str]) -> str:
             f"no adapter is called {name!r}", nearest(name, known) if known else "give it: --adapter FILE or --lora-dir FOLDER"
         )
     return same[0]
+
+
+def from_file(path: Path) -> list[str]:
+    """One prompt per line; empty lines and those that begin with # are left out. Raises RecipeError."""
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(
+            f"{path} cannot be read: {getattr(error, 'strerror', None) or 'not UTF-8'}", "one prompt per line"
+        ) from error
+    if not (prompts := [line for line in lines if line and not line.startswith("#")]):
+        raise RecipeError(f"there are no prompts in {path}", "one per line; # begins a comment")
+    return prompts

@@ -36,6 +36,30 @@ class Strengthened(click.ParamType):
         return Path(path), weighting
 
 
+class Called(Strengthened):
+    """The same, with a name for prompts before it: NAME=PATH:0.8."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        from ..adapters.weighting import split
+        from ..shelf import Named
+
+        name, _, rest = str(value).partition("=")
+        named = rest and re.fullmatch(r"[^:/\\<>]+", name) and not os.path.exists(split(str(value))[0])
+        path, weighting = super().convert(rest if named else value, param, ctx)
+        return Named(path, weighting, name if named else "")
+
+
+class Along(click.ParamType):
+    """An axis of a sheet: NAME=VALUE,VALUE,..."""
+
+    name = "axis"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        from ..axes import axis
+
+        return axis(str(value))
+
+
 class Side(click.ParamType):
     """A picture's size: 64 or 96x64."""
 
