@@ -12,7 +12,7 @@ import functools
 import math
 import operator
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -93,13 +93,14 @@ class Attached:
     def swap(self, what: Adapter | Iterable[tuple[Adapter, Strengths]]) -> Attached:
         """Other adapters in place of these, as `attach` takes them. The base is neither read nor written anew.
 
-        Raises as `attach` does; what does not fit is told before anything changes.
+        Layers that both change stay where they are and get other values. Raises as `attach` does, before anything changes.
         """
         pairs = stack_of(what)
         for adapter, _ in pairs:
             check_fit(self.base, adapter)
-        self._remove()
-        deltas, self.moving = mix(self.base, pairs)
+        deltas, moving = mix(self.base, pairs)
+        self._remove(keep=deltas)
+        self.moving = moving
         return inject(self, deltas, 0.0)
 
     @contextlib.contextmanager
@@ -152,14 +153,19 @@ class Attached:
         for vector in self.vectors.values():
             vector.parameter.copy_(vector.before + strength * vector.delta.weight.to(vector.before))
 
-    def _remove(self) -> None:
+    def _remove(self, keep: Collection[str] = ()) -> None:
+        """Put the base's own layers back, but for those to keep."""
         self._shift(0.0)
-        for model in self.base.parts.values():
-            for name, layer in [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]:
+        for part, model in self.base.parts.items():
+            found = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+            gone = [name for name in found if canonical(part, name) not in keep]
+            for name in gone:
                 parent, _, leaf = name.rpartition(".")
-                setattr(model.get_submodule(parent), leaf, layer.base_layer)
-            vars(model).pop("peft_config", None)
-        self.layers, self.vectors, self.moving = {}, {}, Moving()
+                setattr(model.get_submodule(parent), leaf, found[name].base_layer)
+            if len(gone) == len(found):
+                vars(model).pop("peft_config", None)
+        self.layers = {path: layer for path, layer in self.layers.items() if path in keep}
+        self.vectors, self.moving = {}, Moving()
 
 
 def attach(
@@ -310,11 +316,11 @@ def inject(attached: Attached, deltas: Mapping[str, Delta], dropout: float) -> A
         undo.callback(attached._remove)
         for part, model in base.parts.items():
             own = {native(path)[1]: path for path in deltas if path.startswith(f"{part}.") and path not in single}
-            if not own:
-                continue
-            pattern = "|".join(map(re.escape, own))  # full paths, so that peft's match by ending cannot find others
-            config = LoraConfig(r=1, lora_alpha=1, lora_dropout=dropout, target_modules=pattern, init_lora_weights=False)
-            inject_adapter_in_model(config, model, NAME, low_cpu_mem_usage=True)  # on no device: place() brings the values
+            if new := [name for name, path in own.items() if path not in attached.layers]:
+                pattern = "|".join(map(re.escape, new))  # full paths, so that peft's match by ending cannot find others
+                config = LoraConfig(r=1, lora_alpha=1, lora_dropout=dropout, target_modules=pattern, init_lora_weights=False)
+                vars(model).pop("peft_config", None)
+                inject_adapter_in_model(config, model, NAME, low_cpu_mem_usage=True)  # on no device: place() brings the values
             for name, path in own.items():
                 layer = attached.layers[path] = place(model.get_submodule(name), as_low_rank(deltas[path]), base.device)
                 attached.moving.take(path, layer.lora_A[NAME].weight)

@@ -9,7 +9,7 @@ from .adapters.schedule import ALWAYS
 from .adapters.weighting import WHOLE, Weighting, read
 from .draw import Job
 from .errors import AdapterError, RecipeError, nearest
-from .prompts import Use
+from .prompts import Use, tagged
 
 Find = Callable[[str], str]  # a name as typed => an adapter's name; raises RecipeError
 NUMBERS = {"seed": (int, 0), "steps": (int, 1), "guidance": (float, 0), "denoise": (float, 0)}  # what they are, and the least
@@ -107,7 +107,7 @@ def sheets(jobs: Sequence[Job], seeds: Sequence[int], axes: Sequence[Axis], find
         raise RecipeError(f"{len(axes)} axes do not fit on a sheet", "--xy once or twice")
     if not axes:
         labels = tuple("" for _ in jobs)
-        rows = tuple(job.prompt for job in jobs[:: len(seeds)])
+        rows = titles(jobs[:: len(seeds)])
         return [Sheet(tuple(jobs), tuple(f"seed {seed}" for seed in seeds), rows, labels)]
     if any(one.name == "seed" for one in axes):
         jobs = jobs[:: len(seeds)]
@@ -115,10 +115,20 @@ def sheets(jobs: Sequence[Job], seeds: Sequence[int], axes: Sequence[Axis], find
     heads = tuple(f"{across.name} {value}" for value in across.values)
     if len(axes) == 1:
         cells = tuple(across.at(job, value, find) for job in jobs for value in across.values)
-        rows = tuple(job.prompt if across.name == "seed" else f"{job.prompt} · seed {job.seed}" for job in jobs)
+        rows = titles(jobs, seeds=across.name != "seed")
         return [Sheet(cells, heads, rows, tuple(f"{across.name}{value}" for _ in jobs for value in across.values))]
     down = axes[1]
     places = [(y, x) for y in down.values for x in across.values]
     labels = tuple(f"{across.name}{x}-{down.name}{y}" for y, x in places)
-    rows = tuple(f"{down.name} {value}" for value in down.values)
-    return [Sheet(tuple(across.at(down.at(job, y, find), x, find) for y, x in places), heads, rows, labels) for job in jobs]
+    made = []
+    for job, title in zip(jobs, titles(jobs, seeds="seed" not in (across.name, down.name)), strict=True):
+        rows = tuple(f"{down.name} {value} · {title}" for value in down.values)
+        made.append(Sheet(tuple(across.at(down.at(job, y, find), x, find) for y, x in places), heads, rows, labels))
+    return made
+
+
+def titles(jobs: Sequence[Job], seeds: bool = False) -> tuple[str, ...]:
+    """What to write over each job's row: its prompt, with its tags where jobs differ in them, and its seed."""
+    tags = any(job.uses != jobs[0].uses for job in jobs)
+    said = [tagged(job.prompt, job.uses) if tags else job.prompt for job in jobs]
+    return tuple(f"{text} · seed {job.seed}" if seeds else text for text, job in zip(said, jobs, strict=True))

@@ -63,7 +63,6 @@ def remaining(sampler: Any, steps: int, kept: int) -> Tensor:
     return sampler.timesteps[first:]
 
 
-@torch.no_grad()
 def latents_of(base: Base, picture: Image.Image, size: int | tuple[int, int] | None = None) -> Tensor:
     """A picture's latents [1, c, h, w], the posterior's mean: cut to whole ones, or scaled and cut to `size`."""
     fitted = fit(picture, base.factor, (size, size) if isinstance(size, int) else size)
@@ -71,7 +70,8 @@ def latents_of(base: Base, picture: Image.Image, size: int | tuple[int, int] | N
         told = f"{base.name} draws pictures of {base.resolution} pixels, and this one is {fitted.width}x{fitted.height}"
         warnings.warn(f"{told}: --size {base.resolution} makes it smaller", stacklevel=2)
     pixels = torch.from_numpy(np.array(fitted, dtype=np.float32)).permute(2, 0, 1)[None] / 127.5 - 1
-    return base.encode(pixels)[0].float()
+    with torch.no_grad():
+        return base.encode(pixels)[0].float()
 
 
 def fit(picture: Image.Image, factor: int, size: tuple[int, int] | None = None) -> Image.Image:
