@@ -154,7 +154,9 @@ class Attached:
             vector.parameter.copy_(vector.before + strength * vector.delta.weight.to(vector.before))
 
     def _remove(self, keep: Collection[str] = ()) -> None:
-        """Put the base's own layers back, but for those to keep."""
+        """Put the base's own layers back, but for those to keep; nothing if they are back already."""
+        if attached_to(self.base) is not self:
+            return
         self._shift(0.0)
         for part, model in self.base.parts.items():
             found = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
@@ -166,6 +168,8 @@ class Attached:
                 vars(model).pop("peft_config", None)
         self.layers = {path: layer for path, layer in self.layers.items() if path in keep}
         self.vectors, self.moving = {}, Moving()
+        if not keep:
+            vars(self.base).pop("attached", None)
 
 
 def attach(
@@ -191,6 +195,12 @@ def attach(
         check_fit(base, adapter)
     deltas, moving = mix(base, pairs)
     return inject(Attached(base, moving), deltas, 0.0)
+
+
+def attached_to(base: Base) -> Attached | None:
+    """What a base carries."""
+    found: Attached | None = vars(base).get("attached")
+    return found
 
 
 def stack_of(what: Adapter | Iterable[tuple[Adapter, Strengths]]) -> list[tuple[Adapter, Weighting]]:
@@ -314,6 +324,7 @@ def inject(attached: Attached, deltas: Mapping[str, Delta], dropout: float) -> A
     base, single = attached.base, {path for path, delta in deltas.items() if len(delta.shape) == 1}
     with contextlib.ExitStack() as undo:
         undo.callback(attached._remove)
+        vars(base)["attached"] = attached
         for part, model in base.parts.items():
             own = {native(path)[1]: path for path in deltas if path.startswith(f"{part}.") and path not in single}
             if new := [name for name, path in own.items() if path not in attached.layers]:

@@ -22,7 +22,7 @@ from .adapters import Adapter
 from .attach import attach
 from .beginning import DENOISE, Beginning, latents_of
 from .data.pictures import load_picture
-from .prompts import Use, find, parse
+from .prompts import Use, find, parse, untagged
 from .sample import DEFAULTS, Shape, Size, latent_shape, pictures, warn_overlong
 
 if TYPE_CHECKING:
@@ -70,6 +70,14 @@ def draw(
     `guidance` is classifier-free guidance (Ho & Salimans 2022, https://arxiv.org/abs/2207.12598): 1 is the plain conditional
     model. With `image`, a picture or its file, drawing begins there and changes `denoise` (0 to 1) of it.
     Raises RecipeError for names that are not in `adapters`, FamilyMismatchError for adapters of another family.
+
+    >>> from personalize.base import Base
+    >>> from personalize.recipe import AdapterSpec
+    >>> base = Base.load("pocket")
+    >>> fresh = attach(base, AdapterSpec(rank=1)).detach()  # changes nothing yet
+    >>> one, two = draw(base, ["a <lora:new:0.8> cat", "a cat"], [7, 7], adapters={"new": fresh}, steps=2)
+    >>> one.size, one == two
+    ((64, 64), True)
     """
     if len(prompts) != len(seeds):
         raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds: give one seed per picture")
@@ -77,7 +85,7 @@ def draw(
     for prompt, seed in zip(prompts, seeds, strict=True):
         text, uses = parse(prompt)
         named = tuple(Use(find(name, known), weighting) for name, weighting in uses)
-        jobs.append(Job(text, seed, named, negative, steps, guidance, denoise))
+        jobs.append(Job(text, seed, named, untagged(negative), steps, guidance, denoise))
     if unused := known.keys() - {name for job in jobs for name, _ in job.uses}:
         name = min(unused)
         warnings.warn(f"no prompt says <lora:{name}:1>: {name} is not used", stacklevel=2)
@@ -112,7 +120,7 @@ def together(
     """One batch of jobs that are drawn alike, with their adapters attached for as long as it takes."""
     job = jobs[0]
     stack = [(adapters[name], weighting) for name, weighting in job.uses]
-    with attach(base, stack) if stack else contextlib.nullcontext() as attached:
+    with attach(base, stack) if stack else contextlib.nullcontext():
         return pictures(
             base,
             [job.prompt for job in jobs],
@@ -122,5 +130,4 @@ def together(
             guidance=job.guidance,
             negative=job.negative,
             beginning=None if latents is None else Beginning(latents, job.denoise),
-            turn=attached.turn if attached else None,
         )

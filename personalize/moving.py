@@ -57,10 +57,11 @@ class Moving:
 
     @torch.no_grad()
     def turn(self, step: int, steps: int, vectors: Mapping[str, Vector]) -> set[str]:
-        """Bring every row and vector to its strength at a step; the parts in which anything changed."""
+        """Bring every row and vector to its strength at a step; the parts of the base in which anything changed."""
         now = [weighting.levels(step, steps) for weighting in self.weightings]
         levels = {part: tuple(strengths[part] for strengths in now) for part in PARTS}
-        changed = {part for part in PARTS if levels[part] != self.levels.get(part)}
+        own = {part_of(path) for path in (*self.rows, *self.shares)}
+        changed = {part for part in own if levels[part] != self.levels.get(part)}
         for path, rows in self.rows.items():
             if (part := part_of(path)) in changed:
                 scale = torch.tensor(levels[part]).to(rows.whole)[rows.owners]

@@ -19,7 +19,7 @@ from .data.pictures import load_picture
 from .draw import Job, drawn
 from .errors import AdapterError, OutputError, RecipeError
 from .files import weights_hash
-from .prompts import Use, parse
+from .prompts import Use, parse, untagged
 from .recipe import Recipe, from_json
 from .shelf import Named, Shelf, shelve
 
@@ -54,7 +54,7 @@ def paint(
     device, alone = device_of(device), output.suffix.lower() == ".png"
     everywhere, shelf = shelve(stack, lora_dir)
     meant = read(prompts, everywhere, shelf)
-    jobs = [Job(text, seed, uses, negative, steps, guidance, denoise) for text, uses in meant for seed in seeds]
+    jobs = [Job(text, seed, uses, untagged(negative), steps, guidance, denoise) for text, uses in meant for seed in seeds]
     pages, wanted = sheets(jobs, seeds, axes, shelf.find), grid or bool(axes)
     check_output(output, sum(len(page.jobs) for page in pages), len(pages) if wanted else 0)
     beginning = load_picture(image) if image else None

@@ -81,6 +81,13 @@ def use(kind: str, inside: str, tag: str) -> tuple[str, Weighting]:
         raise RecipeError(f"{tag}: {error.what}", error.hint) from error
 
 
+def untagged(negative: str) -> str:
+    """A negative prompt, which names no adapters. Raises RecipeError where it does."""
+    if parse(negative).uses:
+        raise RecipeError(f"adapters go into the prompt, not into the negative one: {negative[:60]}", "move the tag")
+    return negative
+
+
 def tag(name: str, weighting: Weighting) -> str:
     """The tag that says the same.
 

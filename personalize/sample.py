@@ -20,6 +20,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 from .adapters.weighting import WHOLE, Weighting
+from .attach import attached_to
 from .errors import BaseModelError, RecipeError
 from .files import atomic
 from .prompts import Use, tagged
@@ -80,11 +81,10 @@ def diffuse(
     guidance: float,
     negative: str,
     beginning: Beginning | None = None,
-    turn: Turn | None = None,
 ) -> torch.Tensor:
     """Noise [b, c, h, w] to latents [b, c, h, w] along the scheduler's timesteps, both halves of the guidance in one call.
 
-    `turn` is told each step and how many there are, and says which parts of the base changed: then the prompts are read anew.
+    Adapters on the base follow their schedules; where the text encoder's change, the prompts are read anew.
     """
     sampler = make_sampler(base, steps)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -93,14 +93,26 @@ def diffuse(
     timesteps, latents = sampler.timesteps, noise * sampler.init_noise_sigma
     if beginning:
         timesteps, latents = beginning.enter(sampler, steps, noise)
-    cond = None
-    for i, t in enumerate(timesteps):
-        changed = turn(i // sampler.order, -(-len(timesteps) // sampler.order)) if turn else ()
-        if cond is None or any(part.startswith("text_encoder") for part in changed):
-            cond = conditioning(base, prompts, negative, guidance)
-        output = predict(base, sampler.scale_model_input(latents, t), t, cond, guidance)
-        latents = sampler.step(output.float(), t, latents, **own).prev_sample
+    cond, count = None, -(-len(timesteps) // sampler.order)  # some samplers ask twice for each step
+    with following(base) as turn:
+        for i, t in enumerate(timesteps):
+            changed = turn(i // sampler.order, count)
+            if cond is None or any(part.startswith("text_encoder") for part in changed):
+                cond = conditioning(base, prompts, negative, guidance)
+            output = predict(base, sampler.scale_model_input(latents, t), t, cond, guidance)
+            latents = sampler.step(output.float(), t, latents, **own).prev_sample
     return latents
+
+
+@contextlib.contextmanager
+def following(base: Base) -> Iterator[Turn]:
+    """What brings the base's adapters to a step, and says which parts changed; afterwards they are at their beginning again."""
+    attached = attached_to(base)
+    try:
+        yield attached.turn if attached else lambda step, steps: ()
+    finally:
+        if attached:
+            attached.turn(0, 1)
 
 
 def conditioning(base: Base, prompts: Sequence[str], negative: str, guidance: float) -> torch.Tensor:

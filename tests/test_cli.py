@@ -327,6 +327,7 @@ def test_help_and_version(arguments: list[str], capsys: pytest.CaptureFixture[st
         (["generate", "x", "--xy", "steps=1", "--xy", "seed=1", "--xy", "denoise=1"], "3 axes do not fit on a sheet"),
         (["generate", "x", "--xy", "strength=much", "--adapter", "{good}"], "'much' says no strength"),
         (["generate", "x", "--image", "{tmp}/lies/a.png", "--base", "{base}"], "{tmp}/lies/a.png: not a picture"),
+        (["generate", "x", "--negative", "<lora:a:1>"], "adapters go into the prompt"),
         (["generate", "x", "--denoise", "2"], "2.0 is not in the range"),
         (["merge", "{good}:1:stop=0.5", "{good}", "--output", "{tmp}/m.safetensors"], "changes from step to step"),
         (["generate", "x", "--adapter", "{tmp}/none.safetensors:0.8"], "there is no adapter {tmp}/none.safetensors"),

@@ -57,8 +57,8 @@ def latents(base: Base, stack: Any = (), steps: int = STEPS, **how: Any) -> Tens
     seeds, shape = [0], sample.latent_shape(base, None)
     if not stack:
         return sample.diffuse(base, prompts, seeds, shape, **options)
-    with attach(base, stack) as attached:
-        return sample.diffuse(base, prompts, seeds, shape, turn=attached.turn, **options)
+    with attach(base, stack):
+        return sample.diffuse(base, prompts, seeds, shape, **options)
 
 
 def apart(a: Tensor, b: Tensor) -> float:
@@ -135,6 +135,24 @@ def test_two_schedules_at_once(base: Base, shelf: dict[str, Adapter]) -> None:
     assert apart(seen, by_hand(base, [[(shelf["rex"], 1.0)]] * 2 + [[(shelf["ink"], 1.0)]] * 2)) < 1e-4
 
 
+def test_prompts_are_read_anew_only_where_the_text_encoder_changes(
+    base: Base, shelf: dict[str, Adapter], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, embed = [], Base.embed
+    monkeypatch.setattr(Base, "embed", lambda self, prompts: read.append(prompts) or embed(self, prompts))
+    counts = {}
+    for name, adapter, typed in [
+        ("all", shelf["rex"], "0@0,1@1"),
+        ("text at rest", shelf["rex"], "unet=0@0,1@1:te=1"),
+        ("no text", shelf["rex"].part("unet"), "0@0,1@1"),
+        ("one turn", shelf["rex"], "1:stop=2"),
+    ]:
+        latents(base, [(adapter, typed)], guidance=1)
+        counts[name] = len(read)
+        read.clear()
+    assert counts == {"all": STEPS, "text at rest": 1, "no text": 1, "one turn": 2}
+
+
 def test_a_schedule_that_stays_is_the_constant(base: Base, shelf: dict[str, Adapter]) -> None:
     constant = latents(base, [(shelf["rex"], 0.7)])
     for typed in ("0.7@0,0.7@1", "0.7:start=0:stop=1", "0.7@0:stop=99"):
@@ -146,8 +164,10 @@ def test_steps_are_steps_where_the_sampler_asks_twice_for_each(base: Base, shelf
     """Heun's method calls the model 2 n - 1 times: a schedule counts n steps."""
     heun = replace(base, scheduler_config={**base.scheduler_config, "_class_name": "HeunDiscreteScheduler"})
     turns: list[tuple[int, int]] = []
-    latents(heun, turn=lambda step, steps: turns.append((step, steps)) or ())
-    assert turns == [(step, STEPS) for step in (0, 0, 1, 1, 2, 2, 3)]
+    with attach(heun, shelf["rex"]) as attached:
+        attached.turn = lambda step, steps: turns.append((step, steps)) or set()  # type: ignore[method-assign, func-returns-value]
+        latents(heun)
+    assert turns == [*((step, STEPS) for step in (0, 0, 1, 1, 2, 2, 3)), (0, 1)]
 
 
 # ---------------------------------------------------------------- tags, batches
@@ -237,6 +257,27 @@ def test_an_attachment_that_fails_half_way_leaves_nothing_behind(
     assert everything(base) == before
 
 
+def test_a_schedule_on_a_held_base_begins_anew_with_every_call(base: Base, shelf: dict[str, Adapter]) -> None:
+    before = everything(base)
+    wanted = draw(base, ["a <lora:rex:1@0,0@1> cat"], [0], adapters={"rex": shelf["rex"]}, steps=3)
+    with attach(base, [(shelf["rex"], "1@0,0@1")]):
+        seen = predicted(base)
+        assert draw(base, ["a cat"], [0], steps=3) == draw(base, ["a cat"], [0], steps=3) == wanted
+        assert torch.equal(predicted(base), seen)
+    assert everything(base) == before and "attached" not in vars(base)
+
+
+def test_taking_off_twice_leaves_the_next_ones_alone(base: Base, shelf: dict[str, Adapter]) -> None:
+    before = everything(base)
+    with attach(base, shelf["rex"]) as first:
+        first.detach()
+        second = attach(base, shelf["ink"])
+        seen = predicted(base)
+    assert torch.equal(predicted(base), seen)
+    second.detach()
+    assert everything(base) == before
+
+
 # ---------------------------------------------------------------- swapping
 
 
@@ -253,7 +294,7 @@ def test_swapping_is_detaching_and_attaching(base: Base, shelf: dict[str, Adapte
         for name, wanted in (("ink", ink), ("rex", rex)):
             attached.swap([(shelf[name], "0.9@0,0@1")])
             seen = sample.diffuse(base, ["a zwx cat"], [0], sample.latent_shape(base, None),
-                                  steps=STEPS, guidance=3.0, negative="fog", turn=attached.turn)  # fmt: skip
+                                  steps=STEPS, guidance=3.0, negative="fog")  # fmt: skip
             assert torch.equal(seen, wanted)
         seen_before = predicted(base)
         stranger = Adapter({"unet.nowhere": LowRank(torch.ones(4, 1), torch.ones(1, 4), 1)})
