@@ -16,6 +16,7 @@ from PIL import Image
 
 from personalize.adapters import Adapter
 from personalize.adapters.weighting import split
+from personalize.base import Base
 from personalize.cli import numbered, run
 from personalize.errors import AdapterError, RecipeError
 from personalize.sample import read_parameters
@@ -195,6 +196,14 @@ def test_generate_begins_with_a_picture(trained: Path, pictures: Path, tmp_path:
     assert (about["image"], about["denoise"], about["size"]) == ("1.png", 0.5, [80, 64])
     with Image.open(tmp_path / "x.png") as picture:
         assert "Denoising strength: 0.5" in picture.info["parameters"]
+
+
+def test_pictures_are_drawn_in_batches(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes, decode = [], Base.decode
+    monkeypatch.setattr(Base, "decode", lambda self, latents: sizes.append(len(latents)) or decode(self, latents))
+    arguments = ["generate", "a cat", "a dog", "--base", str(tiny_base), "--steps", "1", "--output", str(tmp_path)]
+    assert run([*arguments, "--count", "5", "--batch-size", "4"]) == 0
+    assert sizes == [4, 4, 2]
 
 
 def test_sheets_along_axes(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
