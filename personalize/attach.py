@@ -95,6 +95,8 @@ class Attached:
 
         Layers that both change stay where they are and get other values. Raises as `attach` does, before anything changes.
         """
+        if attached_to(self.base) is not self:
+            raise AdapterError(f"nothing of this is on {self.base.name} any more", "attach() it anew")
         pairs = stack_of(what)
         for adapter, _ in pairs:
             check_fit(self.base, adapter)
@@ -151,7 +153,8 @@ class Attached:
     def _shift(self, strength: float) -> None:
         """Norms and biases carry their update in place."""
         for vector in self.vectors.values():
-            vector.parameter.copy_(vector.before + strength * vector.delta.weight.to(vector.before))
+            change = strength * vector.delta.weight.to(vector.before)
+            vector.parameter.copy_(vector.before + change if strength else vector.before)  # -0.0 + 0.0 is not -0.0
 
     def _remove(self, keep: Collection[str] = ()) -> None:
         """Put the base's own layers back, but for those to keep; nothing if they are back already."""

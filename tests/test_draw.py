@@ -208,6 +208,16 @@ def test_a_call_leaves_nothing_behind(base: Base, shelf: dict[str, Adapter]) -> 
     assert everything(base) == before
 
 
+def test_even_the_sign_of_a_zero_is_kept(base: Base) -> None:
+    bias = base.unet.mid_block.attentions[0].proj_in.bias
+    kept = bias.detach().clone()
+    bias.data.fill_(-0.0)
+    with attach(base, Adapter({BIAS: Dense(torch.ones(192))})) as attached, attached.off():
+        pass
+    assert bool(bias.signbit().all())
+    bias.data.copy_(kept)
+
+
 def test_nothing_is_attached_while_a_picture_is_handed_over(base: Base, shelf: dict[str, Adapter]) -> None:
     before = everything(base)
     jobs = [Job("a cat", seed, (("rex", read(["1", "stop=0.5"])),), steps=2) for seed in range(3)]  # type: ignore[arg-type]
@@ -274,6 +284,8 @@ def test_taking_off_twice_leaves_the_next_ones_alone(base: Base, shelf: dict[str
         second = attach(base, shelf["ink"])
         seen = predicted(base)
     assert torch.equal(predicted(base), seen)
+    with pytest.raises(AdapterError, match="nothing of this is on"):
+        first.swap(shelf["rex"])
     second.detach()
     assert everything(base) == before
 
@@ -346,9 +358,9 @@ class Oracle(Base):
         return (latents - signal * x0) / noise
 
 
-SAMPLERS = (  # KDPM2 fails in diffusers 0.42 by itself, LMS needs scipy
+SAMPLERS = (  # LMS needs scipy
     "DDIM", "DDPM", "PNDM", "EulerDiscrete", "EulerAncestralDiscrete", "HeunDiscrete", "DPMSolverMultistep",
-    "DPMSolverSinglestep", "DEISMultistep", "UniPCMultistep", "LCM",
+    "DPMSolverSinglestep", "DEISMultistep", "UniPCMultistep", "LCM", "KDPM2Discrete", "KDPM2AncestralDiscrete",
 )  # fmt: skip
 
 
