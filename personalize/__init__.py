@@ -23,10 +23,10 @@ if TYPE_CHECKING:
     from .attach import attach
     from .base import Base
     from .data import read_folder
+    from .draw import draw
     from .errors import PersonalizeError
     from .recipe import Recipe, resolve
     from .report import write_report
-    from .sample import draw
     from .train import train
 
 _HOMES = {
@@ -36,7 +36,7 @@ _HOMES = {
     "Recipe": "recipe",
     "attach": "attach",
     "describe": "adapters",
-    "draw": "sample",
+    "draw": "draw",
     "read_folder": "data",
     "resolve": "recipe",
     "train": "train",

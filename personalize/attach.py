@@ -12,8 +12,7 @@ import functools
 import math
 import operator
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -25,14 +24,15 @@ from torch import Tensor, nn
 from .adapters import PARTS, Adapter, Delta, Dense, LowRank
 from .adapters.deltas import as_low_rank
 from .adapters.keys import same
-from .adapters.weighting import Weighting
+from .adapters.weighting import Weighting, read
 from .base import Base
 from .errors import AdapterError, FamilyMismatchError, RecipeError, nearest
 from .families import canonical, native
+from .moving import Moving, Vector, side_by_side
 from .recipe import AdapterSpec
 
 NAME = "personalize"  # peft's name for what is attached
-Strengths = float | Mapping[str, float]
+Strengths = float | Mapping[str, float] | str | Weighting  # a text is what stands behind a file's name: "0.8:lbw=OUTD"
 
 # Kohya's choice of layers; conv_in, conv_out and the time embedding are left out, UIs stumble over them (only a glob finds them).
 TARGETS = {
@@ -54,9 +54,10 @@ TARGETS = {
 class Attached:
     """Adapter layers on a base, until `detach()` or the end of the `with` block; the base's own weights never change."""
 
-    def __init__(self, base: Base, layers: dict[str, LoraLayer], vectors: dict[str, Vector] | None = None) -> None:
-        self.base, self.layers, self.vectors = base, layers, vectors or {}
-        self._shift(1.0)
+    def __init__(self, base: Base, moving: Moving | None = None) -> None:
+        self.base, self.moving = base, moving or Moving()
+        self.layers: dict[str, LoraLayer] = {}
+        self.vectors: dict[str, Vector] = {}
 
     def __enter__(self) -> Attached:
         return self
@@ -82,6 +83,28 @@ class Attached:
         adapter = self.snapshot()
         self._remove()
         return adapter
+
+    def turn(self, step: int, steps: int) -> set[str]:
+        """Bring every schedule to a step of 0 .. steps - 1; the parts in which anything changed. At first it is step 0 of 1."""
+        changed = self.moving.turn(step, steps, self.vectors) if self.moving.weightings else set()
+        if changed:
+            self._shift(1.0)
+        return changed
+
+    def swap(self, what: Adapter | Iterable[tuple[Adapter, Strengths]]) -> Attached:
+        """Other adapters in place of these, as `attach` takes them. The base is neither read nor written anew.
+
+        Layers that both change stay where they are and get other values. Raises as `attach` does, before anything changes.
+        """
+        if attached_to(self.base) is not self:
+            raise AdapterError(f"nothing of this is on {self.base.name} any more", "attach() it anew")
+        pairs = stack_of(what)
+        for adapter, _ in pairs:
+            check_fit(self.base, adapter)
+        deltas, moving = mix(self.base, pairs)
+        self._remove(keep=deltas)
+        self.moving = moving
+        return inject(self, deltas, 0.0)
 
     @contextlib.contextmanager
     def off(self) -> Iterator[None]:
@@ -131,26 +154,26 @@ class Attached:
     def _shift(self, strength: float) -> None:
         """Norms and biases carry their update in place."""
         for vector in self.vectors.values():
-            vector.parameter.copy_(vector.before + strength * vector.delta.weight.to(vector.before))
+            change = strength * vector.delta.weight.to(vector.before)
+            vector.parameter.copy_(vector.before + change if strength else vector.before)  # -0.0 + 0.0 is not -0.0
 
-    def _remove(self) -> None:
+    def _remove(self, keep: Collection[str] = ()) -> None:
+        """Put the base's own layers back, but for those to keep; nothing if they are back already."""
+        if attached_to(self.base) is not self:
+            return
         self._shift(0.0)
-        for path, layer in self.layers.items():
-            part, own = native(path, self.base.parts)
-            parent, _, leaf = own.rpartition(".")
-            setattr(self.base.parts[part].get_submodule(parent), leaf, layer.base_layer)
-        for part in {path.partition(".")[0] for path in self.layers}:
-            del self.base.parts[part].peft_config
-        self.layers, self.vectors = {}, {}
-
-
-@dataclass(frozen=True)
-class Vector:
-    """A norm or a bias of the base, what it was, and its update."""
-
-    parameter: nn.Parameter
-    before: Tensor
-    delta: Dense
+        for part, model in self.base.parts.items():
+            found = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+            gone = [name for name in found if canonical(part, name) not in keep]
+            for name in gone:
+                parent, _, leaf = name.rpartition(".")
+                setattr(model.get_submodule(parent), leaf, found[name].base_layer)
+            if len(gone) == len(found):
+                vars(model).pop("peft_config", None)
+        self.layers = {path: layer for path, layer in self.layers.items() if path in keep}
+        self.vectors, self.moving = {}, Moving()
+        if not keep:
+            vars(self.base).pop("attached", None)
 
 
 def attach(
@@ -163,19 +186,39 @@ def attach(
     """Attach a fresh adapter of a spec's shape to `parts`, or loaded adapters, each with its strength.
 
     A fresh adapter starts as the identity (Hu et al. 2021: up = 0, down uniform, drawn from `seed`). A strength is a number,
-    or one per part: {"unet": 0.8, "text_encoder": 0.5}. A stack is exact: sum of strength * dW, whatever the ranks and alphas.
+    or one per part: {"unet": 0.8, "text_encoder": 0.5}, or what one types: "0.8:lbw=OUTD", "0@0,1@0.5:stop=10"; what changes
+    from step to step is brought there by `turn`. A stack is exact: sum of strength * dW, whatever the ranks and alphas.
     Raises RecipeError for a target that matches nothing, FamilyMismatchError for an adapter that does not fit.
     """
     if any(isinstance(module, LoraLayer) for model in base.parts.values() for module in model.modules()):
         raise AdapterError(f"{base.name} already carries an adapter", "detach() it first; to stack several, attach them together")
     if isinstance(what, AdapterSpec):
-        return inject(base, fresh(base, what, parts, seed), what.dropout)
-    pairs = [(what, 1.0)] if isinstance(what, Adapter) else list(what)
+        return inject(Attached(base), fresh(base, what, parts, seed), what.dropout)
+    pairs = stack_of(what)
     for adapter, _ in pairs:
         check_fit(base, adapter)
-    plain = [(adapter.resolve(lambda path: weight_named(base, path)), strengths) for adapter, strengths in pairs]
-    scaled = [adapter.weighted(weighting_of(strengths)) for adapter, strengths in plain]
-    return inject(base, functools.reduce(operator.add, scaled).deltas if scaled else {}, 0.0)
+    deltas, moving = mix(base, pairs)
+    return inject(Attached(base, moving), deltas, 0.0)
+
+
+def attached_to(base: Base) -> Attached | None:
+    """What a base carries."""
+    found: Attached | None = vars(base).get("attached")
+    return found
+
+
+def stack_of(what: Adapter | Iterable[tuple[Adapter, Strengths]]) -> list[tuple[Adapter, Weighting]]:
+    """Adapters and how much of each."""
+    pairs = [(what, 1.0)] if isinstance(what, Adapter) else what
+    return [(adapter, weighting_of(strengths)) for adapter, strengths in pairs]
+
+
+def mix(base: Base, pairs: Iterable[tuple[Adapter, Weighting]]) -> tuple[Mapping[str, Delta], Moving]:
+    """What a stack adds to the base: the exact sum of all whose strength stays, and each that moves, at 1, by itself."""
+    plain = [(adapter.resolve(lambda path: weight_named(base, path)), weighting) for adapter, weighting in pairs]
+    fixed = [adapter.weighted(weighting) for adapter, weighting in plain if not weighting.moves]
+    others = [(adapter.weighted(weighting.shape).deltas, weighting) for adapter, weighting in plain if weighting.moves]
+    return side_by_side(functools.reduce(operator.add, fixed).deltas if fixed else {}, others)
 
 
 def fresh(base: Base, spec: AdapterSpec, parts: Sequence[str], seed: int) -> dict[str, LowRank]:
@@ -236,7 +279,9 @@ def hint_for(part: str, target: str, paths: Iterable[str]) -> str:
 
 
 def weighting_of(strengths: Strengths) -> Weighting:
-    """A number, or one per part, as a weighting; parts that are not named count 1."""
+    """A number, one per part, or what one types, as a weighting; parts that are not named count 1."""
+    if isinstance(strengths, Weighting | str):
+        return read(strengths.split(":")) if isinstance(strengths, str) else strengths
     named = strengths if isinstance(strengths, Mapping) else dict.fromkeys(PARTS, strengths)
     return Weighting({part: named.get(part, 1.0) for part in PARTS})
 
@@ -280,21 +325,30 @@ def vector(parameter: nn.Parameter, delta: Delta) -> Vector:
     return Vector(parameter, parameter.detach().clone(), Dense(delta.delta()))
 
 
-def inject(base: Base, deltas: Mapping[str, Delta], dropout: float) -> Attached:
-    """Put deltas on a base's modules as peft layers; those of norms and biases go into the base until they are taken off."""
-    layers: dict[str, LoraLayer] = {}
-    single = {path for path, delta in deltas.items() if len(delta.shape) == 1}
-    vectors = {path: vector(weight_named(base, path), deltas[path]) for path in single}
-    for part, model in base.parts.items():
-        own = {native(path, base.parts)[1]: path for path in deltas if path.startswith(f"{part}.") and path not in single}
-        if not own:
-            continue
-        pattern = "|".join(map(re.escape, own))  # full paths, so that peft's match by ending cannot find others
-        config = LoraConfig(r=1, lora_alpha=1, lora_dropout=dropout, target_modules=pattern, init_lora_weights=False)
-        inject_adapter_in_model(config, model, NAME, low_cpu_mem_usage=True)  # on no device: place() brings the values
-        for name, path in own.items():
-            layers[path] = place(model.get_submodule(name), as_low_rank(deltas[path]), base.device)
-    return Attached(base, layers, vectors)
+def inject(attached: Attached, deltas: Mapping[str, Delta], dropout: float) -> Attached:
+    """Put deltas on a base's modules as peft layers; those of norms and biases go into the base until they are taken off.
+
+    If anything fails on the way, the base is as it was.
+    """
+    base, single = attached.base, {path for path, delta in deltas.items() if len(delta.shape) == 1}
+    with contextlib.ExitStack() as undo:
+        undo.callback(attached._remove)
+        vars(base)["attached"] = attached
+        for part, model in base.parts.items():
+            own = {native(path, base.parts)[1]: path for path in deltas if path.startswith(f"{part}.") and path not in single}
+            if new := [name for name, path in own.items() if path not in attached.layers]:
+                pattern = "|".join(map(re.escape, new))  # full paths, so that peft's match by ending cannot find others
+                config = LoraConfig(r=1, lora_alpha=1, lora_dropout=dropout, target_modules=pattern, init_lora_weights=False)
+                vars(model).pop("peft_config", None)
+                inject_adapter_in_model(config, model, NAME, low_cpu_mem_usage=True)  # on no device: place() brings the values
+            for name, path in own.items():
+                layer = attached.layers[path] = place(model.get_submodule(name), as_low_rank(deltas[path]), base.device)
+                attached.moving.take(path, layer.lora_A[NAME].weight)
+        attached.vectors = {path: vector(weight_named(base, path), deltas[path]) for path in single}
+        attached._shift(1.0)
+        attached.turn(0, 1)
+        undo.pop_all()
+    return attached
 
 
 def place(layer: Any, delta: LowRank, device: torch.device) -> LoraLayer:

@@ -94,14 +94,7 @@ def check(recipe: Recipe, *, fresh: bool = False) -> Job:
     assert recipe.output and recipe.name
     if recipe.output.suffix == ".safetensors":
         raise RecipeError(f"--output is the run's folder, and {recipe.output} a file's name", "name the adapter with --name")
-    base = Base.load(
-        recipe.base,
-        device_of(recipe.device),
-        prediction=recipe.prediction,
-        zero_snr=recipe.zero_snr,
-        clip_skip=recipe.clip_skip,
-        vae=recipe.vae,
-    )
+    base = Base.of(recipe, device_of(recipe.device))
     sample.make_sampler(base, recipe.sampling.sample_steps)
     sample.latent_shape(base, recipe.data.resolution or None)
     grid_of(base, recipe)

@@ -1,73 +1,134 @@
-"""Pictures on demand: prompts x seeds with a base and a stack of adapters, written as PNG files that say how they were made."""
+"""Pictures on demand: prompts x seeds with a base and adapters, written as PNG files that say how they were made."""
 
 from __future__ import annotations
 
 import contextlib
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import sample
 from .adapters import Adapter
 from .adapters.dialects import file_of
-from .adapters.weighting import Weighting
-from .attach import attach
+from .axes import Axis, Sheet, sheets
 from .base import Base, device_of
-from .errors import OutputError, RecipeError
+from .beginning import DENOISE
+from .data.pictures import load_whole
+from .draw import Job, drawn
+from .errors import AdapterError, OutputError, RecipeError
 from .files import weights_hash
+from .prompts import Use, parse, untagged
 from .recipe import Recipe, from_json
+from .shelf import Named, Shelf, shelve
 
 if TYPE_CHECKING:
     from PIL import Image
-
-Stack = Sequence[tuple[Path, Weighting]]  # adapter files, and how much of each
 
 
 def paint(
     prompts: Sequence[str],
     seeds: Sequence[int],
     *,
-    stack: Stack = (),
+    stack: Sequence[Named] = (),
+    lora_dir: Path | None = None,
     negative: str = "",
     steps: int = sample.DEFAULTS.sample_steps,
     guidance: float = sample.DEFAULTS.guidance,
     size: tuple[int, int] | None = None,
-    base: str | None = None,
+    image: Path | None = None,
+    denoise: float = DENOISE,
+    base: Mapping[str, Any] | None = None,
     grid: bool = False,
+    axes: Sequence[Axis] = (),
+    batch_size: int = 8,
     device: str = "auto",
     output: Path = Path("pictures"),
 ) -> Iterator[Path]:
-    """Draw every prompt with every seed and yield each file as it is written, the grid last.
+    """Draw every prompt with every seed and yield each file as it is written, the sheets last.
 
-    `output` is a folder, where names never clash with what is there, or a .png file for a single picture or the grid.
+    `base` says what to draw with, in the recipe's words (base, vae, clip_skip, prediction, zero_snr); what it leaves out is as it
+    was when the first adapter was trained. The adapters of `stack` count for every prompt; where its tags name one, they say
+    how much of it. `output` is a folder, where names never clash with what is there, or a .png file for a single picture or
+    sheet.
     """
-    device, single = device_of(device), output.suffix.lower() == ".png"
+    device, alone = device_of(device), output.suffix.lower() == ".png"
+    everywhere, shelf = shelve(stack, lora_dir)
+    meant = read(prompts, everywhere, shelf)
+    jobs = [Job(text, seed, uses, untagged(negative), steps, guidance, denoise) for text, uses in meant for seed in seeds]
+    pages, wanted = sheets(jobs, seeds, axes, shelf.find), grid or bool(axes)
+    check_output(output, sum(len(page.jobs) for page in pages), len(pages) if wanted else 0)
+    beginning = load_whole(image) if image else None
+    adapters = shelf.load(dict.fromkeys(use.name for page in pages for job in page.jobs for use in job.uses))
+    check_uses(adapters, pages)
+    model = Base.of(trained_on(list(adapters.values()), base or {}), device)
+    hashes = {name: weights_hash(file_of(shelf.files[name])) for name in adapters}
+    for page in pages:
+        done: dict[int, Image.Image] = {}
+        order = sorted(range(len(page.jobs)), key=lambda i: [job.how for job in page.jobs].index(page.jobs[i].how))
+        pictures = drawn(model, [page.jobs[i] for i in order], adapters, size=size, image=beginning, batch_size=batch_size)
+        for i, picture in zip(order, pictures, strict=True):
+            done[i] = picture
+            if not (alone and wanted):
+                job = page.jobs[i]
+                path = output if alone else free(output / f"{file_name(job, page.labels[i])}.png")
+                yield sample.save_picture(picture, path, told(model, job, hashes, picture.size, image))
+        if wanted:
+            sheet = sample.grid([done[i] for i in sorted(done)], len(page.heads), rows=page.rows, heads=page.heads)
+            path = output if alone else free(output / f"{slug(page.jobs[0].prompt)}-grid.png")
+            yield sample.save_sheet(sheet, path)
+
+
+def read(prompts: Sequence[str], everywhere: Sequence[Use], shelf: Shelf) -> Iterator[tuple[str, tuple[Use, ...]]]:
+    """Each prompt's text and adapters: those of every prompt, but for what its own tags say."""
+    for prompt in prompts:
+        text, tags = parse(prompt)
+        own = [Use(shelf.find(name), weighting) for name, weighting in tags]
+        yield text, (*(use for use in everywhere if use.name not in dict(own)), *own)
+
+
+def check_output(output: Path, pictures: int, pages: int) -> None:
+    """Make a folder for the pictures. Raises RecipeError if they do not fit into `output`, OutputError if there is no place."""
     if output.suffix.lower() in (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"):
         raise RecipeError(f"{output}: pictures are written as .png, which holds how they were made", "name a .png or a folder")
-    jobs = [(prompt, seed) for prompt in prompts for seed in seeds]
-    if single and len(jobs) > 1 and not grid:
-        raise RecipeError(f"{len(jobs)} pictures do not fit into {output}", "give a folder as --output, or add --grid")
-    make_room(output.parent if single else output)
-    adapters = [Adapter.load(path) for path, _ in stack]
-    tell_triggers(adapters, stack, prompts)
-    model = Base.load(base or trained_on(adapters), device=device)
-    used = tuple(stacked(path, weighting) for path, weighting in stack)
-    drawn: list[Image.Image] = []
-    with attach(model, [(adapter.weighted(much), 1.0) for adapter, (_, much) in zip(adapters, stack, strict=True)]):
-        how: dict[str, Any] = {"steps": steps, "guidance": guidance, "negative": negative}
-        pictures = sample.drawing(model, [p for p, _ in jobs], [s for _, s in jobs], size=size, **how)
-        for (prompt, seed), picture in zip(jobs, pictures, strict=True):
-            drawn.append(picture)
-            if not (single and grid):
-                path = output if single else free(output / f"{slug(prompt)}-s{seed}.png")
-                about = sample.settings_of(model, used, prompt=prompt, seed=seed, size=picture.size, **how)
-                yield sample.save_picture(picture, path, about)
-    if grid:
-        sheet = sample.grid(drawn, len(seeds), rows=prompts, heads=[f"seed {seed}" for seed in seeds])
-        path = output if single else free(output / f"{slug(prompts[0])}-grid.png")
-        yield sample.save_sheet(sheet, path)
+    alone = output.suffix.lower() == ".png"
+    if alone and (pages or pictures) > 1:
+        many = f"{pages} sheets" if pages else f"{pictures} pictures"
+        raise RecipeError(f"{many} do not fit into {output}", "give a folder as --output" + ("" if pages else ", or add --grid"))
+    make_room(output.parent if alone else output)
+
+
+def check_uses(adapters: Mapping[str, Adapter], pages: Sequence[Sheet]) -> None:
+    """Raise RecipeError for blocks and patterns that an adapter does not have. Warn about adapters whose trigger word stands in
+    none of the prompts that they are for: they will hardly show."""
+    jobs = [job for page in pages for job in page.jobs]
+    for name, adapter in adapters.items():
+        mine = [job for job in jobs if name in dict(job.uses)]
+        for text in {
+            str(weighting.shape): weighting.shape for job in mine for use, weighting in job.uses if use == name
+        }.values():
+            try:
+                text.of(adapter.deltas, adapter.model)
+            except AdapterError as error:
+                raise RecipeError(f"{name}: {error.what}", error.hint) from error
+        trigger = adapter.metadata.get("modelspec.trigger_phrase", "")
+        words = trigger.lower().split(", ")  # one of each concept
+        if trigger and not any(word in job.prompt.lower() for word in words for job in mine):
+            warnings.warn(f"{name} listens to {trigger!r}, which no prompt says", stacklevel=2)
+
+
+def told(base: Base, job: Job, hashes: Mapping[str, str], size: tuple[int, int], image: Path | None) -> sample.Parameters:
+    """What a picture says of itself; an adapter's hash is the one that UIs show: of its file without the header."""
+    used = [sample.Stacked(name, weighting, hashes[name]) for name, weighting in job.uses]
+    how = {"prompt": job.prompt, "seed": job.seed, "steps": job.steps, "guidance": job.guidance, "negative": job.negative}
+    begun = {"image": image.name, "denoise": job.denoise} if image else {}
+    return sample.settings_of(base, used, size=size, **how, **begun)
+
+
+def file_name(job: Job, label: str) -> str:
+    """A picture's name without its ending: prompt, seed, and where it stands on the axes."""
+    return "-".join(filter(None, [slug(job.prompt), f"s{job.seed}", re.sub(r"[^\w.=@+-]+", "-", label)]))
 
 
 def make_room(folder: Path) -> None:
@@ -78,27 +139,16 @@ def make_room(folder: Path) -> None:
         raise OutputError(f"cannot write {folder}: {error.strerror}", "choose another --output") from error
 
 
-def trained_on(adapters: Sequence[Adapter]) -> str:
-    """The base that the first adapter with a readable recipe was trained on, else the default one."""
+def trained_on(adapters: Sequence[Adapter], given: Mapping[str, Any]) -> Recipe:
+    """The recipe of the first adapter that has a readable one, else the default one, with what is `given` of the base."""
+    recipe = Recipe()
     for text in filter(None, (adapter.metadata.get("personalize.recipe") for adapter in adapters)):
         with contextlib.suppress(RecipeError):  # of another version
-            return from_json(text).base
-    return str(Recipe.model_fields["base"].default)
-
-
-def tell_triggers(adapters: Sequence[Adapter], stack: Stack, prompts: Sequence[str]) -> None:
-    """Warn about adapters whose trigger word stands in none of the prompts: they will hardly show."""
-    for adapter, (path, _) in zip(adapters, stack, strict=True):
-        trigger = adapter.metadata.get("modelspec.trigger_phrase", "")
-        words = trigger.lower().split(", ")  # one of each concept
-        if trigger and not any(word in prompt.lower() for word in words for prompt in prompts):
-            warnings.warn(f"{path.name} listens to {trigger!r}, which no prompt says", stacklevel=2)
-
-
-def stacked(path: Path, weighting: Weighting) -> sample.Stacked:
-    """An adapter as it goes into a picture's metadata; its hash is the one that UIs show: of the file without its header."""
-    unet, text = weighting.parts["unet"], weighting.parts["text_encoder"]
-    return sample.Stacked(path.stem, unet, text, weights_hash(file_of(path)), weighting.inside)
+            recipe = from_json(text)
+            break
+    if given.get("base", recipe.base) != recipe.base:
+        recipe = Recipe()  # what is known of one base says nothing about another
+    return recipe.model_copy(update=dict(given))
 
 
 def slug(prompt: str) -> str:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import contextlib
 import inspect
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,38 +18,22 @@ import diffusers
 import torch
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
+from .adapters.weighting import WHOLE, Weighting
+from .attach import attached_to
 from .base.cond import Cond
 from .errors import BaseModelError, RecipeError
 from .files import atomic
+from .prompts import Use, tagged
 from .recipe import Sampling
 
 if TYPE_CHECKING:
     from .base import Base
+    from .beginning import Beginning
 
 Size = int | tuple[int, int]
+Shape = tuple[int, int, int]  # [c, h, w] of latents
+Turn = Callable[[int, int], Iterable[str]]
 DEFAULTS = Sampling()
-
-
-def draw(
-    base: Base,
-    prompts: Sequence[str],
-    seeds: Sequence[int],
-    *,
-    steps: int = DEFAULTS.sample_steps,
-    guidance: float = DEFAULTS.guidance,
-    negative: str = "",
-    size: Size | None = None,
-    batch_size: int = 8,
-) -> list[Image.Image]:
-    """One picture per (prompt, seed) pair, in order.
-
-    `size` is the side or (width, height) in pixels, the base's own by default. `guidance` is classifier-free guidance
-    (Ho & Salimans 2022, https://arxiv.org/abs/2207.12598): 1 is the plain conditional model. The sampler is the one
-    named in the base's scheduler config.
-    """
-    return list(
-        drawing(base, prompts, seeds, steps=steps, guidance=guidance, negative=negative, size=size, batch_size=batch_size)
-    )
 
 
 @torch.no_grad()
@@ -64,43 +48,74 @@ def drawing(
     size: Size | None = None,
     batch_size: int = 8,
 ) -> Iterator[Image.Image]:
-    """As `draw`, but hands over each batch's pictures as soon as they are done."""
+    """One picture per (prompt, seed) pair, in order, with whatever is attached to the base; each batch as soon as it is done.
+
+    `size` is the side or (width, height) in pixels, the base's own by default. `guidance` is classifier-free guidance
+    (Ho & Salimans 2022, https://arxiv.org/abs/2207.12598): 1 is the plain conditional model. The sampler is the one
+    named in the base's scheduler config. Prompts are read as they stand: tags are for `draw`.
+    """
     if len(prompts) != len(seeds):
         raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds: give one seed per picture")
     shape = latent_shape(base, size)
     for first in range(0, len(prompts), batch_size):
         chunk = slice(first, first + batch_size)
-        with evaluating(base):
-            latents = denoise(base, prompts[chunk], seeds[chunk], shape, steps=steps, guidance=guidance, negative=negative)
-            pixels = base.decode(latents)
-        yield from to_pictures(pixels)
+        yield from pictures(base, prompts[chunk], seeds[chunk], shape, steps=steps, guidance=guidance, negative=negative)
 
 
-def denoise(
+@torch.no_grad()
+def pictures(base: Base, prompts: Sequence[str], seeds: Sequence[int], shape: Shape, **how: Any) -> list[Image.Image]:
+    """One batch, of latents [c, h, w] each; `how` is as for `diffuse`."""
+    with evaluating(base):
+        return to_pictures(base.decode(diffuse(base, prompts, seeds, shape, **how)))
+
+
+@torch.no_grad()
+def diffuse(
     base: Base,
     prompts: Sequence[str],
     seeds: Sequence[int],
-    shape: tuple[int, int, int],
+    shape: Shape,
     *,
     steps: int,
     guidance: float,
     negative: str,
+    beginning: Beginning | None = None,
 ) -> torch.Tensor:
-    """Noise [b, c, h, w] to latents [b, c, h, w] along the scheduler's timesteps, both halves of the guidance in one call."""
+    """Noise [b, c, h, w] to latents [b, c, h, w] along the scheduler's timesteps, both halves of the guidance in one call.
+
+    Adapters on the base follow their schedules; where the text encoder's change, the prompts are read anew.
+    """
     sampler = make_sampler(base, steps)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     own = {"generator": generators} if "generator" in inspect.signature(sampler.step).parameters else {}
-    cond = conditioning(base, prompts, negative, guidance)
-    noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
-    latents = noise.to(base.device) * sampler.init_noise_sigma
-    for t in sampler.timesteps:
-        output = predict(base, sampler.scale_model_input(latents, t), t, cond, guidance)
-        latents = sampler.step(output.float(), t, latents, **own).prev_sample
+    noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(base.device)
+    timesteps, latents = sampler.timesteps, noise * sampler.init_noise_sigma
+    if beginning:
+        timesteps, latents = beginning.enter(sampler, steps, noise)
+    cond, count = None, -(-len(timesteps) // sampler.order)  # some samplers ask twice for each step
+    with following(base) as turn:
+        for i, t in enumerate(timesteps):
+            changed = turn(i // sampler.order, count)
+            if cond is None or any(part.startswith("text_encoder") for part in changed):
+                cond = conditioning(base, prompts, negative, guidance)
+            output = predict(base, sampler.scale_model_input(latents, t), t, cond, guidance)
+            latents = sampler.step(output.float(), t, latents, **own).prev_sample
     return latents
 
 
+@contextlib.contextmanager
+def following(base: Base) -> Iterator[Turn]:
+    """What brings the base's adapters to a step, and says which parts changed; afterwards they are at their beginning again."""
+    attached = attached_to(base)
+    try:
+        yield attached.turn if attached else lambda step, steps: ()
+    finally:
+        if attached:
+            attached.turn(0, 1)
+
+
 def conditioning(base: Base, prompts: Sequence[str], negative: str, guidance: float) -> Cond:
-    """What b prompts say: b rows, or 2b with the negatives first where there is guidance.
+    """What b prompts say, as the text encoders read them now: b rows, or 2b with the negatives first where there is guidance.
 
     An empty negative prompt is nothing at all for SDXL, as it was trained (and as A1111 and diffusers do).
     """
@@ -128,14 +143,17 @@ def make_sampler(base: Base, steps: int) -> Any:
     name = config.get("_class_name", "DDIMScheduler")
     if not hasattr(diffusers, name):
         raise BaseModelError(f"the scheduler of {base.name} is {name}, which diffusers {diffusers.__version__} does not have")
-    sampler = getattr(diffusers, name).from_config(config)
+    try:
+        sampler = getattr(diffusers, name).from_config(config)
+    except ImportError as error:  # some need scipy or torchsde
+        raise BaseModelError(f"the scheduler of {base.name}, {name}, lacks something: {' '.join(str(error).split())}") from error
     if steps > sampler.config.num_train_timesteps:
         raise RecipeError(f"--steps must be at most {sampler.config.num_train_timesteps} for {base.name}, not {steps}")
     sampler.set_timesteps(steps)
     return sampler
 
 
-def latent_shape(base: Base, size: Size | None) -> tuple[int, int, int]:
+def latent_shape(base: Base, size: Size | None) -> Shape:
     """[c, h, w] of the latents of a `size` picture."""
     width, height = (size, size) if isinstance(size, int) else size or (base.resolution, base.resolution)
     factor = base.factor
@@ -168,20 +186,22 @@ def to_pictures(pixels: torch.Tensor) -> list[Image.Image]:
 
 @dataclass(frozen=True)
 class Stacked:
-    """An adapter as it was used for a picture: its file's name and hash, and its strengths."""
+    """An adapter as it was used for a picture: its name, how much of it, and its file's hash."""
 
     name: str
-    unet: float = 1.0
-    text_encoder: float = 1.0
+    weighting: Weighting = WHOLE
     sha256: str = ""
-    inside: str = ""  # strengths by block and pattern, as typed
+
+    def record(self) -> dict[str, str]:
+        """As `--adapter` takes it, and the file's hash."""
+        return {"name": self.name, "strength": str(self.weighting), "sha256": self.sha256}
 
 
 @dataclass(frozen=True)
 class Parameters:
     """Everything that decides a picture, as UIs write it into PNG files."""
 
-    prompt: str
+    prompt: str  # without tags
     seed: int
     steps: int
     guidance: float
@@ -190,14 +210,17 @@ class Parameters:
     model: str
     negative: str = ""
     adapters: tuple[Stacked, ...] = ()
+    image: str = ""  # the picture that it began with, and how much of that was drawn anew
+    denoise: float | None = None
 
     def record(self) -> dict[str, Any]:
         """As JSON gives it back."""
-        return dict(json.loads(json.dumps(asdict(self))))
+        plain = {key: value for key, value in vars(self).items() if key != "adapters"}
+        return dict(json.loads(json.dumps(plain | {"adapters": [used.record() for used in self.adapters]})))
 
     def infotext(self, version: str) -> str:
         """AUTOMATIC1111's `parameters` text: prompt with `<lora:NAME:TE:UNET>`, negative prompt, then one line of settings."""
-        loras = "".join(f" <lora:{a.name}:{strengths(a)}>" for a in self.adapters)
+        prompt = tagged(self.prompt, [Use(used.name, used.weighting) for used in self.adapters])
         negative = f"\nNegative prompt: {self.negative}" if self.negative else ""
         settings = {
             "Steps": self.steps,
@@ -207,16 +230,12 @@ class Parameters:
             "Size": f"{self.size[0]}x{self.size[1]}",
             "Model": self.model,
         }
-        if hashes := ", ".join(f"{a.name}: {a.sha256[:12]}" for a in self.adapters if a.sha256):
+        if self.denoise is not None:
+            settings["Denoising strength"] = f"{self.denoise:g}"
+        if hashes := ", ".join(dict.fromkeys(f"{a.name}: {a.sha256[:12]}" for a in self.adapters if a.sha256)):
             settings["Lora hashes"] = f'"{hashes}"'
         settings["Version"] = f"personalize {version}"
-        return f"{self.prompt}{loras}{negative}\n" + ", ".join(f"{key}: {value}" for key, value in settings.items())
-
-
-def strengths(used: Stacked) -> str:
-    """A1111's strength syntax: one number, or text encoder before UNet where they differ, then what block-weight plugins read."""
-    parts = f"{used.unet:g}" if used.unet == used.text_encoder else f"{used.text_encoder:g}:{used.unet:g}"
-    return f"{parts}:{used.inside}" if used.inside else parts
+        return f"{prompt}{negative}\n" + ", ".join(f"{key}: {value}" for key, value in settings.items())
 
 
 def save_picture(picture: Image.Image, path: Path, parameters: Parameters) -> Path:

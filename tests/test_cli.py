@@ -16,6 +16,7 @@ from PIL import Image
 
 from personalize.adapters import Adapter
 from personalize.adapters.weighting import split
+from personalize.base import Base
 from personalize.cli import numbered, run
 from personalize.errors import AdapterError, RecipeError
 from personalize.sample import read_parameters
@@ -126,7 +127,7 @@ def test_generate_stacks_adapters_and_names_files(trained: Path, tmp_path: Path,
     assert size(paths[0]) == (64, 48)
     about = read_parameters(paths[1])
     assert (about["prompt"], about["seed"], about["negative"]) == ("a zwx cat", 4, "fog")
-    assert [(used["unet"], used["text_encoder"]) for used in about["adapters"]] == [(0.8, 0.8), (0.5, 0.1)]
+    assert [used["strength"] for used in about["adapters"]] == ["0.8", "0.5:0.1"]
     assert len(about["adapters"][0]["sha256"]) == 64
 
 
@@ -150,7 +151,74 @@ def test_generate_into_one_file(tiny_base: Path, tmp_path: Path, capsys: pytest.
 def test_a_missing_trigger_is_told(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["generate", "a cat", "--adapter", str(trained / "zwx.safetensors"), "--steps", "1", "--output", str(tmp_path)]
     assert run(arguments) == 0
-    assert told(capsys) == "warning: zwx.safetensors listens to 'zwx', which no prompt says"
+    assert told(capsys) == "warning: zwx listens to 'zwx', which no prompt says"
+
+
+def test_prompts_say_which_adapters_they_get(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Tags find files by their name and by what they call themselves, and outweigh the command line for their prompt."""
+    shelf = tmp_path / "shelf"
+    (shelf / "deep").mkdir(parents=True)
+    shutil.copy(trained / "zwx.safetensors", shelf / "deep" / "v2.safetensors")
+    (shelf / "junk.safetensors").write_bytes(b"junk")
+    (tmp_path / "list.txt").write_text("# two\na zwx <lora:zwx:0.5:stop=0.5> cat\n\n a zwx <lora:V2:1> cat\n", encoding="utf-8")
+    options = ["--lora-dir", str(shelf), "--adapter", f"rex={trained / 'zwx.safetensors'}:0.8", "--steps", "2", "--output"]
+    listed = ["--prompts", str(tmp_path / "list.txt")]
+    assert run(["generate", "a zwx <lora:rex:0.2> cat", *listed, *options, str(tmp_path / "out")]) == 0
+    out = capsys.readouterr()
+    paths = [Path(line) for line in out.out.splitlines()]
+    about = [read_parameters(path) for path in paths]
+    used = [[(one["name"], one["strength"]) for one in each["adapters"]] for each in about]
+    assert used == [[("rex", "0.2")], [("rex", "0.8"), ("v2", "0.5:stop=0.5")], [("rex", "0.8"), ("v2", "1")]]
+    assert {each["prompt"] for each in about} == {"a zwx cat"} and not out.err
+    with Image.open(paths[1]) as first:
+        text = first.info["parameters"].splitlines()[0]
+        assert run(["generate", text, *options, str(tmp_path / "again.png")]) == 0
+        with Image.open(tmp_path / "again.png") as again:
+            assert again.info["parameters"].splitlines()[0] == text and again.tobytes() == first.tobytes()
+
+
+def test_names_that_are_two_files_are_told(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        shutil.copy(trained / "zwx.safetensors", tmp_path / folder)
+    assert run(["generate", "<lora:zwx:1> zwx", "--lora-dir", str(tmp_path)]) == 2
+    assert f"zwx is {tmp_path}/a/zwx.safetensors and {tmp_path}/b/zwx.safetensors" in told(capsys)
+    both = [f"--adapter={tmp_path}/{folder}/zwx.safetensors" for folder in "ab"]
+    assert run(["generate", "a zwx cat", *both, "--steps", "1", "--output", str(tmp_path / "x.png")]) == 0
+    assert [used["name"] for used in read_parameters(tmp_path / "x.png")["adapters"]] == ["zwx", "zwx-2"]
+
+
+def test_generate_begins_with_a_picture(trained: Path, pictures: Path, tmp_path: Path) -> None:
+    arguments = ["generate", "a zwx cat", "--adapter", str(trained / "zwx.safetensors"), "--steps", "2"]
+    arguments += ["--image", str(pictures / "1.png"), "--denoise", "0.5", "--output", str(tmp_path / "x.png")]
+    assert run(arguments) == 0
+    about = read_parameters(tmp_path / "x.png")
+    assert (about["image"], about["denoise"], about["size"]) == ("1.png", 0.5, [80, 64])
+    with Image.open(tmp_path / "x.png") as picture:
+        assert "Denoising strength: 0.5" in picture.info["parameters"]
+
+
+def test_pictures_are_drawn_in_batches(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes, decode = [], Base.decode
+    monkeypatch.setattr(Base, "decode", lambda self, latents: sizes.append(len(latents)) or decode(self, latents))
+    arguments = ["generate", "a cat", "a dog", "--base", str(tiny_base), "--steps", "1", "--output", str(tmp_path)]
+    assert run([*arguments, "--count", "5", "--batch-size", "4"]) == 0
+    assert sizes == [4, 4, 2]
+
+
+def test_sheets_along_axes(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    adapter = f"zwx={trained / 'zwx.safetensors'}:0.8:lbw=MID"
+    arguments = ["generate", "a zwx cat", "--adapter", adapter, "--steps", "2"]
+    axes = ["--xy", "zwx=0,1,0@0;1@1", "--xy", "seed=3,4"]
+    assert run([*arguments, *axes, "--output", str(tmp_path)]) == 0
+    paths = [Path(line) for line in capsys.readouterr().out.splitlines()]
+    assert len(paths) == 7 and paths[-1].name == "a-zwx-cat-grid.png" and size(paths[-1]) == (8 + 3 * 200, 8 + 22 + 2 * 222)
+    about = [read_parameters(path) for path in paths[:-1]]
+    strengths = ["0:lbw=MID", "1:lbw=MID", "0@0,1@1:lbw=MID"]
+    assert [(one["adapters"][0]["strength"], one["seed"]) for one in about] == [(s, seed) for s in strengths for seed in (3, 4)]
+    assert paths[3].name == "a-zwx-cat-s4-zwx1-seed4.png"
+    assert run([*arguments, "--xy", "adapter=none,zwx", "--seeds", "0,1", "--output", str(tmp_path / "x.png")]) == 0
+    assert size(tmp_path / "x.png") == (8 + 2 * 200, 8 + 22 + 2 * 222)
 
 
 @pytest.mark.parametrize(
@@ -250,7 +318,27 @@ def test_help_and_version(arguments: list[str], capsys: pytest.CaptureFixture[st
         (["train", "{pictures}", "--base", "{base}", "--output", "/proc/nowhere"], "cannot write /proc/nowhere"),
         (["train", "{pictures}", "--from", "{tmp}/cut.safetensors"], "{tmp}/cut.safetensors"),
         (["trian", "{pictures}"], "No such command 'trian'. Did you mean 'train'?"),
-        (["generate"], "Missing argument 'PROMPT...'"),
+        (["generate"], "what should be drawn?"),
+        (["generate", "--prompts", "{tmp}/none.txt"], "{tmp}/none.txt cannot be read: No such file"),
+        (["generate", "--prompts", "{tmp}/noise.safetensors"], "not UTF-8"),
+        (["generate", "--prompts", "{tmp}/comments.txt"], "there are no prompts in {tmp}/comments.txt"),
+        (["generate", "a <lora:zxw:1>", "--adapter", "{good}"], "no adapter is called 'zxw' (did you mean zwx?)"),
+        (["generate", "a <lora:zxw:1>", "--lora-dir", "{folder}"], "no adapter is called 'zxw' (did you mean zwx?)"),
+        (["generate", "a <lora:zwx:1>"], "no adapter is called 'zwx' (give it: --adapter FILE or --lora-dir FOLDER)"),
+        (["generate", "a <lora:zwx:1", "--lora-dir", "{folder}"], "a tag is not closed"),
+        (["generate", "x", "--lora-dir", "{tmp}/nowhere"], "there is no folder {tmp}/nowhere"),
+        (["generate", "x", "--adapter", "{good}:lbw=OUT99"], "zwx: pocket has no block OUT99"),
+        (["generate", "x", "-a", "a={good}", "-a", "a={tmp}/other.safetensors"], "two adapters are called a"),
+        (["generate", "x", "--adapter", "{good}:stop=0"], "is not before stop=0"),
+        (["generate", "x", "--xy", "strength=0,1"], "--xy strength has no adapter to act on"),
+        (["generate", "x", "--xy", "stepps=1,2"], "--xy stepps= is no axis and no adapter (did you mean steps?)"),
+        (["generate", "x", "--xy", "steps=1,x"], "--xy steps=x makes no sense"),
+        (["generate", "x", "--xy", "steps=1", "--xy", "seed=1", "--xy", "denoise=1"], "3 axes do not fit on a sheet"),
+        (["generate", "x", "--xy", "strength=much", "--adapter", "{good}"], "'much' says no strength"),
+        (["generate", "x", "--image", "{tmp}/lies/a.png", "--base", "{base}"], "{tmp}/lies/a.png: not a picture"),
+        (["generate", "x", "--negative", "<lora:a:1>"], "adapters go into the prompt"),
+        (["generate", "x", "--denoise", "2"], "2.0 is not in the range"),
+        (["merge", "{good}:1:stop=0.5", "{good}", "--output", "{tmp}/m.safetensors"], "changes from step to step"),
         (["generate", "x", "--adapter", "{tmp}/none.safetensors:0.8"], "there is no adapter {tmp}/none.safetensors"),
         (["generate", "x", "--base", "{base}", "--adapter", "{tmp}/cut.safetensors"], "{tmp}/cut.safetensors"),
         (["generate", "x", "--base", "{base}", "--adapter", "{tmp}/noise.safetensors"], "{tmp}/noise.safetensors"),
@@ -271,7 +359,7 @@ def test_bad_input_is_one_line(
 ) -> None:  # fmt: skip
     spoil(tmp_path, trained / "zwx.safetensors")
     before = sorted(tmp_path.rglob("*"))
-    names = {"tmp": tmp_path, "pictures": pictures, "base": tiny_base}
+    names = {"tmp": tmp_path, "pictures": pictures, "base": tiny_base, "folder": trained, "good": trained / "zwx.safetensors"}
     capsys.readouterr()
     assert run([argument.format(**names) for argument in arguments]) == 2
     assert message.format(**names) in told(capsys)
@@ -284,6 +372,7 @@ def spoil(folder: Path, good: Path) -> None:
     import pickle
 
     (folder / "empty").mkdir()
+    (folder / "comments.txt").write_text("# nothing\n\n")
     (folder / "texts").mkdir()
     (folder / "texts" / "notes.md").write_text("no picture")
     (folder / "lies").mkdir()

@@ -23,7 +23,7 @@ from personalize.adapters.checkpoint_keys import addresses
 from personalize.adapters.keys import weights
 from personalize.adapters.recognition import family_in
 from personalize.base import Base, Cond
-from personalize.base.prompts import pieces
+from personalize.base.emphasis import pieces
 from personalize.base.single import TELLING
 from personalize.base.tokens import clip_tokenizer
 from personalize.errors import BaseModelError
@@ -160,7 +160,7 @@ def test_pictures_are_those_of_the_pipeline(shelf: Path, loaded: dict[str, Base]
     base = loaded[name]
     shape = sample.latent_shape(base, 64)
     with torch.no_grad():
-        ours = sample.denoise(base, PROMPTS[:1], [3], shape, steps=4, guidance=5.0, negative="")
+        ours = sample.diffuse(base, PROMPTS[:1], [3], shape, steps=4, guidance=5.0, negative="")
         noise = torch.randn(shape, generator=torch.Generator().manual_seed(3))[None]
         theirs = pipeline(shelf, name)(
             PROMPTS[0], num_inference_steps=4, guidance_scale=5.0, latents=noise, height=64, width=64, output_type="latent"

@@ -10,8 +10,11 @@ import pytest
 from PIL import Image
 
 from personalize import sample
+from personalize.adapters.weighting import read
 from personalize.base import Base
+from personalize.draw import draw
 from personalize.errors import OutputError, RecipeError
+from personalize.prompts import parse
 
 
 @pytest.fixture(scope="module")
@@ -25,23 +28,23 @@ def levels(picture: Image.Image) -> np.ndarray:
 
 def test_a_picture_is_the_same_alone_and_in_any_batch(base: Base) -> None:
     prompts, seeds = ["a red cat", "a blue house in the snow", "a cat"], [3, 4, 3]
-    together = sample.draw(base, prompts, seeds, steps=3)
-    alone = [sample.draw(base, [prompt], [seed], steps=3)[0] for prompt, seed in zip(prompts, seeds, strict=True)]
-    chunked = sample.draw(base, prompts, seeds, steps=3, batch_size=2)
+    together = draw(base, prompts, seeds, steps=3)
+    alone = [draw(base, [prompt], [seed], steps=3)[0] for prompt, seed in zip(prompts, seeds, strict=True)]
+    chunked = draw(base, prompts, seeds, steps=3, batch_size=2)
     for one, two, three in zip(together, alone, chunked, strict=True):
         assert abs(levels(one) - levels(two)).max() <= 1
         assert abs(levels(one) - levels(three)).max() <= 1
 
 
 def test_seed_prompt_guidance_and_negative_matter(base: Base) -> None:
-    first = sample.draw(base, ["a cat"], [0], steps=2)[0]
+    first = draw(base, ["a cat"], [0], steps=2)[0]
     others = {
-        "seed": sample.draw(base, ["a cat"], [1], steps=2),
-        "prompt": sample.draw(base, ["a house"], [0], steps=2),
-        "steps": sample.draw(base, ["a cat"], [0], steps=3),
-        "guidance": sample.draw(base, ["a cat"], [0], steps=2, guidance=9.0),
-        "negative": sample.draw(base, ["a cat"], [0], steps=2, negative="a dog", guidance=9.0),
-        "plain": sample.draw(base, ["a cat"], [0], steps=2, guidance=1.0),
+        "seed": draw(base, ["a cat"], [1], steps=2),
+        "prompt": draw(base, ["a house"], [0], steps=2),
+        "steps": draw(base, ["a cat"], [0], steps=3),
+        "guidance": draw(base, ["a cat"], [0], steps=2, guidance=9.0),
+        "negative": draw(base, ["a cat"], [0], steps=2, negative="a dog", guidance=9.0),
+        "plain": draw(base, ["a cat"], [0], steps=2, guidance=1.0),
     }
     assert first.size == (64, 64) and first.mode == "RGB"
     for name, (other,) in others.items():
@@ -53,7 +56,7 @@ def test_the_sampler_is_the_one_the_base_names(base: Base, name: str) -> None:
     config = {key: base.scheduler_config[key] for key in ("beta_start", "beta_end", "beta_schedule", "prediction_type")}
     other = Base(**(vars(base) | {"scheduler_config": config | {"_class_name": name}}))
     assert type(sample.make_sampler(other, 4)).__name__ == name
-    one, two = sample.draw(other, ["a cat", "a dog"], [0, 1], steps=4), sample.draw(other, ["a dog"], [1], steps=4)
+    one, two = draw(other, ["a cat", "a dog"], [0, 1], steps=4), draw(other, ["a dog"], [1], steps=4)
     assert abs(levels(one[1]) - levels(two[0])).max() <= 1
 
 
@@ -65,21 +68,21 @@ def test_zero_terminal_snr_starts_at_pure_noise(base: Base) -> None:
 
 
 def test_other_sizes(base: Base) -> None:
-    assert sample.draw(base, ["a cat"], [0], steps=1, size=(96, 48))[0].size == (96, 48)
+    assert draw(base, ["a cat"], [0], steps=1, size=(96, 48))[0].size == (96, 48)
     with pytest.raises(RecipeError, match=r"--size must be a multiple of 8 .* not 50 \(try 48\)"):
-        sample.draw(base, ["a cat"], [0], steps=1, size=50)
+        draw(base, ["a cat"], [0], steps=1, size=50)
     with pytest.raises(RecipeError, match="--steps must be at most 1000"):
-        sample.draw(base, ["a cat"], [0], steps=1001)
+        draw(base, ["a cat"], [0], steps=1001)
 
 
 def test_long_prompts_are_read_to_their_end(base: Base) -> None:
-    ends = [sample.draw(base, ["zebra " * 80 + end], [0], steps=1)[0].tobytes() for end in ("red", "blue")]
+    ends = [draw(base, ["zebra " * 80 + end], [0], steps=1)[0].tobytes() for end in ("red", "blue")]
     assert ends[0] != ends[1]
 
 
 def test_training_mode_is_left_as_it_was(base: Base) -> None:
     base.unet.mid_block.train()
-    sample.draw(base, ["a cat"], [0], steps=1)
+    draw(base, ["a cat"], [0], steps=1)
     assert base.unet.mid_block.training and not base.unet.conv_in.training
     base.unet.eval()
 
@@ -98,18 +101,19 @@ def parameters(**changes: object) -> sample.Parameters:
 
 
 def test_png_carries_its_parameters_as_uis_write_them(tmp_path: Path) -> None:
-    used = (sample.Stacked("zwx", 0.8, 0.5, "ab" * 32), sample.Stacked("ink"))
-    path = sample.save_picture(
-        Image.new("RGB", (64, 64)), tmp_path / "a.png", parameters(negative="blurry — ünscharf", adapters=used)
-    )
+    used = (sample.Stacked("zwx", read(["0.8", "0.5", "stop=0.5"]), "ab" * 32), sample.Stacked("ink"))
+    about = parameters(negative="blurry — ünscharf", adapters=used, image="cat.png", denoise=0.6)
+    path = sample.save_picture(Image.new("RGB", (64, 64)), tmp_path / "a.png", about)
     with Image.open(path) as picture:
         text = picture.info["parameters"].splitlines()
-    assert text[0] == "a zwx cat <lora:zwx:0.5:0.8> <lora:ink:1>"
+    assert text[0] == "a zwx cat <lora:zwx:0.5:0.8:stop=0.5> <lora:ink:1>"
+    assert parse(text[0]) == ("a zwx cat", tuple((one.name, one.weighting) for one in used))
     assert text[1] == "Negative prompt: blurry — ünscharf"
-    assert text[2].startswith("Steps: 20, Sampler: DDIM, CFG scale: 4, Seed: 7, Size: 64x64, Model: pocket, Lora hashes: ")
+    start = "Steps: 20, Sampler: DDIM, CFG scale: 4, Seed: 7, Size: 64x64, Model: pocket, Denoising strength: 0.6, Lora hashes: "
+    assert text[2].startswith(start)
     assert '"zwx: abababababab", Version: personalize ' in text[2]
     record = sample.read_parameters(path)
-    assert record["seed"] == 7 and record["adapters"][0]["unet"] == 0.8
+    assert record["seed"] == 7 and record["adapters"][0]["strength"] == "0.8:0.5:stop=0.5" and record["image"] == "cat.png"
 
 
 def test_a_picture_is_written_whole_or_not_at_all(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from personalize.adapters import Adapter, describe
 from personalize.base import Base
 from personalize.check import check
 from personalize.data import class_images
+from personalize.draw import draw
 from personalize.errors import BaseModelError, DataError, OutputError, PersonalizeError, RecipeError, TrainingError
 from personalize.events import Event, Finished, Sample, Saved, Started, Step, Sweep, event_record
 from personalize.recipe import Recipe, from_json, resolve, settings
@@ -148,7 +149,7 @@ def test_the_first_pictures_are_the_bases_own(done: tuple[Recipe, list[Event]]) 
     recipe, events = done
     base = Base.load(recipe.base)
     first = [event for event in events if isinstance(event, Sample) and event.base]
-    drawn = sample.draw(base, [e.prompt for e in first], [e.seed for e in first], steps=2, guidance=recipe.sampling.guidance)
+    drawn = draw(base, [e.prompt for e in first], [e.seed for e in first], steps=2, guidance=recipe.sampling.guidance)
     assert recipe.output
     for event, picture in zip(first, drawn, strict=True):
         with Image.open(recipe.output / event.path) as saved:

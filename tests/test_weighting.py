@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from personalize.adapters import FAMILIES, keys
+from personalize.adapters.schedule import curve, number
 from personalize.adapters.weighting import PRESETS, block_of, blocks, names, split
 from personalize.errors import AdapterError
 from tests.test_adapters import make
 
+points = st.lists(  # strength and position; jumps are in the table below
+    st.tuples(st.floats(-2, 2), st.integers(0, 40).map(lambda i: i / 20)), min_size=1, max_size=6, unique_by=lambda p: p[1]
+)
 ROWS = {family.name: family for family in FAMILIES}
 
 
@@ -21,6 +28,7 @@ ROWS = {family.name: family for family in FAMILIES}
         ("a.safetensors:unet=1:te=0.5:te2=0", "unet=1:te=0.5:te2=0"),
         ("a.safetensors:lbw=MID+OUT03:0.5", "0.5:lbw=MID+OUT03"),
         ("a.safetensors:0.8:*attn2*=0.5:*ff*=0", "0.8:*attn2*=0.5:*ff*=0"),
+        ("a.safetensors:0@0,1@0.5:step=5-10", "0@0,1@0.5:start=5:stop=10"),
         ("a.safetensors:0.123456789:-0.00001", "0.123456789:-0.00001"),
     ],
 )
@@ -77,3 +85,54 @@ def test_a_list_of_numbers_goes_to_the_blocks_in_order() -> None:
 def test_what_a_family_does_not_have_is_named(typed: str, message: str) -> None:
     with pytest.raises(AdapterError, match=message):
         make("sd1", "mid_block").weighted(split(typed)[1])
+
+
+# ---------------------------------------------------------------- from step to step
+
+
+@pytest.mark.parametrize(
+    ("typed", "strengths"),
+    [
+        ("0@0,1@0.5,0@1", [0, 0.5, 1, 0.5, 0]),
+        ("0@0,1", [0, 0.25, 0.5, 0.75, 1]),  # a point without a position is the end
+        ("1@0.5,0@0", [0, 0.5, 1, 1, 1]),  # in any order, level outside
+        ("1@0,1@0.5,0@0.5", [1, 1, 0, 0, 0]),  # a jump
+        ("0@1,1@3", [0, 0, 0.5, 1, 1]),  # one position above 1: all are steps
+        ("0.5:start=2", [0, 0, 0.5, 0.5, 0.5]),
+        ("0.5:stop=2", [0.5, 0.5, 0, 0, 0]),
+        ("0.5:start=1:stop=3", [0, 0.5, 0.5, 0, 0]),
+        ("0.5:step=1-3", [0, 0.5, 0.5, 0, 0]),
+        ("0.5:start=0.5", [0, 0, 0.5, 0.5, 0.5]),
+        ("0.5:stop=0.5", [0.5, 0.5, 0, 0, 0]),
+        ("0.5:stop=1", [0.5] * 5),
+        ("0.5:step=0-1", [0.5] * 5),
+        ("0@0,1@1:start=0.25:stop=0.75", [0, 0.25, 0.5, 0, 0]),
+        ("0.5", [0.5] * 5),
+    ],
+)
+def test_strengths_from_step_to_step(typed: str, strengths: list[float]) -> None:
+    _, weighting = split(f"a.safetensors:{typed}")
+    assert [weighting.at(step, 5).parts["unet"] for step in range(5)] == pytest.approx(strengths)
+    assert not weighting.at(0, 5).moves and weighting.moves == (typed != "0.5")
+
+
+@given(points, st.integers(1, 30))
+def test_curves_are_numpys_interpolation(drawn: list[tuple[float, float]], steps: int) -> None:
+    """sd-webui-loractl: np.interp over shares, or over steps where the last position is above 1."""
+    made = curve(",".join(f"{number(strength)}@{number(position)}" for strength, position in drawn))
+    ys, xs = zip(*sorted(drawn, key=lambda point: point[1]), strict=True)
+    for step in range(steps):
+        here = step if xs[-1] > 1 else step / max(1, steps - 1)
+        assert made.at(step, steps) == pytest.approx(np.interp(here, xs, ys), abs=1e-9)
+
+
+def test_parts_go_their_own_ways() -> None:
+    _, weighting = split("a.safetensors:unet=0@0,1@1:te=0.5:lbw=MID")
+    assert weighting.at(1, 3).parts == {"unet": 0.5, "text_encoder": 0.5, "text_encoder_2": 0.5}
+    assert weighting.at(1, 3).blocks == "MID"
+
+
+def test_a_schedule_where_nothing_is_drawn_is_refused() -> None:
+    for typed in ("0@0,1@1", "1:stop=5"):
+        with pytest.raises(AdapterError, match="changes from step to step"):
+            make("sd1", "mid_block").weighted(split(f"a.safetensors:{typed}")[1])

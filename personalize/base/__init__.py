@@ -3,7 +3,7 @@
 model.py     Base, and how it is loaded
 sources.py   what a name stands for: pocket, a folder, a file, a hub id
 folder.py    diffusers folders          single.py  single-file checkpoints       loaded.py  what either gives
-text.py      text encoders: long prompts, clip skip, weights       prompts.py  (word:1.2)       tokens.py  CLIP's tokenizer
+text.py      text encoders: long prompts, clip skip, weights       emphasis.py  (word:1.2)       tokens.py  CLIP's tokenizer
 cond.py      Cond: what the UNet is conditioned on                 schedule.py  Schedule: noise and prediction type
 """
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import BaseModelError, RecipeError
 from ..families import TITLES, Family
+from ..recipe import Recipe
 from .cond import Cond
 from .folder import load_folder
 from .loaded import Loaded
@@ -75,6 +76,12 @@ class Base:
         stored = {part: dict(sizes) for part, sizes in found.stored.items()}
         texts = encoders(found, clip_skip)
         return cls(str(name), path, found.family, torch.device(device), dtype, scheduler, texts, found.unet, found.vae, stored)
+
+    @classmethod
+    def of(cls, recipe: Recipe, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Base:
+        """The base that a recipe names, read as it says. Raises BaseModelError."""
+        how = {name: getattr(recipe, name) for name in ("prediction", "zero_snr", "clip_skip", "vae")}
+        return cls.load(recipe.base, device, dtype, **how)
 
     @property
     def parts(self) -> dict[str, nn.Module]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .prompts import pieces
+from .emphasis import pieces
 
 BACKTRACK = 20  # tokens that a window may leave unused to end behind a comma, as in AUTOMATIC1111
 

@@ -20,7 +20,7 @@ from ..words import plain
 from .algebra import COMMANDS
 from .dataset import dataset
 from .merging import merge
-from .values import PATH, Side, Strengthened
+from .values import PATH, Along, Called, Side
 
 if TYPE_CHECKING:
     from ..recipe import Recipe, Setting
@@ -185,11 +185,14 @@ def preview(recipe: Recipe) -> int:
 
 
 @cli.command()
-@click.argument("prompts", metavar="PROMPT...", nargs=-1, required=True)
-@click.option("--adapter", "-a", "stack", type=Strengthened(), multiple=True, metavar="FILE[:STRENGTH]",
+@click.argument("prompts", metavar="PROMPT...", nargs=-1)
+@click.option("--prompts", "listed", type=PATH, metavar="FILE", help="more prompts, one per line; # begins a comment")
+@click.option("--adapter", "-a", "stack", type=Called(), multiple=True, metavar="[NAME=]FILE[:STRENGTH]",
               help="adapter and its strength, can be repeated: A.safetensors:0.8; UNet and text encoder apart: "
                    "A.safetensors:0.8:0.5 (A1111 writes them the other way round) or A.safetensors:unet=0.8:te=0.5; "
-                   "by block: A.safetensors:0.8:lbw=OUTD")  # fmt: skip
+                   "by block: A.safetensors:0.8:lbw=OUTD; by step: A.safetensors:0@0,1@0.5 "
+                   "or A.safetensors:1:start=5:stop=10")  # fmt: skip
+@click.option("--lora-dir", type=PATH, metavar="FOLDER", help="adapters that prompts may name: <lora:NAME:0.8>")
 @click.option("--negative", "-n", default="", help="what should not be there")
 @click.option(
     "--seeds", "--seed", "-s", "seeds", multiple=True, help="seed of each picture, e.g. 0,1,2; can be repeated [default: 0]"
@@ -197,18 +200,35 @@ def preview(recipe: Recipe) -> int:
 @click.option("--count", "-c", type=click.IntRange(1), help="pictures per prompt: seeds go up from the last one given")
 @click.option("--steps", type=click.IntRange(1), default=20, show_default=True, help="denoising steps")
 @click.option("--guidance", "-g", type=click.FloatRange(0), default=3.0, show_default=True, help="classifier-free guidance")
-@click.option("--size", type=Side(), help="side or WIDTHxHEIGHT in pixels [default: the base's own]")
-@click.option("--base", help="'pocket' or a diffusers folder [default: what the adapter was trained on]")
+@click.option("--size", type=Side(), help="side or WIDTHxHEIGHT in pixels [default: the image's, or the base's own]")
+@click.option("--image", "-i", type=PATH, metavar="FILE", help="picture to begin with")
+@click.option("--denoise", type=click.FloatRange(0, 1), default=0.75, show_default=True, help="how much of --image is drawn anew")
+@click.option("--base", help="'pocket', a diffusers folder, a .safetensors checkpoint or a hub id [default: what the adapter was "
+                            "trained on, read in the same way]")  # fmt: skip
+@click.option("--vae", help="another VAE than the base's: a folder or a .safetensors file")
+@click.option("--clip-skip", type=click.IntRange(1, 12), help="text-encoder layer that is read, from the last")
+@click.option("--prediction", type=click.Choice(["auto", "epsilon", "v_prediction", "sample"]), help="what the base predicts")
+@click.option("--zero-snr", type=click.Choice(["auto", "yes", "no"]), help="whether its noise ends without any signal")
 @click.option("--grid", is_flag=True, help="also write one sheet: a row per prompt, a column per seed")
+@click.option("--xy", "axes", type=Along(), multiple=True, metavar="NAME=VALUES",
+              help="also write a sheet along an axis, or two (across, down): strength=0,0.5,1 or seed, steps, guidance, denoise, "
+                   "adapter=none,A,A+B or an adapter's name for its strength: A=0,1,0@0;1@1")  # fmt: skip
+@click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True, help="pictures drawn at once")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True, help="where to draw")
 @click.option(
     "--output", "-o", type=PATH, default=Path("pictures"), show_default=True, help="folder, or a .png for a single picture"
 )
-def generate(prompts: tuple[str, ...], seeds: tuple[str, ...], count: int | None, **options: Any) -> int:
-    """Draw pictures with a base and a stack of adapters."""
+def generate(prompts: tuple[str, ...], listed: Path | None, seeds: tuple[str, ...], count: int | None, **options: Any) -> int:
+    """Draw pictures with a base and adapters; <lora:NAME:0.8> in a prompt says how much of one that prompt gets."""
     from ..paint import paint
+    from ..prompts import from_file
 
-    for path in paint(prompts, numbered(seeds, count), **options):
+    wanted = [*prompts, *(from_file(listed) if listed else ())]
+    if not wanted:
+        raise RecipeError("what should be drawn?", 'personalize generate "a cat", or --prompts FILE')
+    how = {name: options.pop(name) for name in ("base", "vae", "clip_skip", "prediction", "zero_snr")}
+    given = {name: value for name, value in how.items() if value is not None}
+    for path in paint(wanted, numbered(seeds, count), base=given, **options):
         click.echo(path)
     return 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os.path
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,12 +28,36 @@ class Strengthened(click.ParamType):
         if isinstance(value, tuple):
             return value
         path, weighting = split(str(value))
-        if not Path(path).exists():
+        if not os.path.exists(path):  # also of names that no disk allows
             near, _, strength = path.rpartition(":")
-            if near and Path(near).exists():
+            if near and os.path.exists(near):
                 raise AdapterError(f"{strength!r} is no strength of {near}", "strengths are numbers: A.safetensors:0.8")
             raise AdapterError(f"there is no adapter {path}", "check its spelling; strengths are numbers: A.safetensors:0.8")
         return Path(path), weighting
+
+
+class Called(Strengthened):
+    """The same, with a name for prompts before it: NAME=PATH:0.8."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        from ..adapters.weighting import split
+        from ..shelf import Named
+
+        name, _, rest = str(value).partition("=")
+        named = rest and re.fullmatch(r"[^:/\\<>]+", name) and not os.path.exists(split(str(value))[0])
+        path, weighting = super().convert(rest if named else value, param, ctx)
+        return Named(path, weighting, name if named else "")
+
+
+class Along(click.ParamType):
+    """An axis of a sheet: NAME=VALUE,VALUE,..."""
+
+    name = "axis"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        from ..axes import axis
+
+        return axis(str(value))
 
 
 class Side(click.ParamType):

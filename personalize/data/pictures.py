@@ -100,6 +100,17 @@ def load_image(path: Path, sha256: str, shape: Shape) -> Image.Image:
         raise DataError(f"{path}: {error}", "run the command again") from error
 
 
+def load_whole(path: Path) -> Image.Image:
+    """RGB in its own size: upright (EXIF), what is transparent over white. Raises DataError."""
+    try:
+        with opened(path) as (_, image):
+            image.load()
+            turn, flat = TURNS.get(_orientation(image)), over("white", eight_bit(image, white_of(image)))
+    except Unreadable as error:
+        raise DataError(f"{path}: {error}", "give another picture") from error
+    return flat if turn is None else flat.transpose(turn)
+
+
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[tuple[str, Image.Image]]:
     """(sha256, opened picture) of a file. Whatever Pillow finds wrong, here or in the block, becomes Unreadable."""
