@@ -236,11 +236,11 @@ def test_a_call_that_fails_half_way_leaves_nothing_behind(
     verb = {"unet": "denoise", "text_encoder": "embed", "vae": "decode"}[failing]
     calls, real = [], getattr(Base, verb)
 
-    def failed(self: Base, *arguments: Any) -> Any:
+    def failed(self: Base, *arguments: Any, **how: Any) -> Any:
         calls.append(verb)
         if failing == "vae" or len(calls) == 3:
             raise error
-        return real(self, *arguments)
+        return real(self, *arguments, **how)
 
     with monkeypatch.context() as patch, pytest.raises(error):
         patch.setattr(Base, verb, failed)
