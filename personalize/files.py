@@ -12,6 +12,8 @@ from pathlib import Path
 
 from .errors import OutputError
 
+PICTURES = {".avif", ".bmp", ".gif", ".heic", ".jpeg", ".jpg", ".jxl", ".png", ".tif", ".tiff", ".webp"}
+
 
 @contextlib.contextmanager
 def atomic(path: Path) -> Iterator[Path]:
@@ -58,3 +60,10 @@ def weights_hash(path: Path) -> str:
     with path.open("rb") as file:
         file.seek(8 + int.from_bytes(file.read(8), "little"))
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def pictures_in(folder: Path) -> int:
+    """How many files right in a folder, and in its subfolders of kohya's form (10_name class), look like pictures; no masks."""
+    folders = [folder, *(sub for sub in folder.glob("[0-9]*_*") if sub.is_dir())] if folder.is_dir() else []
+    files = [file for one in folders for file in one.iterdir() if file.suffix.lower() in PICTURES]
+    return sum(not file.stem.endswith("-masklabel") for file in files)

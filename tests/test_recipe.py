@@ -158,9 +158,30 @@ def test_names_are_unique_and_documented() -> None:
 @pytest.mark.parametrize("name", presets())
 def test_every_preset_resolves_and_says_why(name: str) -> None:
     recipe = resolve(name)
-    assert recipe.base == name.split("-")[0]
+    bases = {"pocket": "pocket", "sd15": "v1-5", "sd21": "2-1", "sdxl": "xl-base"}
+    assert bases[name.split("-")[0]] in recipe.base
     assert presets()[name].read_text(encoding="utf-8").startswith("#")
     assert "why" in presets()[name].read_text(encoding="utf-8").lower()
+
+
+def test_settings_follow_the_number_of_pictures(tmp_path: Path) -> None:
+    preset, child, folder = tmp_path / "p.toml", tmp_path / "child.toml", tmp_path / "zwx"
+    preset.write_text("steps = 1\nrank = 4\n[pictures.10]\nsteps = 10\n[pictures.2]\nsteps = 2\nrank = 8\n")
+    child.write_text('preset = "p.toml"\nrank = 5\n')
+    (folder / "5_zwx cat").mkdir(parents=True)
+    told = []
+    for count in range(12):
+        recipes = [resolve(path, {"folder": folder}) for path in (preset, child)]
+        told.append([(recipe.steps, recipe.adapter.rank) for recipe in recipes])
+        home = folder / "5_zwx cat" if count % 2 else folder
+        for name in (f"{count}.PNG", f"{count}-masklabel.png", f"{count}.txt"):
+            (home / name).touch()
+    assert told == [[(1, 4), (1, 5)]] * 2 + [[(2, 8), (2, 5)]] * 8 + [[(10, 8), (10, 5)]] * 2
+    assert resolve(preset, {"folder": folder, "steps": 7}).steps == 7
+    assert resolve(preset).steps == 1
+    preset.write_text("[pictures]\nsteps = 3\n")
+    with pytest.raises(RecipeError, match=r"\[pictures\] in .* must hold tables"):
+        resolve(preset)
 
 
 def test_one_sample_prompt_goes_without_the_trigger() -> None:

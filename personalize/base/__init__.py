@@ -9,7 +9,7 @@ cond.py      Cond: what the UNet is conditioned on                 schedule.py  
 
 from .cond import Cond
 from .folder import load_model
-from .model import Base, device_of, quiet
+from .model import Base, device_of, family_at, quiet
 from .schedule import Schedule
 from .sources import CONFIGS, NAMED, locate, read_json
 from .tokens import load_tokenizer
@@ -21,6 +21,7 @@ __all__ = [
     "Cond",
     "Schedule",
     "device_of",
+    "family_at",
     "load_model",
     "load_tokenizer",
     "locate",

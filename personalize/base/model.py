@@ -16,10 +16,10 @@ from ..errors import BaseModelError, RecipeError
 from ..families import TITLES, Family
 from ..recipe import Recipe
 from .cond import Cond
-from .folder import load_folder
+from .folder import examine, load_folder
 from .loaded import Loaded
 from .schedule import Schedule
-from .single import ZERO_SNR, load_single
+from .single import ZERO_SNR, examine_single, load_single
 from .sources import locate
 from .text import TextEncoder
 from .vae import other_vae
@@ -168,6 +168,12 @@ class Base:
             latents, timesteps, encoder_hidden_states=cond.tokens, added_cond_kwargs=added, return_dict=False
         )[0]
         return predicted
+
+
+def family_at(name: str | Path) -> Family:
+    """The family of a base, from configs and headers alone. Raises BaseModelError for what `Base.load` would refuse by those."""
+    path = locate(name)
+    return examine(path) if path.is_dir() else examine_single(path)
 
 
 def encoders(found: Loaded, clip_skip: int) -> tuple[TextEncoder, ...]:

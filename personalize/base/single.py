@@ -44,12 +44,9 @@ def load_single(path: Path, dtype: torch.dtype, vae: Path | None = None) -> Load
 
     The VAE may come from another file or folder: many checkpoints have none, and SDXL's own overflows in fp16.
     """
+    family = examine_single(path)
     weights = open_weights(path)
-    family, header = weights.row, weights.headers[0]
-    assert family
-    shapes = {key: entry.shape for key, entry in header.tensors.items()}
-    check_family(path, family, channels_in(shapes) - family.unet.latent)
-    check_whole(weights, family)
+    header = weights.headers[0]
     scheduler = scheduler_config(weights, header, family)
     with safe_open(path, "pt") as file:
         parts = ("unet", *(text.part for text in family.texts))
@@ -66,6 +63,16 @@ def load_single(path: Path, dtype: torch.dtype, vae: Path | None = None) -> Load
         models,
         stored=_stored(weights, header),
     )
+
+
+def examine_single(path: Path) -> Family:
+    """The family of a file that holds every part but the VAE. Reads the header alone. Raises BaseModelError."""
+    weights = open_weights(path)
+    assert weights.row
+    shapes = {key: entry.shape for key, entry in weights.headers[0].tensors.items()}
+    check_family(path, weights.row, channels_in(shapes) - weights.row.unet.latent)
+    check_whole(weights, weights.row)
+    return weights.row
 
 
 def check_whole(weights: Weights, family: Family) -> None:

@@ -124,7 +124,7 @@ def option(setting: Setting) -> click.Option:
 def train(folder: Path | None, origin: Path | None, dry_run: bool, fresh: bool, **flags: Any) -> int:
     """Learn the pictures in FOLDER; leave an adapter and a report in runs/TRIGGER.
 
-    Without --preset, the base's preset for subjects is used where there is one (pocket-subject).
+    Without --preset, the preset for subjects of the base's family is used (pocket-, sd15-, sd21- or sdxl-subject).
 
     The same command again goes on where it was stopped.
     """
@@ -143,13 +143,24 @@ def resolved(folder: Path | None, origin: Path | None, flags: dict[str, Any]) ->
     given = {name: value for name, value in flags.items() if value not in (None, ())}
     if folder is not None:
         given["folder"] = folder
-    usual = f"{given.get('base', 'pocket')}-subject"
-    if origin is None and "preset" not in given and usual in presets():
+    if origin is None and "preset" not in given and (usual := usual_preset(given.get("base", "pocket"))) in presets():
         given["preset"] = usual
     recipe = resolve(flags=given, start=recipe_of(origin) if origin else None)
     if "folder" not in recipe.data.model_fields_set:
         raise RecipeError("where are the pictures?", "personalize train FOLDER")
     return recipe
+
+
+def usual_preset(base: str) -> str:
+    """The preset for subjects of a base's family, whatever the base is called: `sd15-subject`, ..."""
+    names = {"sd1": "sd15", "sd2": "sd21"}
+    if base == "pocket":  # known without opening anything
+        family = base
+    else:
+        from ..base import family_at
+
+        family = family_at(base).name
+    return f"{names.get(family, family)}-subject"
 
 
 def recipe_of(adapter: Path) -> Recipe:

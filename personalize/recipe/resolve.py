@@ -11,12 +11,15 @@ from typing import Any
 from pydantic import ValidationError
 
 from ..errors import RecipeError, nearest
+from ..files import pictures_in
 from .fields import WITHOUT_CLASS, Recipe
 from .settings import flat, flatten, record, settings
 
 
 def resolve(preset: str | Path | None = None, flags: Mapping[str, Any] | None = None, *, start: Recipe | None = None) -> Recipe:
     """The recipe of a run: defaults, then `start` (another run's recipe), then a preset by name or path, then flags.
+
+    A preset's `[pictures.20]` holds settings for folders of 20 pictures or more; the nearest number counts last.
 
     Raises RecipeError for unknown settings (naming the nearest), values out of bounds and contradictions.
 
@@ -29,26 +32,38 @@ def resolve(preset: str | Path | None = None, flags: Mapping[str, Any] | None = 
     if start is not None:
         layers.append(("--from", record(start)))
     if preset is not None:
-        layers += load_preset(preset)
+        folder = flags.get("folder") or (start.data.folder if start and "folder" in start.data.model_fields_set else None)
+        layers += load_preset(preset, pictures_in(Path(folder)) if folder else 0)
         layers.append(("", {"preset": str(preset)}))
     layers.append(("", flags))
     return _build(layers)
 
 
-def load_preset(preset: str | Path) -> list[tuple[str, Mapping[str, Any]]]:
-    """A preset's (file, settings), after those of the preset that it starts from with `preset = "..."`, if any."""
+def load_preset(preset: str | Path, pictures: int = 0) -> list[tuple[str, Mapping[str, Any]]]:
+    """A preset's (origin, settings), those for so many pictures behind the others, and all after those of the preset that it
+    starts from with `preset = "..."`, if any."""
     layers: list[tuple[str, Mapping[str, Any]]] = []
     following: str | Path | None = preset
     while following is not None:
         path = _find_preset(following)
         if any(str(path) == seen for seen, _ in layers):
             raise RecipeError(f"preset {path} starts from itself")
-        table = flat(_read_toml(path), str(path))
-        layers.insert(0, (str(path), table))
+        whole = _read_toml(path)
+        by_number = _by_number(whole.pop("pictures", {}), path)
+        table = flat(whole, str(path))
+        few = [least for least in sorted(by_number) if least <= pictures]
+        layers[:0] = [(str(path), table), *((f"{path} [pictures.{n}]", flat(by_number[n], str(path))) for n in few)]
         following = table.pop("preset", None)
         if str(following).endswith(".toml"):
             following = path.parent / str(following)
     return layers
+
+
+def _by_number(tables: Any, path: Path) -> dict[int, dict[str, Any]]:
+    """The tables [pictures.N] of a preset by N."""
+    if not isinstance(tables, dict) or not all(key.isdecimal() and isinstance(table, dict) for key, table in tables.items()):
+        raise RecipeError(f"[pictures] in {path} must hold tables by number of pictures", "e.g. [pictures.20]")
+    return {int(key): table for key, table in tables.items()}
 
 
 def presets() -> dict[str, Path]:
