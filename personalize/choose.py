@@ -168,7 +168,8 @@ def noisy(job: Job, x0: Tensor, names: Sequence[str], prompts: Sequence[str], ti
 
 def drawings(job: Job, batch: int) -> Sheet:
     """What the base itself draws from prompts without the trigger, noisy."""
-    prompts, seeds = uncalled(job), range(OTHERS)
+    prompts = uncalled(job)
+    seeds = range(len(prompts))
     shape, guidance = sample.latent_shape(job.base, job.side), job.recipe.sampling.guidance
     how: dict[str, Any] = {"steps": DRAWN, "guidance": guidance, "negative": ""}
     chunks = [slice(first, first + batch // 2) for first in range(0, len(prompts), batch // 2)]

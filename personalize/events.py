@@ -67,14 +67,14 @@ class Scored:
     strength: float
     fit: float  # share of the base's error on the training pictures that is gone
     validation: float  # the same on pictures that were not trained on, where there are such; below 0: it grew
-    drift: float  # change of what is predicted without the trigger, relative to the base's prediction
+    drift: float  # squared change of what is predicted without the trigger, in units of the base's error on the pictures
     contrast: float  # share of the change that needs the trigger; 0: the class has become the subject
     score: float
 
 
 @dataclass(frozen=True, slots=True)
 class Fold:
-    """A run that left pictures out was examined on them: its best step."""
+    """A run that left pictures out is done: at which step it was best on them, and how good."""
 
     number: int
     of: int
@@ -96,7 +96,7 @@ class Chosen:
     contrast: float
     judged_by: str  # which pictures told the validation
     low: float
-    weight: float  # the best strength
+    weight: float  # the preferred strength
     high: float
 
 
