@@ -485,7 +485,8 @@ CHANGES: dict[str, tuple[Any, dict[str, Any]]] = {
     "prior_share": (0.5, {"prior": "output"}),
     "prior_images": (3, {"prior": "images"}), "prior_prompts": (["the {class}", "an {class}"], {"prior": "images"}),
     "lr": (2e-3, {}), "text_encoder_lr": (1e-3, {}), "schedule": ("constant", {"warmup": 0}), "warmup": (1, {}),
-    "holdout": ("1", {}), "weight_decay": (0.5, {}), "beta1": (0.5, {}), "beta2": (0.9, {}), "clip": (0.01, {}), "accumulate": (2, {}),
+    "weight_decay": (0.5, {}), "beta1": (0.5, {}), "beta2": (0.9, {}), "clip": (0.01, {}), "accumulate": (2, {}),
+    "holdout": ("1", {}),
 }  # fmt: skip
 ELSEWHERE = {
     "kind",

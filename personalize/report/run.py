@@ -16,16 +16,16 @@ from ..errors import DataError
 Record = Mapping[str, Any]
 Key = tuple[str, int]  # (prompt, seed)
 
-NUMBER = (int, float, type(None))  # what is not finite is written as null
-SCORES: dict[str, type | tuple[type, ...]] = dict.fromkeys(("fit", "validation", "drift", "contrast", "score"), NUMBER)
+Kinds = dict[str, type | tuple[type, ...]]
+SCORED: Kinds = {"step": int, "strength": (int, float)}
+SCORED |= dict.fromkeys(("fit", "validation", "drift", "contrast", "score"), (int, float, type(None)))  # null: not finite
 # A record that lacks one of these is skipped.
-NEEDED: dict[str, dict[str, type | tuple[type, ...]]] = {
+NEEDED: dict[str, Kinds] = {
     "started": {},
     "step": {"step": int},
     "sample": {"step": int, "prompt": str, "seed": int, "path": str},
     "sweep": {"strength": (int, float), "prompt": str, "seed": int, "path": str},
-    "scored": {"step": int, "strength": (int, float)}
-    | dict.fromkeys(("fit", "validation", "drift", "contrast", "score"), object),
+    "scored": SCORED,
     "chosen": {"step": int, "best": int, "low": (int, float), "high": (int, float), "judged_by": str},
     "saved": {"step": int, "path": str},
     "finished": {},

@@ -167,7 +167,7 @@ def main(options: argparse.Namespace) -> None:
     judge, base = Judge.load(), Base.load(options.base)
     artist = Artist(base, options.work / "base-pictures", options.guidance, options.sampler_steps)
     unbraked = [name.strip() for name in options.no_prior.split(",")]
-    runs = [(task, variant) for task in chosen for variant in VARIANTS if variant == "preset" or task.name in unbraked]
+    runs = [(task, variant) for variant in VARIANTS for task in chosen if variant == "preset" or task.name in unbraked]
     records = [proved(task, variant, options, judge, artist) for task, variant in runs]
     tables = {
         f"{variant.capitalize()} ({len(rows)}, means)": figures(rows)
