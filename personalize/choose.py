@@ -43,8 +43,8 @@ DRAWN = 6  # denoising steps of the base's own pictures
 ROWS = 4  # at a time, for every row of a training step, which keeps all of its activations: these keep none
 STRENGTHS = (0.25, 0.5, 0.75, 1.25, 1.5)  # besides 1
 
-# Set on six runs of the embedded base (docs/figures/choice.md): what drift costs decides between learning and leaking. From 1 to 3
-# the same checkpoints were chosen; above, strengths were called good at which nobody is recognised.
+# What drift costs was set on six runs of the embedded base (docs/figures/choice.md). From 1 to 3, the same checkpoints were
+# chosen; at 4 and more, strengths were called good at which nobody is recognised.
 DRIFT = 2.0
 CLOSE = 0.1  # strengths are good whose score is below the best one's by at most this share of what was learned
 GRAIN = 0.05  # of a strength range
@@ -259,7 +259,7 @@ def strengths(scores: Mapping[float, float], close: float) -> tuple[float, float
     >>> strengths({0.5: 0.3, 1.0: 0.5, 1.5: 0.1}, 0.1)
     (0.75, 1.0, 1.1)
     >>> strengths({0.25: 0.2, 0.5: 0.3, 1.0: 0.0}, 0.06)
-    (0.4, 0.6, 0.6)
+    (0.35, 0.6, 0.6)
     """
     best = max(scores, key=lambda strength: (scores[strength], -abs(strength - 1)))
     fine = [round(min(scores) + i * GRAIN, 2) for i in range(round((max(scores) - min(scores)) / GRAIN) + 1)]
