@@ -46,6 +46,7 @@ STRENGTHS = (0.25, 0.5, 0.75, 1.25, 1.5)  # besides 1
 # What drift costs was set on six runs of the embedded base (docs/figures/choice.md). From 1 to 3, the same checkpoints were
 # chosen; at 4 and more, strengths were called good at which nobody is recognised.
 DRIFT = 2.0
+EQUAL = 0.01  # scores this close are equal, and then the later checkpoint is better: its learning rate has come down further
 CLOSE = 0.1  # strengths are good whose score is below the best one's by at most this share of what was learned
 GRAIN = 0.05  # of a strength range
 
@@ -219,7 +220,8 @@ def choose(job: Job, trained: Latents, held: Latents | None, attached: Attached)
         asked[step] = exam.figures()
         found[step] = replace(asked[step], validation=left_out.get(step, asked[step].validation))
         yield job.run.record(scored(step, 1.0, found[step]))
-    best = max(found, key=lambda step: (score(found[step]), step))
+    most = max(map(score, found.values()))
+    best = max(step for step, figures in found.items() if score(figures) >= most - EQUAL)
     step = best if job.recipe.choosing.choose == "best" else steps
     if file := files[step]:
         attached.put(Adapter.load(file))

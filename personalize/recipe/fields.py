@@ -132,7 +132,7 @@ class Choosing(Part):
     """Which checkpoint becomes the adapter, and what tells it."""
 
     choose: Literal["best", "last", "none"] = Field(
-        "best", description="which checkpoint becomes the adapter; last: all are scored all the same; none: nothing is scored"
+        "best", description="which checkpoint becomes the adapter; last: they are scored all the same; none: nothing is scored"
     )
     holdout: Annotated[tuple[str, ...], AtCommas, BeforeValidator(_listed)] = Field(
         (), description="pictures kept back from training, to score checkpoints by: file names, or how many (default: none)"
