@@ -252,7 +252,7 @@ def judged_by(job: Job, left_out: Mapping[int, float]) -> str:
     """Which pictures told the validation, in words."""
     if left_out:
         return f"pictures left out in turn ({len(job.folds)} trainings)"
-    return f"{len(job.held)} pictures held back" if job.held else "the training pictures"
+    return f"{len(job.held)} held-back picture{'s' * (len(job.held) > 1)}" if job.held else "the training pictures"
 
 
 def strengths(scores: Mapping[float, float], close: float) -> tuple[float, float, float]:

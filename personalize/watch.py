@@ -138,6 +138,8 @@ class View:
         told = f"validation {change(event.validation)} on {event.judged_by}, drift {event.drift:.2f}"
         span = f"strengths {event.low:g} to {event.high:g}" if event.low < event.high else f"strength {event.low:g}"
         self.say(f"chosen   step {event.step} of {self.recipe.steps} ({told}), {span}")
+        if event.fit <= 0:
+            self.say("warning: the adapter knows the pictures no better than the base: a lower --lr may help")
         if event.best != event.step:
             self.say(f"         step {event.best} scored best: --choose best takes it, without training again")
 

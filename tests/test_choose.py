@@ -251,7 +251,7 @@ def test_pictures_that_are_held_back_are_not_learned_and_tell_the_validation(mak
     events = run(make("held", holdout="2.png"))
     (started,), (chosen,) = told(events, Started), told(events, Chosen)
     assert [Path(image["path"]).name for image in started.images] == ["0.png", "1.png", "3.png"]
-    assert chosen.judged_by == "1 pictures held back" and chosen.validation != chosen.fit
+    assert chosen.judged_by == "1 held-back picture" and chosen.validation != chosen.fit
     assert started.recipe["holdout"] == ["2.png"]
 
 

@@ -19,6 +19,7 @@ class Choice:
     step: int
     best: int
     judged_by: str
+    learned: bool  # whether the pictures are known better than by the base
     range: str
     heads: tuple[str, ...]
     rows: tuple[tuple[int, tuple[str, ...], bool], ...]  # step, its figures under the heads, whether it was chosen
@@ -41,6 +42,7 @@ def choice(run: Run) -> Choice | None:
         step=step,
         best=chosen["best"],
         judged_by=chosen["judged_by"],
+        learned=(number(by_step[step]["fit"]) or 0.0) > 0,
         range=f"{low:g} to {high:g}" if low != high else f"{low:g}",
         heads=tuple(HEADS[key] for key in keys),
         rows=tuple((at, tuple(shown(record, key) for key in keys), at == step) for at, record in sorted(by_step.items())),
