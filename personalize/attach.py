@@ -106,6 +106,11 @@ class Attached:
         self.moving = moving
         return inject(self, deltas, 0.0)
 
+    def put(self, adapter: Adapter) -> None:
+        """Another adapter of the same shape in the place of what is attached; the parameters of `groups` stay as they were."""
+        for path, layer in self.layers.items():
+            place(layer, as_low_rank(adapter.deltas[path]), self.base.device)
+
     @contextlib.contextmanager
     def off(self) -> Iterator[None]:
         """Inside, the base predicts as if nothing were attached."""

@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from . import sample
 from .adapters import Adapter
 from .attach import fresh as fresh_deltas
 from .base import Base, device_of
-from .data import Concept, Dataset, Example, fill, grid_of, read_folder, regularization, safe_trigger, without
+from .data import Concept, Dataset, Example, fill, generator, grid_of, read_folder, regularization, safe_trigger, without
 from .data.store import fingerprint
-from .errors import OutputError, RecipeError
+from .errors import OutputError, RecipeError, nearest
 from .events import Finished
 from .recipe import Recipe, flatten, to_toml
 from .runs import Run, State
 
 # Settings that change nothing about the training itself: a run may go on with other ones.
 HARMLESS = {"preset", "output", "name", "dialect", "checkpoint_every", "folder", "regularization", "device"}
+HARMLESS |= {"choose", "leave_one_out"}
 SAMPLING = {"sample_every", "sample_prompts", "sample_seeds", "sample_steps", "guidance"}
 MARGIN = 64 * 2**20  # bytes of disk for everything small
 
@@ -31,7 +34,8 @@ class Job:
 
     recipe: Recipe
     base: Base
-    dataset: Dataset
+    dataset: Dataset  # what is trained on
+    held: tuple[Example, ...]  # what is not
     run: Run
     about: dict[str, Any]  # what the state must agree with to go on
     state: State | None  # None: start at the beginning
@@ -46,8 +50,14 @@ class Job:
     @property
     def windows(self) -> int:
         """Windows of the text encoder that every caption is brought to, so that they fit into one batch."""
-        captions = [*(example.caption for example in self.dataset.examples), *self.class_captions]
+        captions = [*(example.caption for example in (*self.dataset.examples, *self.held)), *self.class_captions]
         return self.base.windows(captions, shuffled=self.recipe.data.varies)
+
+    @property
+    def folds(self) -> list[Run]:
+        """The runs that leave a picture out, if the recipe wants such."""
+        wanted = min(self.recipe.choosing.leave_one_out, len(self.dataset.examples))
+        return [self.run.fold(number) for number in range(1, wanted + 1)]
 
     @property
     def prompts(self) -> list[str]:
@@ -89,8 +99,9 @@ def check(recipe: Recipe, *, fresh: bool = False) -> Job:
 
     Raises PersonalizeError for the first thing that is wrong. Changes nothing but for making the run folder.
     """
-    dataset = read_folder(recipe.data)
-    recipe = settled(recipe, dataset)
+    whole = read_folder(recipe.data)
+    recipe = settled(recipe, whole)
+    dataset, held = split(whole, recipe)
     assert recipe.output and recipe.name
     if recipe.output.suffix == ".safetensors":
         raise RecipeError(f"--output is the run's folder, and {recipe.output} a file's name", "name the adapter with --name")
@@ -109,7 +120,7 @@ def check(recipe: Recipe, *, fresh: bool = False) -> Job:
     if state:
         check_same(run, state.about, about)
     finished = run.finished() if state and state.done == recipe.steps and run.recipe_text() == to_toml(recipe) else None
-    job = Job(recipe, base, dataset, run, about, state, finished, brought)
+    job = Job(recipe, base, dataset, held, run, about, state, finished, brought)
     if not finished:
         rehearse(job)
     return job
@@ -128,10 +139,38 @@ def identity(example: Example) -> list[str | int]:
 
 
 def settled(recipe: Recipe, dataset: Dataset) -> Recipe:
-    """The recipe with those defaults filled in that depend on the pictures: trigger, class, name, output."""
+    """The recipe with those defaults filled in that depend on the pictures: trigger, class, name, output, which are held back."""
     name = recipe.name or safe_trigger(dataset.trigger)
     data = recipe.data.model_copy(update={"trigger": dataset.trigger, "class_name": dataset.concepts[0].class_name})
-    return recipe.model_copy(update={"data": data, "name": name, "output": recipe.output or Path("runs") / name})
+    choosing = recipe.choosing.model_copy(update={"holdout": tuple(kept_back(recipe, dataset))})
+    told = {"data": data, "name": name, "output": recipe.output or Path("runs") / name, "choosing": choosing}
+    return recipe.model_copy(update=told)
+
+
+def kept_back(recipe: Recipe, dataset: Dataset) -> list[str]:
+    """Names of the pictures that are held back; a number draws so many. Raises RecipeError for a name that is none."""
+    names, asked = names_of(recipe, dataset), recipe.choosing.holdout
+    if len(asked) == 1 and asked[0].isdecimal() and asked[0] not in names:
+        order = torch.randperm(len(names), generator=generator(recipe.seed, "holdout")).tolist()
+        asked = tuple(names[i] for i in sorted(order[: int(asked[0])]))
+    for name in asked:
+        if name not in names:
+            raise RecipeError(f"--holdout: there is no picture {name} in {recipe.data.folder}", nearest(name, names))
+    if len(set(asked)) == len(names) or (recipe.choosing.leave_one_out and len(names) == 1):
+        raise RecipeError(f"nothing is left to train on: there are {len(names)} pictures", "hold fewer back")
+    return list(asked)
+
+
+def names_of(recipe: Recipe, dataset: Dataset) -> list[str]:
+    """The pictures' names below the folder."""
+    return [example.path.relative_to(recipe.data.folder).as_posix() for example in dataset.examples]
+
+
+def split(dataset: Dataset, recipe: Recipe) -> tuple[Dataset, tuple[Example, ...]]:
+    """What is trained on, and what is held back."""
+    pairs = list(zip(names_of(recipe, dataset), dataset.examples, strict=True))
+    kept = tuple(example for name, example in pairs if name not in recipe.choosing.holdout)
+    return replace(dataset, examples=kept), tuple(example for name, example in pairs if name in recipe.choosing.holdout)
 
 
 def parts(recipe: Recipe, base: Base) -> tuple[str, ...]:
@@ -172,7 +211,7 @@ def rehearse(job: Job) -> None:
     Adapter(deltas).save(path, job.recipe.dialect)
     size, free = path.stat().st_size, shutil.disk_usage(job.run.folder).free
     path.unlink()
-    saves = 1 + (job.recipe.steps // job.recipe.checkpoint_every if job.recipe.checkpoint_every else 0)
+    saves = 2 + (job.recipe.steps // job.recipe.checkpoint_every if job.recipe.checkpoint_every else 0)
     need = size * (saves + 6) + MARGIN  # the state is three adapters, and a new one is written before the old one goes
     if free < need:
         what = f"{job.run.folder} has {free / 2**20:.0f} MiB free and the run needs about {need / 2**20:.0f} MiB"

@@ -117,18 +117,20 @@ class Evidence:
 
 
 def evidence(folder: Path) -> Evidence:
-    """Read a run folder: its last sample pictures beside those of the base, and its training pictures."""
+    """Read a run folder: sample pictures of the step that was chosen (else the last) beside the base's, and training pictures."""
     history = Run(folder, "").history()
     started: dict[str, Any] = next((record for record in reversed(history) if record["event"] == "started"), {})
     told = [started.get("recipe", {}), *started.get("images", [])]  # of several concepts, each picture tells its own
     triggers = list(dict.fromkeys(one["trigger"] for one in told if one.get("trigger")))
     samples = [record for record in history if record["event"] == "sample" and (folder / record["path"]).is_file()]
-    last = max((record["step"] for record in samples if not record["base"]), default=0)
+    chosen = next((record["step"] for record in reversed(history) if record["event"] == "chosen"), None)
+    drawn = {record["step"] for record in samples if not record["base"]}
+    shown = chosen if chosen in drawn else max(drawn, default=0)
     before = {(record["prompt"], record["seed"]): record["path"] for record in samples if record["base"]}
     pairs: dict[bool, list[Pair]] = {True: [], False: []}
     for record in samples:
         twin = before.get((record["prompt"], record["seed"]))
-        if record["step"] == last and not record["base"] and twin:
+        if record["step"] == shown and not record["base"] and twin:
             words, called = without(triggers, record["prompt"])
             pairs[called].append(Pair(words, opened(folder / twin), opened(folder / record["path"])))
     side = max((pair.adapter.width for pair in pairs[True] + pairs[False]), default=0)

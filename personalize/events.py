@@ -62,6 +62,47 @@ class Sweep:
 
 
 @dataclass(frozen=True, slots=True)
+class Scored:
+    """An adapter was examined on fixed noise: a checkpoint at strength 1, or the chosen one at another. See choose.py."""
+
+    step: int
+    strength: float
+    fit: float  # share of the base's error on the training pictures that is gone
+    validation: float  # the same on pictures that were not trained on, where there are such; below 0: it grew
+    drift: float  # squared change of what is predicted without the trigger, in units of the base's error on the pictures
+    contrast: float  # share of the change that needs the trigger; 0: the class has become the subject
+    score: float
+
+
+@dataclass(frozen=True, slots=True)
+class Fold:
+    """A run that left pictures out is done: at which step it was best on them, and how good."""
+
+    number: int
+    of: int
+    pictures: list[str]
+    step: int
+    validation: float
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """The checkpoint that becomes the adapter, the one that scored best, and the strengths at which the former is good."""
+
+    step: int
+    best: int
+    among: int  # so many checkpoints
+    fit: float
+    validation: float
+    drift: float
+    contrast: float
+    judged_by: str  # which pictures told the validation
+    low: float
+    weight: float  # the preferred strength
+    high: float
+
+
+@dataclass(frozen=True, slots=True)
 class Saved:
     """An adapter file was written. `path` is relative to the run folder."""
 
@@ -80,7 +121,7 @@ class Finished:
     again: bool = False
 
 
-Event = Started | Step | Sample | Sweep | Saved | Finished
+Event = Started | Step | Sample | Sweep | Scored | Fold | Chosen | Saved | Finished
 
 
 def event_record(event: Event) -> dict[str, Any]:

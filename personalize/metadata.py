@@ -157,16 +157,16 @@ def modelspec_keys(recipe: Recipe, base: Base, dataset: Dataset, name: str, samp
     return keys | ({"modelspec.thumbnail": thumbnail(sample)} if sample else {})
 
 
-def sidecar(recipe: Recipe, base: Base, dataset: Dataset) -> str:
-    """NAME.json, which A1111 and Forge read beside the file."""
+def sidecar(recipe: Recipe, base: Base, dataset: Dataset, step: int, weight: float) -> str:
+    """NAME.json, which A1111 and Forge read beside the file: an adapter of `step` steps, and its best strength."""
     words = ", ".join(called(dataset))
     said = {
         "description": f"{words}, trained on {Path(base.name).name}",
         "sd version": A1111.get(base.family.name, "Unknown"),
         "activation text": words,
-        "preferred weight": 1.0,
+        "preferred weight": weight,
         "negative text": "",
-        "notes": f"{len(dataset.examples)} pictures, {recipe.steps} steps; made with personalize {versions()['personalize']}",
+        "notes": f"{len(dataset.examples)} pictures, {step} steps; made with personalize {versions()['personalize']}",
     }
     return json.dumps(said, indent=4, ensure_ascii=False) + "\n"
 

@@ -1,7 +1,8 @@
 """The run folder: what lies where, the diary of events, and the state that a run goes on from.
 
 NAME.safetensors, .png, .json     the adapter, its preview, its sidecar for UIs
-checkpoints/NAME-000050...        adapters on the way;  checkpoints/state.safetensors: what the run goes on from
+checkpoints/NAME-000050...        adapters on the way and the last;  checkpoints/state.safetensors: what the run goes on from
+folds/01/                         runs that left a picture out
 samples/000050-p0-s0.png          pictures by step, prompt and seed; those of step 0 are the base's own
 samples/sweep-p0-s0-0.50.png      pictures by strength of the finished adapter
 class_images/                     drawn by the base, for prior preservation
@@ -11,6 +12,7 @@ recipe.toml, events.jsonl, report.html
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,7 +27,7 @@ from .errors import OutputError
 from .events import Event, Finished, event_record
 from .files import atomic, write_text
 
-OURS = ("checkpoints", "samples", "class_images", "events.jsonl", "recipe.toml", "metrics.json", "report.html")
+OURS = ("checkpoints", "samples", "class_images", "folds", "events.jsonl", "recipe.toml", "metrics.json", "report.html")
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,20 @@ class Run:
 
     def checkpoint(self, step: int) -> Path:
         return self.folder / "checkpoints" / f"{self.name}-{step:06}.safetensors"
+
+    def checkpoints(self) -> dict[int, Path]:
+        """The checkpoints that are there, by step."""
+        pattern = re.compile(rf"{re.escape(self.name)}-(\d{{6,}})\.safetensors")
+        found = [(match, path) for path in (self.folder / "checkpoints").glob("*") if (match := pattern.fullmatch(path.name))]
+        return {int(match[1]): path for match, path in sorted(found, key=lambda pair: int(pair[0][1]))}
+
+    def fold(self, number: int) -> Run:
+        """The run that leaves a picture out."""
+        return Run(self.folder / "folds" / f"{number:02}", self.name)
+
+    def scores(self) -> dict[int, float]:
+        """What the diary tells of each checkpoint's validation."""
+        return {r["step"]: r["validation"] for r in self.history() if r["event"] == "scored" and r["strength"] == 1}
 
     def sample(self, step: int, prompt: int, seed: int) -> Path:
         return self.folder / "samples" / f"{step:06}-p{prompt}-s{seed}.png"
@@ -124,8 +140,10 @@ class Run:
         return float(sum(record["seconds"] for record in self.history() if record["event"] == "step"))
 
     def rewind(self, done: int) -> None:
-        """Forget what the diary says about anything after `done` steps, and what is drawn or saved at that step again."""
-        kept = [record for record in self.history() if is_settled(record, done)]
+        """Forget what the diary says about anything after step `done`: its pictures, files and scores are made anew."""
+        history = self.history()
+        reached = max((i for i, r in enumerate(history) if r["event"] == "step" and r["step"] <= done), default=-1)
+        kept = [record for i, record in enumerate(history) if is_settled(record, i <= reached)]
         write_text(self.events, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept))
 
     def finished(self) -> Finished | None:
@@ -161,11 +179,9 @@ class Run:
             raise refused(self.folder, error) from error
 
 
-def is_settled(record: Mapping[str, Any], done: int) -> bool:
-    """Whether a record stays true when a run goes on after `done` steps: that step's pictures and files are made anew."""
-    if record["event"] in ("sample", "sweep", "saved"):
-        return bool(record["step"] < done)
-    return record["event"] in ("started", "step") and record.get("step", 0) <= done
+def is_settled(record: Mapping[str, Any], before: bool) -> bool:
+    """Whether a record stays true when a run goes on: the starts, and the steps, pictures and files of `before`."""
+    return record["event"] == "started" or (before and record["event"] in ("step", "sample", "saved"))
 
 
 def refused(path: Path, error: OSError) -> OutputError:

@@ -6,6 +6,7 @@ bytes as an unbroken one: whatever is drawn at a step depends on (seed, step) on
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import functools
 import itertools
@@ -16,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -23,16 +25,17 @@ from torch import Tensor
 from . import objectives, sample
 from .attach import Attached, attach
 from .base import Cond
-from .check import Job, check, is_drawn, parts
-from .data import Dataset, Example, Latents, batch_at, batches, cached, class_images, generator, on_demand
+from .check import Job, check, is_drawn, names_of, parts, settled
+from .choose import choose
+from .data import Dataset, Example, Latents, batch_at, batches, cached, class_images, generator, on_demand, read_folder
 from .errors import PersonalizeError, TrainingError
-from .events import Event, Finished, Sample, Saved, Started, Step, Sweep
+from .events import Chosen, Event, Finished, Fold, Sample, Saved, Started, Step, Sweep
 from .files import atomic, write_text
 from .metadata import describe_run, sidecar, versions
 from .objectives import Inputs
 from .optim import Optimizer
-from .recipe import Recipe, flatten, to_toml
-from .runs import State
+from .recipe import Choosing, Recipe, flatten, to_toml
+from .runs import Run, State
 
 PATIENCE = 3  # steps in a row that may fail
 SWEEP = (0.25, 0.5, 0.75, 1.25)
@@ -45,6 +48,9 @@ def train(recipe: Recipe, *, fresh: bool = False) -> Iterator[Event]:
     Raises PersonalizeError before anything expensive if `check` finds something, and TrainingError if the run fails.
     """
     began = time.perf_counter()
+    if recipe.choosing.leave_one_out:
+        yield from leave_out(recipe, fresh)
+        fresh = False  # the folds have seen to it
     job = check(recipe, fresh=fresh)
     if job.finished:
         yield job.finished
@@ -82,7 +88,7 @@ def train(recipe: Recipe, *, fresh: bool = False) -> Iterator[Event]:
                 if failed == PATIENCE:
                     raise TrainingError(*hopeless(job, done))
                 yield from milestone(job, attached, opt, done)
-            yield from finish(job, attached)
+            yield from finish(job, lesson, attached)
         except (KeyboardInterrupt, GeneratorExit):
             run.save_state(State(done, job.about, opt.state()))
             run.note("stopped", step=done)
@@ -102,6 +108,7 @@ class Lesson:
     prior: Latents | None  # class images, for prior 'images'; encoded when a step first wants them in its shape
     class_captions: list[str]  # those of the pictures without the trigger, then the class prompts
     class_cond: Cond | None  # class captions as the base reads them, for prior 'output'
+    held: Latents | None  # pictures that are not learned
 
 
 def prepare(job: Job) -> Lesson:
@@ -115,7 +122,8 @@ def prepare(job: Job) -> Lesson:
     if recipe.objective.prior == "output":
         with torch.no_grad():
             class_cond = job.base.embed(captions, windows=job.windows)
-    return Lesson(cached(job.base, job.dataset, recipe, job.windows), prior, captions, class_cond)
+    held = cached(job.base, replace(job.dataset, examples=job.held), recipe, job.windows) if job.held else None
+    return Lesson(cached(job.base, job.dataset, recipe, job.windows), prior, captions, class_cond, held)
 
 
 def feed(job: Job, lesson: Lesson, start: int) -> Iterator[Inputs]:
@@ -187,8 +195,8 @@ def milestone(job: Job, attached: Attached, opt: Optimizer, done: int) -> Iterat
     recipe, run = job.recipe, job.run
     if done == 0 or is_due(done, recipe.sampling.sample_every, recipe.steps):
         yield from pictures(job, done)
-    if done < recipe.steps and is_due(done, recipe.checkpoint_every, recipe.steps):
-        yield run.record(save(job, attached, done))
+    if recipe.checkpoint_every and is_due(done, recipe.checkpoint_every, recipe.steps):
+        yield run.record(save(job, attached, done, run.checkpoint(done)))
     if is_due(done, recipe.checkpoint_every or 50, recipe.steps):
         run.save_state(State(done, job.about, opt.state()))
 
@@ -214,41 +222,67 @@ def draw(job: Job, pairs: list[tuple[int, int]]) -> Iterator[sample.Image.Image]
     return sample.drawing(job.base, prompts, seeds, steps=sampling.sample_steps, guidance=sampling.guidance, size=job.side)
 
 
-def save(job: Job, attached: Attached, done: int) -> Saved:
-    """Write the adapter as it is after `done` steps: under the run's name if these are all, else as a checkpoint."""
-    path = job.run.adapter if done == job.recipe.steps else job.run.checkpoint(done)
+def save(job: Job, attached: Attached, step: int, path: Path) -> Saved:
+    """Write what is attached, an adapter of `step` steps, with the picture of that step or the last one before it."""
     adapter = attached.snapshot()
     if not all(delta.finite() for delta in adapter.deltas.values()):
-        raise TrainingError(f"the adapter is not finite after {done} steps; nothing was overwritten", "try a lower --lr")
-    first = next((picture for step in range(done, -1, -1) if (picture := job.run.sample(step, 0, 0)).is_file()), None)
-    about = describe_run(job.recipe, job.base, job.dataset, job.run.name, done, first, job.regularization)
+        raise TrainingError(f"the adapter is not finite after {step} steps; nothing was overwritten", "try a lower --lr")
+    first = next((picture for earlier in range(step, -1, -1) if (picture := job.run.sample(earlier, 0, 0)).is_file()), None)
+    about = describe_run(job.recipe, job.base, job.dataset, job.run.name, step, first, job.regularization)
     adapter.save(path, job.recipe.dialect, about)
-    return Saved(done, job.run.relative(path))
+    return Saved(step, job.run.relative(path))
 
 
-def finish(job: Job, attached: Attached) -> Iterator[Event]:
-    """The strength sweep, the adapter under its own name, and its companions for UIs."""
-    yield from sweep(job, attached)
-    first = job.run.sample(job.recipe.steps, 0, 0)
+def finish(job: Job, lesson: Lesson, attached: Attached) -> Iterator[Event]:
+    """Choose a checkpoint, draw it at several strengths, and write it under its own name, with its companions for UIs."""
+    step, weight = job.recipe.steps, 1.0
+    if job.recipe.choosing.choose != "none":
+        for event in choose(job, lesson.latents, lesson.held, attached):
+            yield event
+            if isinstance(event, Chosen):
+                step, weight = event.step, event.weight
+    if step != job.recipe.steps and not is_due(step, job.recipe.sampling.sample_every, job.recipe.steps):
+        yield from pictures(job, step)  # what was chosen is shown
+    yield from sweep(job, attached, step)
+    first = job.run.sample(step, 0, 0)
     if first.is_file():
         with sample.Image.open(first) as picture, atomic(job.run.adapter.with_suffix(".png")) as temporary:
             sample.enlarged(picture, 256).save(temporary, format="PNG")
-    write_text(job.run.adapter.with_suffix(".json"), sidecar(job.recipe, job.base, job.dataset))
-    yield job.run.record(save(job, attached, job.recipe.steps))
+    write_text(job.run.adapter.with_suffix(".json"), sidecar(job.recipe, job.base, job.dataset, step, weight))
+    yield job.run.record(save(job, attached, step, job.run.adapter))
 
 
-def sweep(job: Job, attached: Attached) -> Iterator[Event]:
+def sweep(job: Job, attached: Attached, step: int) -> Iterator[Event]:
     """Draw the first two prompts at several strengths; those at 0 and 1 are there already."""
-    pairs, done = [(p, 0) for p in range(len(job.prompts[:2])) if job.recipe.sampling.sample_seeds], job.recipe.steps
+    pairs = [(p, 0) for p in range(len(job.prompts[:2])) if job.recipe.sampling.sample_seeds]
     for strength in (0.0, *SWEEP, 1.0):
         with attached.at(strength):
             drawn = list(draw(job, pairs)) if strength in SWEEP else []
         for i, (p, s) in enumerate(pairs):
             prompt, seed = job.prompts[p], job.recipe.sampling.sample_seeds[s]
-            path = job.run.sweep(strength, p, s) if drawn else job.run.sample(done if strength else 0, p, s)
+            path = job.run.sweep(strength, p, s) if drawn else job.run.sample(step if strength else 0, p, s)
             if drawn:
                 sample.save_picture(drawn[i], path, job.parameters(prompt, seed))
-            yield job.run.record(Sweep(done, strength, prompt, seed, job.run.relative(path)))
+            yield job.run.record(Sweep(step, strength, prompt, seed, job.run.relative(path)))
+
+
+def leave_out(recipe: Recipe, fresh: bool) -> Iterator[Event]:
+    """Train without one picture, then without another, each a run of its own that draws nothing: how do they do on it?"""
+    dataset = read_folder(recipe.data)
+    recipe = settled(recipe, dataset)
+    names, count = names_of(recipe, dataset), min(recipe.choosing.leave_one_out, len(dataset.examples))
+    assert recipe.output and recipe.name
+    run = Run(recipe.output, recipe.name)
+    if fresh:
+        run.clear()
+    sampling = recipe.sampling.model_copy(update={"sample_every": 0, "sample_seeds": ()})
+    for number in range(1, count + 1):
+        name, fold = names[(number - 1) * len(names) // count], run.fold(number)
+        choosing = Choosing(holdout=(name,))
+        told = {"output": fold.folder, "sampling": sampling, "choosing": choosing}
+        collections.deque(train(recipe.model_copy(update=told)), maxlen=0)
+        best = max(scores := fold.scores(), key=scores.__getitem__)
+        yield Fold(number, count, [name], best, scores[best])
 
 
 def draw_class_images(job: Job) -> None:

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from .events import Event, Finished, Sample, Saved, Started, Step
+from .events import Chosen, Event, Finished, Fold, Sample, Saved, Started, Step
 from .recipe import Recipe, flatten
 from .words import duration, loaded, pace, plain, readable
 
@@ -95,6 +95,11 @@ class View:
                 self.say(f"pictures {self.folder / event.path.partition('-')[0]}-*.png{whose}")
             case Saved():
                 self.say(f"saved    {self.folder / event.path}")
+            case Fold():
+                told = f"best on it after step {event.step}, validation {change(event.validation)}"
+                self.say(f"left out {', '.join(event.pictures)} ({event.number} of {event.of}): {told}")
+            case Chosen():
+                self._chosen(event)
             case Finished():
                 self.finished = event
 
@@ -130,6 +135,16 @@ class View:
         elif event.step % max(1, self.recipe.steps // LINES) == 0:
             self.say(f"step {event.step}/{self.recipe.steps}  loss {self.loss:.4f}  {pace(1 / max(event.seconds, 1e-9))}")
 
+    def _chosen(self, event: Chosen) -> None:
+        """Which checkpoint, why, and at which strengths."""
+        told = f"validation {change(event.validation)} on {event.judged_by}, drift {event.drift:.2f}"
+        span = f"strengths {event.low:g} to {event.high:g}" if event.low < event.high else f"strength {event.low:g}"
+        self.say(f"chosen   step {event.step} of {self.recipe.steps} ({told}), {span}")
+        if event.fit <= 0:
+            self.say("warning: the adapter knows the pictures no better than the base: a lower --lr may help")
+        if event.best != event.step:
+            self.say(f"         step {event.best} scored best: --choose best takes it, without training again")
+
     def farewell(self) -> None:
         """Where everything is, and what to type next."""
         from .check import settled
@@ -151,3 +166,12 @@ class View:
         self.say(f"report   {write_report(self.folder)}")
         prompt = fill("a {trigger} {class} in the snow", self.settled["trigger"], self.settled.get("class", ""))
         self.say(f"next     personalize generate {shlex.quote(prompt)} --adapter {shlex.quote(str(adapter))}")
+
+
+def change(gain: float) -> str:
+    """A share of the base's error that is gone, as its change.
+
+    >>> change(0.123), change(-0.04)
+    ('-12 %', '+4 %')
+    """
+    return f"{-100 * gain:+.0f} %"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import shutil
@@ -13,13 +14,17 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from rich.console import Console
 
 from personalize.adapters import Adapter
 from personalize.adapters.weighting import split
 from personalize.base import Base
 from personalize.cli import numbered, run
 from personalize.errors import AdapterError, RecipeError
+from personalize.events import Chosen, Fold
+from personalize.recipe import Recipe
 from personalize.sample import read_parameters
+from personalize.watch import View
 
 QUICK = ["--steps", "4", "--batch-size", "2", "--sample-steps", "1", "--sample-seeds", "0", "--sample-prompts", "a {trigger}",
          "--sample-prompts", "a cat", "--sample-every", "0", "--checkpoint-every", "2", "--rank", "2"]  # fmt: skip
@@ -70,6 +75,8 @@ def test_fresh_and_from_repeat_the_run(trained: Path, tmp_path: Path, capsys: py
     assert run(["train", "--from", str(trained / "zwx.safetensors"), "--output", str(again)]) == 0
     out = capsys.readouterr().out
     assert "4 pictures" in out and "step 4/4" in out and "next     personalize generate" in out
+    chosen = r"chosen   step [24] of 4 \(validation [+-]\d+ % on the training pictures, drift \d\.\d\d\), strengths? [\d.]+"
+    assert re.search(chosen, out), out
     one, two = Adapter.load(trained / "zwx.safetensors"), Adapter.load(again / "zwx.safetensors")
     assert all((one.deltas[path].up == two.deltas[path].up).all() for path in one.deltas)
     assert run(["train", "--preset", str(again / "recipe.toml"), "--fresh"]) == 0
@@ -111,6 +118,18 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(tiny_base: Path, pictures: Pa
         code, lines = interrupted(command, at)
         assert code == 130, lines
         assert re.fullmatch(r"stopped after step \d+ of 5000. To go on, type the same command again.", lines[-1]), lines
+
+
+def test_a_picture_left_out_and_a_better_checkpoint_are_told() -> None:
+    out = io.StringIO()
+    view = View(Console(file=out, width=200), Recipe(steps=500))
+    view.tell(Fold(1, 3, ["a.png"], 200, 0.123))
+    view.tell(Chosen(500, 300, 5, 0.5, -0.04, 0.1, 0.6, "2 pictures held back", 0.7, 1.0, 1.1))
+    assert out.getvalue().splitlines() == [
+        "left out a.png (1 of 3): best on it after step 200, validation -12 %",
+        "chosen   step 500 of 500 (validation +4 % on 2 pictures held back, drift 0.10), strengths 0.7 to 1.1",
+        "         step 300 scored best: --choose best takes it, without training again",
+    ]
 
 
 # ---------------------------------------------------------------- generate

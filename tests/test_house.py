@@ -45,6 +45,7 @@ FLOORS = {
     "runs": 4,
     "metadata": 4,
     "check": 4.25,
+    "choose": 4.4,
     "train": 4.5,
     "evaluate": 5,
     "report": 5.25,

@@ -14,7 +14,7 @@ from PIL import Image
 from personalize.errors import RecipeError
 from personalize.pocket import samples
 from personalize.pocket.judge import Judge, truth
-from personalize.pocket.proof import base, peer, personalization
+from personalize.pocket.proof import base, choice, peer, personalization
 from personalize.pocket.proof.__main__ import parser
 from personalize.pocket.proof.drawing import Trial, kept, obeyed, renders
 from personalize.pocket.proof.figures import Figure, closed, markdown, share
@@ -195,3 +195,58 @@ def test_peer_tables_hold_the_rates_of_their_kind() -> None:
     named = [f"{kind.capitalize()}s (1), beside lr {lr}" for kind, lrs in rates.items() for lr in lrs]
     assert list(peer.tables(records)) == named
     assert list(peer.tables(records[:1])) == named[:2]
+
+
+def test_choice_benchmark_trains_scores_and_measures_every_checkpoint(
+    tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = options(
+        *(
+            "choice",
+            "--base",
+            str(tiny_base),
+            "--only",
+            "scarf cat",
+            "--no-prior",
+            "scarf cat",
+            "-n",
+            "2",
+            "--sampler-steps",
+            "1",
+        ),
+        *("--set", "steps=2", "--set", "checkpoint_every=1", "--set", "batch_size=1"),
+        *("--work", str(tmp_path / "work"), "--to", str(tmp_path / "figures")),
+    )
+    choice.main(told)
+    records = json.loads((tmp_path / "figures/choice.json").read_text())["data"]
+    assert [(one["variant"], [row["step"] for row in one["checkpoints"]]) for one in records] == [
+        ("preset", [1, 2]),
+        ("no prior", [1, 2]),
+    ]
+    assert all(one["choosing"] > 0 and one["chosen"]["step"] in (1, 2) for one in records)
+    page = (tmp_path / "figures/choice.md").read_text()
+    assert "rank correlation" in page and page.count(" *") == 2
+    times = sorted((tmp_path / "work").rglob("choice.json"))
+    before = [path.stat().st_mtime_ns for path in times]
+    choice.main(told)
+    assert [path.stat().st_mtime_ns for path in times] == before
+
+
+def test_the_truth_is_one_number_between_nothing_and_all() -> None:
+    all_right = {
+        "identity": {"value": 0.9, "ceiling": 0.9},
+        "fidelity": {"value": 1.0},
+        "leak": {"value": 0.0},
+        "drift": {"value": 0.9, "base": 0.8},
+    }
+    assert choice.truth(all_right) == 1
+    assert choice.truth(all_right | {"leak": {"value": 1.0}}) == 0
+    assert choice.truth(all_right | {"identity": {"value": 0.45, "ceiling": 0.9}}) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "found"),
+    [([1, 2, 3], [2, 4, 9], 1), ([1, 2, 3], [3, 2, 1], -1), ([1, 2, 3], [5, 5, 5], 0), ([1, 2, 2, 4], [1, 3, 3, 8], 1)],
+)
+def test_ranks_are_compared(a: list[float], b: list[float], found: float) -> None:
+    assert choice.spearman(a, b) == pytest.approx(found)

@@ -10,6 +10,7 @@ import random
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -22,20 +23,21 @@ from PIL import Image, ImageDraw
 
 from personalize.errors import DataError, OutputError
 from personalize.recipe import resolve, to_toml
-from personalize.report import BUDGET, contents, curves, use, write_report
+from personalize.report import BUDGET, choice, contents, curves, use, write_report
 from personalize.report.run import read_run
 
 VOID = {"meta", "link", "img", "input", "br", "hr"}
 EVIL = """<script>alert("x")</script>'" onerror=alert(1) </style></textarea> & {{ 7 * 7 }}"""
 PROMPTS = ("zwx cat", "zwx cat in the snow", f"zwx cat {EVIL}", "a cat")
-SECTIONS = {"compare", "growth", "strength", "use", "data", "figures", "curves", "recipe", "machine", "warnings", "top"}
+SECTIONS = {"compare", "choice", "growth", "strength", "use", "data", "figures", "curves", "recipe", "machine", "warnings", "top"}
 
 TORN = '{"event":"started","images":7,"versions":[1]}\n{"event":"st'
 BROKEN = ("", "{", "\x00\xff", "[1]\n{}\n" + "[" * 100_000, TORN)
 KEYS = ["event", "step", "loss", "lr", "images", "warnings", "time", "path", "prompt", "seed", "recipe", "strength", "seconds",
-        "timesteps", "losses", "versions", "resumed", "peak_bytes", "base", "name", "trigger", "parameters"]  # fmt: skip
+        "timesteps", "losses", "fit", "validation", "drift", "contrast", "score", "best", "low", "high", "judged_by",
+        "versions", "resumed", "peak_bytes", "base", "name", "trigger", "parameters"]  # fmt: skip
 VALUES = st.one_of(
-    st.sampled_from(["started", "step", "sample", "sweep", "saved", "finished", "error"]),
+    st.sampled_from(["started", "step", "sample", "sweep", "scored", "chosen", "saved", "finished", "error"]),
     st.none() | st.booleans() | st.integers(-5, 9) | st.floats() | st.text(max_size=4),
     st.lists(st.integers(), max_size=3),
     st.dictionaries(st.text(max_size=3), st.integers(), max_size=2),
@@ -116,8 +118,16 @@ def events(folder: Path, steps: int) -> list[dict[str, Any]]:
     return told
 
 
+def scored(step: int, strength: float, **more: Any) -> dict[str, Any]:
+    told = {"fit": step / 80, "validation": step / 80, "drift": 0.1 * strength, "contrast": 0.6, "score": step / 80 - 0.2}
+    return {"event": "scored", "step": step, "strength": strength} | told | more
+
+
 def ending(folder: Path, steps: int) -> list[dict[str, Any]]:
-    told = [
+    told: list[dict[str, Any]] = [scored(n, 1.0) for n in (20, steps)] + [scored(steps, s) for s in (0.5, 1.5)]
+    about = {"fit": 0.5, "validation": 0.5, "drift": 0.1, "contrast": 0.6, "judged_by": "the training pictures"}
+    told.append({"event": "chosen", "step": steps, "best": steps, "among": 2, "low": 0.7, "weight": 1.0, "high": 1.1} | about)
+    told += [
         shot(folder, f"sweep/{s}.png", int(100 * s), event="sweep", step=steps, strength=s, prompt="zwx cat", seed=0)
         for s in (0, 0.25, 0.5, 0.75, 1, 1.25)
     ]
@@ -159,7 +169,17 @@ def test_a_finished_run_has_every_section(finished: Path) -> None:
     anchors = {value[1:] for value in reader.values("href") if value.startswith("#")}
     assert anchors <= reader.values("id")
     assert "Unfinished" not in reader.text
-    for words in ("4 pictures", "48 s", "1.2 MB", "80% of the gap closed", "step 40", "strength 1.25", "1.3 GB", "123,456"):
+    for words in (
+        "0.7 to 1.1",
+        "4 pictures",
+        "48 s",
+        "1.2 MB",
+        "80% of the gap closed",
+        "step 40",
+        "strength 1.25",
+        "1.3 GB",
+        "123,456",
+    ):
         assert words in html, words
     assert len(html) < BUDGET
     assert not list(finished.glob("*.part")) and not list(finished.glob(".*"))
@@ -288,6 +308,35 @@ def test_asking_for_a_finished_run_again_keeps_its_time(finished: Path) -> None:
     with (finished / "events.jsonl").open("a") as diary:
         diary.write(json.dumps(again) + "\n")
     assert contents.seconds(read_run(finished)) == 48.0
+
+
+def test_the_choice_is_marked_and_shown_with_its_evidence(finished: Path) -> None:
+    page = choice.choice(read_run(finished))
+    assert page and page.step == 40 and page.heads == ("error gone", "drift", "contrast", "score")
+    assert page.rows == ((20, ("25 %", "10 %", "60 %", "0.05"), False), (40, ("50 %", "10 %", "60 %", "0.30"), True))
+    assert [panel.title for panel in page.panels] == ["by step", "step 40 by strength"]
+    assert [len(panel.readings) for panel in page.panels] == [2, 3] and page.panels[1].readings[0][2] == 0.5
+    html, reader = read(finished)
+    assert html.count('<tr class="chosen"><th>40</th>') == 1 and "Step 40 became the adapter, of 2 checkpoints" in reader.text
+
+
+def test_pictures_that_were_not_learned_have_a_column_and_a_curve_below_zero(finished: Path) -> None:
+    run = read_run(finished)
+    told = tuple({**record, "validation": -0.2 if record["step"] == 40 else None} for record in run.scored)
+    page = choice.choice(replace(run, scored=told))
+    assert page and page.heads[1] == "not learned" and page.rows[0][1][1] == "–" and page.rows[1][1][1] == "-20 %"
+    lines = {line.label: line.d for line in page.panels[1].lines}
+    assert "on pictures not learned" in lines
+    numbers = [float(word) for d in lines.values() for word in d.replace("M", "L").replace("L", " ").split()]
+    assert all(0 <= value <= curves.BOX for value in numbers)
+
+
+def test_the_pictures_of_the_chosen_step_are_compared(finished: Path) -> None:
+    run = read_run(finished)
+    assert run.chosen
+    earlier = replace(run, chosen={**run.chosen, "step": 20})
+    pair = contents.compare(earlier, lambda path, side: path, 64)[0]
+    assert [picture for _, picture in pair.frames] == ["samples/base-0-0.png", "samples/20-0-0.png"]
 
 
 # ---------------------------------------------------------------- curves

@@ -26,6 +26,7 @@ from personalize import sample
 from personalize.adapters import Adapter, describe
 from personalize.base import Base
 from personalize.check import check
+from personalize.choose import STRENGTHS
 from personalize.data import class_images
 from personalize.draw import draw
 from personalize.errors import BaseModelError, DataError, OutputError, PersonalizeError, RecipeError, TrainingError
@@ -44,7 +45,7 @@ def make(tiny_base: Path, pictures: Path, tmp_path: Path) -> Make:
     def build(**flags: Any) -> Recipe:
         small = {"base": str(tiny_base), "folder": pictures, "output": tmp_path / "run", "steps": 4, "batch_size": 2, "rank": 2}
         quiet = {"sample_prompts": [], "sample_seeds": [0], "sample_steps": 1, "checkpoint_every": 2, "class": "cat"}
-        return resolve(flags={**small, **quiet, **flags})
+        return resolve(flags={**small, **quiet, "choose": "none", **flags})
 
     return build
 
@@ -87,6 +88,7 @@ def test_events_come_in_order(done: tuple[Recipe, list[Event]]) -> None:
     recipe, events = done
     kinds = [type(event).__name__ for event in events]
     pictures, sweep = ["Sample"] * 4, ["Sweep"] * 12
+    choice = ["Scored"] * (2 + len(STRENGTHS)) + ["Chosen"]
     assert kinds == [
         "Started",
         *pictures,
@@ -97,6 +99,8 @@ def test_events_come_in_order(done: tuple[Recipe, list[Event]]) -> None:
         "Step",
         "Step",
         *pictures,
+        "Saved",
+        *choice,
         *sweep,
         "Saved",
         "Finished",
@@ -137,7 +141,8 @@ def test_the_folder_holds_what_it_should(done: tuple[Recipe, list[Event]]) -> No
     samples = {f"{step:06}-p{p}-s{s}.png" for step in (0, 2, 4) for p in (0, 1) for s in (0, 1)}
     sweep = {f"sweep-p{p}-s0-{strength}.png" for p in (0, 1) for strength in ("0.25", "0.50", "0.75", "1.25")}
     assert {path.name for path in (folder / "samples").iterdir()} == samples | sweep
-    assert {path.name for path in (folder / "checkpoints").iterdir()} == {"zwx-000002.safetensors", "state.safetensors"}
+    names = {"zwx-000002.safetensors", "zwx-000004.safetensors", "state.safetensors"}
+    assert {path.name for path in (folder / "checkpoints").iterdir()} == names
     own = {"zwx.safetensors", "zwx.png", "zwx.json", "recipe.toml", "events.jsonl", "samples", "checkpoints"}
     assert {path.name for path in folder.iterdir()} == own
     for event in done[1]:
@@ -212,7 +217,7 @@ def test_training_lowers_the_loss(make: Make) -> None:
 EVERYTHING = {
     "text_encoder_lr": 1e-3, "text_encoder_share": 0.5, "dropout": 0.2, "accumulate": 2, "caption_dropout": 0.3,
     "prior": "output", "prior_share": 0.5, "steps": 6,
-    "sample_prompts": ["{trigger}", "a {class}"], "sample_every": 3,
+    "sample_prompts": ["{trigger}", "a {class}"], "sample_every": 3, "choose": "best", "holdout": "1",
 }  # fmt: skip
 
 KILLED = """
@@ -280,7 +285,7 @@ def done_quiet(tiny_base: Path, pictures: Path, tmp_path_factory: pytest.TempPat
     recipe = resolve(
         flags={
             "base": str(tiny_base), "folder": pictures, "output": output, "steps": 4, "batch_size": 2, "rank": 2,
-            "sample_prompts": [], "sample_seeds": [0], "sample_steps": 1, "checkpoint_every": 2, "class": "cat",
+            "sample_prompts": [], "sample_seeds": [0], "sample_steps": 1, "checkpoint_every": 2, "class": "cat", "choose": "none",
         }
     )  # fmt: skip
     run(recipe)
@@ -487,6 +492,7 @@ CHANGES: dict[str, tuple[Any, dict[str, Any]]] = {
     "lr": (2e-3, {}), "text_encoder_lr": (1e-3, {}), "schedule": ("constant", {"warmup": 0}), "warmup": (1, {}),
     "weight_decay": (0.5, {}), "beta1": (0.5, {}), "beta2": (0.9, {}), "clip": (0.01, {}), "accumulate": (2, {}),
     "prediction": ("epsilon", {}), "zero_snr": ("no", {}), "clip_skip": (2, {}),
+    "holdout": ("1", {}),
 }  # fmt: skip
 ELSEWHERE = {
     "kind",
@@ -503,7 +509,9 @@ ELSEWHERE = {
     "alpha_mask",
     "mask_outside",
     "regularization",
-}  # tested above or below, or with one value
+    "choose",
+    "leave_one_out",
+}  # tested above or below, in test_choose.py, or with one value
 
 
 def test_the_table_of_changes_is_complete() -> None:
@@ -563,8 +571,9 @@ def test_the_text_encoder_stays_as_it_is_after_its_share(make: Make, tmp_path: P
     assert [event.text_encoder_lr > 0 for event in steps] == [True] * 3 + [False] * 3
     assert recipe.output
     files = sorted((recipe.output / "checkpoints").glob("*[0-9].safetensors"))
+    assert files[-1].read_bytes() == adapter_of(recipe).read_bytes()
     for part, last in (("text_encoder", 3), ("unet", 6)):
-        deltas = [Adapter.load(file).part(part).deltas for file in [*files, adapter_of(recipe)]]
+        deltas = [Adapter.load(file).part(part).deltas for file in files]
         changes = [any(not torch.equal(a[path].up, b[path].up) for path in a) for a, b in itertools.pairwise(deltas)]
         assert changes == [step <= last for step in range(2, 7)]
 
@@ -623,7 +632,7 @@ def test_name_output_and_checkpoints(make: Make, tmp_path: Path) -> None:
     run(recipe)
     assert (tmp_path / "elsewhere" / "rex.safetensors").is_file()
     names = {path.name for path in (tmp_path / "elsewhere" / "checkpoints").iterdir()}
-    assert names == {"rex-000001.safetensors", "rex-000002.safetensors", "state.safetensors"}
+    assert names == {"rex-000001.safetensors", "rex-000002.safetensors", "rex-000003.safetensors", "state.safetensors"}
 
 
 def test_output_is_named_after_the_trigger(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,6 +21,11 @@ def _at_commas(value: Any) -> Any:
     return [piece for item in items for piece in (item.split(",") if isinstance(item, str) else [item])]
 
 
+def _listed(value: Any) -> Any:
+    """A lone number as a list of one text: `holdout = 2`."""
+    return [str(value)] if isinstance(value, int) and not isinstance(value, bool) else value
+
+
 AtCommas = BeforeValidator(_at_commas)
 
 
@@ -139,6 +144,20 @@ class Sampling(Part):
     guidance: float = Field(3.0, ge=0, description="classifier-free guidance of the sample pictures")
 
 
+class Choosing(Part):
+    """Which checkpoint becomes the adapter, and what tells it."""
+
+    choose: Literal["best", "last", "none"] = Field(
+        "best", description="which checkpoint becomes the adapter; last: they are scored all the same; none: nothing is scored"
+    )
+    holdout: Annotated[tuple[str, ...], AtCommas, BeforeValidator(_listed)] = Field(
+        (), description="pictures kept back from training, to score checkpoints by: file names, or how many (default: none)"
+    )
+    leave_one_out: int = Field(
+        0, ge=0, description="trainings before the real one, each without one picture, to choose the step by what was not learned"
+    )
+
+
 class Recipe(Part):
     """Everything that decides a run: same recipe, seed and machine give the same bytes."""
 
@@ -166,6 +185,7 @@ class Recipe(Part):
     objective: Objective = Objective()
     optim: Optim = Optim()
     sampling: Sampling = Sampling()
+    choosing: Choosing = Choosing()
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
@@ -181,6 +201,9 @@ class Recipe(Part):
             if self.data.class_name:
                 raise RecipeError("--prior images needs --prior-prompts", "what should be drawn? e.g. 'a {class}'")
             raise RecipeError("--prior images needs --class", "what is the subject? e.g. --class dog")
+        if self.choosing.leave_one_out and (self.choosing.holdout or self.choosing.choose == "none"):
+            other = "--holdout" if self.choosing.holdout else "--choose none"
+            raise RecipeError(f"--leave-one-out and {other} exclude each other", "leave one of them out")
         if self.name is not None and Path(self.name).name != self.name:
             raise RecipeError(f"--name must be a plain file name, not {self.name!r}", "the folder is --output")
         for flag, template in self._templates():

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from ..recipe import settings
 from ..words import loaded
 from . import use
+from .choice import choice
 from .curves import figure, panels
 from .pictures import Inline, Picture, inliner, original
 from .run import Key, Record, Run, number, section
@@ -81,6 +82,7 @@ def gather(run: Run, sides: Sides) -> dict[str, Any]:
         "inputs": inputs(run, inline, sides.large),
         "pairs": pairs,
         "hero": hero(pairs),
+        "choice": choice(run),
         "growth": growth(run, inline, sides.cell),
         "sweep": sweep(run, inline, sides.cell),
         "panels": panels(run.steps),
@@ -97,12 +99,13 @@ def gather(run: Run, sides: Sides) -> dict[str, Any]:
 
 
 def compare(run: Run, inline: Inline, side: int) -> list[Strip]:
-    """The base's and the newest adapter's picture of every prompt and seed."""
+    """The base's and the adapter's picture of every prompt and seed: of the step that was chosen, else the newest."""
+    chosen = run.chosen["step"] if run.chosen else -1
     drawn = {key: (by_step, base) for key, by_step, base in _drawn(run)}
     rows = []
     for key, (by_step, base) in drawn.items():
         frames = [("base", base)] if base else []
-        frames += [("adapter", by_step[max(by_step)])] if by_step else []
+        frames += [("adapter", by_step.get(chosen, by_step[max(by_step)]))] if by_step else []
         rows.append(_strip(run, key, frames, inline, side))
     return [row for row in rows if any(picture for _, picture in row.frames)][: 2 * MOST_ROWS]
 

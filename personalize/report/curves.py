@@ -34,7 +34,7 @@ class Panel:
     dots: str
     rows: tuple[tuple[float, str], ...]
     columns: tuple[tuple[float, str], ...]
-    readings: tuple[tuple[float, float, int, str], ...]  # (x %, y %, step, value) of the first line, for the cross-hair
+    readings: tuple[tuple[float, float, float, str], ...]  # (x %, y %, x, value) of the first line, for the cross-hair
 
 
 def panels(steps: Sequence[Record]) -> list[Panel]:
@@ -110,23 +110,24 @@ def ticks(low: float, high: float, about: int = 4) -> list[float]:
 
 
 def panel(title: str, lines: Sequence[tuple[str, str, list[Point]]], raw: list[Point]) -> Panel:
-    """Place curves and dots; the scale starts at zero and leaves the wildest 2 % of the dots at the rim."""
+    """Place curves and dots; the scale starts at zero or below and leaves the wildest 2 % of the dots at the rim."""
     values = sorted(value for _, value in raw)
     calm = values[int(0.98 * (len(values) - 1)) : int(0.98 * (len(values) - 1)) + 1]
     top = max([value for *_, points in lines for _, value in points] + calm) * 1.04 or 1.0
+    bottom = min([0.0, *(value for *_, points in lines for _, value in points)]) * 1.04
     ends = [step for points in (*(points for *_, points in lines), raw) for step, _ in (points[:1] + points[-1:])]
     low, high = min(ends), max(max(ends), min(ends) + 1)
     across = lambda step: (step - low) / (high - low)  # noqa: E731
-    up = lambda value: 1 - min(value / top, 1.0)  # noqa: E731
+    up = lambda value: 1 - min((value - bottom) / (top - bottom), 1.0)  # noqa: E731
     at = lambda point: f"{BOX * across(point[0]):.0f} {BOX * up(point[1]):.0f}"  # noqa: E731
-    first = lines[0][2]
+    first, whole = lines[0][2], high - low > 10  # steps are whole, strengths are not
     return Panel(
         title,
         tuple(Line(kind, label, "M" + "L".join(at(point) for point in points)) for kind, label, points in lines),
         "".join(f"M{at(point)}h0" for point in thin(raw, DOTS)),
-        tuple((100 * up(value), figure(value)) for value in ticks(0, top, 3) if value <= top),
+        tuple((100 * up(value), figure(value)) for value in ticks(bottom, top, 3) if bottom <= value <= top),
         tuple((100 * across(step), f"{step:g}") for step in ticks(low, high, 5)),
-        tuple((round(100 * across(s), 2), round(100 * up(v), 2), int(s), figure(v)) for s, v in thin(first, 160)),
+        tuple((round(100 * across(s), 2), round(100 * up(v), 2), int(s) if whole else s, figure(v)) for s, v in thin(first, 160)),
     )
 
 

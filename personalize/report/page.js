@@ -125,7 +125,7 @@
       const box = plot.getBoundingClientRect(), x = (100 * (event.clientX - box.left)) / box.width;
       const near = readings.reduce((best, one) => (Math.abs(one[0] - x) < Math.abs(best[0] - x) ? one : best));
       for (const node of [dot, read]) { node.hidden = false; node.style.left = near[0] + "%"; node.style.top = near[1] + "%"; }
-      read.textContent = `step ${near[2]}: ${near[3]}`;
+      read.textContent = `${plot.dataset.over} ${near[2]}: ${near[3]}`;
     };
     plot.onpointerleave = () => { dot.hidden = read.hidden = true; };
   });

@@ -16,12 +16,17 @@ from ..errors import DataError
 Record = Mapping[str, Any]
 Key = tuple[str, int]  # (prompt, seed)
 
+Kinds = dict[str, type | tuple[type, ...]]
+SCORED: Kinds = {"step": int, "strength": (int, float)}
+SCORED |= dict.fromkeys(("fit", "validation", "drift", "contrast", "score"), (int, float, type(None)))  # null: not finite
 # A record that lacks one of these is skipped.
-NEEDED: dict[str, dict[str, type | tuple[type, ...]]] = {
+NEEDED: dict[str, Kinds] = {
     "started": {},
     "step": {"step": int},
     "sample": {"step": int, "prompt": str, "seed": int, "path": str},
     "sweep": {"strength": (int, float), "prompt": str, "seed": int, "path": str},
+    "scored": SCORED,
+    "chosen": {"step": int, "best": int, "low": (int, float), "high": (int, float), "judged_by": str},
     "saved": {"step": int, "path": str},
     "finished": {},
     "stopped": {},
@@ -38,6 +43,8 @@ class Run:
     steps: tuple[Record, ...]
     samples: tuple[Record, ...]
     sweeps: tuple[Record, ...]
+    scored: tuple[Record, ...]
+    chosen: Record | None
     saved: tuple[Record, ...]
     finished: Record | None
     trouble: str
@@ -107,6 +114,8 @@ def read_run(folder: Path) -> Run:
         steps=_steps(told),
         samples=_of(told, "sample"),
         sweeps=_of(told, "sweep"),
+        scored=_of(told, "scored"),
+        chosen=next(iter(reversed(_of(told, "chosen"))), None),
         saved=_of(told, "saved"),
         finished=_finished(told),
         trouble=_trouble(told),

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from ...errors import PersonalizeError
 from ...recipe import Recipe
-from . import base, peer, personalization
+from . import base, choice, peer, personalization
 from .figures import FIGURES
 
-BENCHMARKS = {"base": base.main, "personalization": personalization.main, "peer": peer.main}
+BENCHMARKS = {"base": base.main, "personalization": personalization.main, "choice": choice.main, "peer": peer.main}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -25,7 +25,7 @@ def parser() -> argparse.ArgumentParser:
     shared.add_argument("--name", help="of the tables' files (default: the benchmark's)")
     whole = argparse.ArgumentParser(prog="python -m personalize.pocket.proof")
     commands = whole.add_subparsers(dest="benchmark", required=True)
-    for name, module in (("base", base), ("personalization", personalization), ("peer", peer)):
+    for name, module in (("base", base), ("personalization", personalization), ("choice", choice), ("peer", peer)):
         module.add_options(commands.add_parser(name, parents=[shared], description=module.__doc__))
     return whole
 

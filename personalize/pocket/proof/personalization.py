@@ -28,7 +28,7 @@ from .figures import machine, markdown, publish, show_table
 from .measuring import Drawn, draw, measure, summary
 from .tasks import Task, tasks
 
-SILENT = {"sample_every": 0, "sample_seeds": (), "checkpoint_every": 0}  # no pictures on the way: they are not training
+SILENT = {"sample_every": 0, "sample_seeds": (), "checkpoint_every": 0, "choose": "none"}  # training alone
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
