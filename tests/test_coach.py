@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import bases
 import numpy as np
 import pytest
 from hypothesis import given
@@ -235,9 +236,11 @@ def test_groups_hold_neighbours_and_nothing_near_is_left_out(rows: list[list[boo
         assert bool(near) == (i in home) and all(home[j] == home[i] for j in near)
 
 
-def test_the_base_s_resolution_is_read_from_its_configs(tiny_base: Path) -> None:
+def test_the_base_s_resolution_is_read_from_its_configs(tiny_base: Path, tmp_path: Path) -> None:
     assert native(Recipe()) == native(Recipe(base=str(tiny_base))) == (64, 16)
     assert native(resolve(flags={"base": "nowhere", "resolution": 512})) == (512, 64)
+    assert native(Recipe(base=str(bases.single(tmp_path / "a.safetensors", "sd1")))) == (512, 64)
+    assert native(Recipe(base=str(bases.single(tmp_path / "b.safetensors", "sdxl")))) == (1024, 32)
     with pytest.raises(RecipeError, match=r"--resolution 512"):
         native(Recipe(base="nowhere"))
 

@@ -152,14 +152,15 @@ def resolved(folder: Path | None, origin: Path | None, flags: dict[str, Any]) ->
 
 
 def usual_preset(base: str) -> str:
-    """The preset for subjects of a base's family, whatever the base is called: `sd15-subject`, ..."""
-    names = {"sd1": "sd15", "sd2": "sd21"}
-    if base == "pocket":  # known without opening anything
-        family = base
-    else:
+    """The preset for subjects of a base's family, whatever the base is called: `sd15-subject`, ...; "" for what is no base."""
+    names, family = {"sd1": "sd15", "sd2": "sd21"}, base
+    if base != "pocket":  # which is known without opening anything
         from ..base import family_at
 
-        family = family_at(base).name
+        try:
+            family = family_at(base).name
+        except PersonalizeError:
+            return ""  # whoever needs the base says what is wrong with it
     return f"{names.get(family, family)}-subject"
 
 

@@ -13,16 +13,20 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from ..adapters.headers import read_header
+from ..adapters.recognition import family_in
 from ..data.buckets import Grid, Shape, grid, kept
 from ..data.folder import Dataset, Example, read_folder
 from ..data.pictures import Unreadable, load_picture, opened
 from ..errors import RecipeError
+from ..families import unet_config
 from ..recipe import Recipe
 
 NAMED = {"pocket": Path(__file__).parents[1] / "pocket" / "weights"}
 HASH_SIDE = 8  # the hash has the square of it in bits
 HASHED = 256  # width of the picture that is hashed
 FLAT = 1e-4  # variance of grey (0..1) below which there is nothing to be sharp about
+FACTOR = 8  # pixels per latent of Stable Diffusion, which a single file does not say
 USUAL_MULTIPLE = 64  # of Stable Diffusion: VAE 8, UNet 8
 
 
@@ -75,10 +79,12 @@ def look(recipe: Recipe) -> Survey:
 
 
 def native(recipe: Recipe) -> tuple[int, int]:
-    """(side, multiple) of the recipe's base, from its configs alone. Raises RecipeError where neither they nor the recipe say."""
-    folder = NAMED.get(recipe.base, Path(recipe.base).expanduser())
+    """(side, multiple) of the recipe's base, from configs or a header alone. Raises RecipeError where nothing says."""
+    path = NAMED.get(recipe.base, Path(recipe.base).expanduser())
+    if path.is_file() and (family := family_in({key: entry.shape for key, entry in read_header(path).tensors.items()})):
+        return unet_config(family)["sample_size"] * FACTOR, FACTOR * 2 ** (len(family.unet.channels) - 1)
     try:
-        unet, vae = (json.loads((folder / part / "config.json").read_text(encoding="utf-8")) for part in ("unet", "vae"))
+        unet, vae = (json.loads((path / part / "config.json").read_text(encoding="utf-8")) for part in ("unet", "vae"))
         factor = 2 ** (len(vae["block_out_channels"]) - 1)
         return int(unet["sample_size"]) * factor, factor * 2 ** (len(unet["block_out_channels"]) - 1)
     except (OSError, ValueError, LookupError, TypeError) as error:
