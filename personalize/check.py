@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from . import sample
 from .adapters import Adapter
 from .attach import fresh as fresh_deltas
@@ -16,11 +18,14 @@ from .data import Dataset, fill, read_folder, safe_trigger, without
 from .data.store import fingerprint
 from .errors import OutputError, RecipeError
 from .events import Finished
+from .fit import dtype_of, precision_of
 from .recipe import Recipe, flatten, to_toml
 from .runs import Run, State
 
 # Settings that change nothing about the training itself: a run may go on with other ones.
 HARMLESS = {"preset", "output", "name", "dialect", "checkpoint_every", "folder", "device"}
+# How a run fits into memory rounds its results, no more; precision and what is quantized are compared as they came out.
+HARMLESS |= {"precision", "quantize", "memory", "checkpointing", "free_encoders", "tile_vae", "micro_batch", "compile"}
 SAMPLING = {"sample_every", "sample_prompts", "sample_seeds", "sample_steps", "guidance"}
 MARGIN = 64 * 2**20  # bytes of disk for everything small
 
@@ -30,7 +35,8 @@ class Job:
     """A checked run: its recipe with every default filled in, its base and pictures, and where it stands."""
 
     recipe: Recipe
-    base: Base
+    base: Base  # on the CPU, until the run is placed
+    device: torch.device  # where it is to train
     dataset: Dataset
     run: Run
     about: dict[str, Any]  # what the state must agree with to go on
@@ -83,9 +89,12 @@ def check(recipe: Recipe, *, fresh: bool = False) -> Job:
     assert recipe.output and recipe.name
     if recipe.output.suffix == ".safetensors":
         raise RecipeError(f"--output is the run's folder, and {recipe.output} a file's name", "name the adapter with --name")
+    device = torch.device(device_of(recipe.device))
+    precision = precision_of(recipe.fitting, device)
     base = Base.load(
         recipe.base,
-        device_of(recipe.device),
+        "cpu",
+        dtype_of(precision),
         prediction=recipe.prediction,
         zero_snr=recipe.zero_snr,
         clip_skip=recipe.clip_skip,
@@ -95,7 +104,7 @@ def check(recipe: Recipe, *, fresh: bool = False) -> Job:
     sample.latent_shape(base, recipe.data.resolution or None)
     run = Run(recipe.output, recipe.name)
     about = {
-        "settings": compared(recipe),
+        "settings": compared(recipe) | held_as(recipe, precision),
         "pictures": [[e.sha256, e.caption] for e in dataset.examples],
         "weights": weights(base),
     }
@@ -103,7 +112,7 @@ def check(recipe: Recipe, *, fresh: bool = False) -> Job:
     if state:
         check_same(run, state.about, about)
     finished = run.finished() if state and state.done == recipe.steps and run.recipe_text() == to_toml(recipe) else None
-    job = Job(recipe, base, dataset, run, about, state, finished)
+    job = Job(recipe, base, device, dataset, run, about, state, finished)
     if not finished:
         rehearse(job)
     return job
@@ -126,6 +135,12 @@ def compared(recipe: Recipe) -> dict[str, Any]:
     """The settings that must not change when a run goes on. Class images depend on how pictures are sampled."""
     free = HARMLESS | (SAMPLING if recipe.objective.prior != "images" else set())
     return {name: value for name, value in flatten(recipe).items() if name not in free}
+
+
+def held_as(recipe: Recipe, precision: str) -> dict[str, Any]:
+    """In what the base is held, where the recipe decides it."""
+    forced = recipe.fitting.quantize
+    return {"precision": precision, "quantize": forced}
 
 
 def weights(base: Base) -> str:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ class State:
     done: int
     about: dict[str, Any]  # the recipe's settings and the pictures, to tell whether the run may go on
     tensors: dict[str, Tensor]
+    more: dict[str, Any] = field(default_factory=dict)  # how the run fits into memory, and which steps failed
 
 
 @dataclass(frozen=True)
@@ -138,6 +139,7 @@ class Run:
     def save_state(self, state: State) -> None:
         """Write the state as ONE file, so that its tensors and its step can never disagree."""
         header = {"done": str(state.done), "about": json.dumps(state.about, ensure_ascii=False, sort_keys=True)}
+        header["more"] = json.dumps(state.more, sort_keys=True)
         with atomic(self.state) as temporary:
             temporary.write_bytes(save(state.tensors, header))  # not save_file: a full disk must be an OSError
 
@@ -148,7 +150,8 @@ class Run:
         try:
             with safe_open(self.state, "pt") as file:
                 header = file.metadata()
-                return State(int(header["done"]), json.loads(header["about"]), {key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118
+                about, more = json.loads(header["about"]), json.loads(header.get("more", "{}"))
+                return State(int(header["done"]), about, {key: file.get_tensor(key) for key in file.keys()}, more)  # noqa: SIM118
         except (SafetensorError, KeyError, ValueError, TypeError, OSError) as error:
             raise OutputError(f"cannot go on from {self.state}: {error}", "start over with --fresh") from error
 
@@ -165,7 +168,7 @@ def is_settled(record: Mapping[str, Any], done: int) -> bool:
     """Whether a record stays true when a run goes on after `done` steps: that step's pictures and files are made anew."""
     if record["event"] in ("sample", "sweep", "saved"):
         return bool(record["step"] < done)
-    return record["event"] in ("started", "step") and record.get("step", 0) <= done
+    return record["event"] in ("started", "step", "steppeddown", "warned") and record.get("step", 0) <= done
 
 
 def refused(path: Path, error: OSError) -> OutputError:

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -26,15 +27,27 @@ from .base import Cond
 from .check import Job, check, is_drawn, parts
 from .data import Latents, batches, cached, class_images, generator
 from .errors import PersonalizeError, TrainingError
-from .events import Event, Finished, Sample, Saved, Started, Step, Sweep
+from .events import Event, Finished, Sample, Saved, Started, Step, Sweep, Warned
 from .files import atomic, write_text
+from .fit import Seeds, gradients, lacking, pieces, place
+from .fitting import (
+    PATIENCE,
+    Work,
+    begin,
+    choose,
+    first_sentence,
+    hopeless,
+    lower,
+    peak_bytes,
+    settle,
+    skip,
+    spilled,
+)
 from .metadata import describe_run, sidecar, versions
 from .objectives import Inputs
-from .optim import Optimizer
 from .recipe import Recipe, flatten, to_toml
-from .runs import State
 
-PATIENCE = 3  # steps in a row that may fail
+LOOKED_AT = 32  # batches among which the probe finds the largest
 SWEEP = (0.25, 0.5, 0.75, 1.25)
 
 
@@ -52,46 +65,89 @@ def train(recipe: Recipe, *, fresh: bool = False) -> Iterator[Event]:
     recipe, base, run = job.recipe, job.base, job.run
     if fresh:
         run.clear()
+    choice = choose(job)
+    place(base, choice.fit, job.device)
     lesson = prepare(job)  # pictures, captions => latents and conditioning, once
     with attach(base, recipe.adapter, parts=parts(recipe, base), seed=recipe.seed) as attached:
-        loss = objectives.build(recipe.objective, base.schedule, attached.off)
-        opt = Optimizer(attached.groups(), recipe.optim, recipe.steps)
-        done = failed = 0
-        if job.state:
-            opt.load(job.state.tensors)
-            done = job.state.done
-        earlier = run.open(to_toml(recipe), done)
+        work = begin(job, attached, choice)
+        earlier = run.open(to_toml(recipe), work.done)
         try:
-            yield run.record(started(job, opt, lesson, done))
-            yield from milestone(job, attached, opt, done)
-            inputs = feed(job, lesson, done * recipe.optim.accumulate)
-            while done < recipe.steps:
-                clock, losses = time.perf_counter(), []
-                for micro in range(done * recipe.optim.accumulate, (done + 1) * recipe.optim.accumulate):
-                    with attached.dropping(generator(recipe.seed, "dropout", micro).initial_seed()):
-                        losses.append(loss(base.denoise, next(inputs), rng_of(recipe, micro)))  # [b], one per picture
-                    opt.backward(losses[-1])
-                norm = opt.norm()
-                *values, size = torch.cat([*losses, norm[None]]).tolist()  # the step's one wait for the device
-                good = all(map(math.isfinite, (*values, size)))
-                with unbroken():
-                    opt.step(done, norm) if good else opt.skip()
-                    done += 1
-                yield run.record(told(job, opt, done, values, size, time.perf_counter() - clock, good))
-                failed = 0 if good else failed + 1
-                if failed == PATIENCE:
-                    raise TrainingError(*hopeless(job, done))
-                yield from milestone(job, attached, opt, done)
-            yield from finish(job, attached)
+            try_out(work, lesson)
+            yield run.record(started(work, lesson))
+            while True:
+                try:
+                    yield from onward(work, lesson)
+                    break
+                except torch.OutOfMemoryError as error:
+                    why = first_sentence(error)
+                yield run.record(lower(work, why))  # out here, where the step's tensors are gone
         except (KeyboardInterrupt, GeneratorExit):
-            run.save_state(State(done, job.about, opt.state()))
-            run.note("stopped", step=done)
+            work.stop()
+            run.note("stopped", step=work.done)
             raise
         except PersonalizeError as error:
-            run.note("error", step=done, message=str(error))
+            run.note("error", step=work.done, message=str(error))
             raise
         seconds = time.perf_counter() - began + earlier
         yield run.record(Finished(recipe.steps, seconds, run.relative(run.adapter), peak_bytes(base.device)))
+
+
+def onward(work: Work, lesson: Lesson) -> Iterator[Event]:
+    """From where the run stands to its end."""
+    job, opt = work.job, work.opt
+    yield from milestone(work)
+    inputs = feed(job, lesson, work.done * job.recipe.optim.accumulate)
+    while work.done < job.recipe.steps:
+        clock, seen = time.perf_counter(), list[Seen]()
+        n = pieces(work.fit, job.recipe.batch_size)
+        values = gradients(job.base.denoise, work.loss, work.attached, opt, n, next_step(work, inputs, seen))
+        *losses, size = values.tolist()  # the step's one wait for the device
+        good = all(map(math.isfinite, (*losses, size)))
+        with unbroken():
+            work.done += 1
+            cause = "" if good else skip(work, losses, seen)
+            if good:
+                opt.step(work.done - 1, values[-1])
+        seconds = time.perf_counter() - clock
+        yield job.run.record(told(work, losses, size, seconds, cause))
+        if slower := work.pace.slower(seconds):
+            yield job.run.record(Warned(work.done, spilled(work, slower)))
+        if len(work.failed) >= PATIENCE:
+            raise TrainingError(*hopeless(work, cause))
+        yield from milestone(work)
+    yield from finish(job, work.attached)
+
+
+Seen = tuple[Tensor, objectives.Rng]  # which pictures [b] a micro-step had, and what it drew from
+
+
+def next_step(work: Work, inputs: Iterator[Inputs], seen: list[Seen]) -> Iterator[tuple[Inputs, objectives.Rng, Seeds]]:
+    """The batches of the step after those that are done, one micro-step after the other; notes what was seen."""
+    recipe = work.job.recipe
+    for micro in range(work.done * recipe.optim.accumulate, (work.done + 1) * recipe.optim.accumulate):
+        batch, rng = next(inputs), rng_of(recipe, micro)
+        assert batch.pictures is not None
+        seen.append((batch.pictures, rng))
+        yield batch, rng, dropout_of(recipe, micro)
+
+
+def try_out(work: Work, lesson: Lesson) -> None:
+    """Probe the largest batch, where there is a budget to keep to."""
+    if work.choice.budget is None:
+        return
+    job, path = work.job, work.job.run.folder / ".probe.safetensors"
+    epoch = -(-len(job.dataset.examples) // job.recipe.batch_size)
+
+    def sample_and_save() -> None:
+        pairs = sample_pairs(job)
+        for _ in draw(job, pairs[:8], steps=1) if pairs else ():
+            pass
+        try:
+            work.attached.snapshot().save(path, job.recipe.dialect)
+        finally:
+            path.unlink(missing_ok=True)
+
+    settle(work, lambda: islice(feed(job, lesson, 0), min(epoch, LOOKED_AT)), sample_and_save)
 
 
 @dataclass(frozen=True)
@@ -110,10 +166,11 @@ def prepare(job: Job) -> Lesson:
     if recipe.objective.prior == "images":
         draw_class_images(job)
         prior = cached(job.base, class_images(job.run.class_images, job.class_prompts[0]), recipe, job.windows)
-    if recipe.objective.prior == "output":
-        with torch.no_grad():
-            class_cond = job.base.embed(captions, windows=job.windows)
-    return Lesson(cached(job.base, job.dataset, recipe, job.windows), prior, captions, class_cond)
+    with job.base.keeping():
+        if recipe.objective.prior == "output":
+            with torch.no_grad():
+                class_cond = job.base.embed(captions, windows=job.windows)
+        return Lesson(cached(job.base, job.dataset, recipe, job.windows), prior, captions, class_cond)
 
 
 def feed(job: Job, lesson: Lesson, start: int) -> Iterator[Inputs]:
@@ -126,7 +183,7 @@ def feed(job: Job, lesson: Lesson, start: int) -> Iterator[Inputs]:
         rows = [one.to(base.device) for one in ([batch, next(priors)] if priors else [batch])]
         cond = Cond.cat([read(row.captions, micro) if row.cond is None else row.cond for row in rows])
         mean, std = torch.cat([row.mean for row in rows]), torch.cat([row.std for row in rows])
-        inputs = Inputs(mean, std, cond, class_images=recipe.prior_rows if priors else 0)
+        inputs = Inputs(mean, std, cond, class_images=recipe.prior_rows if priors else 0, pictures=batch.index)
         if lesson.class_cond is not None:
             inputs = with_class_captions(job, lesson, inputs, batch.index[: recipe.prior_rows], micro, read)
         yield inputs
@@ -168,6 +225,11 @@ def with_class_captions(job: Job, lesson: Lesson, inputs: Inputs, index: Tensor,
     return replace(inputs, class_cond=now, class_cond_off=off)
 
 
+def dropout_of(recipe: Recipe, micro: int) -> Seeds:
+    """Piece of a micro-step -> the seed of its dropout."""
+    return lambda piece: generator(recipe.seed, "dropout", micro, *([piece] if piece else [])).initial_seed()
+
+
 def rng_of(recipe: Recipe, micro: int) -> objectives.Rng:
     """What a micro-step draws from, by purpose."""
     return lambda purpose: generator(recipe.seed, purpose, micro)
@@ -176,15 +238,16 @@ def rng_of(recipe: Recipe, micro: int) -> objectives.Rng:
 # ---------------------------------------------------------------- what happens between steps
 
 
-def milestone(job: Job, attached: Attached, opt: Optimizer, done: int) -> Iterator[Event]:
-    """Pictures and files that are due after `done` steps. Doing it twice does no harm, so a run goes on with this."""
+def milestone(work: Work) -> Iterator[Event]:
+    """Pictures and files that are due where the run stands. Doing it twice does no harm, so a run goes on with this."""
+    job, done = work.job, work.done
     recipe, run = job.recipe, job.run
     if done == 0 or is_due(done, recipe.sampling.sample_every, recipe.steps):
         yield from pictures(job, done)
     if done < recipe.steps and is_due(done, recipe.checkpoint_every, recipe.steps):
-        yield run.record(save(job, attached, done))
+        yield run.record(save(job, work.attached, done))
     if is_due(done, recipe.checkpoint_every or 50, recipe.steps):
-        run.save_state(State(done, job.about, opt.state()))
+        work.keep()
 
 
 def is_due(done: int, every: int, steps: int) -> bool:
@@ -194,18 +257,24 @@ def is_due(done: int, every: int, steps: int) -> bool:
 
 def pictures(job: Job, done: int) -> Iterator[Event]:
     """Draw the sample pictures; those of step 0 show the base, for an adapter starts as nothing."""
-    pairs = [(p, s) for p in range(len(job.prompts)) for s in range(len(job.recipe.sampling.sample_seeds))]
+    pairs = sample_pairs(job)
     for (p, s), picture in zip(pairs, draw(job, pairs), strict=True):
         path, prompt, seed = job.run.sample(done, p, s), job.prompts[p], job.recipe.sampling.sample_seeds[s]
         sample.save_picture(picture, path, job.parameters(prompt, seed))
         yield job.run.record(Sample(done, prompt, seed, job.run.relative(path), base=done == 0))
 
 
-def draw(job: Job, pairs: list[tuple[int, int]]) -> Iterator[sample.Image.Image]:
-    """Sample pictures for pairs of (prompt, seed) numbers, with what is attached now."""
+def sample_pairs(job: Job) -> list[tuple[int, int]]:
+    """Every sample prompt's number with every seed's."""
+    return [(p, s) for p in range(len(job.prompts)) for s in range(len(job.recipe.sampling.sample_seeds))]
+
+
+def draw(job: Job, pairs: list[tuple[int, int]], steps: int = 0) -> Iterator[sample.Image.Image]:
+    """Sample pictures for pairs of (prompt, seed) numbers, with what is attached now; in the recipe's steps, or in fewer."""
     sampling = job.recipe.sampling
     prompts, seeds = [job.prompts[p] for p, _ in pairs], [sampling.sample_seeds[s] for _, s in pairs]
-    return sample.drawing(job.base, prompts, seeds, steps=sampling.sample_steps, guidance=sampling.guidance, size=job.side)
+    steps = steps or sampling.sample_steps
+    return sample.drawing(job.base, prompts, seeds, steps=steps, guidance=sampling.guidance, size=job.side)
 
 
 def save(job: Job, attached: Attached, done: int) -> Saved:
@@ -269,28 +338,32 @@ def draw_class_images(job: Job) -> None:
 # ---------------------------------------------------------------- what is told
 
 
-def started(job: Job, opt: Optimizer, lesson: Lesson, done: int) -> Started:
+def started(work: Work, lesson: Lesson) -> Started:
     """The event of a run that is about to go."""
+    job = work.job
     warnings = [*job.dataset.warnings, *lesson.latents.warnings, *(lesson.prior.warnings if lesson.prior else [])]
+    if work.fit.compile and (why := lacking(job.device)):
+        warnings.append(f"nothing is compiled: {why}")
     return Started(
         time=datetime.now(UTC).isoformat(timespec="seconds"),
         recipe=flatten(job.recipe),
         images=[{"path": str(e.path), "caption": e.caption, "sha256": e.sha256} for e in job.dataset.examples],
         warnings=warnings,
-        parameters=sum(p.numel() for p in opt.parameters.values()),
+        parameters=sum(p.numel() for p in work.opt.parameters.values()),
         device=str(job.base.device),
         dtype=str(job.base.dtype).removeprefix("torch."),
         versions=versions(),
         base=job.base.facts,
-        resumed=done,
+        resumed=work.done,
+        fit=work.facts(),
     )
 
 
-def told(job: Job, opt: Optimizer, done: int, losses: list[float], norm: float, seconds: float, good: bool) -> Step:
+def told(work: Work, losses: list[float], norm: float, seconds: float, cause: str) -> Step:
     """The event of a step; `losses` are those of all its pictures."""
-    accumulate, b = job.recipe.optim.accumulate, job.recipe.batch_size
-    micros = range((done - 1) * accumulate, done * accumulate)
-    times = [objectives.timesteps(b, job.base.schedule, rng_of(job.recipe, micro)).tolist() for micro in micros]
+    recipe, opt, done = work.job.recipe, work.opt, work.done
+    micros = range((done - 1) * recipe.optim.accumulate, done * recipe.optim.accumulate)
+    times = [t for micro in micros for t in timesteps_of(work.job, micro)]
     return Step(
         step=done,
         loss=sum(losses) / len(losses),
@@ -298,30 +371,17 @@ def told(job: Job, opt: Optimizer, done: int, losses: list[float], norm: float, 
         text_encoder_lr=opt.lr("text_encoder", done - 1),
         grad_norm=norm,
         seconds=seconds,
-        timesteps=[t for micro in times for t in micro],
+        timesteps=times,
         losses=losses,
-        skipped=not good,
+        skipped=bool(cause),
+        cause=cause,
     )
 
 
-def hopeless(job: Job, done: int) -> tuple[str, str]:
-    """What to say when no step succeeds any more."""
-    steps = ", ".join(str(step) for step in range(done - PATIENCE + 1, done + 1))
-    return (
-        f"the loss or its gradient was not finite at steps {steps}, so the run stopped; checkpoints before them are good",
-        f"try a --lr below {max(job.recipe.optim.lr, job.recipe.optim.text_encoder_lr):g}, with --fresh",
-    )
-
-
-def peak_bytes(device: torch.device) -> int:
-    """The most memory that the run has held: of the GPU, else of the process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def timesteps_of(job: Job, micro: int) -> list[int]:
+    """Those of a micro-step's pictures."""
+    drawn: list[int] = objectives.timesteps(job.recipe.batch_size, job.base.schedule, rng_of(job.recipe, micro)).tolist()
+    return drawn
 
 
 @contextlib.contextmanager

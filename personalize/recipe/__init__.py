@@ -12,13 +12,14 @@ section's table or outside any) and, with dashes, its flag (`batch_size`, `--bat
     reference.py docs/recipe.md
 """
 
-from .fields import AdapterSpec, Data, Objective, Optim, Part, Recipe, Sampling
+from .fields import AdapterSpec, Data, Fitting, Objective, Optim, Part, Recipe, Sampling
 from .resolve import from_json, presets, resolve, to_json, to_toml
 from .settings import Setting, flat, flatten, record, settings
 
 __all__ = [
     "AdapterSpec",
     "Data",
+    "Fitting",
     "Objective",
     "Optim",
     "Part",
