@@ -148,7 +148,7 @@ class Attached:
 class Vector:
     """A norm or a bias of the base, what it was, and its update."""
 
-    parameter: nn.Parameter
+    parameter: Tensor
     before: Tensor
     delta: Dense
 
@@ -258,24 +258,24 @@ def check_fit(base: Base, adapter: Adapter) -> None:
     )
 
 
-def find_weight(base: Base, path: str) -> nn.Parameter | None:
+def find_weight(base: Base, path: str) -> Tensor | None:
     """The parameter that a delta's path names: a weight or, behind `.bias`, a bias; None if the base has none."""
     part, own = native(path.removesuffix(".bias"), base.parts)
     try:
         found = getattr(base.parts[part].get_submodule(own), "bias" if path.endswith(".bias") else "weight", None)
     except (AttributeError, KeyError):
         return None
-    return found if isinstance(found, nn.Parameter) else None
+    return found if isinstance(found, Tensor) else None
 
 
-def weight_named(base: Base, path: str) -> nn.Parameter:
+def weight_named(base: Base, path: str) -> Tensor:
     """The same, which must be there."""
     weight = find_weight(base, path)
     assert weight is not None
     return weight
 
 
-def vector(parameter: nn.Parameter, delta: Delta) -> Vector:
+def vector(parameter: Tensor, delta: Delta) -> Vector:
     """The update of a norm or a bias, ready to be taken back."""
     return Vector(parameter, parameter.detach().clone(), Dense(delta.delta()))
 
@@ -283,7 +283,7 @@ def vector(parameter: nn.Parameter, delta: Delta) -> Vector:
 def inject(base: Base, deltas: Mapping[str, Delta], dropout: float) -> Attached:
     """Put deltas on a base's modules as peft layers; those of norms and biases go into the base until they are taken off."""
     layers: dict[str, LoraLayer] = {}
-    single = {path for path, delta in deltas.items() if len(delta.shape) == 1}
+    single = {path for path, delta in deltas.items() if len(delta.shape) == 1}  # never quantized
     vectors = {path: vector(weight_named(base, path), deltas[path]) for path in single}
     for part, model in base.parts.items():
         own = {native(path, base.parts)[1]: path for path in deltas if path.startswith(f"{part}.") and path not in single}
@@ -305,7 +305,27 @@ def place(layer: Any, delta: LowRank, device: torch.device) -> LoraLayer:
     kernel = weight.shape[2:]
     layer.lora_A[NAME].weight = parameter(delta.down.reshape(rank, weight.shape[1], *kernel), device)
     layer.lora_B[NAME].weight = parameter(delta.up.reshape(weight.shape[0], rank, *[1] * len(kernel)), device)
+    layer.cast_input_dtype_enabled = False
+    for side in (layer.lora_A[NAME], layer.lora_B[NAME]):
+        side.__class__ = FOLLOWING[type(side)]
     return layer.eval()
+
+
+class FollowingLinear(nn.Linear):
+    """Computes in its input's dtype with fp32 weights. Peft would keep an fp32 copy of the input of each layer instead."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight.to(x.dtype))
+
+
+class FollowingConv(nn.Conv2d):
+    """The same for convolutions."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._conv_forward(x, self.weight.to(x.dtype), None)
+
+
+FOLLOWING = {nn.Linear: FollowingLinear, nn.Conv2d: FollowingConv}
 
 
 def lift(layer: LoraLayer) -> LowRank:

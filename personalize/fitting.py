@@ -12,7 +12,7 @@ import contextlib
 import gc
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -25,8 +25,7 @@ from .check import Job, parts
 from .data import generator
 from .errors import TrainingError
 from .events import SteppedDown
-from .fit import LADDER, Estimate, Fit, Load, Pace, counting, down, estimate, first, gradients, pieces, place
-from .fit.estimate import Configs
+from .fit import LADDER, Configs, Estimate, Fit, Load, Pace, Rung, counting, down, estimate, first, gradients, pieces, place
 from .fit.memory import tensors_of
 from .objectives import Inputs, Loss, Rng
 from .optim import Optimizer
@@ -121,16 +120,26 @@ def choose(job: Job) -> Choice:
     budget = budget_of(job)
     if budget is None:
         return Choice(fit)
-    configs, why = Configs.of(job.base), list[str]()
-    while True:
-        told = estimate(configs, load_of(job), fit, parts(job.recipe, job.base))
-        if told.peak <= budget:
-            return Choice(fit, budget, told, tuple(why))
+    taken: list[tuple[Rung, Fit]] = []  # with the Fit above each
+    while (told := estimate_of(job, fit)).peak > budget:
         step = down(fit, wanted, device)
         if step is None:
             raise too_large(job, told.peak, budget)
-        why.append(f"{step[0].name}: {readable(told.peak)} would not fit into {readable(budget)} ({step[0].cost})")
+        taken.append((step[0], fit))
         fit = step[1]
+    why = []
+    for rung, above in taken:  # what did not help is taken back
+        if estimate_of(job, back := replace(fit, **{rung.field: getattr(above, rung.field)})).peak <= budget:
+            fit = back
+        else:
+            need = readable(estimate_of(job, back).peak)
+            why.append(f"{rung.name}: without it, {need} of {readable(budget)} by estimate ({rung.cost})")
+    return Choice(fit, budget, estimate_of(job, fit), tuple(why))
+
+
+def estimate_of(job: Job, fit: Fit) -> Estimate:
+    """What the run would take. Remembered on disk."""
+    return estimate(Configs.of(job.base), load_of(job), fit, parts(job.recipe, job.base))
 
 
 def budget_of(job: Job) -> int | None:
@@ -221,9 +230,9 @@ def _step_down(work: Work, why: str) -> str:
         raise too_large(work.job, work.probed, work.choice.budget, why)
     rung, work.fit = step
     place(work.job.base, work.fit, work.job.device)
-    work.choice = Choice(
-        work.fit, work.choice.budget, work.choice.estimate, (*work.choice.why, f"{rung.name}: {why} ({rung.cost})")
-    )
+    reasons = (*work.choice.why, f"{rung.name}: {why} ({rung.cost})")
+    told = None if work.choice.budget is None else estimate_of(work.job, work.fit)
+    work.choice = Choice(work.fit, work.choice.budget, told, reasons)
     return rung.name
 
 
@@ -245,10 +254,11 @@ def skip(work: Work, losses: Sequence[float], seen: Sequence[tuple[Tensor, Rng]]
 def too_large(job: Job, need: int | None, budget: int | None, why: str = "") -> TrainingError:
     """Nothing is left that could give way."""
     short = f"{readable(need)} are needed and {readable(budget)} are there" if need and budget else why
-    open_ = [rung.name for rung in LADDER if not rung.free(job.recipe.fitting, job.device.type)]
-    tried = f"; the recipe or the device keeps from giving way: {', '.join(open_)}" if open_ else ""
-    hints = [f"a --resolution below {job.side}", "--quantize nf4", "a smaller --rank", "--precision bfloat16"]
-    return TrainingError(f"the run does not fit into memory on the lowest rung: {short}{tried}", f"try {' or '.join(hints[:3])}")
+    wanted = job.recipe.fitting
+    forced = [f"--{rung.setting.replace('_', '-')}" for rung in LADDER if getattr(wanted, rung.setting) not in ("auto", 0)]
+    hints = [f"a --resolution below {job.side}", "--quantize nf4", "a smaller --rank"]
+    hints += [f"{' and '.join(forced)} on auto"] if forced else []
+    return TrainingError(f"the run does not fit into memory on the lowest rung: {short}", f"try {' or '.join(hints)}")
 
 
 # ---------------------------------------------------------------- what is told

@@ -115,7 +115,7 @@ def onward(work: Work, lesson: Lesson) -> Iterator[Event]:
         if len(work.failed) >= PATIENCE:
             raise TrainingError(*hopeless(work, cause))
         yield from milestone(work)
-    yield from finish(job, work.attached)
+    yield from finish(work)
 
 
 Seen = tuple[Tensor, objectives.Rng]  # which pictures [b] a micro-step had, and what it drew from
@@ -245,7 +245,7 @@ def milestone(work: Work) -> Iterator[Event]:
     if done == 0 or is_due(done, recipe.sampling.sample_every, recipe.steps):
         yield from pictures(job, done)
     if done < recipe.steps and is_due(done, recipe.checkpoint_every, recipe.steps):
-        yield run.record(save(job, work.attached, done))
+        yield run.record(save(work))
     if is_due(done, recipe.checkpoint_every or 50, recipe.steps):
         work.keep()
 
@@ -277,27 +277,29 @@ def draw(job: Job, pairs: list[tuple[int, int]], steps: int = 0) -> Iterator[sam
     return sample.drawing(job.base, prompts, seeds, steps=steps, guidance=sampling.guidance, size=job.side)
 
 
-def save(job: Job, attached: Attached, done: int) -> Saved:
-    """Write the adapter as it is after `done` steps: under the run's name if these are all, else as a checkpoint."""
+def save(work: Work) -> Saved:
+    """Write the adapter as it is now: under the run's name if all steps are done, else as a checkpoint."""
+    job, done = work.job, work.done
     path = job.run.adapter if done == job.recipe.steps else job.run.checkpoint(done)
-    adapter = attached.snapshot()
+    adapter = work.attached.snapshot()
     if not all(delta.finite() for delta in adapter.deltas.values()):
         raise TrainingError(f"the adapter is not finite after {done} steps; nothing was overwritten", "try a lower --lr")
     first = next((picture for step in range(done, -1, -1) if (picture := job.run.sample(step, 0, 0)).is_file()), None)
-    about = describe_run(job.recipe, job.base, job.dataset, job.run.name, done, first)
+    about = describe_run(job.recipe, job.base, job.dataset, job.run.name, done, first, work.fit, work.facts()["estimate"])
     adapter.save(path, job.recipe.dialect, about)
     return Saved(done, job.run.relative(path))
 
 
-def finish(job: Job, attached: Attached) -> Iterator[Event]:
+def finish(work: Work) -> Iterator[Event]:
     """The strength sweep, the adapter under its own name, and its companions for UIs."""
-    yield from sweep(job, attached)
+    job = work.job
+    yield from sweep(job, work.attached)
     first = job.run.sample(job.recipe.steps, 0, 0)
     if first.is_file():
         with sample.Image.open(first) as picture, atomic(job.run.adapter.with_suffix(".png")) as temporary:
             sample.enlarged(picture, 256).save(temporary, format="PNG")
     write_text(job.run.adapter.with_suffix(".json"), sidecar(job.recipe, job.base, job.dataset))
-    yield job.run.record(save(job, attached, job.recipe.steps))
+    yield job.run.record(save(work))
 
 
 def sweep(job: Job, attached: Attached) -> Iterator[Event]:

@@ -12,9 +12,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from .events import Event, Finished, Sample, Saved, Started, Step
+from .events import Event, Finished, Sample, Saved, Started, Step, SteppedDown, Warned
 from .recipe import Recipe, flatten
-from .words import duration, loaded, pace, plain, readable
+from .words import duration, fits, loaded, pace, plain, readable
 
 SMOOTHING = 0.9  # of the loss that is shown: single steps are mostly noise
 LINES = 10  # of progress, where there is no terminal
@@ -95,6 +95,11 @@ class View:
                 self.say(f"pictures {self.folder / event.path.partition('-')[0]}-*.png{whose}")
             case Saved():
                 self.say(f"saved    {self.folder / event.path}")
+            case SteppedDown():
+                self.say(f"memory   {event.why}, so: {event.what}; going on after step {event.step}")
+                self.step = event.step
+            case Warned():
+                self.say(f"warning: {event.text}")
             case Finished():
                 self.finished = event
 
@@ -108,6 +113,9 @@ class View:
             self.say(f"warning: {warning}")
         self.say(f"base     {self.recipe.base}: {loaded(event.base)}")
         self.say(f"learning {len(event.images)} pictures, {event.parameters:,} parameters to train on {event.device}")
+        self.say(f"fits     {fits(event.fit)}")
+        for why in event.fit["why"]:
+            self.say(f"         {why}")
         self.step = event.resumed
         if event.resumed:
             self.say(f"going on after step {event.resumed}")
@@ -119,7 +127,7 @@ class View:
     def _step(self, event: Step) -> None:
         self.step, self.spent = event.step, self.spent + event.seconds
         if event.skipped:
-            self.say(f"step {event.step} skipped: its loss was not finite")
+            self.say(f"step {event.step} skipped: {event.cause}")
             return
         first = self.loss != self.loss  # nan: nothing told yet
         self.loss = event.loss if first else SMOOTHING * self.loss + (1 - SMOOTHING) * event.loss

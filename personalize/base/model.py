@@ -122,7 +122,7 @@ class Base:
             "resolution": self.resolution,
             "parameters": {part: sum(map(numel, model.modules())) for part, model in models.items()},
             "stored": stored,
-            "dtypes": {part: str(next(model.parameters()).dtype).removeprefix("torch.") for part, model in models.items()},
+            "dtypes": {part: dtypes_of(model) for part, model in models.items()},
             "bytes": sum(held(model) for model in models.values()),
         }
 
@@ -242,6 +242,12 @@ def numel(module: nn.Module) -> int:
     """Parameters of a module itself, without its children; those of a packed one as they were."""
     packed = module.in_features * module.out_features if isinstance(module, Quantized) else 0
     return packed + sum(p.numel() for p in module.parameters(recurse=False))
+
+
+def dtypes_of(model: nn.Module) -> str:
+    """In what a model's weights are held: `float32`, `bfloat16 and int8`."""
+    packed = {module.format: None for module in model.modules() if isinstance(module, Quantized)}
+    return " and ".join([str(next(model.parameters()).dtype).removeprefix("torch."), *packed])
 
 
 def held(model: nn.Module) -> int:

@@ -9,7 +9,7 @@ pace.py       whether a run became suddenly slow
 """
 
 from .choice import LADDER, Fit, Rung, down, first, pieces, precision_of
-from .estimate import Estimate, Load, estimate
+from .estimate import Configs, Estimate, Load, estimate
 from .memory import Count, counting
 from .pace import Pace
 from .placing import dtype_of, lacking, place
@@ -17,6 +17,7 @@ from .stepping import Seeds, gradients
 
 __all__ = [
     "LADDER",
+    "Configs",
     "Count",
     "Estimate",
     "Fit",

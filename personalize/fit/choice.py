@@ -39,44 +39,60 @@ class Fit:
 
 @dataclass(frozen=True)
 class Rung:
-    """One thing that can give way."""
+    """One thing that can give way, where the recipe leaves it open."""
 
     name: str
     cost: str
-    change: Callable[[Fit], Fit]
-    free: Callable[[Fitting, str], bool]  # whether the recipe leaves it open, on a kind of device
+    setting: str  # of the recipe, open while it is "auto" or 0
+    field: str  # of Fit
+    value: Callable[[Fit], Any]  # what the field becomes
+    cpu: bool = True  # whether it helps on a CPU
+
+    def open(self, wanted: Fitting, device: torch.device) -> bool:
+        """Whether this may give way."""
+        return getattr(wanted, self.setting) in ("auto", 0) and (self.cpu or device.type != "cpu")
+
+    def of(self, fit: Fit) -> Fit:
+        """A Fit with this given way."""
+        return replace(fit, **{self.field: self.value(fit)})
 
 
 LADDER = (
     Rung(
         "checkpointing",
         "activations are computed twice: a step takes about a third longer, its gradients are the same",
-        lambda fit: replace(fit, checkpointing=True),
-        lambda wanted, device: wanted.checkpointing == "auto",
+        "checkpointing",
+        "checkpointing",
+        lambda fit: True,
     ),
     Rung(
         "free encoders",
         "the VAE and text encoders travel to the GPU and back for each set of sample pictures",
-        lambda fit: replace(fit, lean=True),
-        lambda wanted, device: wanted.free_encoders == "auto" and device != "cpu",  # on a CPU there is nowhere to go
+        "free_encoders",
+        "lean",
+        lambda fit: True,
+        cpu=False,  # there is nowhere to go
     ),
     Rung(
         "tiled VAE",
         "sample pictures are drawn one at a time and decoded in tiles, whose seams are blended",
-        lambda fit: replace(fit, tiled=True),
-        lambda wanted, device: wanted.tile_vae == "auto",
+        "tile_vae",
+        "tiled",
+        lambda fit: True,
     ),
     Rung(
         "quantize",
         "the UNet's frozen linear layers are held in 8 bits: 0.4 % off, and unpacked at each use",
-        lambda fit: replace(fit, quantize="int8" if fit.quantize == "none" else fit.quantize),
-        lambda wanted, device: wanted.quantize == "auto",
+        "quantize",
+        "quantize",
+        lambda fit: "int8" if fit.quantize == "none" else fit.quantize,
     ),
     Rung(
         "smaller batch",
         "half as many pictures at once; their gradients add up to the batch's",
-        lambda fit: replace(fit, micro_batch=-(-fit.micro_batch // 2)),
-        lambda wanted, device: wanted.micro_batch == 0,
+        "micro_batch",
+        "micro_batch",
+        lambda fit: -(-fit.micro_batch // 2),
     ),
 )
 
@@ -87,7 +103,7 @@ def first(wanted: Fitting, batch: int, device: torch.device, before: Fit | None 
     chosen = {"auto": None, "yes": True, "no": False}
     forced: dict[str, Any] = {
         "checkpointing": chosen[wanted.checkpointing],
-        "lean": chosen[wanted.free_encoders],
+        "lean": False if device.type == "cpu" else chosen[wanted.free_encoders],
         "tiled": chosen[wanted.tile_vae],
         "quantize": None if wanted.quantize == "auto" else wanted.quantize,
         "micro_batch": wanted.micro_batch or None,
@@ -109,7 +125,7 @@ def precision_of(wanted: Fitting, device: torch.device) -> str:
 def down(fit: Fit, wanted: Fitting, device: torch.device) -> tuple[Rung, Fit] | None:
     """The next rung and what it makes of a Fit; None on the lowest."""
     for rung in LADDER:
-        if rung.free(wanted, device.type) and (lower := rung.change(fit)) != fit:
+        if rung.open(wanted, device) and (lower := rung.of(fit)) != fit:
             return rung, lower
     return None
 

@@ -28,7 +28,7 @@ from ..objectives import Inputs
 from ..optim import Optimizer
 from ..recipe import Recipe
 from .choice import Fit, pieces
-from .memory import bytes_of, counting, tensors_of
+from .memory import Count, bytes_of, counting, tensors_of
 from .placing import dtype_of, place
 from .stepping import gradients
 
@@ -116,9 +116,7 @@ def _estimate(configs: Configs, load: Load, fit: Fit, parts: tuple[str, ...]) ->
             learn(base, load, fit, parts, attached, opt)
             step = count.peak - sum(sizes)
             opt.skip()
-            count.peak = count.now
-            draw(base, load, fit)
-            sampling = count.peak - sum(sizes) + max(sizes, default=0)  # one encoder at a time
+            sampling = draw(base, load, fit, count, sum(sizes))
     return Estimate(weights, adapter, step - weights - adapter, sampling)
 
 
@@ -137,13 +135,18 @@ def learn(base: Base, load: Load, fit: Fit, parts: tuple[str, ...], attached: An
 
 
 @torch.no_grad()
-def draw(base: Base, load: Load, fit: Fit) -> None:
-    """One guided step and the decoding of the sample pictures that are drawn at once."""
-    rows = 1 if fit.tiled else load.drawn
+def draw(base: Base, load: Load, fit: Fit, count: Count, away: int) -> int:
+    """Bytes at most while pictures are drawn: reading, one guided step, decoding. `away` bytes of encoders come in turn."""
+    rows, here = 1 if fit.tiled else load.drawn, count.now - away
     latents = torch.zeros(rows, base.unet.config["in_channels"], load.height, load.width)
     cond = cond_of(base, load, (), 2 * rows)
+    count.peak = count.now
     base.denoise(torch.cat([latents, latents]), torch.zeros(2 * rows, dtype=torch.long), cond)
+    steps, count.peak = count.peak - away, count.now
     base.decode(latents)
+    decoding = count.peak - away + (bytes_of(tensors_of([base.vae])) if fit.lean else 0)
+    reading = here + max((bytes_of(tensors_of([text.model])) for text in base.texts if fit.lean), default=0)
+    return max(reading, steps, decoding)
 
 
 def cond_of(base: Base, load: Load, parts: tuple[str, ...], rows: int) -> Cond:
