@@ -7,13 +7,10 @@ although transformers' CLIPTextModel has lost its `text_model` level.
 from __future__ import annotations
 
 import contextlib
-import difflib
 import functools
-import math
 import operator
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -26,29 +23,14 @@ from .adapters.deltas import as_low_rank
 from .adapters.keys import same
 from .adapters.weighting import Weighting, read
 from .base import Base
-from .errors import AdapterError, FamilyMismatchError, RecipeError, nearest
+from .errors import AdapterError, FamilyMismatchError
 from .families import canonical, native
 from .moving import Moving, Vector, side_by_side
 from .recipe import AdapterSpec
+from .targets import fresh, weight_of
 
 NAME = "personalize"  # peft's name for what is attached
 Strengths = float | Mapping[str, float] | str | Weighting  # a text is what stands behind a file's name: "0.8:lbw=OUTD"
-
-# Kohya's choice of layers; conv_in, conv_out and the time embedding are left out, UIs stumble over them (only a glob finds them).
-TARGETS = {
-    "unet": {
-        "attention": r".*\.attn[12]\.to_(q|k|v|out\.0)",
-        "self-attention": r".*\.attn1\.to_(q|k|v|out\.0)",
-        "cross-attention": r".*\.attn2\.to_(q|k|v|out\.0)",
-        "feedforward": r".*\.ff\.net\.(0\.proj|2)",
-        "projection": r".*\.attentions\.\d+\.proj_(in|out)",
-        "conv": r".*\.(resnets\.\d+\.(conv1|conv2|conv_shortcut|time_emb_proj)|(down|up)samplers\.0\.conv)",
-    },
-    "text_encoder": {
-        "attention": r".*\.self_attn\.(q|k|v|out)_proj",
-        "feedforward": r".*\.mlp\.fc[12]",
-    },
-}
 
 
 class Attached:
@@ -226,63 +208,6 @@ def mix(base: Base, pairs: Iterable[tuple[Adapter, Weighting]]) -> tuple[Mapping
     return side_by_side(functools.reduce(operator.add, fixed).deltas if fixed else {}, others)
 
 
-def fresh(base: Base, spec: AdapterSpec, parts: Sequence[str], seed: int) -> dict[str, LowRank]:
-    """New LowRanks for what a spec targets: path -> identity. The text encoder keeps the UNet's alpha-to-rank ratio."""
-    generator = torch.Generator().manual_seed(seed)
-    deltas = {}
-    for part in parts:
-        rank, names = (spec.rank, spec.targets) if part == "unet" else (spec.text_rank, spec.text_targets)
-        for path, module in select(base, part, names).items():
-            deltas[path] = identity(module, rank, rank * spec.alpha / spec.rank, generator)
-    return deltas
-
-
-def identity(module: nn.Module, rank: int, alpha: float, generator: torch.Generator) -> LowRank:
-    """A LowRank for `module` with dW = 0: down ~ U(-1/sqrt(fan_in), 1/sqrt(fan_in)), which is peft's and kohya's; up = 0."""
-    out, *fan_in = weight_of(module).shape
-    bound = 1 / math.sqrt(math.prod(fan_in))
-    down = torch.empty(rank, *fan_in).uniform_(-bound, bound, generator=generator)
-    return LowRank(torch.zeros(out, rank, *[1] * (len(fan_in) - 1)), down, alpha)
-
-
-def select(base: Base, part: str, targets: Sequence[str]) -> dict[str, nn.Module]:
-    """The modules of a part that any target names, in the model's order. Raises RecipeError for one that matches nothing."""
-    modules = {path: module for path, module in adaptable(base).items() if path.startswith(f"{part}.")}
-    chosen: set[str] = set()
-    for target in targets:
-        found = {path for path in modules if matches(part, target, path)}
-        if not found:
-            raise RecipeError(
-                f"no layer of the {part} of {base.name} matches the target {target!r}", hint_for(part, target, modules)
-            )
-        chosen |= found
-    return {path: module for path, module in modules.items() if path in chosen}
-
-
-def matches(part: str, target: str, path: str) -> bool:
-    """Whether a target, a name of TARGETS or a glob over module paths (with or without the part's name), names a path."""
-    if pattern := TARGETS[kind_of(part)].get(target):
-        return re.fullmatch(pattern, path) is not None
-    return fnmatchcase(path, target) or fnmatchcase(path.removeprefix(f"{part}."), target)
-
-
-def kind_of(part: str) -> str:
-    """`unet`, or `text_encoder` for both of SDXL's."""
-    return part.removesuffix("_2")
-
-
-def hint_for(part: str, target: str, paths: Iterable[str]) -> str:
-    """The nearest thing to a target that matched nothing."""
-    if not re.search(r"[.*?\[]", target):
-        return nearest(target, TARGETS[kind_of(part)])
-    literal = target.replace("*", "")
-
-    def found(path: str) -> int:
-        return sum(block.size for block in difflib.SequenceMatcher(None, literal, path, autojunk=False).get_matching_blocks())
-
-    return f"the nearest layer is {max(paths, key=found)}"
-
-
 def weighting_of(strengths: Strengths) -> Weighting:
     """A number, one per part, or what one types, as a weighting; parts that are not named count 1."""
     if isinstance(strengths, Weighting | str):
@@ -308,24 +233,24 @@ def check_fit(base: Base, adapter: Adapter) -> None:
     )
 
 
-def find_weight(base: Base, path: str) -> nn.Parameter | None:
+def find_weight(base: Base, path: str) -> Tensor | None:
     """The parameter that a delta's path names: a weight or, behind `.bias`, a bias; None if the base has none."""
     part, own = native(path.removesuffix(".bias"), base.parts)
     try:
         found = getattr(base.parts[part].get_submodule(own), "bias" if path.endswith(".bias") else "weight", None)
     except (AttributeError, KeyError):
         return None
-    return found if isinstance(found, nn.Parameter) else None
+    return found if isinstance(found, Tensor) else None
 
 
-def weight_named(base: Base, path: str) -> nn.Parameter:
+def weight_named(base: Base, path: str) -> Tensor:
     """The same, which must be there."""
     weight = find_weight(base, path)
     assert weight is not None
     return weight
 
 
-def vector(parameter: nn.Parameter, delta: Delta) -> Vector:
+def vector(parameter: Tensor, delta: Delta) -> Vector:
     """The update of a norm or a bias, ready to be taken back."""
     return Vector(parameter, parameter.detach().clone(), Dense(delta.delta()))
 
@@ -364,7 +289,27 @@ def place(layer: Any, delta: LowRank, device: torch.device) -> LoraLayer:
     kernel = weight.shape[2:]
     layer.lora_A[NAME].weight = parameter(delta.down.reshape(rank, weight.shape[1], *kernel), device)
     layer.lora_B[NAME].weight = parameter(delta.up.reshape(weight.shape[0], rank, *[1] * len(kernel)), device)
+    layer.cast_input_dtype_enabled = False
+    for side in (layer.lora_A[NAME], layer.lora_B[NAME]):
+        side.__class__ = FOLLOWING.get(type(side), type(side))  # a layer that gets other values follows already
     return layer.eval()
+
+
+class FollowingLinear(nn.Linear):
+    """Computes in its input's dtype with fp32 weights. Peft would keep an fp32 copy of the input of each layer instead."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight.to(x.dtype))
+
+
+class FollowingConv(nn.Conv2d):
+    """The same for convolutions."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._conv_forward(x, self.weight.to(x.dtype), None)
+
+
+FOLLOWING = {nn.Linear: FollowingLinear, nn.Conv2d: FollowingConv}
 
 
 def lift(layer: LoraLayer) -> LowRank:
@@ -376,20 +321,3 @@ def lift(layer: LoraLayer) -> LowRank:
 def parameter(values: Tensor, device: torch.device) -> nn.Parameter:
     """A trainable fp32 copy."""
     return nn.Parameter(values.to(device, torch.float32, copy=True).contiguous())
-
-
-def weight_of(module: nn.Module) -> Tensor:
-    """The weight of a linear or convolution layer."""
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    return weight
-
-
-def adaptable(base: Base) -> dict[str, nn.Module]:
-    """Every layer that can carry an adapter: canonical path -> Linear or (ungrouped) Conv2d."""
-    return {
-        canonical(part, path): module
-        for part, model in base.parts.items()
-        for path, module in model.named_modules()
-        if isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1)
-    }

@@ -12,18 +12,21 @@ import torch
 
 from . import sample
 from .adapters import Adapter
-from .attach import fresh as fresh_deltas
 from .base import Base, device_of
 from .data import Concept, Dataset, Example, fill, generator, grid_of, read_folder, regularization, safe_trigger, without
 from .data.store import fingerprint
 from .errors import OutputError, RecipeError, nearest
 from .events import Finished
+from .fit import dtype_of, precision_of
 from .recipe import Recipe, flatten, to_toml
 from .runs import Run, State
+from .targets import fresh as fresh_deltas
 
 # Settings that change nothing about the training itself: a run may go on with other ones.
 HARMLESS = {"preset", "output", "name", "dialect", "checkpoint_every", "folder", "regularization", "device"}
 HARMLESS |= {"choose", "leave_one_out"}
+# How a run fits into memory rounds its results, no more; precision and what is quantized are compared as they came out.
+HARMLESS |= {"precision", "quantize", "memory", "checkpointing", "free_encoders", "tile_vae", "micro_batch", "compile"}
 SAMPLING = {"sample_every", "sample_prompts", "sample_seeds", "sample_steps", "guidance"}
 MARGIN = 64 * 2**20  # bytes of disk for everything small
 
@@ -33,7 +36,8 @@ class Job:
     """A checked run: its recipe with every default filled in, its base and pictures, and where it stands."""
 
     recipe: Recipe
-    base: Base
+    base: Base  # on the CPU, until the run is placed
+    device: torch.device  # where it is to train
     dataset: Dataset  # what is trained on
     held: tuple[Example, ...]  # what is not
     run: Run
@@ -105,14 +109,16 @@ def check(recipe: Recipe, *, fresh: bool = False) -> Job:
     assert recipe.output and recipe.name
     if recipe.output.suffix == ".safetensors":
         raise RecipeError(f"--output is the run's folder, and {recipe.output} a file's name", "name the adapter with --name")
-    base = Base.of(recipe, device_of(recipe.device))
+    device = torch.device(device_of(recipe.device))
+    precision = precision_of(recipe.fitting, device)
+    base = Base.of(recipe, "cpu", dtype_of(precision))
     sample.make_sampler(base, recipe.sampling.sample_steps)
     sample.latent_shape(base, recipe.data.resolution or None)
     grid_of(base, recipe)
     brought = class_folder(recipe)
     run = Run(recipe.output, recipe.name)
     about = {
-        "settings": compared(recipe),
+        "settings": compared(recipe) | held_as(recipe, precision),
         "pictures": [identity(e) for e in (*dataset.examples, *(brought.examples if brought else ()))],
         "weights": weights(base),
     }
@@ -120,7 +126,7 @@ def check(recipe: Recipe, *, fresh: bool = False) -> Job:
     if state:
         check_same(run, state.about, about)
     finished = run.finished() if state and state.done == recipe.steps and run.recipe_text() == to_toml(recipe) else None
-    job = Job(recipe, base, dataset, held, run, about, state, finished, brought)
+    job = Job(recipe, base, device, dataset, held, run, about, state, finished, brought)
     if not finished:
         rehearse(job)
     return job
@@ -183,6 +189,12 @@ def compared(recipe: Recipe) -> dict[str, Any]:
     """The settings that must not change when a run goes on. Class images depend on how pictures are sampled."""
     free = HARMLESS | (SAMPLING if recipe.objective.prior != "images" else set())
     return {name: value for name, value in flatten(recipe).items() if name not in free}
+
+
+def held_as(recipe: Recipe, precision: str) -> dict[str, Any]:
+    """In what the base is held, where the recipe decides it."""
+    forced = recipe.fitting.quantize
+    return {"precision": precision, "quantize": forced}
 
 
 def weights(base: Base) -> str:

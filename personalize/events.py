@@ -22,11 +22,12 @@ class Started:
     base: dict[str, Any] = field(default_factory=dict)  # what was loaded: family, prediction, parameters, dtypes, bytes
     resumed: int = 0
     shapes: dict[str, int] = field(default_factory=dict)  # pictures (repeats counted) by WIDTHxHEIGHT, in pixels
+    fit: dict[str, Any] = field(default_factory=dict)  # how the run fits into memory, what it will take, and why it was chosen
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """`step` steps are done. A skipped one (its loss or gradient was not finite) changed nothing."""
+    """`step` steps are done. A skipped one (its loss or gradient was not finite) changed nothing, and `cause` says why."""
 
     step: int
     loss: float
@@ -37,6 +38,7 @@ class Step:
     timesteps: list[int] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
     skipped: bool = False
+    cause: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +113,24 @@ class Saved:
 
 
 @dataclass(frozen=True, slots=True)
+class SteppedDown:
+    """Memory ran out: `what` gave way, and the run goes on from `step` steps, those of its last checkpoint."""
+
+    step: int
+    what: str
+    why: str
+    fit: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Warned:
+    """Something that a person should know, after `step` steps."""
+
+    step: int
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
 class Finished:
     """The adapter is there. `again` says that it already was, and nothing was done."""
 
@@ -121,7 +141,7 @@ class Finished:
     again: bool = False
 
 
-Event = Started | Step | Sample | Sweep | Scored | Fold | Chosen | Saved | Finished
+Event = Started | Step | Sample | Sweep | Scored | Fold | Chosen | Saved | SteppedDown | Warned | Finished
 
 
 def event_record(event: Event) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 from collections import Counter
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,27 +21,47 @@ from .base import Base
 from .data import Dataset, grid_of
 from .data.captions import tags
 from .families import A1111
+from .fit import Fit
 from .recipe import Recipe, to_json
 
+MIXED = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}  # kohya's words
 PREDICTION = {"epsilon": "epsilon", "v_prediction": "v", "sample": "sample"}  # modelspec's words
 
 
 def describe_run(
-    recipe: Recipe, base: Base, dataset: Dataset, name: str, step: int, sample: Path | None, classes: Dataset | None = None
+    recipe: Recipe,
+    base: Base,
+    dataset: Dataset,
+    name: str,
+    step: int,
+    sample: Path | None,
+    fit: Fit,
+    estimate: Any = None,
+    classes: Dataset | None = None,
 ) -> dict[str, str]:
     """The whole metadata of an adapter saved after `step` steps; `sample` is the picture for its thumbnail.
 
-    `classes` are the class images that somebody brought.
+    `classes` are the class images that somebody brought. Of memory, what the shapes tell (`estimate`) and not what was
+    measured, which another run of the same recipe may not repeat.
     """
     return {
         **kohya_keys(recipe, base, dataset, name, step),
         **dataset_keys(recipe, base, dataset, classes),
+        "ss_mixed_precision": MIXED[fit.precision],
+        "ss_full_fp16": "False",
+        "ss_gradient_checkpointing": str(fit.checkpointing),
+        "personalize.fit": json.dumps(asdict(fit) | {"estimate": estimate, "dtypes": dtypes(base)}, sort_keys=True),
         **modelspec_keys(recipe, base, dataset, name, sample),
         "personalize.recipe": to_json(recipe),
         "personalize.step": str(step),
         "personalize.images": json.dumps([example.sha256 for example in dataset.examples]),
         "personalize.versions": json.dumps(versions(), sort_keys=True),
     }
+
+
+def dtypes(base: Base) -> dict[str, str]:
+    """In what each part was held, the adapter as well."""
+    return {**base.facts["dtypes"], "adapter": "float32"}
 
 
 def kohya_keys(recipe: Recipe, base: Base, dataset: Dataset, name: str, step: int) -> dict[str, str]:
@@ -76,7 +97,6 @@ def kohya_keys(recipe: Recipe, base: Base, dataset: Dataset, name: str, step: in
         "ss_min_snr_gamma": recipe.objective.min_snr or None,
         "ss_prior_loss_weight": recipe.objective.prior_weight,
         "ss_noise_offset": None,
-        "ss_mixed_precision": "no",
         "ss_seed": recipe.seed,
         "ss_session_id": int(hashlib.sha256(to_json(recipe).encode()).hexdigest()[:8], 16),
         "ss_training_comment": f"made with personalize {versions()['personalize']}",

@@ -26,7 +26,7 @@ Deltas = Mapping[str, Delta]
 class Vector:
     """A norm or a bias of the base, what it was, and its update."""
 
-    parameter: nn.Parameter
+    parameter: Tensor
     before: Tensor
     delta: Dense
 

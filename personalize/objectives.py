@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -32,9 +32,25 @@ class Inputs:
     class_cond: Cond | None = None  # k rows, captions without the trigger for the first rows, for prior 'output'
     class_cond_off: Cond | None = None  # the same without the adapter
     mask: Tensor | None = None  # [b, 1, h, w] in 0..1, 1 where a picture is to be learned; None: everywhere
+    pictures: Tensor | None = None  # [b] on the CPU, which examples they are
 
 
-Loss = Callable[[Denoise, Inputs, Rng], Tensor]
+@dataclass(frozen=True)
+class Piece:
+    """The i-th of n pieces of a batch: all is drawn for the whole batch, so that the pieces' gradients add up to its own."""
+
+    i: int = 0
+    n: int = 1
+
+    def of(self, rows: int) -> slice:
+        """This piece's share of so many rows, in order; the first pieces take the odd ones."""
+        size, odd = divmod(rows, self.n)
+        first = self.i * size + min(self.i, odd)
+        return slice(first, first + size + (self.i < odd))
+
+
+WHOLE = Piece()
+Loss = Callable[[Denoise, Inputs, Rng, Piece], Tensor]  # -> [b], or those of a piece's pictures
 
 
 @dataclass(frozen=True)
@@ -47,39 +63,65 @@ class Noised:
     weight: Tensor  # [b]
     mask: Tensor | None = None  # [b, 1, h, w], weights of places; None: all alike
 
+    def __getitem__(self, rows: slice) -> Noised:
+        mask = None if self.mask is None else self.mask[rows]
+        return Noised(self.latents[rows], self.t[rows], self.target[rows], self.weight[rows], mask)
+
+    def join(self, other: Noised) -> Noised:
+        """The rows of both."""
+        names = ("latents", "t", "target", "weight", *(["mask"] if self.mask is not None else []))
+        return Noised(**{name: torch.cat([getattr(self, name), getattr(other, name)]) for name in names})
+
 
 def build(objective: Objective, schedule: Schedule, off: Off = contextlib.nullcontext) -> Loss:
     """The loss that an objective asks for. `off` is the context in which `denoise` predicts without the adapter."""
     gamma, weight, outside = objective.min_snr, objective.prior_weight, objective.mask_outside
 
-    def plain(denoise: Denoise, inputs: Inputs, rng: Rng) -> Tensor:
+    def plain(denoise: Denoise, inputs: Inputs, rng: Rng, piece: Piece = WHOLE) -> Tensor:
         """Denoising (Ho et al. 2020, eq. 14), min-SNR weighted."""
-        x = noised(inputs, schedule, gamma, rng, outside)
-        return errors(denoise(x.latents, x.t, inputs.cond), x)
+        x, own = noised(inputs, schedule, gamma, rng, outside), piece.of(len(inputs.mean))
+        return errors(denoise(x.latents[own], x.t[own], inputs.cond[own]), x[own])
 
-    def images(denoise: Denoise, inputs: Inputs, rng: Rng) -> Tensor:
+    def images(denoise: Denoise, inputs: Inputs, rng: Rng, piece: Piece = WHOLE) -> Tensor:
         """DreamBooth's prior preservation (Ruiz et al. 2022, eq. 2): the same loss on class images, their mean added to each."""
-        x = noised(inputs, schedule, gamma, rng, outside)
-        own, prior = errors(denoise(x.latents, x.t, inputs.cond), x).tensor_split([-inputs.class_images])
-        return own + weight * prior.mean()
+        x, k = noised(inputs, schedule, gamma, rng, outside), inputs.class_images
+        b = len(inputs.mean) - k
+        own, held = piece.of(b), shifted(piece.of(k), b)
+        rows, cond = x[own].join(x[held]), Cond.cat([inputs.cond[own], inputs.cond[held]])
+        return held_back(errors(denoise(rows.latents, rows.t, cond), rows), own, held, b, k, weight)
 
-    def output(denoise: Denoise, inputs: Inputs, rng: Rng) -> Tensor:
+    def output(denoise: Denoise, inputs: Inputs, rng: Rng, piece: Piece = WHOLE) -> Tensor:
         """On the caption without the trigger, stay with what the base itself predicts from the same noisy latents."""
         assert inputs.class_cond is not None and inputs.class_cond_off is not None
-        x, k = noised(inputs, schedule, gamma, rng, outside), len(inputs.class_cond)
-        with torch.no_grad(), off():
-            kept = denoise(x.latents[:k], x.t[:k], inputs.class_cond_off)
-        both = Noised(
-            torch.cat([x.latents, x.latents[:k]]),
-            torch.cat([x.t, x.t[:k]]),
-            torch.cat([x.target, kept]),
-            torch.cat([x.weight, x.weight[:k]]),
-            unmasked(x.mask, k),
-        )
-        own, prior = errors(denoise(both.latents, both.t, Cond.cat([inputs.cond, inputs.class_cond])), both).tensor_split([-k])
-        return own + weight * prior.mean()
+        x, b, k = noised(inputs, schedule, gamma, rng, outside), len(inputs.mean), len(inputs.class_cond)
+        own, held = piece.of(b), piece.of(k)
+        rows = x[own]
+        if held.stop > held.start:
+            with torch.no_grad(), off():
+                kept = denoise(x.latents[held], x.t[held], inputs.class_cond_off[held])
+            whole = None if x.mask is None else torch.ones_like(x.mask[held])  # the prior holds everywhere
+            rows = rows.join(replace(x[held], target=kept, mask=whole))
+        cond = Cond.cat([inputs.cond[own], inputs.class_cond[held]])
+        return held_back(errors(denoise(rows.latents, rows.t, cond), rows), own, held, b, k, weight)
 
     return {"none": plain, "images": images, "output": output}[objective.prior]
+
+
+def shifted(rows: slice, by: int) -> slice:
+    """The same rows, further down."""
+    return slice(rows.start + by, rows.stop + by)
+
+
+def held_back(losses: Tensor, own: slice, held: slice, b: int, k: int, weight: float) -> Tensor:
+    """A piece's own losses with its share of the prior's: over all pieces, their sum is that of the whole batch.
+
+    The prior's mean is added to each of b pictures; a piece has but some of the pictures and some of the prior's k rows.
+    """
+    pictures, kept = own.stop - own.start, held.stop - held.start
+    if not kept:
+        return losses
+    mine, prior = losses.tensor_split([pictures])
+    return mine + weight * (kept * b / (k * pictures)) * prior.mean()
 
 
 def noised(inputs: Inputs, schedule: Schedule, gamma: float, rng: Rng, outside: float = 0.0) -> Noised:

@@ -15,7 +15,7 @@ import json
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ class State:
     done: int
     about: dict[str, Any]  # the recipe's settings and the pictures, to tell whether the run may go on
     tensors: dict[str, Tensor]
+    more: dict[str, Any] = field(default_factory=dict)  # how the run fits into memory, and which steps failed
 
 
 @dataclass(frozen=True)
@@ -156,6 +157,7 @@ class Run:
     def save_state(self, state: State) -> None:
         """Write the state as ONE file, so that its tensors and its step can never disagree."""
         header = {"done": str(state.done), "about": json.dumps(state.about, ensure_ascii=False, sort_keys=True)}
+        header["more"] = json.dumps(state.more, sort_keys=True)
         with atomic(self.state) as temporary:
             temporary.write_bytes(save(state.tensors, header))  # not save_file: a full disk must be an OSError
 
@@ -166,7 +168,8 @@ class Run:
         try:
             with safe_open(self.state, "pt") as file:
                 header = file.metadata()
-                return State(int(header["done"]), json.loads(header["about"]), {key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118
+                about, more = json.loads(header["about"]), json.loads(header.get("more", "{}"))
+                return State(int(header["done"]), about, {key: file.get_tensor(key) for key in file.keys()}, more)  # noqa: SIM118
         except (SafetensorError, KeyError, ValueError, TypeError, OSError) as error:
             raise OutputError(f"cannot go on from {self.state}: {error}", "start over with --fresh") from error
 
@@ -180,8 +183,9 @@ class Run:
 
 
 def is_settled(record: Mapping[str, Any], before: bool) -> bool:
-    """Whether a record stays true when a run goes on: the starts, and the steps, pictures and files of `before`."""
-    return record["event"] == "started" or (before and record["event"] in ("step", "sample", "saved"))
+    """Whether a record stays true when a run goes on: starts and lowered rungs, and the steps, pictures and files of `before`."""
+    kept = ("step", "sample", "saved", "warned")
+    return record["event"] in ("started", "steppeddown") or (before and record["event"] in kept)
 
 
 def refused(path: Path, error: OSError) -> OutputError:

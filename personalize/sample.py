@@ -57,6 +57,7 @@ def drawing(
     if len(prompts) != len(seeds):
         raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds: give one seed per picture")
     shape = latent_shape(base, size)
+    batch_size = 1 if base.tiled else batch_size  # memory is short
     for first in range(0, len(prompts), batch_size):
         chunk = slice(first, first + batch_size)
         yield from pictures(base, prompts[chunk], seeds[chunk], shape, steps=steps, guidance=guidance, negative=negative)

@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import functools
-import itertools
 import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
 from datetime import UTC, datetime
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -24,20 +22,33 @@ from torch import Tensor
 
 from . import objectives, sample
 from .attach import Attached, attach
-from .base import Cond
-from .check import Job, check, is_drawn, names_of, parts, settled
+from .check import Job, check, names_of, parts, settled
 from .choose import choose
-from .data import Dataset, Example, Latents, batch_at, batches, cached, class_images, generator, on_demand, read_folder
+from .data import Dataset, Example, read_folder
 from .errors import PersonalizeError, TrainingError
-from .events import Chosen, Event, Finished, Fold, Sample, Saved, Started, Step, Sweep
+from .events import Chosen, Event, Finished, Fold, Sample, Saved, Started, Step, Sweep, Warned
 from .files import atomic, write_text
+from .fit import Seeds, gradients, lacking, pieces, place
+from .fitting import (
+    PATIENCE,
+    Work,
+    begin,
+    first_sentence,
+    hopeless,
+    lower,
+    peak_bytes,
+    plan,
+    settle,
+    skip,
+    spilled,
+)
+from .lesson import Lesson, dropout_of, feed, prepare, rng_of
 from .metadata import describe_run, sidecar, versions
 from .objectives import Inputs
-from .optim import Optimizer
 from .recipe import Choosing, Recipe, flatten, to_toml
-from .runs import Run, State
+from .runs import Run
 
-PATIENCE = 3  # steps in a row that may fail
+LOOKED_AT = 32  # batches among which the probe finds the largest
 SWEEP = (0.25, 0.5, 0.75, 1.25)
 
 
@@ -58,147 +69,104 @@ def train(recipe: Recipe, *, fresh: bool = False) -> Iterator[Event]:
     recipe, base, run = job.recipe, job.base, job.run
     if fresh:
         run.clear()
+    choice = plan(job)
+    place(base, choice.fit, job.device)
     lesson = prepare(job)  # pictures, captions => latents and conditioning, once
     with attach(base, recipe.adapter, parts=parts(recipe, base), seed=recipe.seed) as attached:
-        loss = objectives.build(recipe.objective, base.schedule, attached.off)
-        opt = Optimizer(attached.groups(), recipe.optim, recipe.steps)
-        done = failed = 0
-        if job.state:
-            opt.load(job.state.tensors)
-            done = job.state.done
-        earlier = run.open(to_toml(recipe), done)
+        work = begin(job, attached, choice)
+        earlier = run.open(to_toml(recipe), work.done)
         try:
-            yield run.record(started(job, opt, lesson, done))
-            yield from milestone(job, attached, opt, done)
-            inputs = feed(job, lesson, done * recipe.optim.accumulate)
-            while done < recipe.steps:
-                clock, losses = time.perf_counter(), []
-                for micro in range(done * recipe.optim.accumulate, (done + 1) * recipe.optim.accumulate):
-                    with attached.dropping(generator(recipe.seed, "dropout", micro).initial_seed()):
-                        losses.append(loss(base.denoise, next(inputs), rng_of(recipe, micro)))  # [b], one per picture
-                    opt.backward(losses[-1])
-                norm = opt.norm()
-                *values, size = torch.cat([*losses, norm[None]]).tolist()  # the step's one wait for the device
-                good = all(map(math.isfinite, (*values, size)))
-                with unbroken():
-                    opt.step(done, norm) if good else opt.skip()
-                    done += 1
-                yield run.record(told(job, opt, done, values, size, time.perf_counter() - clock, good))
-                failed = 0 if good else failed + 1
-                if failed == PATIENCE:
-                    raise TrainingError(*hopeless(job, done))
-                yield from milestone(job, attached, opt, done)
-            yield from finish(job, lesson, attached)
+            try_out(work, lesson)
+            yield run.record(started(work, lesson))
+            while True:
+                try:
+                    yield from onward(work, lesson)
+                    break
+                except torch.OutOfMemoryError as error:
+                    why = first_sentence(error)
+                yield run.record(lower(work, why))  # out here, where the step's tensors are gone
         except (KeyboardInterrupt, GeneratorExit):
-            run.save_state(State(done, job.about, opt.state()))
-            run.note("stopped", step=done)
+            work.stop()
+            run.note("stopped", step=work.done)
             raise
         except PersonalizeError as error:
-            run.note("error", step=done, message=str(error))
+            run.note("error", step=work.done, message=str(error))
             raise
         seconds = time.perf_counter() - began + earlier
         yield run.record(Finished(recipe.steps, seconds, run.relative(run.adapter), peak_bytes(base.device)))
 
 
-@dataclass(frozen=True)
-class Lesson:
-    """What there is to learn, encoded: the pictures, and what keeps the class as it is."""
-
-    latents: Latents
-    prior: Latents | None  # class images, for prior 'images'; encoded when a step first wants them in its shape
-    class_captions: list[str]  # those of the pictures without the trigger, then the class prompts
-    class_cond: Cond | None  # class captions as the base reads them, for prior 'output'
-    held: Latents | None  # pictures that are not learned
-
-
-def prepare(job: Job) -> Lesson:
-    """Encode the pictures and captions, and draw class images if the objective wants them. Cached, all of it."""
-    recipe, captions, prior, class_cond = job.recipe, job.class_captions, None, None
-    if recipe.objective.prior == "images":
-        if job.regularization is None:
-            draw_class_images(job)
-        classes = job.regularization or class_images(job.run.class_images, job.class_prompts[0])
-        prior = on_demand(job.base, classes, recipe, windows=job.windows)
-    if recipe.objective.prior == "output":
-        with torch.no_grad():
-            class_cond = job.base.embed(captions, windows=job.windows)
-    held = cached(job.base, replace(job.dataset, examples=job.held), recipe, job.windows) if job.held else None
-    return Lesson(cached(job.base, job.dataset, recipe, job.windows), prior, captions, class_cond, held)
-
-
-def feed(job: Job, lesson: Lesson, start: int) -> Iterator[Inputs]:
-    """Endless batches from micro-step `start` on. Captions that are not read beforehand are embedded here."""
-    recipe, base = job.recipe, job.base
-    stream = batches(lesson.latents, batch_size=recipe.batch_size, seed=recipe.seed, data=recipe.data, start_step=start)
-    whole = recipe.data.model_copy(update={"caption_shuffle": False, "tag_dropout": 0.0})  # class captions stay as they are
-    prior = functools.partial(batch_at, batch_size=recipe.prior_rows, seed=recipe.seed, data=whole, purpose="class images")
-    read = reader(job)
-    for micro, batch in enumerate(stream, start):
-        both = [batch, prior(lesson.prior, micro, shape=batch.shape)] if lesson.prior else [batch]
-        rows = [one.to(base.device) for one in both]
-        cond = Cond.cat([read(row.captions, micro) if row.cond is None else row.cond for row in rows])
-        mean, std = torch.cat([row.mean for row in rows]), torch.cat([row.std for row in rows])
-        cond = cond.sized(torch.cat([row.sizes for row in rows]))
-        inputs = Inputs(mean, std, cond, class_images=recipe.prior_rows if lesson.prior else 0, mask=rows[0].mask)
-        if lesson.class_cond is not None:
-            inputs = with_class_captions(job, lesson, inputs, batch.index[: recipe.prior_rows], micro, read)
-        yield inputs
+def onward(work: Work, lesson: Lesson) -> Iterator[Event]:
+    """From where the run stands to its end."""
+    job, opt = work.job, work.opt
+    yield from milestone(work)
+    inputs = feed(job, lesson, work.done * job.recipe.optim.accumulate)
+    while work.done < job.recipe.steps:
+        clock, seen = time.perf_counter(), list[Seen]()
+        n = pieces(work.fit, job.recipe.batch_size)
+        values = gradients(job.base.denoise, work.loss, work.attached, opt, n, next_step(work, inputs, seen))
+        *losses, size = values.tolist()  # the step's one wait for the device
+        good = all(map(math.isfinite, (*losses, size)))
+        with unbroken():
+            work.done += 1
+            cause = "" if good else skip(work, losses, seen)
+            if good:
+                opt.step(work.done - 1, values[-1])
+        seconds = time.perf_counter() - clock
+        yield job.run.record(told(work, losses, size, seconds, cause))
+        if slower := work.pace.slower(seconds):
+            yield job.run.record(Warned(work.done, spilled(work, slower)))
+        if len(work.failed) >= PATIENCE:
+            raise TrainingError(*hopeless(work, cause))
+        yield from milestone(work)
+    yield from finish(work, lesson)
 
 
-Read = Callable[[Sequence[str], int], Cond]  # captions, micro-step -> their conditioning
+Seen = tuple[Tensor, objectives.Rng]  # which pictures [b] a micro-step had, and what it drew from
 
 
-def reader(job: Job) -> Read:
-    """How the adapter reads captions at a micro-step: anew while the text encoder learns, and else each once, as far as kept."""
-    learning = job.recipe.optim.text_encoder_steps(job.recipe.steps) * job.recipe.optim.accumulate
-
-    @functools.lru_cache(maxsize=256)
-    @torch.no_grad()
-    def final(caption: str) -> Cond:
-        return job.base.embed([caption], windows=job.windows)
-
-    def read(captions: Sequence[str], micro: int) -> Cond:
-        if micro < learning:
-            return job.base.embed(captions, windows=job.windows)
-        return Cond.cat(final(caption) for caption in captions)
-
-    return read
+def next_step(work: Work, inputs: Iterator[Inputs], seen: list[Seen]) -> Iterator[tuple[Inputs, objectives.Rng, Seeds]]:
+    """The batches of the step after those that are done, one micro-step after the other; notes what was seen."""
+    recipe = work.job.recipe
+    for micro in range(work.done * recipe.optim.accumulate, (work.done + 1) * recipe.optim.accumulate):
+        batch, rng = next(inputs), rng_of(recipe, micro)
+        assert batch.pictures is not None
+        seen.append((batch.pictures, rng))
+        yield batch, rng, dropout_of(recipe, micro)
 
 
-def with_class_captions(job: Job, lesson: Lesson, inputs: Inputs, index: Tensor, micro: int, read: Read) -> Inputs:
-    """The captions without the trigger of pictures `index` [k], as the adapter reads them now and as the base reads them.
+def try_out(work: Work, lesson: Lesson) -> None:
+    """Probe the largest batch, where there is a budget to keep to."""
+    if work.choice.budget is None:
+        return
+    job, path = work.job, work.job.run.folder / ".probe.safetensors"
+    epoch = -(-len(job.dataset.examples) // job.recipe.batch_size)
 
-    Every other row takes a class prompt instead: what no caption tells, other styles say, would take the subject on.
-    """
-    assert lesson.class_cond is not None
-    captions, pictures = lesson.class_captions, len(job.dataset.examples)
-    if prompts := len(captions) - pictures:
-        drawn = torch.randint(prompts, (len(index),), generator=rng_of(job.recipe, micro)("class captions"))
-        others = torch.arange(len(index)) % 2 == micro % 2
-        index = torch.where(others, pictures + drawn, index.cpu())
-    off = lesson.class_cond[index.to(lesson.class_cond.tokens.device)]
-    now = read([captions[i] for i in index.tolist()], micro) if job.recipe.optim.text_encoder_lr else off
-    sizes = None if inputs.cond.sizes is None else inputs.cond.sizes[: len(index)]
-    return replace(inputs, class_cond=now.sized(sizes), class_cond_off=off.sized(sizes))
+    def sample_and_save() -> None:
+        pairs = sample_pairs(job)
+        for _ in draw(job, pairs[:8], steps=1) if pairs else ():
+            pass
+        try:
+            work.attached.snapshot().save(path, job.recipe.dialect)
+        finally:
+            path.unlink(missing_ok=True)
 
-
-def rng_of(recipe: Recipe, micro: int) -> objectives.Rng:
-    """What a micro-step draws from, by purpose."""
-    return lambda purpose: generator(recipe.seed, purpose, micro)
+    settle(work, lambda: islice(feed(job, lesson, 0), min(epoch, LOOKED_AT)), sample_and_save)
 
 
 # ---------------------------------------------------------------- what happens between steps
 
 
-def milestone(job: Job, attached: Attached, opt: Optimizer, done: int) -> Iterator[Event]:
-    """Pictures and files that are due after `done` steps. Doing it twice does no harm, so a run goes on with this."""
+def milestone(work: Work) -> Iterator[Event]:
+    """Pictures and files that are due where the run stands. Doing it twice does no harm, so a run goes on with this."""
+    job, done = work.job, work.done
     recipe, run = job.recipe, job.run
     if done == 0 or is_due(done, recipe.sampling.sample_every, recipe.steps):
         yield from pictures(job, done)
     if recipe.checkpoint_every and is_due(done, recipe.checkpoint_every, recipe.steps):
-        yield run.record(save(job, attached, done, run.checkpoint(done)))
+        yield run.record(save(work, done, run.checkpoint(done)))
     if is_due(done, recipe.checkpoint_every or 50, recipe.steps):
-        run.save_state(State(done, job.about, opt.state()))
+        work.keep()
 
 
 def is_due(done: int, every: int, steps: int) -> bool:
@@ -208,48 +176,55 @@ def is_due(done: int, every: int, steps: int) -> bool:
 
 def pictures(job: Job, done: int) -> Iterator[Event]:
     """Draw the sample pictures; those of step 0 show the base, for an adapter starts as nothing."""
-    pairs = [(p, s) for p in range(len(job.prompts)) for s in range(len(job.recipe.sampling.sample_seeds))]
+    pairs = sample_pairs(job)
     for (p, s), picture in zip(pairs, draw(job, pairs), strict=True):
         path, prompt, seed = job.run.sample(done, p, s), job.prompts[p], job.recipe.sampling.sample_seeds[s]
         sample.save_picture(picture, path, job.parameters(prompt, seed))
         yield job.run.record(Sample(done, prompt, seed, job.run.relative(path), base=done == 0))
 
 
-def draw(job: Job, pairs: list[tuple[int, int]]) -> Iterator[sample.Image.Image]:
-    """Sample pictures for pairs of (prompt, seed) numbers, with what is attached now."""
+def sample_pairs(job: Job) -> list[tuple[int, int]]:
+    """Every sample prompt's number with every seed's."""
+    return [(p, s) for p in range(len(job.prompts)) for s in range(len(job.recipe.sampling.sample_seeds))]
+
+
+def draw(job: Job, pairs: list[tuple[int, int]], steps: int = 0) -> Iterator[sample.Image.Image]:
+    """Sample pictures for pairs of (prompt, seed) numbers, with what is attached now; in the recipe's steps, or in fewer."""
     sampling = job.recipe.sampling
     prompts, seeds = [job.prompts[p] for p, _ in pairs], [sampling.sample_seeds[s] for _, s in pairs]
-    return sample.drawing(job.base, prompts, seeds, steps=sampling.sample_steps, guidance=sampling.guidance, size=job.side)
+    steps = steps or sampling.sample_steps
+    return sample.drawing(job.base, prompts, seeds, steps=steps, guidance=sampling.guidance, size=job.side)
 
 
-def save(job: Job, attached: Attached, step: int, path: Path) -> Saved:
+def save(work: Work, step: int, path: Path) -> Saved:
     """Write what is attached, an adapter of `step` steps, with the picture of that step or the last one before it."""
-    adapter = attached.snapshot()
+    job, adapter = work.job, work.attached.snapshot()
     if not all(delta.finite() for delta in adapter.deltas.values()):
         raise TrainingError(f"the adapter is not finite after {step} steps; nothing was overwritten", "try a lower --lr")
     first = next((picture for earlier in range(step, -1, -1) if (picture := job.run.sample(earlier, 0, 0)).is_file()), None)
-    about = describe_run(job.recipe, job.base, job.dataset, job.run.name, step, first, job.regularization)
+    told = work.fit, work.facts()["estimate"], job.regularization
+    about = describe_run(job.recipe, job.base, job.dataset, job.run.name, step, first, *told)
     adapter.save(path, job.recipe.dialect, about)
     return Saved(step, job.run.relative(path))
 
 
-def finish(job: Job, lesson: Lesson, attached: Attached) -> Iterator[Event]:
+def finish(work: Work, lesson: Lesson) -> Iterator[Event]:
     """Choose a checkpoint, draw it at several strengths, and write it under its own name, with its companions for UIs."""
-    step, weight = job.recipe.steps, 1.0
+    job, step, weight = work.job, work.job.recipe.steps, 1.0
     if job.recipe.choosing.choose != "none":
-        for event in choose(job, lesson.latents, lesson.held, attached):
+        for event in choose(job, lesson.latents, lesson.held, work.attached):
             yield event
             if isinstance(event, Chosen):
                 step, weight = event.step, event.weight
     if step != job.recipe.steps and not is_due(step, job.recipe.sampling.sample_every, job.recipe.steps):
         yield from pictures(job, step)  # what was chosen is shown
-    yield from sweep(job, attached, step)
+    yield from sweep(job, work.attached, step)
     first = job.run.sample(step, 0, 0)
     if first.is_file():
         with sample.Image.open(first) as picture, atomic(job.run.adapter.with_suffix(".png")) as temporary:
             sample.enlarged(picture, 256).save(temporary, format="PNG")
     write_text(job.run.adapter.with_suffix(".json"), sidecar(job.recipe, job.base, job.dataset, step, weight))
-    yield job.run.record(save(job, attached, step, job.run.adapter))
+    yield job.run.record(save(work, step, job.run.adapter))
 
 
 def sweep(job: Job, attached: Attached, step: int) -> Iterator[Event]:
@@ -285,46 +260,28 @@ def leave_out(recipe: Recipe, fresh: bool) -> Iterator[Event]:
         yield Fold(number, count, [name], best, scores[best])
 
 
-def draw_class_images(job: Job) -> None:
-    """Let the base draw the class images that are not there yet."""
-    recipe, run = job.recipe, job.run
-    wanted = {recipe.seed + i: run.class_images / f"{i:04}.png" for i in range(recipe.objective.prior_images)}
-    prompts = dict(zip(wanted, itertools.cycle(job.class_prompts)))
-    told = {seed: job.parameters(prompts[seed], seed) for seed in wanted}
-    missing = [seed for seed, path in wanted.items() if not is_drawn(path, told[seed])]
-    sampling = recipe.sampling
-    drawn = sample.drawing(
-        job.base,
-        [prompts[seed] for seed in missing],
-        missing,
-        steps=sampling.sample_steps,
-        guidance=sampling.guidance,
-        size=job.side,
-    )
-    for seed, picture in zip(missing, drawn, strict=True):
-        write_text(wanted[seed].with_suffix(".txt"), prompts[seed] + "\n")
-        sample.save_picture(picture, wanted[seed], told[seed])
-
-
 # ---------------------------------------------------------------- what is told
 
 
-def started(job: Job, opt: Optimizer, lesson: Lesson, done: int) -> Started:
+def started(work: Work, lesson: Lesson) -> Started:
     """The event of a run that is about to go."""
-    folders, encoded = (job.dataset, job.regularization), (lesson.latents, lesson.prior)
+    job, folders, encoded = work.job, (work.job.dataset, work.job.regularization), (lesson.latents, lesson.prior)
     warnings = [warning for part in (*folders, *encoded) if part for warning in part.warnings]
+    if work.fit.compile and (why := lacking(job.device)):
+        warnings.append(f"nothing is compiled: {why}")
     return Started(
         time=datetime.now(UTC).isoformat(timespec="seconds"),
         recipe=flatten(job.recipe),
         images=[told_of(example, job.dataset) for example in job.dataset.examples],
         warnings=warnings,
-        parameters=sum(p.numel() for p in opt.parameters.values()),
+        parameters=sum(p.numel() for p in work.opt.parameters.values()),
         device=str(job.base.device),
         dtype=str(job.base.dtype).removeprefix("torch."),
         versions=versions(),
         base=job.base.facts,
         shapes={f"{w}x{h}": len(pool) for (w, h), pool in lesson.latents.buckets.items()},
-        resumed=done,
+        resumed=work.done,
+        fit=work.facts(),
     )
 
 
@@ -334,11 +291,11 @@ def told_of(example: Example, dataset: Dataset) -> dict[str, str]:
     return {"path": str(example.path), "caption": example.caption, "sha256": example.sha256, "trigger": trigger}
 
 
-def told(job: Job, opt: Optimizer, done: int, losses: list[float], norm: float, seconds: float, good: bool) -> Step:
+def told(work: Work, losses: list[float], norm: float, seconds: float, cause: str) -> Step:
     """The event of a step; `losses` are those of all its pictures."""
-    accumulate, b = job.recipe.optim.accumulate, job.recipe.batch_size
-    micros = range((done - 1) * accumulate, done * accumulate)
-    times = [objectives.timesteps(b, job.base.schedule, rng_of(job.recipe, micro)).tolist() for micro in micros]
+    recipe, opt, done = work.job.recipe, work.opt, work.done
+    micros = range((done - 1) * recipe.optim.accumulate, done * recipe.optim.accumulate)
+    times = [t for micro in micros for t in timesteps_of(work.job, micro)]
     return Step(
         step=done,
         loss=sum(losses) / len(losses),
@@ -346,30 +303,17 @@ def told(job: Job, opt: Optimizer, done: int, losses: list[float], norm: float, 
         text_encoder_lr=opt.lr("text_encoder", done - 1),
         grad_norm=norm,
         seconds=seconds,
-        timesteps=[t for micro in times for t in micro],
+        timesteps=times,
         losses=losses,
-        skipped=not good,
+        skipped=bool(cause),
+        cause=cause,
     )
 
 
-def hopeless(job: Job, done: int) -> tuple[str, str]:
-    """What to say when no step succeeds any more."""
-    steps = ", ".join(str(step) for step in range(done - PATIENCE + 1, done + 1))
-    return (
-        f"the loss or its gradient was not finite at steps {steps}, so the run stopped; checkpoints before them are good",
-        f"try a --lr below {max(job.recipe.optim.lr, job.recipe.optim.text_encoder_lr):g}, with --fresh",
-    )
-
-
-def peak_bytes(device: torch.device) -> int:
-    """The most memory that the run has held: of the GPU, else of the process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def timesteps_of(job: Job, micro: int) -> list[int]:
+    """Those of a micro-step's pictures."""
+    drawn: list[int] = objectives.timesteps(job.recipe.batch_size, job.base.schedule, rng_of(job.recipe, micro)).tolist()
+    return drawn
 
 
 @contextlib.contextmanager

@@ -12,9 +12,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from .events import Chosen, Event, Finished, Fold, Sample, Saved, Started, Step
+from .events import Chosen, Event, Finished, Fold, Sample, Saved, Started, Step, SteppedDown, Warned
 from .recipe import Recipe, flatten
-from .words import duration, loaded, pace, plain, readable
+from .words import duration, fits, loaded, pace, plain, readable
 
 SMOOTHING = 0.9  # of the loss that is shown: single steps are mostly noise
 LINES = 10  # of progress, where there is no terminal
@@ -100,6 +100,11 @@ class View:
                 self.say(f"left out {', '.join(event.pictures)} ({event.number} of {event.of}): {told}")
             case Chosen():
                 self._chosen(event)
+            case SteppedDown():
+                self.say(f"memory   {event.why}, so: {event.what}; going on after step {event.step}")
+                self.step = event.step
+            case Warned():
+                self.say(f"warning: {event.text}")
             case Finished():
                 self.finished = event
 
@@ -115,6 +120,9 @@ class View:
         self.say(f"learning {len(event.images)} pictures, {event.parameters:,} parameters to train on {event.device}")
         if len(event.shapes) > 1:
             self.say(f"shapes   {', '.join(f'{shape} ({count})' for shape, count in event.shapes.items())}")
+        self.say(f"fits     {fits(event.fit)}")
+        for why in event.fit["why"]:
+            self.say(f"         {why}")
         self.step = event.resumed
         if event.resumed:
             self.say(f"going on after step {event.resumed}")
@@ -126,7 +134,7 @@ class View:
     def _step(self, event: Step) -> None:
         self.step, self.spent = event.step, self.spent + event.seconds
         if event.skipped:
-            self.say(f"step {event.step} skipped: its loss was not finite")
+            self.say(f"step {event.step} skipped: {event.cause}")
             return
         first = self.loss != self.loss  # nan: nothing told yet
         self.loss = event.loss if first else SMOOTHING * self.loss + (1 - SMOOTHING) * event.loss

@@ -35,6 +35,13 @@ def pace(steps_per_second: float) -> str:
     return f"{steps_per_second:.1f} steps/s" if steps_per_second >= 1 else f"{1 / steps_per_second:.1f} s/step"
 
 
+def fits(fit: Mapping[str, Any]) -> str:
+    """How a run fits into memory, from what it told: `bfloat16, checkpointing: 5.1 of 8.0 GB (probe), estimate 4.8 GB`."""
+    told = [f"{readable(fit['probe'])} of {readable(fit['budget'])} (probe)"] if fit.get("probe") and fit.get("budget") else []
+    told += [f"estimate {readable(estimate['peak'])}"] if (estimate := fit.get("estimate")) else []
+    return f"{fit['words']}{': ' if told else ''}{', '.join(told)}"
+
+
 def loaded(facts: Mapping[str, Any]) -> str:
     """What was loaded of a base, from its facts: the true dtypes, sizes and prediction, whatever was asked for."""
     prediction = facts["prediction"] + (" with zero-terminal SNR" if facts["zero_snr"] else "")

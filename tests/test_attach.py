@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from personalize.adapters import Adapter, LowRank
 from personalize.adapters.keys import FAMILIES, modules
-from personalize.attach import TARGETS, adaptable, attach
+from personalize.attach import attach
 from personalize.base import Base
 from personalize.errors import AdapterError, FamilyMismatchError, RecipeError
 from personalize.recipe import AdapterSpec
+from personalize.targets import TARGETS, adaptable
 
 BOTH = ("unet", "text_encoder")
 EVERYTHING = AdapterSpec(rank=2, targets=("attention", "feedforward", "projection", "conv"), text_rank=3)

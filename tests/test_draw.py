@@ -17,10 +17,11 @@ from personalize import beginning, sample
 from personalize.adapters import Adapter, Dense, LowRank, bake
 from personalize.adapters.deltas import Decomposed, Structured
 from personalize.adapters.weighting import read
-from personalize.attach import adaptable, attach
+from personalize.attach import attach
 from personalize.base import Base
 from personalize.draw import Job, draw, drawn
 from personalize.errors import AdapterError, PersonalizeError, RecipeError
+from personalize.targets import adaptable
 
 STEPS = 4
 NORM, BIAS = "unet.conv_norm_out", "unet.mid_block.attentions.0.proj_in.bias"

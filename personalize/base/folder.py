@@ -14,7 +14,7 @@ from torch import Tensor
 from ..adapters.headers import read_header
 from ..errors import BaseModelError
 from ..families import Family, detect
-from .loaded import Loaded, check_family
+from .loaded import Loaded, check_family, vae_dtype
 from .sources import CONFIGS, PICKLES, TEXTS, first_line, missing, read_json
 from .tokens import load_tokenizer
 
@@ -33,7 +33,7 @@ def load_folder(folder: Path, dtype: torch.dtype) -> Loaded:
         read_json(folder / "scheduler" / CONFIGS["scheduler"]),
         {part: load_tokenizer(folder / TEXTS[part]) for part in texts},
         load_model(UNet2DConditionModel, folder / "unet", dtype),
-        load_model(AutoencoderKL, folder / "vae", dtype),
+        load_model(AutoencoderKL, folder / "vae", vae_dtype(dtype)),
         {part: load_model(kinds[part], folder / part, dtype) for part in texts},
         stored={part: dtypes_in(folder / part) for part in parts},
     )

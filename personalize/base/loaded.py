@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..errors import BaseModelError
 from ..families import Family, refusal
 
@@ -22,6 +24,11 @@ class Loaded:
     vae: Any
     texts: Mapping[str, Any]  # part => model
     stored: Mapping[str, Mapping[str, int]] = field(default_factory=dict)  # part => bytes on the disk by dtype
+
+
+def vae_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What a VAE computes in: never float16, in which SDXL's own overflows."""
+    return torch.float32 if dtype == torch.float16 else dtype
 
 
 def check_family(path: Path, family: Family, beside: int) -> None:

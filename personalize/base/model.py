@@ -1,11 +1,16 @@
-"""Base: a frozen diffusion model with four verbs: encode, embed, denoise, decode."""
+"""Base: a frozen diffusion model with four verbs: encode, embed, denoise, decode.
+
+Each verb brings the models that it needs to the base's device. Where memory is short (`lean`), the VAE and the text encoders
+leave it again, and nothing else changes.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import functools
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +23,20 @@ from ..recipe import Recipe
 from .cond import Cond
 from .folder import examine, load_folder
 from .loaded import Loaded
+from .quantized import Quantized
 from .schedule import Schedule
 from .single import ZERO_SNR, examine_single, load_single
 from .sources import locate
 from .text import TextEncoder
 from .vae import other_vae
 
+TILE = 512  # pixels
 SKIPPED = 2  # SDXL reads the last layer but one of both encoders, without their final norm (Podell et al. 2023, section 2)
 
 
 @dataclass(eq=False)
 class Base:
-    """A loaded base: frozen, in eval mode, on one device."""
+    """A loaded base: frozen, in eval mode, computing on one device."""
 
     name: str
     path: Path  # its folder or file
@@ -41,6 +48,9 @@ class Base:
     unet: Any
     vae: Any
     stored: dict[str, dict[str, int]]  # part => bytes on the disk by dtype
+    lean: bool = False  # encoders leave the device when they are done
+    tiled: bool = False  # pictures are decoded one by one, in tiles
+    _busy: Counter[int] = field(default_factory=Counter, repr=False)  # by model, how many hold it on the device
 
     @classmethod
     def load(
@@ -117,11 +127,50 @@ class Base:
             "prediction": self.schedule.prediction,
             "zero_snr": bool(self.schedule.alphas_cumprod[-1] == 0),
             "resolution": self.resolution,
-            "parameters": {part: sum(p.numel() for p in model.parameters()) for part, model in models.items()},
+            "parameters": {part: sum(map(numel, model.modules())) for part, model in models.items()},
             "stored": stored,
-            "dtypes": {part: str(next(model.parameters()).dtype).removeprefix("torch.") for part, model in models.items()},
-            "bytes": sum(p.nbytes for model in models.values() for p in model.parameters()),
+            "dtypes": {part: dtypes_of(model) for part, model in models.items()},
+            "bytes": sum(held(model) for model in models.values()),
         }
+
+    def place(self, device: torch.device | None = None, *, lean: bool = False, tiled: bool = False) -> None:
+        """Compute on `device` from now on. With `lean`, encoders leave it when they are done, and come when they are needed."""
+        self.lean, self.tiled = lean, tiled
+        if device is not None and device != self.device:
+            self.device = device
+            self.__dict__.pop("schedule", None)
+        self._send_away()
+
+    @contextlib.contextmanager
+    def using(self, *models: Any) -> Iterator[None]:
+        """Inside, these models are on the base's device; behind it, those that are to leave it are gone."""
+        self._busy.update(map(id, models))
+        try:
+            for model in models:
+                if next(model.parameters()).device != self.device:
+                    model.to(self.device)
+            yield
+        finally:
+            self._busy.subtract(map(id, models))
+            self._send_away()
+
+    @contextlib.contextmanager
+    def keeping(self) -> Iterator[None]:
+        """Inside, what came to the device stays: for many calls in a row."""
+        models = (self.vae, *(text.model for text in self.texts))
+        self._busy.update(map(id, models))
+        try:
+            yield
+        finally:
+            self._busy.subtract(map(id, models))
+            self._send_away()
+
+    def _send_away(self) -> None:
+        """Encoders that nobody uses leave the device, where memory is short; those that learn stay."""
+        for model in (self.vae, *(text.model for text in self.texts)) if self.lean else ():
+            there = next(model.parameters()).device.type
+            if there != "cpu" and not self._busy[id(model)] and not any(p.requires_grad for p in model.parameters()):
+                model.to("cpu")
 
     @functools.cached_property
     def schedule(self) -> Schedule:
@@ -131,15 +180,31 @@ class Base:
 
     def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Pixels [b, 3, h, w] in [-1, 1] => posterior mean and std [b, c, h/f, w/f], scaled to the UNet's units."""
-        posterior = self.vae.encode(pixels.to(self.device, self.vae.dtype)).latent_dist
+        with self.using(self.vae):  # never in tiles: what is learned does not depend on memory
+            posterior = self.vae.encode(pixels.to(self.device, self.vae.dtype)).latent_dist
         scale = self.vae.config.scaling_factor
         return (posterior.mean - (self.vae.config.shift_factor or 0)) * scale, posterior.std * scale
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents [b, c, h/f, w/f] in the UNet's units => pixels [b, 3, h, w] in [-1, 1]."""
         raw = latents / self.vae.config.scaling_factor + (self.vae.config.shift_factor or 0)
-        pixels: Tensor = self.vae.decode(raw.to(self.device, self.vae.dtype), return_dict=False)[0]
+        with self.using(self.vae), self._in_tiles():
+            pixels: Tensor = self.vae.decode(raw.to(self.device, self.vae.dtype), return_dict=False)[0]
         return pixels.clamp(-1, 1)
+
+    @contextlib.contextmanager
+    def _in_tiles(self) -> Iterator[None]:
+        """Inside, the VAE decodes picture by picture, in tiles of TILE pixels or of half the base's own side, if that is less."""
+        if not self.tiled:
+            yield
+            return
+        side = min(TILE, self.resolution // 2)
+        self.vae.tile_sample_min_size, self.vae.tile_latent_min_size = side, side // self.factor
+        self.vae.use_slicing = self.vae.use_tiling = True
+        try:
+            yield
+        finally:
+            self.vae.use_slicing = self.vae.use_tiling = False
 
     def windows(self, prompts: Sequence[str], *, weighted: bool = False, shuffled: bool = False) -> int:
         """How many windows of 75 tokens the longest of these prompts fills, also in any other order; at least one."""
@@ -151,8 +216,12 @@ class Base:
         `weighted` reads `(word:1.2)`, `[word]` and BREAK as UIs do; else every character stands for itself, as in captions.
         """
         count = max(windows, self.windows(prompts, weighted=weighted))
-        states, pooled = zip(*(text.embed(prompts, count, weighted) for text in self.texts), strict=True)
+        states, pooled = zip(*(self._read(text, prompts, count, weighted) for text in self.texts), strict=True)
         return Cond(torch.cat(states, dim=-1), pooled[-1] if self.sized else None)
+
+    def _read(self, text: TextEncoder, prompts: Sequence[str], windows: int, weighted: bool) -> tuple[Tensor, Tensor | None]:
+        with self.using(text.model):
+            return text.embed(prompts, windows, weighted)
 
     def denoise(self, latents: Tensor, timesteps: Tensor, cond: Cond) -> Tensor:
         """Noisy latents [b, c, h, w], timesteps [b], conditioning of b prompts => the UNet's prediction [b, c, h, w].
@@ -163,10 +232,16 @@ class Base:
         if self.sized:
             height, width = (self.factor * side for side in latents.shape[-2:])
             whole = latents.new_tensor([[height, width, 0, 0, height, width]]).expand(len(latents), 6)
-            added = {"text_embeds": cond.pooled, "time_ids": whole if cond.sizes is None else cond.sizes}
-        predicted: Tensor = self.unet(
-            latents, timesteps, encoder_hidden_states=cond.tokens, added_cond_kwargs=added, return_dict=False
-        )[0]
+            assert cond.pooled is not None
+            added = {"text_embeds": cond.pooled.to(self.dtype), "time_ids": whole if cond.sizes is None else cond.sizes}
+        with self.using(self.unet):
+            predicted: Tensor = self.unet(
+                latents.to(self.dtype),
+                timesteps,
+                encoder_hidden_states=cond.tokens.to(self.dtype),
+                added_cond_kwargs=added,
+                return_dict=False,
+            )[0]
         return predicted
 
 
@@ -174,6 +249,24 @@ def family_at(name: str | Path) -> Family:
     """The family of a base, from configs and headers alone. Raises BaseModelError for what `Base.load` would refuse by those."""
     path = locate(name)
     return examine(path) if path.is_dir() else examine_single(path)
+
+
+def numel(module: nn.Module) -> int:
+    """Parameters of a module itself, without its children; those of a packed one as they were."""
+    packed = module.in_features * module.out_features if isinstance(module, Quantized) else 0
+    return packed + sum(p.numel() for p in module.parameters(recurse=False))
+
+
+def dtypes_of(model: nn.Module) -> str:
+    """In what a model's weights are held: `float32`, `bfloat16 and int8`."""
+    packed = {module.format: None for module in model.modules() if isinstance(module, Quantized)}
+    return " and ".join([str(next(model.parameters()).dtype).removeprefix("torch."), *packed])
+
+
+def held(model: nn.Module) -> int:
+    """Bytes of a model's weights, packed or not."""
+    packed = sum(b.nbytes for module in model.modules() if isinstance(module, Quantized) for b in module.buffers(recurse=False))
+    return packed + sum(p.nbytes for p in model.parameters())
 
 
 def encoders(found: Loaded, clip_skip: int) -> tuple[TextEncoder, ...]:

@@ -14,6 +14,7 @@ from ..adapters.keys import Shape
 from ..errors import BaseModelError
 from ..families import Family
 from .folder import load_model
+from .loaded import vae_dtype
 
 PREFIX = "first_stage_model."  # of a VAE's keys in a checkpoint
 SCALES = {"sdxl": 0.13025}  # of latents, to be of unit variance; other families have SD 1's
@@ -49,6 +50,7 @@ def other_vae(path: Path, family: Family, dtype: torch.dtype) -> Any:
     """A VAE from elsewhere: its diffusers folder, a base's folder, or a file of a VAE or of a whole checkpoint."""
     from diffusers import AutoencoderKL
 
+    dtype = vae_dtype(dtype)
     if path.is_dir():
         return load_model(AutoencoderKL, path / "vae" if (path / "vae").is_dir() else path, dtype)
     return vae_in(path, family, dtype)

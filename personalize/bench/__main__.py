@@ -6,9 +6,9 @@ import argparse
 import sys
 
 from ..errors import PersonalizeError
-from . import algebra, fuzz
+from . import algebra, fuzz, memory
 
-BENCHMARKS = {"algebra": algebra, "fuzz": fuzz}
+BENCHMARKS = {"algebra": algebra, "fuzz": fuzz, "memory": memory}
 
 
 def parser() -> argparse.ArgumentParser:

@@ -12,7 +12,7 @@ section's table or outside any) and, with dashes, its flag (`batch_size`, `--bat
     reference.py docs/recipe.md
 """
 
-from .fields import AdapterSpec, Choosing, Data, Objective, Optim, Part, Recipe, Sampling
+from .fields import AdapterSpec, Choosing, Data, Fitting, Objective, Optim, Part, Recipe, Sampling
 from .resolve import from_json, presets, resolve, to_json, to_toml
 from .settings import Setting, flat, flatten, record, settings
 
@@ -20,6 +20,7 @@ __all__ = [
     "AdapterSpec",
     "Choosing",
     "Data",
+    "Fitting",
     "Objective",
     "Optim",
     "Part",

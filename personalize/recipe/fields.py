@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from ..errors import RecipeError
 
@@ -123,6 +123,50 @@ class Optim(Part):
         return math.ceil(self.text_encoder_share * steps) if self.text_encoder_lr else 0
 
 
+UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
+Choice = Literal["auto", "yes", "no"]
+
+
+class Fitting(Part):
+    """How the run fits into memory. What is on auto is chosen before the run; what was chosen is told and stored."""
+
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto",
+        description="of the base's weights and of computing; the adapter stays float32 (auto: bfloat16 on a GPU that has it)",
+    )
+    memory: str = Field("auto", description="what the run may take, such as 6GB; auto: what is free on a GPU, anything on a CPU")
+    checkpointing: Choice = Field("auto", description="compute activations again in the backward pass, instead of keeping them")
+    free_encoders: Choice = Field("auto", description="keep the VAE and text encoders off the GPU while they have nothing to do")
+    tile_vae: Choice = Field("auto", description="draw sample pictures one at a time, and encode and decode them in tiles")
+    quantize: Literal["auto", "none", "int8", "fp8", "nf4"] = Field(
+        "auto", description="how the UNet's frozen linear layers are held; auto: int8 where nothing milder makes the run fit"
+    )
+    micro_batch: int = Field(
+        0, ge=0, description="pictures computed at once; their gradients add up to the batch's (0: what fits)"
+    )
+    compile: bool = Field(False, description="compile the UNet's transformer blocks: minutes at first, then faster steps")
+
+    @field_validator("memory")
+    @classmethod
+    def _readable(cls, text: str) -> str:
+        if text != "auto":
+            _bytes(text)
+        return text
+
+    @property
+    def budget(self) -> int | None:
+        """Bytes that the run may take; None: to be found out."""
+        return None if self.memory == "auto" else _bytes(self.memory)
+
+
+def _bytes(text: str) -> int:
+    """`6GB`, `5.5 GiB`, `800m` or plain bytes, as a number. Raises RecipeError."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]i?)?b?\s*", text.lower())
+    if not found or not float(found[1]):
+        raise RecipeError(f"--memory must be an amount of memory, not {text!r}", "write 6GB, 5.5GiB or auto")
+    return int(float(found[1]) * UNITS[found[2] or ""])
+
+
 WITHOUT_CLASS = (
     "{trigger}",
     "{trigger} in the snow",
@@ -186,6 +230,7 @@ class Recipe(Part):
     optim: Optim = Optim()
     sampling: Sampling = Sampling()
     choosing: Choosing = Choosing()
+    fitting: Fitting = Fitting()
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
@@ -204,6 +249,8 @@ class Recipe(Part):
         if self.choosing.leave_one_out and (self.choosing.holdout or self.choosing.choose == "none"):
             other = "--holdout" if self.choosing.holdout else "--choose none"
             raise RecipeError(f"--leave-one-out and {other} exclude each other", "leave one of them out")
+        if self.fitting.micro_batch > self.batch_size:
+            raise RecipeError(f"--micro-batch {self.fitting.micro_batch} is more than --batch-size {self.batch_size}")
         if self.name is not None and Path(self.name).name != self.name:
             raise RecipeError(f"--name must be a plain file name, not {self.name!r}", "the folder is --output")
         for flag, template in self._templates():

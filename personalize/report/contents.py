@@ -9,7 +9,7 @@ from pathlib import PurePath
 from typing import Any, NamedTuple
 
 from ..recipe import settings
-from ..words import loaded
+from ..words import fits, loaded
 from . import use
 from .choice import choice
 from .curves import figure, panels
@@ -208,7 +208,8 @@ def remarks(run: Run) -> list[str]:
     out = [str(warning) for warning in said] if isinstance(said, list) else []
     lost = sum(number(record.get("loss")) is None or record.get("skipped") is True for record in run.steps)
     out += [f"{lost} step{'s' * (lost > 1)} had a loss or gradient that was not finite and changed nothing"] if lost else []
-    return out
+    out += [f"step {record['step']}: {cause}" for record in run.steps if (cause := record.get("cause"))][:3]
+    return [*out, *run.remarks]
 
 
 def machine(run: Run) -> list[tuple[str, str]]:
@@ -223,6 +224,7 @@ def machine(run: Run) -> list[tuple[str, str]]:
         ("one step", duration(middle or None)),
         ("speed", f"{batch / middle:.3g} pictures/s" if middle and batch else None),
         ("peak memory", size(number(finished.get("peak_bytes")))),
+        ("fits as", fits(fit) if (fit := section(run.started, "fit")).get("words") else None),
         ("base", loaded(facts) if (facts := section(run.started, "base")) else None),
         ("device", " ".join(str(run.started[key]) for key in ("device", "dtype") if run.started.get(key))),
         ("trainable", f"{number(run.started.get('parameters')) or 0:,.0f} parameters" if run.started.get("parameters") else None),

@@ -28,6 +28,8 @@ NEEDED: dict[str, Kinds] = {
     "scored": SCORED,
     "chosen": {"step": int, "best": int, "low": (int, float), "high": (int, float), "judged_by": str},
     "saved": {"step": int, "path": str},
+    "steppeddown": {"step": int, "what": str, "why": str},
+    "warned": {"step": int, "text": str},
     "finished": {},
     "stopped": {},
     "error": {"message": str},
@@ -49,6 +51,7 @@ class Run:
     finished: Record | None
     trouble: str
     lives: int
+    remarks: tuple[str, ...]  # what was told on the way
     recipe: Record  # flat names, as flags have them
     toml: str
     metrics: tuple[Record, ...]
@@ -120,6 +123,7 @@ def read_run(folder: Path) -> Run:
         finished=_finished(told),
         trouble=_trouble(told),
         lives=len(starts),
+        remarks=tuple(_remarks(told)),
         recipe=_flat(recipe),
         toml=toml,
         metrics=_metrics(folder),
@@ -194,6 +198,14 @@ def _trouble(told: Sequence[Record]) -> str:
     """Why the run's last life ended early; empty if it did not say."""
     last = told[-1] if told else {}
     return str(last.get("message", "")) if last.get("event") == "error" else ""
+
+
+def _remarks(told: Sequence[Record]) -> Iterator[str]:
+    for record in told:
+        if record["event"] == "warned":
+            yield f"after step {record['step']}: {record['text']}"
+        if record["event"] == "steppeddown":
+            yield f"memory ran out ({record['why']}): {record['what']} gave way, and the run went on after step {record['step']}"
 
 
 def _toml(text: str) -> dict[str, Any]:

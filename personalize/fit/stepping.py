@@ -1,0 +1,32 @@
+"""One step's gradients: forward and backward, in as many pieces as fit into memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+from ..attach import Attached
+from ..objectives import Denoise, Inputs, Loss, Piece, Rng
+from ..optim import Optimizer
+
+Seeds = Callable[[int], int]  # piece -> seed of its dropout
+
+
+def gradients(
+    denoise: Denoise, loss: Loss, attached: Attached, opt: Optimizer, n: int, batches: Iterable[tuple[Inputs, Rng, Seeds]]
+) -> Tensor:
+    """Add up the gradients of some batches, each in `n` pieces: [losses of all pictures..., the gradient's norm].
+
+    Nothing here waits for the device.
+    """
+    told: list[Tensor] = []
+    for inputs, rng, seeds in batches:
+        for i in range(n):
+            with attached.dropping(seeds(i)):
+                losses = loss(denoise, inputs, rng, Piece(i, n))  # [b], one per picture
+            shared = inputs.cond.tokens.requires_grad and i < n - 1  # the text encoder's pass, which all pieces go back through
+            opt.backward(losses, of=len(inputs.mean) - inputs.class_images, again=shared)
+            told.append(losses.detach())
+    return torch.cat([*told, opt.norm()[None]])
