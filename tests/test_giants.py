@@ -56,7 +56,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     kept = os.environ.get("PERSONALIZE_GIANTS")
     path = Path(kept or tmp_path_factory.mktemp("giants")) / "sd1.safetensors"
     if not path.is_file():
-        bases.single(path, "sd1", true=True)
+        bases.single(path.with_suffix(".part"), "sd1", true=True).rename(path)
     yield path
     if not kept:
         path.unlink()
@@ -189,7 +189,7 @@ def kohyas_targets(name: str, folder: Path) -> Path:
     patterns = {part: [TARGETS[part][target] for target in KOHYA if target in TARGETS[part]] for part in TARGETS}
     patterns["text_encoder_2"] = patterns["text_encoder"]
     paths = [path for path in modules(bases.ROWS[name]) if any(re.fullmatch(p, path) for p in patterns[part_of(path)])]
-    return rank_one(bases.ROWS[name], paths).save(folder / name)
+    return rank_one(bases.ROWS[name], paths).save(folder / f"adapter-{name}")
 
 
 @pytest.mark.parametrize("name", COUNTS)
@@ -212,18 +212,18 @@ LOUD = 0.3  # of each weight's norm: what two steps have learned is too little t
 
 
 @pytest.fixture(scope="module")
-def loud(file: Path, trained: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def loud(file: Path, trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
     """What renderers are told to draw: the base, the base with the trained adapter made louder, and both baked into one file."""
     folder, weights, adapter = tmp_path_factory.mktemp("loud"), open_weights(file), Adapter.load(trained)
-    louder: dict[str, LowRank] = {}
+    baked, louder = folder / "baked.safetensors", {}
     for path, delta in adapter.deltas.items():
         assert isinstance(delta, LowRank)
         louder[path] = delta * (LOUD * float(weights[path].float().norm()) / delta.norm())
-    made = Adapter(louder, adapter.metadata)
-    path = made.save(folder / "loud")
-    bake(file, [(Adapter.load(path), 1.0)], folder / "baked.safetensors")
-    return {"base": str(file), "adapter": str(path), "baked": str(folder / "baked.safetensors"), "prompt": PROMPT, "seed": SEED,
-            "guidance": GUIDANCE, "size": SIZE}  # fmt: skip
+    made = Adapter(louder, adapter.metadata).save(folder / "loud")
+    bake(file, [(Adapter.load(made), 1.0)], baked)
+    files = {"base": str(file), "adapter": str(made), "baked": str(baked)}
+    yield files | {"prompt": PROMPT, "seed": SEED, "guidance": GUIDANCE, "size": SIZE}
+    baked.unlink()
 
 
 @pytest.fixture(scope="module")
