@@ -202,8 +202,8 @@ def thumbnail(picture: Path, side: int = 256) -> str:
 
 
 def base_version(base: Base) -> str:
-    """Kohya's word for the base's family: `sd_v1`, `sd_v2`, `sd_v2_v` for SD 2 with v-prediction, ..."""
-    velocity = base.family.name == "sd2" and base.schedule.prediction == "v_prediction"
+    """Kohya's word for the base's family: `sd_v1`, `sd_v2`, ...; with v-prediction `sd_v1_v` and `sd_v2_v`, but SDXL's own."""
+    velocity = base.family.name in ("sd1", "sd2") and base.schedule.prediction == "v_prediction"
     return base.family.base_version + ("_v" if velocity else "")
 
 

@@ -1,8 +1,14 @@
-"""Bases of every family's true structure at tiny widths, as diffusers folders and as single files in LDM's names."""
+"""Bases of every family's true structure with random weights, as diffusers folders and as single files in LDM's names.
+
+They are tiny, or of their true size: `python tests/bases.py sd1 FILE.safetensors` writes the 2 GB of an SD 1.5 checkpoint.
+"""
 
 from __future__ import annotations
 
 import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +22,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from personalize.adapters import canonical
 from personalize.adapters.architecture import FAMILIES, Family, Text
 from personalize.adapters.checkpoint_keys import addresses, text_prefix
+from personalize.adapters.keys import weights
 from personalize.base.single import SCHEDULER
 from personalize.base.tokens import clip_tokenizer
 from personalize.families import text_config, unet_config
@@ -30,6 +37,7 @@ VAE = {
     "up_block_types": ("UpDecoderBlock2D",) * 4,
     "sample_size": 64,
 }
+TRUE_VAE = VAE | {"block_out_channels": (128, 256, 512, 512), "sample_size": 512}  # of SD 1, SD 2 and SDXL
 PREDICTS = {"prediction_type": "epsilon"}
 
 
@@ -44,19 +52,36 @@ def tiny(name: str) -> Family:
     return replace(row, unet=unet, texts=texts)
 
 
+def row(name: str, true: bool) -> Family:
+    """A family's row as it is, or tiny."""
+    return ROWS[name] if true else tiny(name)
+
+
 def text_model(text: Text, openclip: bool) -> Any:
     kind = CLIPTextModelWithProjection if text.projection else CLIPTextModel
-    return kind(CLIPTextConfig(**text_config(text, 49408, openclip))).half()
+    return kind(CLIPTextConfig(**text_config(text, 49408, openclip)))
 
 
-def models(name: str, channels: int = 4) -> dict[str, Any]:
-    """Every part of a base, random weights in fp16; `channels` is what its UNet reads."""
+@contextmanager
+def halves() -> Iterator[None]:
+    """Inside, models are made in fp16: those of true size would take twice the memory."""
+    torch.set_default_dtype(torch.float16)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def models(name: str, channels: int = 4, true: bool = False) -> dict[str, Any]:
+    """Every part of a base in fp16, weights as the classes draw them; `channels` is what its UNet reads."""
     torch.manual_seed(sum(map(ord, name)))
-    family = tiny(name)
-    parts = {text.part: text_model(text, text_prefix(family, text.part)[1]) for text in family.texts}
-    unet = UNet2DConditionModel(**unet_config(family) | {"in_channels": channels, "sample_size": 8})
+    family = row(name, true)
+    config = unet_config(family) | {"in_channels": channels} | ({} if true else {"sample_size": 8})
     scale = 0.13025 if name == "sdxl" else 0.18215
-    return {"unet": unet.half(), "vae": AutoencoderKL(**VAE, scaling_factor=scale).half(), **parts}
+    with halves():
+        parts = {text.part: text_model(text, text_prefix(family, text.part)[1]) for text in family.texts}
+        vae = AutoencoderKL(**(TRUE_VAE if true else VAE), scaling_factor=scale)
+        return {"unet": UNet2DConditionModel(**config), "vae": vae, **parts}
 
 
 def folder(path: Path, name: str, *, channels: int = 4, **scheduler: Any) -> Path:
@@ -78,16 +103,18 @@ def folder(path: Path, name: str, *, channels: int = 4, **scheduler: Any) -> Pat
     return path
 
 
-def single(path: Path, name: str, *, channels: int = 4, metadata: dict[str, str] | None = None, without: str = " ") -> Path:
+def single(
+    path: Path, name: str, *, channels: int = 4, metadata: dict[str, str] | None = None, without: str = " ", true: bool = False
+) -> Path:
     """A single file in LDM's names; `without` leaves out the keys that begin so."""
-    tensors = {key: value for key, value in ldm(name, channels).items() if not key.startswith(without)}
+    tensors = {key: value for key, value in ldm(name, channels, true).items() if not key.startswith(without)}
     save_file(tensors, path, metadata)
     return path
 
 
-def ldm(name: str, channels: int = 4) -> dict[str, Tensor]:
+def ldm(name: str, channels: int = 4, true: bool = False) -> dict[str, Tensor]:
     """Key => tensor, as such files have them."""
-    family, parts = tiny(name), models(name, channels)
+    family, parts = row(name, true), models(name, channels, true)
     values = {
         canonical(f"{part}.{key.removesuffix('.weight')}"): value
         for part, model in parts.items()
@@ -104,13 +131,23 @@ def ldm(name: str, channels: int = 4) -> dict[str, Tensor]:
         for key, some in found.items()
     }
     if name == "sd2":  # the last of OpenCLIP's layers, which nobody listens to
-        prefix = "cond_stage_model.model.transformer.resblocks."
-        tensors |= {
-            key.replace(f"{prefix}2.", f"{prefix}3."): value.clone() for key, value in tensors.items() if f"{prefix}2." in key
-        }
+        prefix, count = "cond_stage_model.model.transformer.resblocks.", family.texts[0].layers
+        last, unread = f"{prefix}{count - 1}.", f"{prefix}{count}."
+        tensors |= {key.replace(last, unread): value.clone() for key, value in tensors.items() if last in key}
     return tensors | {
         f"first_stage_model.{ldm_vae(key)}": as_conv(key, value) for key, value in parts["vae"].state_dict().items()
     }
+
+
+def shapes(name: str) -> dict[str, tuple[int, ...]]:
+    """Key => shape of the UNet and text encoders of a family of true size, in LDM's names."""
+    found: dict[str, tuple[int, ...]] = {}
+    for path, address in addresses(ROWS[name]).items():
+        width = {text.part: text.width for text in ROWS[name].texts}.get(path.partition(".")[0], 0)
+        table = (77 if "position_embedding" in path else 49408, width)
+        shape = weights(ROWS[name]).get(path, table)
+        found[address.key] = (3 * shape[0], *shape[1:]) if address.rows else shape
+    return found
 
 
 def ldm_vae(key: str) -> str:
@@ -133,3 +170,7 @@ def ldm_vae(key: str) -> str:
 def as_conv(key: str, value: Tensor) -> Tensor:
     """LDM's attention layers are 1x1 convolutions."""
     return value[..., None, None] if "attentions" in key and value.ndim == 2 else value
+
+
+if __name__ == "__main__":
+    single(Path(sys.argv[2]), sys.argv[1], true=True)

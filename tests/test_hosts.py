@@ -198,6 +198,9 @@ def stood_in(stubs: Mapping[str, Any], paths: list[Path]) -> Iterator[None]:
     """Imports find these first; what was imported is forgotten, but by those who hold it."""
     before, path = dict(sys.modules), list(sys.path)
     sys.modules.update(stubs)
+    for name, stub in stubs.items():
+        if (parent := stubs.get(name.rpartition(".")[0])) is not None:
+            setattr(parent, name.rpartition(".")[2], stub)  # as an import that finds its file does
     sys.path[:0] = map(str, paths)
     try:
         with warnings.catch_warnings():
