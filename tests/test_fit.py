@@ -704,7 +704,7 @@ def test_a_picture_in_tiles_is_nearly_the_same(pocket: Base) -> None:
     one, other = (torch.tensor(list(picture.tobytes()), dtype=torch.float32) / 255 for picture in (plain, tiled))
     gap = float((one - other).abs().mean())
     print(f"tiles: {gap:.4f}")
-    assert 0 < gap < 0.03  # of 1, on average: each tile normalizes over itself
+    assert 0 < gap < 0.05  # of 1, on average: each tile normalizes over itself
 
 
 def test_attention_is_fused_with_and_without_an_adapter(tiny_base: Path) -> None:
