@@ -30,19 +30,7 @@ from .errors import PersonalizeError, TrainingError
 from .events import Event, Finished, Sample, Saved, Started, Step, Sweep, Warned
 from .files import atomic, write_text
 from .fit import Seeds, gradients, lacking, pieces, place
-from .fitting import (
-    PATIENCE,
-    Work,
-    begin,
-    choose,
-    first_sentence,
-    hopeless,
-    lower,
-    peak_bytes,
-    settle,
-    skip,
-    spilled,
-)
+from .fitting import PATIENCE, Work, begin, choose, first_sentence, hopeless, lower, peak_bytes, settle, skip, spilled
 from .metadata import describe_run, sidecar, versions
 from .objectives import Inputs
 from .recipe import Recipe, flatten, to_toml
