@@ -759,6 +759,7 @@ def test_a_step_waits_for_the_device_once(make: Make, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # torch 2.13 warns of its own compiler
 def test_compiled_blocks_learn_the_same(make: Make, tmp_path: Path) -> None:
     plain, compiled = make(output=tmp_path / "plain"), make(output=tmp_path / "compiled", compile=True)
     run(plain)
