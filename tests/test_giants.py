@@ -37,10 +37,11 @@ from personalize.adapters.headers import read_header
 from personalize.adapters.hosts import HOSTS, ignored
 from personalize.adapters.keys import modules, part_of
 from personalize.adapters.surgery import bake
-from personalize.attach import TARGETS, attach
+from personalize.attach import attach
 from personalize.base import Base
 from personalize.families import unet_config
 from personalize.recipe import resolve
+from personalize.targets import TARGETS
 from personalize.train import train
 
 pytestmark = pytest.mark.slow
