@@ -422,6 +422,16 @@ def test_commands_can_be_typed(finished: Path, dialect: str) -> None:
     assert (len(a1111.parts), len(comfy.parts)) == ((2, 2) if dialect == "kohya" else (3, 3))
 
 
+@pytest.mark.parametrize(("base", "family", "line"), [
+    ("sd.safetensors", "sd1", "StableDiffusionPipeline.from_single_file(base)"),
+    ("xl.safetensors", "sdxl", "StableDiffusionXLPipeline.from_single_file(base)"),
+    ("someone/xl", "sdxl", "StableDiffusionXLPipeline.from_pretrained(base)"),
+])  # fmt: skip
+def test_diffusers_reads_each_base_as_what_it_is(finished: Path, base: str, family: str, line: str) -> None:
+    run = read_run(write(finished, [start(finished, base={"family": family})], base=base))
+    assert f"pipe = {line}" in use.uses(run, "a cat")[1].parts[0][1]
+
+
 @pytest.mark.parametrize("module", [curves, contents])
 def test_examples_in_the_docs(module: Any) -> None:
     tried = doctest.testmod(module)

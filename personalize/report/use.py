@@ -55,6 +55,7 @@ def _here(run: Run, prompt: str) -> Use:
 def _diffusers(run: Run, prompt: str) -> Use:
     name = run.trigger if run.trigger.isidentifier() else "mine"
     pipeline = "StableDiffusionXLPipeline" if _family(run) == "sdxl" else "StableDiffusionPipeline"
+    reader = "from_single_file" if _base(run).endswith(".safetensors") else "from_pretrained"
     lines = [
         *(["from importlib.resources import files", ""] if _shipped(run) else []),
         "import torch",
@@ -62,7 +63,7 @@ def _diffusers(run: Run, prompt: str) -> Use:
         "",
         f"base = {_folder_of_base(run)}",
         f"adapter = {str(_shown(_file(run)))!r}",
-        f"pipe = {pipeline}.from_pretrained(base)",
+        f"pipe = {pipeline}.{reader}(base)",
         f"pipe.load_lora_weights(adapter, adapter_name={name!r})",
         f"pipe.set_adapters({name!r}, {strength(run):g})",
         "image = pipe(",
