@@ -46,6 +46,7 @@ def loaded(facts: Mapping[str, Any]) -> str:
     """What was loaded of a base, from its facts: the true dtypes, sizes and prediction, whatever was asked for."""
     prediction = facts["prediction"] + (" with zero-terminal SNR" if facts["zero_snr"] else "")
     stored = " and ".join(f"{dtype.lower()} ({readable(size)})" for dtype, size in facts["stored"].items())
-    held = f"{' and '.join(dict.fromkeys(facts['dtypes'].values()))} ({readable(facts['bytes'])})"
+    dtypes = dict.fromkeys(dtype for part in facts["dtypes"].values() for dtype in part.split(" and "))
+    held = f"{' and '.join(dtypes)} ({readable(facts['bytes'])})"
     million = sum(facts["parameters"].values()) / 1e6
     return f"{facts['title']}, {prediction}, {million:,.0f} M parameters, stored as {stored}, held as {held}"

@@ -245,9 +245,9 @@ class Base:
         return predicted
 
 
-def family_at(name: str | Path) -> Family:
+def family_at(name: str | Path, download: bool = True) -> Family:
     """The family of a base, from configs and headers alone. Raises BaseModelError for what `Base.load` would refuse by those."""
-    path = locate(name)
+    path = locate(name, download)
     return examine(path) if path.is_dir() else examine_single(path)
 
 

@@ -25,8 +25,8 @@ TEXTS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}  # text e
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(?:/(?P<file>.+\.safetensors))?")
 
 
-def locate(name: str | Path) -> Path:
-    """The folder or .safetensors file that a base's name stands for; a hub id that is not cached is downloaded.
+def locate(name: str | Path, download: bool = True) -> Path:
+    """The folder or .safetensors file that a base's name stands for; a hub id that is not cached is downloaded, if it may be.
 
     Raises BaseModelError for pickles, for other files, and for names that are nothing.
     """
@@ -44,25 +44,29 @@ def locate(name: str | Path) -> Path:
     if str(name) in NAMED:
         raise BaseModelError(f"the weights of {name} are missing: there is no folder {path}", "reinstall, or name another --base")
     if HUB_ID.fullmatch(str(name)) and not path.parent.is_dir():
-        return from_hub(str(name))
+        return from_hub(str(name), download)
     raise BaseModelError(
         f"there is no base called {name}: no such folder or file",
         f"choose from {', '.join(NAMED)}, or give a diffusers folder, a .safetensors checkpoint or a hub id such as OWNER/NAME",
     )
 
 
-def from_hub(name: str) -> Path:
+def from_hub(name: str, download: bool = True) -> Path:
     """The folder (or, for OWNER/NAME/FILE.safetensors, the file) of a hub repository in the cache, downloaded if need be."""
     from huggingface_hub import constants, hf_hub_download, list_repo_files, snapshot_download, try_to_load_from_cache
     from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.utils import logging
 
     repo, file = "/".join(name.split("/")[:2]), HUB_ID.fullmatch(name)["file"]  # type: ignore[index]
     found = try_to_load_from_cache(repo, file or f"unet/{CONFIGS['unet']}")
     if isinstance(found, str) and (file or is_whole(Path(found).parents[1])):
         return Path(found) if file else Path(found).parents[1]
+    if not download:
+        raise BaseModelError(f"{name} is not in the cache")
     if constants.HF_HUB_OFFLINE:
         raise BaseModelError(f"{name} is not in the cache, and HF_HUB_OFFLINE is set", "unset it, or give a folder")
     failures: tuple[type[BaseException], ...] = (*HfHubHTTPError.__bases__, ValueError)  # OSError, and its HTTP library's root
+    logging.set_verbosity_error()  # its retries say in many lines what we say in one
     try:
         if file:
             return Path(hf_hub_download(repo, file))

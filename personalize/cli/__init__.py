@@ -128,7 +128,7 @@ def train(folder: Path | None, origin: Path | None, dry_run: bool, fresh: bool, 
 
     The same command again goes on where it was stopped.
     """
-    recipe = resolved(folder, origin, flags)
+    recipe = resolved(folder, origin, flags, needed=not dry_run)
     if dry_run:
         return preview(recipe)
     from ..watch import watch
@@ -136,14 +136,17 @@ def train(folder: Path | None, origin: Path | None, dry_run: bool, fresh: bool, 
     return watch(recipe, fresh=fresh)
 
 
-def resolved(folder: Path | None, origin: Path | None, flags: dict[str, Any]) -> Recipe:
-    """The recipe of a command line. Raises RecipeError, also when nothing says where the pictures are."""
+def resolved(folder: Path | None, origin: Path | None, flags: dict[str, Any], needed: bool = False) -> Recipe:
+    """The recipe of a command line. Raises RecipeError, also when nothing says where the pictures are.
+
+    Where its base will be `needed`, it may be downloaded, and what is wrong with it is said now.
+    """
     from ..recipe import presets, resolve
 
     given = {name: value for name, value in flags.items() if value not in (None, ())}
     if folder is not None:
         given["folder"] = folder
-    if origin is None and "preset" not in given and (usual := usual_preset(given.get("base", "pocket"))) in presets():
+    if origin is None and "preset" not in given and (usual := usual_preset(given.get("base", "pocket"), needed)) in presets():
         given["preset"] = usual
     recipe = resolve(flags=given, start=recipe_of(origin) if origin else None)
     if "folder" not in recipe.data.model_fields_set:
@@ -151,16 +154,21 @@ def resolved(folder: Path | None, origin: Path | None, flags: dict[str, Any]) ->
     return recipe
 
 
-def usual_preset(base: str) -> str:
-    """The preset for subjects of a base's family, whatever the base is called: `sd15-subject`, ...; "" for what is no base."""
+def usual_preset(base: str, needed: bool = True) -> str:
+    """The preset for subjects of a base's family, whatever the base is called: `sd15-subject`, ...
+
+    Where the base is not `needed`, nothing is downloaded, and "" is the answer for what is no base.
+    """
     names, family = {"sd1": "sd15", "sd2": "sd21"}, base
     if base != "pocket":  # which is known without opening anything
         from ..base import family_at
 
         try:
-            family = family_at(base).name
+            family = family_at(base, download=needed).name
         except PersonalizeError:
-            return ""  # whoever needs the base says what is wrong with it
+            if needed:
+                raise
+            return ""
     return f"{names.get(family, family)}-subject"
 
 
