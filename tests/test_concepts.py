@@ -245,7 +245,8 @@ def test_regularization_folders(tmp_path: Path) -> None:
 def make(tiny_base: Path, tmp_path: Path) -> Make:
     def build(folder: Path, **flags: Any) -> Recipe:
         small = {"base": str(tiny_base), "folder": folder, "output": tmp_path / "run", "steps": 2, "batch_size": 2, "rank": 2}
-        quiet = {"sample_prompts": [], "sample_seeds": [0], "sample_steps": 1, "checkpoint_every": 0, "min_snr": 0, "choose": "none"}
+        quiet = {"sample_prompts": [], "sample_seeds": [0], "sample_steps": 1, "checkpoint_every": 0, "min_snr": 0}
+        quiet["choose"] = "none"
         return resolve(flags={**small, **quiet, **flags})
 
     return build

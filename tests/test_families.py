@@ -349,7 +349,5 @@ def test_a_repository_is_downloaded_once_and_safetensors_only(shelf: Path, tmp_p
         assert "BaseModelError: someone/unknown cannot be had from the hub" in unknown.stderr
     again = load("someone/tiny", HF_ENDPOINT="http://127.0.0.1:9")  # where nobody answers
     assert again.stdout == "sd1\n", again.stderr
-    lost = load("someone/else", HF_ENDPOINT="http://127.0.0.1:9")
-    assert "BaseModelError: someone/else cannot be had from the hub: [Errno 111] Connection refused" in lost.stderr
     offline = load("someone/else", HF_HUB_OFFLINE="1")
     assert "someone/else is not in the cache, and HF_HUB_OFFLINE is set" in offline.stderr

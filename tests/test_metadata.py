@@ -15,6 +15,7 @@ from PIL import Image
 from personalize.adapters import Adapter
 from personalize.base import Base
 from personalize.data import read_folder
+from personalize.fit import Fit
 from personalize.metadata import describe_run, sidecar
 from personalize.recipe import Recipe, resolve
 from personalize.train import train
@@ -43,9 +44,9 @@ def test_an_adapter_says_what_it_is_for(name: str, pictures: Path, tmp_path: Pat
     dataset = read_folder(recipe.data)
     for prediction in ("epsilon", "v_prediction"):
         base, (version, *wanted) = Base.load(file, prediction=prediction), SAID[name, prediction]
-        said = describe_run(recipe, base, dataset, "zwx", 1, None)
+        said = describe_run(recipe, base, dataset, "zwx", 1, None, Fit())
         assert [said[key] for key in KEYS] == wanted
-        assert json.loads(sidecar(recipe, base, dataset))["sd version"] == version
+        assert json.loads(sidecar(recipe, base, dataset, 1, 1.0))["sd version"] == version
 
 
 @pytest.mark.slow

@@ -16,7 +16,8 @@ from personalize.recipe import presets
 
 FAMILIES = {"pocket": "pocket", "sd15": "sd1", "sd21": "sd2", "sdxl": "sdxl"}
 PURPOSES = ("style", "subject", "face", "low-memory")
-QUICK = {"steps": 1, "accumulate": 1, "resolution": 64, "sample_steps": 1, "sample_seeds": [0], "checkpoint_every": 0, "choose": "none"}
+QUICK = {"steps": 1, "accumulate": 1, "resolution": 64, "sample_steps": 1, "sample_seeds": [0], "checkpoint_every": 0}
+QUICK |= {"choose": "none"}
 
 
 @pytest.fixture(scope="module")
