@@ -6,9 +6,9 @@ import argparse
 import sys
 
 from ..errors import PersonalizeError
-from . import algebra, fuzz, memory
+from . import algebra, fuzz, memory, step, throughput
 
-BENCHMARKS = {"algebra": algebra, "fuzz": fuzz, "memory": memory}
+BENCHMARKS = {"algebra": algebra, "fuzz": fuzz, "memory": memory, "step": step, "throughput": throughput}
 
 
 def parser() -> argparse.ArgumentParser:

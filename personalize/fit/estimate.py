@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -104,7 +104,8 @@ def _estimate(configs: Configs, load: Load, fit: Fit, parts: tuple[str, ...]) ->
         attached = attach(base, load.recipe.adapter, parts=parts)
     with FakeTensorMode(), torch.random.fork_rng(devices=[]):
         models = [base.unet, base.vae, *(text.model for text in base.texts)]
-        solidify(base, models)
+        base.device = torch.device("cpu")  # of shapes: kernels are chosen by device
+        solidify(models)
         opt = Optimizer(attached.groups(), load.recipe.optim, load.recipe.steps, scaled=fit.precision == "float16")
         learned = list(opt.parameters.values())
         moments = [torch.zeros_like(p) for p in learned for _ in range(2)]
@@ -179,9 +180,8 @@ def ghost(configs: Configs, fit: Fit) -> Base:
     return base
 
 
-def solidify(base: Base, models: list[Any]) -> None:
-    """Inside FakeTensorMode, bring what is nowhere to a CPU of shapes: kernels are chosen by device."""
-    base.device = torch.device("cpu")
+def solidify(models: Iterable[Any]) -> None:
+    """Inside FakeTensorMode, bring what is nowhere to a CPU of shapes."""
     for module in (module for model in models for module in model.modules()):
         for name, old in module._parameters.items():
             if old is not None:

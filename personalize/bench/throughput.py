@@ -1,0 +1,212 @@
+"""How fast training steps are on a GPU, and what they take: true shapes, random weights, beside its bf16 matrix peak."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import itertools
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+from ..attach import Attached, attach
+from ..base import Base, quiet
+from ..errors import TrainingError
+from ..files import write_text
+from ..fit import Configs, Fit, lacking, place
+from ..fit.estimate import ghost, solidify
+from ..optim import Optimizer
+from ..pocket.proof.figures import FIGURES, markdown
+from ..recipe import Recipe
+from . import memory, pairs
+from .step import SIDES, batch_of, learn, recipe_of, step
+
+TINY = {"pocket": 64}
+MODES = ("eager", "compiled")
+WARM = 3  # steps that are not timed; the first compiles
+HEADS = ("family", "side", "batch", "mode", "images/s", "ms per step", "peak GiB", "TFLOP per image", "share of peak")
+Row = dict[str, Any]
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What this benchmark can be told."""
+    parser.add_argument("--families", nargs="*", default=list(SIDES), choices=SIDES, help="which of them")
+    parser.add_argument("--batches", nargs="*", type=int, default=[1, 4, 8], help="pictures per step")
+    parser.add_argument("--modes", nargs="*", default=list(MODES), choices=MODES, help="which of them")
+    parser.add_argument("--rank", type=int, default=8, help="of the adapter, on attention layers")
+    parser.add_argument("--seconds", type=float, default=8, help="so long steps are timed for a row")
+    parser.add_argument("--minutes", type=float, default=9, help="no row is begun later than this; the same call again goes on")
+    parser.add_argument("--tiny", action="store_true", help="the embedded base's shapes, on the CPU: a test of this benchmark")
+    parser.add_argument("--fresh", action="store_true", help="forget the rows that are there")
+    parser.add_argument("--to", type=Path, default=FIGURES, help="folder for throughput.md and throughput.json")
+
+
+def main(options: argparse.Namespace) -> None:
+    """Time what was not timed yet; publish after every row. Raises TrainingError where there is no GPU."""
+    if not options.tiny and not torch.cuda.is_available():
+        raise TrainingError("there is no GPU here, and nothing was timed", "--tiny shows on a CPU that the benchmark runs")
+    began, device = time.monotonic(), torch.device("cpu" if options.tiny else "cuda")
+    about = machine(device) | {"rank": options.rank}
+    rows = [] if options.fresh else kept(options.to / "throughput.json", about)
+    peak = matrix_peak(device, 512 if options.tiny else 8192)  # in each call: clocks differ
+    done = {key(row) for row in rows}
+    for case in itertools.product(TINY if options.tiny else options.families, options.batches, options.modes):
+        if case in done:
+            continue
+        if time.monotonic() - began > 60 * options.minutes:
+            print(f"{options.minutes:g} minutes are over; the same call again goes on with {' '.join(map(str, case))}")
+            break
+        rows.append(row_of(*case, options, device, peak))
+        publish(options, about, rows)
+        print(" ".join(cells(rows[-1])), flush=True)
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What rows must have in common to stand in one table."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    return {"device": name, "torch": torch.__version__}
+
+
+def kept(path: Path, about: dict[str, Any]) -> list[Row]:
+    """Rows of earlier calls on the same machine."""
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return found["rows"] if found.get("about") == about else []
+
+
+def key(row: Row) -> tuple[str, int, str]:
+    """What a row is of."""
+    return row["family"], row["batch"], row["mode"]
+
+
+# ---------------------------------------------------------------- measuring
+
+
+def row_of(family: str, batch: int, mode: str, options: argparse.Namespace, device: torch.device, peak: float) -> Row:
+    """One row, or why there is none."""
+    side, recipe = {**SIDES, **TINY}[family], recipe_of(batch, options.rank)
+    configs, row = memory.configs_of(pairs.family(family), side), {"family": family, "side": side, "batch": batch, "mode": mode}
+    fit = Fit("bfloat16", micro_batch=batch, channels_last=device.type == "cuda", compile=mode == "compiled")
+    if fit.compile and (why := lacking(device)):
+        return row | {"failed": why}
+    try:
+        seconds, taken = timed(trainer(configs, recipe, fit, device), options.seconds, device)
+    except torch.OutOfMemoryError:
+        return row | {"failed": "out of memory"}
+    finally:
+        torch.compiler.reset()
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    flops = flops_of(configs, recipe)
+    return row | {"seconds": seconds, "bytes": taken, "flops": flops, "peak": peak, "share": flops / seconds / peak}
+
+
+def trainer(configs: Configs, recipe: Recipe, fit: Fit, device: torch.device) -> Callable[[], object]:
+    """A function that takes the next step of a run on random weights. The encoders are nowhere: a step does not need them."""
+    base, attached = shapes(configs, recipe, replace(fit, compile=False))
+    fill(base.unet, device)
+    place(base, fit, device)
+    opt = Optimizer(attached.groups(), recipe.optim, recipe.steps)
+    inputs, steps = batch_of(base, recipe, configs.unet["sample_size"]), itertools.count()
+    return lambda: step(base, attached, opt, recipe, inputs, next(steps))
+
+
+def shapes(configs: Configs, recipe: Recipe, fit: Fit) -> tuple[Base, Attached]:
+    """A base without weights, and an adapter on it."""
+    with quiet():
+        base = ghost(configs, fit)
+        return base, attach(base, recipe.adapter)
+
+
+@torch.no_grad()
+def fill(model: torch.nn.Module, device: torch.device) -> None:
+    """Random weights that keep activations as large as they are, for a model that is nowhere."""
+    model.to_empty(device=device)
+    for name, p in model.named_parameters():
+        if p.ndim > 1:
+            p.normal_(std=(p.numel() / len(p)) ** -0.5)
+        else:
+            p.fill_(name.endswith("weight"))  # of a norm
+
+
+def timed(take: Callable[[], object], seconds: float, device: torch.device) -> tuple[float, int | None]:
+    """Seconds per step, and the most bytes held (None on a CPU)."""
+    gpu = device.type == "cuda"
+    wait = torch.cuda.synchronize if gpu else lambda: None
+    for _ in range(WARM):
+        take()
+    if gpu:
+        torch.cuda.reset_peak_memory_stats()
+    wait()
+    began, count = time.perf_counter(), 0
+    while not count or time.perf_counter() - began < seconds:
+        take()
+        count += 1
+    wait()
+    return (time.perf_counter() - began) / count, torch.cuda.max_memory_allocated() if gpu else None
+
+
+def matrix_peak(device: torch.device, n: int) -> float:
+    """FLOP per second of a product of two n x n matrices in bf16: the best of several."""
+    a = torch.randn(n, n, device=device, dtype=torch.bfloat16)
+    return max(2 * n**3 / timed(lambda: a @ a, 0.2, device)[0] for _ in range(5))
+
+
+def flops_of(configs: Configs, recipe: Recipe) -> int:
+    """FLOP of a step: matrix products, convolutions and attention, forward and backward, on shapes alone."""
+    aten: Any = torch.ops.aten
+    ours = {  # torch counts the GPU's attention only
+        aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda g, q, k, v, *_, **__: sdpa_backward_flop_count(
+            g, q, k, v
+        ),
+    }
+    base, attached = shapes(configs, recipe, Fit("bfloat16", micro_batch=recipe.batch_size))
+    with FakeTensorMode(), torch.random.fork_rng(devices=[]):
+        base.device = torch.device("cpu")
+        solidify([base.unet])
+        opt = Optimizer(attached.groups(), recipe.optim, recipe.steps)
+        inputs = batch_of(base, recipe, configs.unet["sample_size"])
+        with FlopCounterMode(display=False, custom_mapping=ours) as counter:
+            learn(base, attached, opt, recipe, inputs)
+    return int(counter.get_total_flops())
+
+
+# ---------------------------------------------------------------- what is told
+
+
+def cells(row: Row) -> list[str]:
+    """A row of the table."""
+    case = [row["family"], f"{row['side']}", f"{row['batch']}", row["mode"]]
+    if "failed" in row:
+        return [*case, row["failed"], *["–"] * 4]
+    taken = "–" if row["bytes"] is None else f"{row['bytes'] / 2**30:.2f}"
+    speed = [f"{row['batch'] / row['seconds']:.2f}", f"{1e3 * row['seconds']:.1f}", taken]
+    return [*case, *speed, f"{row['flops'] / row['batch'] / 1e12:.3f}", f"{100 * row['share']:.1f} %"]
+
+
+def publish(options: argparse.Namespace, about: dict[str, Any], rows: Sequence[Row]) -> None:
+    """throughput.md and throughput.json."""
+    peaks = sorted(row["peak"] / 1e12 for row in rows if "peak" in row)
+    peak = f"{peaks[0]:.1f} to {peaks[-1]:.1f} TFLOP/s" if peaks else "–"
+    page = f"""# Throughput
+
+Training steps on random weights: forward, backward, clipping and AdamW; latents and captions are there already,
+encoders are not on the GPU. The base in bfloat16, a LoRA of rank {options.rank} on attention layers in float32.
+
+- machine: {about["device"]}, torch {about["torch"]}
+- peak: {peak}, the best bf16 product of two square matrices, measured in each call
+- share of peak: FLOP of matrix products, convolutions and attention (torch's counter) per second, of that peak
+- command: python -m personalize.bench throughput{" --tiny" if options.tiny else ""}
+
+"""
+    options.to.mkdir(parents=True, exist_ok=True)
+    write_text(options.to / "throughput.md", page + markdown(HEADS, [cells(row) for row in rows]))
+    write_text(options.to / "throughput.json", json.dumps({"about": about, "rows": list(rows)}, indent=1) + "\n")

@@ -1,0 +1,168 @@
+"""The benchmarks of a training step: what is counted, on shapes and on real tensors, and how throughput goes on."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from personalize.bench import memory, pairs, step, throughput
+from personalize.bench.__main__ import main, parser
+from personalize.bench.counting import Work, phases
+from personalize.errors import DataError, TrainingError
+from personalize.fit import Fit
+
+POCKET = memory.configs_of(pairs.family("pocket"), 64)
+RECIPE = step.recipe_of(1, 4)
+
+SCRIPT = """
+import argparse, torch
+from accelerate import Accelerator
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from peft import LoraConfig
+from transformers import CLIPTextModel
+parser = argparse.ArgumentParser()
+for flag in ("pretrained_model_name_or_path", "mixed_precision"): parser.add_argument("--" + flag)
+told, _ = parser.parse_known_args()
+path, accelerator = told.pretrained_model_name_or_path, Accelerator(mixed_precision=told.mixed_precision, cpu=True)
+models = [kind.from_pretrained(path, subfolder=part) for kind, part in
+          ((UNet2DConditionModel, "unet"), (AutoencoderKL, "vae"), (CLIPTextModel, "text_encoder"))]
+for model in models: model.requires_grad_(False); model.to("cpu", dtype=torch.float32)
+unet, vae, text = models
+unet.add_adapter(LoraConfig(r=4, target_modules=["to_q"]))
+learned = [p for p in unet.parameters() if p.requires_grad]
+unet, opt = accelerator.prepare(unet, torch.optim.AdamW(learned))
+while True:
+    with accelerator.accumulate(unet):
+        latents = vae.encode(torch.zeros(1, 3, 64, 64)).latent_dist.sample().repeat(1, 4, 1, 1)
+        cond = text(torch.zeros(1, 77, dtype=torch.long), return_dict=False)[0]
+        loss = unet(latents, torch.tensor([3]), cond, return_dict=False)[0].square().mean()
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(learned, 1.0)
+        opt.step()
+        opt.zero_grad()
+    accelerator.log({"loss": loss.item(), "again": loss.tolist()})
+"""
+
+
+@pytest.fixture(scope="module")
+def counted() -> dict[str, Any]:
+    return step.ours(POCKET, RECIPE, 64, "float32")
+
+
+def options(name: str, folder: Path, *flags: str) -> argparse.Namespace:
+    return parser().parse_args([name, "--to", str(folder), *flags])
+
+
+def test_operations_are_those_that_compute() -> None:
+    a = torch.ones(4, 8)  # 128 bytes
+    with phases(work := Work(), []), work:
+        b = a.T.reshape(-1)[:3].expand(2, 3)[None].detach()  # one copy, of 128 bytes
+        torch.empty(3), torch.empty_like(a)
+    assert (work.ops, work.bytes, work.waits) == ({"forward": 1}, {"forward": 256}, 0) and b.shape == (1, 2, 3)
+    with phases(work := Work(), []), work:
+        a + a, a.mul_(2)
+        b + 1  # three numbers shown twice: no more than their storage is read
+    assert work.ops == {"forward": 3} and work.bytes == {"forward": 3 * 128 + 2 * 128 + 24 + 24}
+    assert work.names == {"add": 2, "mul_": 1}
+
+
+def test_waits_are_what_the_host_reads() -> None:
+    a = torch.tensor([1.0, 2.0])
+    with phases(work := Work(), []), work:
+        assert (a[1].item(), a.tolist(), a.cpu() is a) == (2.0, [1.0, 2.0], True)
+        a.nonzero()
+    assert work.waits == 4 and torch.Tensor.tolist is not None
+    with work:
+        a.tolist()
+    assert work.waits == 4, "nothing is changed for good"
+
+
+def test_phases_are_those_of_the_methods() -> None:
+    class Owner:
+        def double(self, a: torch.Tensor) -> torch.Tensor:
+            return a + a
+
+    before = Owner.double
+    with phases(work := Work(), [(Owner, "double", "update")]), work:
+        Owner().double(torch.ones(2) * 3)
+    assert (work.ops["update"], work.ops["forward"]) == (1, 2) and Owner.double is before
+
+
+def test_shapes_launch_what_a_real_step_launches(counted: dict[str, Any]) -> None:
+    take = throughput.trainer(POCKET, RECIPE, Fit("float32"), torch.device("cpu"))
+    take()
+    with phases(work := Work(), step.OURS), work:
+        take()
+    assert Counter(counted["names"]) == work.names and counted["ops"] == work.ops and counted["bytes"] == work.bytes
+    assert counted["waits"] == work.waits == 1
+    assert counted["ops"]["update"] < 12, "clipping and AdamW go over all tensors at once"
+
+
+def test_a_larger_batch_touches_more_with_the_same_forward(counted: dict[str, Any]) -> None:
+    one, four = counted, step.ours(POCKET, step.recipe_of(4, 4), 64, "float32")
+    assert one["ops"]["forward"] == four["ops"]["forward"] and one["bytes"]["forward"] < four["bytes"]["forward"]
+    assert one["bytes"]["update"] == four["bytes"]["update"]
+
+
+@pytest.mark.slow
+def test_another_trainers_step_is_counted_as_it_is(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    counts = step.theirs(POCKET, RECIPE, 64, "float32", script)
+    assert set(counts["ops"]) == set(step.PHASES) and min(counts["ops"].values()) > 5 and counts["waits"] == 2
+    script.write_text(SCRIPT.replace("while True", "raise SystemExit('no torch');\nwhile True"))
+    with pytest.raises(TrainingError, match="no torch"):
+        step.theirs(POCKET, RECIPE, 64, "float32", script)
+
+
+def row(whose: str, ops: int, touched: int) -> dict[str, Any]:
+    case = {"family": "sd1", "precision": "float32", "batch": 1, "whose": whose}
+    return {**case, "ops": {"forward": ops}, "bytes": {"forward": touched}, "waits": 1, "names": {}}
+
+
+def test_counts_are_published_side_by_side(tmp_path: Path) -> None:
+    step.publish(options("step", tmp_path), [row("personalize", 100, 10**9), row("diffusers", 150, 3 * 10**9)])
+    page = (tmp_path / "step.md").read_text()
+    assert "1.50 times as many operations and touches 3.00 times the bytes" in page
+    assert "| sd1 | float32 | 1 | diffusers | 0 | 150 | 0 | 0 | 150 | 1 | 3.0 |" in page
+    assert len(json.loads((tmp_path / "step.json").read_text())["rows"]) == 2
+    with pytest.raises(DataError, match=r"no script"):
+        step.main(options("step", tmp_path, "--script", str(tmp_path / "none.py")))
+
+
+def test_flop_are_those_of_the_shapes() -> None:
+    one, two = (throughput.flops_of(POCKET, step.recipe_of(b, 4)) for b in (1, 2))
+    assert one > 10**8 and two == pytest.approx(2 * one, rel=0.01)
+
+
+def test_throughput_goes_on_where_it_stopped(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = ["--tiny", "--modes", "eager", "--seconds", "0"]
+    throughput.main(options("throughput", tmp_path, *flags, "--batches", "1", "2", "--minutes", "-1"))
+    assert "goes on with pocket 1 eager" in capsys.readouterr().out and not (tmp_path / "throughput.json").exists()
+    throughput.main(options("throughput", tmp_path, *flags, "--batches", "1"))
+    first = json.loads((tmp_path / "throughput.json").read_text())["rows"]
+    assert [throughput.key(row) for row in first] == [("pocket", 1, "eager")]
+    assert first[0]["share"] == pytest.approx(first[0]["flops"] / first[0]["seconds"] / first[0]["peak"])
+    failed = {"family": "pocket", "side": 64, "batch": 2, "mode": "eager", "failed": "out of memory"}
+    monkeypatch.setattr(throughput, "row_of", lambda *_: failed)
+    throughput.main(options("throughput", tmp_path, *flags, "--batches", "1", "2"))
+    assert json.loads((tmp_path / "throughput.json").read_text())["rows"] == [*first, failed]
+    assert "| pocket | 64 | 2 | eager | out of memory |" in (tmp_path / "throughput.md").read_text()
+    throughput.main(options("throughput", tmp_path, *flags, "--rank", "2", "--batches", "2"))
+    assert json.loads((tmp_path / "throughput.json").read_text())["rows"] == [failed], "other settings, another table"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_no_gpu_is_said_in_a_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["bench", "throughput"])
+    assert main() == 2
+    assert capsys.readouterr().err.startswith("bench: there is no GPU here")
