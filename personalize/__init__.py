@@ -11,12 +11,12 @@ Names are imported when first used, so that `import personalize` costs nothing.
 
 from __future__ import annotations
 
-import importlib
 import sys
-from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
+
+from .lazy import Lazy
 
 if TYPE_CHECKING:
     from .adapters import Adapter, describe
@@ -58,23 +58,4 @@ __all__ = [
     "write_report",
 ]
 
-
-class _Package(ModuleType):
-    """Serves the public names on first use, also where a submodule has the same name (`train`, `attach`)."""
-
-    def __getattr__(self, name: str) -> Any:
-        if name not in _HOMES:
-            raise AttributeError(f"module 'personalize' has no attribute {name!r}")
-        value = getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
-        self.__dict__[name] = value
-        return value
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if not (name in _HOMES and isinstance(value, ModuleType)):  # importing personalize.train must not hide train()
-            super().__setattr__(name, value)
-
-    def __dir__(self) -> list[str]:
-        return sorted({*super().__dir__(), *__all__})
-
-
-sys.modules[__name__].__class__ = _Package
+sys.modules[__name__].__class__ = Lazy

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 from dataclasses import asdict, dataclass, replace
@@ -51,7 +52,7 @@ class Job:
         """Of the pictures, in pixels."""
         return self.recipe.data.resolution or self.base.resolution
 
-    @property
+    @functools.cached_property
     def windows(self) -> int:
         """Windows of the text encoder that every caption is brought to, so that they fit into one batch."""
         captions = [*(example.caption for example in (*self.dataset.examples, *self.held)), *self.class_captions]
@@ -193,8 +194,7 @@ def compared(recipe: Recipe) -> dict[str, Any]:
 
 def held_as(recipe: Recipe, precision: str) -> dict[str, Any]:
     """In what the base is held, where the recipe decides it."""
-    forced = recipe.fitting.quantize
-    return {"precision": precision, "quantize": forced}
+    return {"precision": precision, "quantize": recipe.fitting.quantize}
 
 
 def weights(base: Base) -> str:

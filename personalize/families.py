@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from .adapters.architecture import A1111 as A1111
 from .adapters.architecture import Text
 from .adapters.keys import FAMILIES, Family, UNet
 
+NAMED = {"pocket": Path(__file__).parent / "pocket" / "weights"}  # bases that came along
 UNKNOWN = Family("unknown", UNet((), (), 0, 0), (), "unknown", "unknown/lora")
 ROWS = {family.name: family for family in FAMILIES}
 TITLES = {"sd1": "SD 1.x", "sd2": "SD 2.x", "sdxl": "SDXL", "sdxl-refiner": "SDXL refiner", "pocket": "pocket"}

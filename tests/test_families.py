@@ -180,15 +180,15 @@ def test_clip_skip_reads_another_layer_through_the_final_norm(shelf: Path) -> No
 def test_long_prompts_fill_windows_that_end_behind_commas(loaded: dict[str, Base]) -> None:
     text = loaded["sd1"].texts[0]
     cats, comma = text.tokenizer("cat,", add_special_tokens=False).input_ids
-    assert [len(chunk) for chunk in text._chunks("cat " * 80, False)] == [75, 5]
-    assert [len(chunk) for chunk in text._chunks("cat " * 60 + ", " + "cat " * 30, False)] == [61, 30]
-    assert [len(chunk) for chunk in text._chunks("cat, " + "cat " * 90, False)] == [75, 17]  # too far from the end
-    assert [len(chunk) for chunk in text._chunks("cat BREAK red cat", True)] == [1, 2]
-    assert text._chunks("cat BREAK", False)[0] == [
+    assert [len(chunk) for chunk in text.chunks("cat " * 80, False)] == [75, 5]
+    assert [len(chunk) for chunk in text.chunks("cat " * 60 + ", " + "cat " * 30, False)] == [61, 30]
+    assert [len(chunk) for chunk in text.chunks("cat, " + "cat " * 90, False)] == [75, 17]  # too far from the end
+    assert [len(chunk) for chunk in text.chunks("cat BREAK red cat", True)] == [1, 2]
+    assert text.chunks("cat BREAK", False)[0] == [
         (cats, 1.0),
         (text.tokenizer("break", add_special_tokens=False).input_ids[0], 1.0),
     ]
-    assert text._chunks("", True) == [[]] and comma != cats
+    assert text.chunks("", True) == [[]] and comma != cats
 
 
 @pytest.mark.parametrize("name", NAMES)

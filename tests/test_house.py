@@ -25,6 +25,7 @@ HOUSE = ROOT / "personalize"
 # A file imports only from lower floors, or its own folder. Files on one floor that build on each other have halves.
 FLOORS = {
     "errors": 0,
+    "lazy": 0,
     "files": 0.25,
     "words": 0.25,
     "recipe": 0.5,

@@ -25,9 +25,9 @@ from .folder import examine, load_folder
 from .loaded import Loaded
 from .quantized import Quantized
 from .schedule import Schedule
-from .single import ZERO_SNR, examine_single, load_single
+from .single import ZERO_SNR, load_single, open_whole
 from .sources import locate
-from .text import TextEncoder
+from .text import Chunks, TextEncoder
 from .vae import other_vae
 
 TILE = 512  # pixels
@@ -215,13 +215,14 @@ class Base:
 
         `weighted` reads `(word:1.2)`, `[word]` and BREAK as UIs do; else every character stands for itself, as in captions.
         """
-        count = max(windows, self.windows(prompts, weighted=weighted))
-        states, pooled = zip(*(self._read(text, prompts, count, weighted) for text in self.texts), strict=True)
+        read = [[text.chunks(prompt, weighted) for prompt in prompts] for text in self.texts]
+        count = max([windows, *(len(chunks) for one in read for chunks in one)])
+        states, pooled = zip(*(self._read(text, one, count) for text, one in zip(self.texts, read, strict=True)), strict=True)
         return Cond(torch.cat(states, dim=-1), pooled[-1] if self.sized else None)
 
-    def _read(self, text: TextEncoder, prompts: Sequence[str], windows: int, weighted: bool) -> tuple[Tensor, Tensor | None]:
+    def _read(self, text: TextEncoder, prompts: Sequence[Chunks], windows: int) -> tuple[Tensor, Tensor | None]:
         with self.using(text.model):
-            return text.embed(prompts, windows, weighted)
+            return text.embed(prompts, windows)
 
     def denoise(self, latents: Tensor, timesteps: Tensor, cond: Cond) -> Tensor:
         """Noisy latents [b, c, h, w], timesteps [b], conditioning of b prompts => the UNet's prediction [b, c, h, w].
@@ -230,10 +231,9 @@ class Base:
         """
         added = None
         if self.sized:
-            height, width = (self.factor * side for side in latents.shape[-2:])
-            whole = latents.new_tensor([[height, width, 0, 0, height, width]]).expand(len(latents), 6)
             assert cond.pooled is not None
-            added = {"text_embeds": cond.pooled.to(self.dtype), "time_ids": whole if cond.sizes is None else cond.sizes}
+            sizes = self._whole(latents) if cond.sizes is None else cond.sizes
+            added = {"text_embeds": cond.pooled.to(self.dtype), "time_ids": sizes}
         with self.using(self.unet):
             predicted: Tensor = self.unet(
                 latents.to(self.dtype),
@@ -244,11 +244,18 @@ class Base:
             )[0]
         return predicted
 
+    def _whole(self, latents: Tensor) -> Tensor:
+        """Sizes [b, 6] of pictures that are as large as they are, and not cropped."""
+        height, width = (self.factor * side for side in latents.shape[-2:])
+        return latents.new_tensor([[height, width, 0, 0, height, width]]).expand(len(latents), 6)
+
 
 def family_at(name: str | Path, download: bool = True) -> Family:
     """The family of a base, from configs and headers alone. Raises BaseModelError for what `Base.load` would refuse by those."""
     path = locate(name, download)
-    return examine(path) if path.is_dir() else examine_single(path)
+    family = examine(path) if path.is_dir() else open_whole(path).row
+    assert family
+    return family
 
 
 def numel(module: nn.Module) -> int:

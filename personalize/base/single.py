@@ -44,9 +44,9 @@ def load_single(path: Path, dtype: torch.dtype, vae: Path | None = None) -> Load
 
     The VAE may come from another file or folder: many checkpoints have none, and SDXL's own overflows in fp16.
     """
-    family = examine_single(path)
-    weights = open_weights(path)
-    header = weights.headers[0]
+    weights = open_whole(path)
+    family, header = weights.row, weights.headers[0]
+    assert family
     scheduler = scheduler_config(weights, header, family)
     with safe_open(path, "pt") as file:
         parts = ("unet", *(text.part for text in family.texts))
@@ -65,14 +65,14 @@ def load_single(path: Path, dtype: torch.dtype, vae: Path | None = None) -> Load
     )
 
 
-def examine_single(path: Path) -> Family:
-    """The family of a file that holds every part but the VAE. Reads the header alone. Raises BaseModelError."""
+def open_whole(path: Path) -> Weights:
+    """A file that holds every part of a family but the VAE. Reads the header alone. Raises BaseModelError."""
     weights = open_weights(path)
     assert weights.row
     shapes = {key: entry.shape for key, entry in weights.headers[0].tensors.items()}
     check_family(path, weights.row, channels_in(shapes) - weights.row.unet.latent)
     check_whole(weights, weights.row)
-    return weights.row
+    return weights
 
 
 def check_whole(weights: Weights, family: Family) -> None:

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import BaseModelError
+from ..families import NAMED
 
-NAMED = {"pocket": Path(__file__).parents[1] / "pocket" / "weights"}
 PICKLES = {".ckpt", ".bin", ".pt", ".pth"}
 CONFIGS = {  # what every SD folder holds, and the file that says so
     "unet": "config.json",

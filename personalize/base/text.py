@@ -14,6 +14,7 @@ from .emphasis import pieces
 BACKTRACK = 20  # tokens that a window may leave unused to end behind a comma, as in AUTOMATIC1111
 
 Token = tuple[int, float]
+Chunks = list[list[Token]]  # of a prompt, one for each window
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,16 +34,15 @@ class TextEncoder:
 
     def windows(self, prompt: str, weighted: bool = False, shuffled: bool = False) -> int:
         """How many windows a prompt fills, or may fill once its tags are shuffled and each window ends behind a comma."""
-        chunks = self._chunks(prompt, weighted)
+        chunks = self.chunks(prompt, weighted)
         return -(-sum(map(len, chunks)) // (self.window - 2 - BACKTRACK)) if shuffled and len(chunks) > 1 else len(chunks)
 
-    def embed(self, prompts: Sequence[str], windows: int, weighted: bool) -> tuple[Tensor, Tensor | None]:
-        """Prompts => hidden states [b, windows * 77, d]; where the model has a projection, that of the first window's end [b, p].
+    def embed(self, prompts: Sequence[Chunks], windows: int) -> tuple[Tensor, Tensor | None]:
+        """Prompts in chunks => hidden states [b, windows * 77, d]; of a model that projects, the first window's end too [b, p].
 
         A weight multiplies its tokens' states, and the window's mean is kept, as in AUTOMATIC1111 (there: that of the batch).
         """
-        chunks = [self._chunks(prompt, weighted) for prompt in prompts]
-        padded = [rows + [[]] * (windows - len(rows)) for rows in chunks]
+        padded = [chunks + [[]] * (windows - len(chunks)) for chunks in prompts]
         rows = [self._framed(chunk) for prompt in padded for chunk in prompt]
         device = self.model.get_input_embeddings().weight.device
         ids = torch.tensor([[token for token, _ in row] for row in rows], device=device)
@@ -65,7 +65,7 @@ class TextEncoder:
         normed: Tensor = model.final_layer_norm(states)
         return normed
 
-    def _chunks(self, prompt: str, weighted: bool) -> list[list[Token]]:
+    def chunks(self, prompt: str, weighted: bool) -> Chunks:
         """A prompt's tokens with their weights, window by window, without the windows' ends; at least one window."""
         tokens: list[list[Token]] = [[]]
         for text, weight in pieces(prompt) if weighted else [(prompt, 1.0)]:

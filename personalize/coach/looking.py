@@ -19,10 +19,9 @@ from ..data.buckets import Grid, Shape, grid, kept
 from ..data.folder import Dataset, Example, read_folder
 from ..data.pictures import Unreadable, load_picture, opened
 from ..errors import RecipeError
-from ..families import unet_config
+from ..families import NAMED, unet_config
 from ..recipe import Recipe
 
-NAMED = {"pocket": Path(__file__).parents[1] / "pocket" / "weights"}
 HASH_SIDE = 8  # the hash has the square of it in bits
 HASHED = 256  # width of the picture that is hashed
 FLAT = 1e-4  # variance of grey (0..1) below which there is nothing to be sharp about

@@ -17,10 +17,10 @@ Names are imported when first used: only the last three files need torch, and a 
 
 from __future__ import annotations
 
-import importlib
 import sys
-from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from ..lazy import Lazy
 
 if TYPE_CHECKING:
     from .batches import Batch, batch_at, batches, generator
@@ -70,20 +70,4 @@ __all__ = [
     "without",
 ]
 
-
-class _Package(ModuleType):
-    """Serves the names on first use, also `batches`, whose file has the same name."""
-
-    def __getattr__(self, name: str) -> Any:
-        if name not in _HOMES:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        value = getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
-        self.__dict__[name] = value
-        return value
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if not (name in _HOMES and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package
+sys.modules[__name__].__class__ = Lazy

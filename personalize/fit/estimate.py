@@ -21,6 +21,7 @@ from .. import objectives
 from ..attach import attach
 from ..base import Base, Cond, quiet
 from ..base.loaded import vae_dtype
+from ..base.single import SCHEDULER
 from ..base.text import TextEncoder
 from ..data import store
 from ..families import UNKNOWN
@@ -32,7 +33,6 @@ from .memory import Count, bytes_of, counting, tensors_of
 from .placing import dtype_of, place
 from .stepping import gradients
 
-SCHEDULER = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 DRAWN = 8  # pictures drawn at once, where memory is no matter
 
 
