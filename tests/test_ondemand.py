@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from test_adapters import make
 from personalize.adapters import Adapter, describe, distance, merging, storage
 from personalize.adapters.deltas import Delta, Dense, Structured
 from personalize.adapters.methods import METHODS
+from personalize.adapters.ondemand import ahead
 from personalize.adapters.weighting import split
 from personalize.errors import AdapterError
 
@@ -128,3 +130,17 @@ def test_any_room_for_the_header_and_tensors_of_odd_size(
     assert len(tensors) == 8 and all(bool((value == 1).all()) for value in tensors.values())
     assert describe(file).metadata["sshs_model_hash"] == hashlib.sha256(raw[start:]).hexdigest()
     assert (raw[start - 9 : start] == b" " * 9) == bool(room) and distance(Adapter.load(file), adapter) == 0
+
+
+def test_items_come_in_order_and_errors_where_they_happen() -> None:
+    """Another thread makes them; what fails there fails here, after all that was made before it."""
+
+    def made() -> Iterator[int]:
+        yield from range(7)
+        raise AdapterError("no more")
+
+    seen = []
+    with pytest.raises(AdapterError, match="no more"):
+        for item in ahead(made()):
+            seen.append(item)
+    assert seen == list(range(7)) and list(ahead([])) == []

@@ -20,6 +20,7 @@ from torch import Tensor
 from ..errors import AdapterError
 from . import keys, kinds, structured
 from .kinds import ALPHA, DORA, DOWN, MAGNITUDE, MID, UP, MisfitError
+from .structured import largest
 
 Shape = tuple[int, ...]
 
@@ -75,7 +76,7 @@ def summed(a: Delta, b: Delta) -> Delta:
     x, y = a.low_rank(), b.low_rank()
     if x and y and (x.rank + y.rank <= min(sides(a.shape)) or (isinstance(a, LowRank) and isinstance(b, LowRank))):
         p, q = x.with_alpha(x.rank), y.with_alpha(y.rank)
-        return LowRank(torch.cat([p.up, q.up], 1), torch.cat([p.down, q.down], 0), p.rank + q.rank)
+        return LowRank.of(torch.cat([p.up, q.up], 1), torch.cat([p.down, q.down], 0), p.rank + q.rank)
     return Dense(a.delta() + b.delta())
 
 
@@ -100,6 +101,14 @@ class LowRank:
         object.__setattr__(self, "up", _own(self.up))
         object.__setattr__(self, "down", _own(self.down))
         object.__setattr__(self, "alpha", float(self.alpha))
+
+    @classmethod
+    def of(cls, up: Tensor, down: Tensor, alpha: float) -> LowRank:
+        """Of fp32 factors that fit each other and that nobody will change: they are not copied."""
+        made = object.__new__(cls)
+        for name, value in (("up", up), ("down", down), ("alpha", float(alpha))):
+            object.__setattr__(made, name, value)
+        return made
 
     @property
     def rank(self) -> int:
@@ -129,17 +138,19 @@ class LowRank:
 
     def finite(self) -> bool:
         """Judged by the largest entry of each factor, so that no product on the way overflows."""
-        return _bounded(self.alpha, self.rank, float(self.up.abs().max()), float(self.down.abs().max()))
+        return _bounded(self.alpha, self.rank, largest(self.up), largest(self.down))
 
     def stored(self) -> dict[str, Tensor]:
         return {UP: self.up, DOWN: self.down, ALPHA: torch.tensor(self.alpha)}
 
     def with_alpha(self, alpha: float) -> LowRank:
         """The same dW under another alpha (not 0): their ratio goes into `up`."""
-        return self if alpha == self.alpha else LowRank(self.up * (self.alpha / alpha), self.down, alpha)
+        return self if alpha == self.alpha else LowRank.of(self.up * (self.alpha / alpha), self.down, alpha)
 
     def __mul__(self, weight: float) -> LowRank:
-        return LowRank(self.up * weight, self.down, self.alpha)  # not into alpha: tools read alpha 0 as "alpha = rank"
+        if weight == 1:
+            return self
+        return LowRank.of(self.up * weight, self.down, self.alpha)  # not into alpha: tools read alpha 0 as "alpha = rank"
 
     def __add__(self, other: Delta) -> Delta:
         return summed(self, other)

@@ -32,10 +32,13 @@ def within(a: Delta, b: Delta, limit: float) -> bool:
     """Whether ||dW_a - dW_b|| <= limit: by a bound from the factors of each rank, or from both halves of Kronecker products, and
     exactly where that does not tell."""
     if isinstance(a, LowRank) and isinstance(b, LowRank) and a.shape == b.shape and a.rank == b.rank:
-        up, other_up = a.up.flatten(1) * a.scale, b.up.flatten(1) * b.scale
-        down, other_down = a.down.flatten(1), b.down.flatten(1)
-        far = (up - other_up).norm(dim=0) * down.norm(dim=1) + other_up.norm(dim=0) * (down - other_down).norm(dim=1)
-        if float(far.sum()) <= limit:
+        ratio = b.scale / a.scale if a.scale else math.nan
+        other = b.up.flatten(1) if ratio == 1 else b.up.flatten(1) * ratio
+        up, down = a.up.flatten(1) - other, a.down.flatten(1) - b.down.flatten(1)
+        far = up.norm(dim=0) * a.down.flatten(1).norm(dim=1)
+        if down.any():
+            far += other.norm(dim=0) * down.norm(dim=1)
+        if abs(a.scale) * float(far.sum()) <= limit:
             return True
     if isinstance(a, Structured) and isinstance(b, Structured) and a.kind == b.kind and (halves := a.form.halves):
         (one, two), (other, another) = halves(a.tensors), halves(b.tensors)

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from types import MappingProxyType
+from typing import Any, TypeVar
 
 from .deltas import Delta, Shape
+
+T = TypeVar("T")
+_AHEAD = 3  # updates that wait to be used: enough that no thread waits long, at a few MB each
 
 
 class OnDemand(Mapping[str, Delta]):
@@ -43,3 +49,13 @@ def mapped(
     if isinstance(deltas, OnDemand):
         return OnDemand({path: deltas.shapes[path] for path in chosen}, lambda path: change(path, deltas[path]))
     return {path: change(path, deltas[path]) for path in chosen}
+
+
+def ahead(items: Iterable[T]) -> Iterator[T]:
+    """The same items in the same order; another thread makes the next few while one is used."""
+    rest, end = iter(items), object()
+    with ThreadPoolExecutor(1) as thread:
+        coming: deque[Any] = deque(thread.submit(next, rest, end) for _ in range(_AHEAD))
+        while (item := coming.popleft().result()) is not end:
+            coming.append(thread.submit(next, rest, end))
+            yield item

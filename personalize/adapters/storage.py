@@ -25,7 +25,7 @@ from . import dialects, hosts, keys, kinds
 from .deltas import Decomposed, Delta, LowRank
 from .headers import Header, opened, read_header, read_scalar, short
 from .nearness import apart, roughly, within
-from .ondemand import OnDemand, shapes_of
+from .ondemand import OnDemand, ahead, shapes_of
 from .tensors import HASHES, TORCH, Writer, one_thread, read_tensor
 
 # Relative error of dW that a storage dtype may cause: a few of its rounding steps; more means it cannot hold the weights.
@@ -139,7 +139,7 @@ def write(
     with one_thread(), atomic(path) as temporary, temporary.open("w+b") as file:
         draft = _Draft(path, dialect, dtype, stems, shapes_of(deltas))
         draft.writer = Writer(file, _room(draft, _described(draft, family, carried) | dict(extra)))
-        for module, delta in deltas.items():
+        for module, delta in ahead(deltas.items()):
             draft.add(module, delta)
         draft.judge()
         draft.writer.finish(_described(draft, family, carried) | dict(extra))

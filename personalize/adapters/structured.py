@@ -32,18 +32,20 @@ class Form:
     halves: Callable[[Tensors], tuple[Tensor, Tensor]] | None = None  # whose Kronecker product dW is
 
 
-def _largest(value: Tensor) -> float:
-    return float(value.abs().max())
+def largest(value: Tensor) -> float:
+    """The largest magnitude of all entries, in one pass; NaN if one is."""
+    low, high = torch.aminmax(value)
+    return max(abs(float(low)), abs(float(high)))
 
 
 def _half_bound(t: Tensors, whole: str, core: str) -> float:
     """Of `whole`, or of `whole`_a @ `whole`_b, with a Tucker core or without."""
     if whole in t:
-        return max(1.0, _largest(t[whole]))  # the other half is made without it
+        return max(1.0, largest(t[whole]))  # the other half is made without it
     a, b = t[f"{whole}_a"], t[f"{whole}_b"]
-    steps = [_largest(a), _largest(b) * len(b)]
+    steps = [largest(a), largest(b) * len(b)]
     if core in t:
-        steps.append(_largest(t[core]) * len(a))
+        steps.append(largest(t[core]) * len(a))
     return math.prod(max(1.0, step) for step in steps)
 
 

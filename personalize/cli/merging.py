@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -72,20 +73,26 @@ def merge(ctx: click.Context, files: Files, output: Path, replay: Path | None, *
         files, options = again(ctx, replay, output)
     if not files:
         raise RecipeError("which adapters?", "personalize merge A.safetensors:0.7 B.safetensors:-0.3 -o C.safetensors")
+    output = target(output, *(path for path, _ in files))
+    with ThreadPoolExecutor() as threads:  # the inputs are hashed while torch is being loaded
+        return merged(files, output, options, threads.map(content, [path for path, _ in files]))
+
+
+def merged(files: Files, output: Path, options: dict[str, Any], hashes: Iterator[str]) -> int:
+    """Write the merge of some files and tell of it."""
     from ..adapters import merging
     from ..adapters.resizing import Report
 
-    output = target(output, *(path for path, _ in files))
     chosen = {name: options[name] for name in OPTIONS if options[name] is not None}
     adapters = without_base(loaded(files, options["allow_unmatched"]), options["base"])
-    merged, lines = merging.on_demand(adapters, [1.0] * len(adapters), options["method"], options["rank"], **chosen)
+    whole, lines = merging.on_demand(adapters, [1.0] * len(adapters), options["method"], options["rank"], **chosen)
     said = {RECIPE: arguments(files, options), "modelspec.merged_from": ", ".join(path.stem for path, _ in files)}
-    said["personalize.merge_hashes"] = json.dumps([content(path) for path, _ in files])
+    said["personalize.merge_hashes"] = json.dumps(list(hashes))
     if triggers := [told for one in adapters if (told := one.metadata.get("modelspec.trigger_phrase"))]:
         said["modelspec.trigger_phrase"] = ", ".join(dict.fromkeys(triggers))
-    path = merged.save(output, options["dialect"], said, options["dtype"] or stored_as(files[0][0]))
+    path = whole.save(output, options["dialect"], said, options["dtype"] or stored_as(files[0][0]))
     table(Report(tuple(lines.values())))
-    written(path, merged)
+    written(path, whole)
     return 0
 
 
