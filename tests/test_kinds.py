@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from personalize.adapters import FAMILIES, Adapter, Dense, LowRank, describe, distance
-from personalize.adapters.deltas import Decomposed, Delta, Structured, as_low_rank, build
+from personalize.adapters.building import build
+from personalize.adapters.deltas import Decomposed, Delta, Structured, as_low_rank
 from personalize.adapters.keys import weights
 from personalize.adapters.merging import merge
 from personalize.adapters.nearness import apart, within

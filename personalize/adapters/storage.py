@@ -20,9 +20,9 @@ from torch import Tensor
 
 from ..errors import AdapterError, HostileFileError, nearest
 from ..files import atomic, weights_hash, write_text
-from . import deltas as kinds_of_delta
 from . import dialects, hosts, keys, kinds
-from .deltas import Decomposed, Delta, LowRank
+from .building import build
+from .deltas import Decomposed, Delta, Dense, LowRank, kind_name
 from .headers import Header, opened, read_header, read_scalar, short
 from .nearness import apart, roughly, within
 from .ondemand import OnDemand, ahead, shapes_of
@@ -58,7 +58,7 @@ def on_demand(path: Path, allow_unmatched: bool) -> tuple[OnDemand, Mapping[str,
                 return read_delta(file, header, reading.slots[path], scales.get(path), shapes[path])
             key = _bias(reading, path)
             bias = read_tensor(file, key, header.tensors[key])
-            return _sound(file, {key: bias}, kinds_of_delta.Dense(bias))
+            return _sound(file, {key: bias}, Dense(bias))
 
     return OnDemand(shapes, make), header.metadata
 
@@ -108,7 +108,7 @@ def _built(
     rank = kinds.KINDS[kind].rank({role: tuple(value.shape) for role, value in tensors.items()})
     alpha = numbers.get(kinds.ALPHA, None if scale is None or not rank else scale * rank)
     flags = {role: torch.tensor(value) for role, value in numbers.items() if role != kinds.ALPHA}
-    delta = kinds_of_delta.build(kind, {**tensors, **flags}, alpha, shape)
+    delta = build(kind, {**tensors, **flags}, alpha, shape)
     return delta if scale is None or rank else delta * scale  # peft scales a LoKr of two whole halves too
 
 
@@ -226,9 +226,7 @@ class _Draft:
         if not delta.finite():
             raise AdapterError(f"{self.path} not written: {path} holds NaN or Inf", "train with a lower learning rate")
         if self.dialect != "kohya" and not isinstance(delta, LowRank):
-            what = (
-                f"{self.path} not written: {self.dialect} files hold LoRA only, and {path} is {kinds_of_delta.kind_name(delta)}"
-            )
+            what = f"{self.path} not written: {self.dialect} files hold LoRA only, and {path} is {kind_name(delta)}"
             hint = f"leave it out: FILE:{path}=0" if len(delta.shape) == 1 else "convert it to LoRA first (--to lora)"
             raise AdapterError(what, f"save it in the kohya dialect, or {hint}")
         if isinstance(delta, Decomposed) and len(delta.magnitude) > 1:
@@ -255,7 +253,7 @@ class _Draft:
     def _compare(self, path: str, wanted: Delta, tensors: Mapping[str, Tensor], numbers: Mapping[str, float]) -> None:
         bias = next((tensors[role] for role in kinds.BIASES if role in tensors), None)
         kind = kinds.kind_of({**tensors, **numbers})
-        found = kinds_of_delta.Dense(bias) if bias is not None else _built(kind, tensors, numbers, None, wanted.shape)
+        found = Dense(bias) if bias is not None else _built(kind, tensors, numbers, None, wanted.shape)
         self._norms[path] = norm = roughly(wanted)
         if not found.finite():
             self._far[path] = math.inf
