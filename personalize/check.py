@@ -99,10 +99,11 @@ class Job:
         return fill(template, concept.trigger, concept.class_name)
 
 
-def check(recipe: Recipe, *, fresh: bool = False) -> Job:
+def check(recipe: Recipe, *, fresh: bool = False, bases: dict[str, Base] | None = None) -> Job:
     """Check a recipe against the world: pictures, base, targets, prompts, dialect, what the output holds, disk.
 
-    Raises PersonalizeError for the first thing that is wrong. Changes nothing but for making the run folder.
+    Raises PersonalizeError for the first thing that is wrong. Changes nothing but for making the run folder. `bases` keeps what
+    was loaded for the recipes that come after.
     """
     whole = read_folder(recipe.data)
     recipe = settled(recipe, whole)
@@ -112,7 +113,7 @@ def check(recipe: Recipe, *, fresh: bool = False) -> Job:
         raise RecipeError(f"--output is the run's folder, and {recipe.output} a file's name", "name the adapter with --name")
     device = torch.device(device_of(recipe.device))
     precision = precision_of(recipe.fitting, device)
-    base = Base.of(recipe, "cpu", dtype_of(precision))
+    base = loaded(recipe, precision, {} if bases is None else bases)
     sample.make_sampler(base, recipe.sampling.sample_steps)
     sample.latent_shape(base, recipe.data.resolution or None)
     grid_of(base, recipe)
@@ -131,6 +132,14 @@ def check(recipe: Recipe, *, fresh: bool = False) -> Job:
     if not finished:
         rehearse(job)
     return job
+
+
+def loaded(recipe: Recipe, precision: str, bases: dict[str, Base]) -> Base:
+    """The base that a recipe names, on the CPU; one of `bases` if that was read in the same way."""
+    how = repr([recipe.base, recipe.prediction, recipe.zero_snr, recipe.clip_skip, recipe.vae, precision])
+    if how not in bases:
+        bases[how] = Base.of(recipe, "cpu", dtype_of(precision))
+    return bases[how]
 
 
 def class_folder(recipe: Recipe) -> Dataset | None:
@@ -198,8 +207,12 @@ def held_as(recipe: Recipe, precision: str) -> dict[str, Any]:
 
 
 def weights(base: Base) -> str:
-    """sha256 over the weights of everything that an adapter is trained through."""
-    return fingerprint({f"{part}.{name}": p for part, model in base.parts.items() for name, p in model.state_dict().items()})
+    """sha256 over the weights of everything that an adapter is trained through, as they were when it was first asked for."""
+    kept: dict[str, Any] = vars(base)
+    if "weights" not in kept:
+        named = {f"{part}.{name}": p for part, model in base.parts.items() for name, p in model.state_dict().items()}
+        kept["weights"] = fingerprint(named)
+    return str(kept["weights"])
 
 
 def check_same(run: Run, before: dict[str, Any], now: dict[str, Any]) -> None:

@@ -141,7 +141,15 @@ class Finished:
     again: bool = False
 
 
-Event = Started | Step | Sample | Sweep | Scored | Fold | Chosen | Saved | SteppedDown | Warned | Finished
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """One of many runs ended after `step` steps without an adapter; the others go on."""
+
+    step: int
+    message: str
+
+
+Event = Started | Step | Sample | Sweep | Scored | Fold | Chosen | Saved | SteppedDown | Warned | Failed | Finished
 
 
 def event_record(event: Event) -> dict[str, Any]:

@@ -7,8 +7,9 @@ predicts, and the noise schedule, are the base's own; nothing here is chosen by 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,7 +50,18 @@ class Piece:
         return slice(first, first + size + (self.i < odd))
 
 
+@dataclass(frozen=True)
+class Ask:
+    """Rows that a loss wants to have predicted."""
+
+    latents: Tensor  # x_t [n, c, h, w]
+    t: Tensor  # [n]
+    cond: Cond  # n rows
+    off: bool = False  # by the base alone, as a constant
+
+
 WHOLE = Piece()
+Asking = Generator[Ask, Tensor, Tensor]  # predictions [n, c, h, w] go in, and in the end losses [b] come out
 Loss = Callable[[Denoise, Inputs, Rng, Piece], Tensor]  # -> [b], or those of a piece's pictures
 
 
@@ -75,34 +87,69 @@ class Noised:
 
 def build(objective: Objective, schedule: Schedule, off: Off = contextlib.nullcontext) -> Loss:
     """The loss that an objective asks for. `off` is the context in which `denoise` predicts without the adapter."""
+    asks = asking(objective, schedule)
+
+    def loss(denoise: Denoise, inputs: Inputs, rng: Rng, piece: Piece = WHOLE) -> Tensor:
+        return answered([asks(inputs, rng, piece)], denoise, off)[0]
+
+    return loss
+
+
+def answered(losses: Sequence[Asking], denoise: Denoise, off: Off = contextlib.nullcontext) -> list[Tensor]:
+    """Losses of one objective and of batches of one shape, brought to their ends side by side: each question of all of them is
+    one call of `denoise`, whose rows are theirs in order and in equal shares."""
+    ended: list[Tensor] = []
+    answers: Sequence[Any] = [None] * len(losses)
+    while True:
+        asked = []
+        for loss, answer in zip(losses, answers, strict=True):
+            try:
+                asked.append(loss.send(answer))
+            except StopIteration as end:
+                ended.append(end.value)
+        if ended:
+            return ended
+        latents, t, cond = torch.cat([ask.latents for ask in asked]), torch.cat([ask.t for ask in asked]), joined(asked)
+        with contextlib.ExitStack() as without:
+            for context in (torch.no_grad(), off()) if asked[0].off else ():
+                without.enter_context(context)
+            answers = denoise(latents, t, cond).chunk(len(asked))
+
+
+def joined(asked: Sequence[Ask]) -> Cond:
+    """The conditioning of all questions; that of a single one as it is."""
+    return Cond.cat([ask.cond for ask in asked]) if len(asked) > 1 else asked[0].cond
+
+
+def asking(objective: Objective, schedule: Schedule) -> Callable[[Inputs, Rng, Piece], Asking]:
+    """The loss that an objective asks for, as a coroutine: it yields what it wants to have predicted, and returns its losses."""
     gamma, weight, outside = objective.min_snr, objective.prior_weight, objective.mask_outside
 
-    def plain(denoise: Denoise, inputs: Inputs, rng: Rng, piece: Piece = WHOLE) -> Tensor:
+    def plain(inputs: Inputs, rng: Rng, piece: Piece = WHOLE) -> Asking:
         """Denoising (Ho et al. 2020, eq. 14), min-SNR weighted."""
         x, own = noised(inputs, schedule, gamma, rng, outside), piece.of(len(inputs.mean))
-        return errors(denoise(x.latents[own], x.t[own], inputs.cond[own]), x[own])
+        return errors((yield Ask(x.latents[own], x.t[own], inputs.cond[own])), x[own])
 
-    def images(denoise: Denoise, inputs: Inputs, rng: Rng, piece: Piece = WHOLE) -> Tensor:
+    def images(inputs: Inputs, rng: Rng, piece: Piece = WHOLE) -> Asking:
         """DreamBooth's prior preservation (Ruiz et al. 2022, eq. 2): the same loss on class images, their mean added to each."""
         x, k = noised(inputs, schedule, gamma, rng, outside), inputs.class_images
         b = len(inputs.mean) - k
         own, held = piece.of(b), shifted(piece.of(k), b)
         rows, cond = x[own].join(x[held]), Cond.cat([inputs.cond[own], inputs.cond[held]])
-        return held_back(errors(denoise(rows.latents, rows.t, cond), rows), own, held, b, k, weight)
+        return held_back(errors((yield Ask(rows.latents, rows.t, cond)), rows), own, held, b, k, weight)
 
-    def output(denoise: Denoise, inputs: Inputs, rng: Rng, piece: Piece = WHOLE) -> Tensor:
+    def output(inputs: Inputs, rng: Rng, piece: Piece = WHOLE) -> Asking:
         """On the caption without the trigger, stay with what the base itself predicts from the same noisy latents."""
         assert inputs.class_cond is not None and inputs.class_cond_off is not None
         x, b, k = noised(inputs, schedule, gamma, rng, outside), len(inputs.mean), len(inputs.class_cond)
         own, held = piece.of(b), piece.of(k)
         rows = x[own]
         if held.stop > held.start:
-            with torch.no_grad(), off():
-                kept = denoise(x.latents[held], x.t[held], inputs.class_cond_off[held])
+            kept = yield Ask(x.latents[held], x.t[held], inputs.class_cond_off[held], off=True)
             whole = None if x.mask is None else torch.ones_like(x.mask[held])  # the prior holds everywhere
             rows = rows.join(replace(x[held], target=kept, mask=whole))
         cond = Cond.cat([inputs.cond[own], inputs.class_cond[held]])
-        return held_back(errors(denoise(rows.latents, rows.t, cond), rows), own, held, b, k, weight)
+        return held_back(errors((yield Ask(rows.latents, rows.t, cond)), rows), own, held, b, k, weight)
 
     return {"none": plain, "images": images, "output": output}[objective.prior]
 

@@ -68,8 +68,12 @@ class Optimizer:
 
         Where they are a piece of a batch of `of` pictures, theirs is a piece of the mean. `again` keeps what a later piece needs.
         """
+        self.share(losses, of).backward(retain_graph=again)
+
+    def share(self, losses: Tensor, of: int = 0) -> Tensor:
+        """What `backward` differentiates: a scalar."""
         share = len(losses) / (of or len(losses)) * (self.scale.value if self.scale else 1)
-        (losses.mean() * share / self.optim.accumulate).backward(retain_graph=again)
+        return losses.mean() * share / self.optim.accumulate
 
     def norm(self) -> Tensor:
         """The gradient's norm over all parameters, before clipping; a scalar that stays on the device. Undoes the loss scale."""

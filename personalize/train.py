@@ -12,7 +12,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
@@ -98,31 +98,40 @@ def train(recipe: Recipe, *, fresh: bool = False) -> Iterator[Event]:
 
 def onward(work: Work, lesson: Lesson) -> Iterator[Event]:
     """From where the run stands to its end."""
-    job, opt = work.job, work.opt
+    job = work.job
     yield from milestone(work)
     inputs = feed(job, lesson, work.done * job.recipe.optim.accumulate)
     while work.done < job.recipe.steps:
         clock, seen = time.perf_counter(), list[Seen]()
         n = pieces(work.fit, job.recipe.batch_size)
-        values = gradients(job.base.denoise, work.loss, work.attached, opt, n, next_step(work, inputs, seen))
-        *losses, size = values.tolist()  # the step's one wait for the device
-        good = all(map(math.isfinite, (*losses, size)))
-        with unbroken():
-            work.done += 1
-            cause = "" if good else skip(work, losses, seen)
-            if good:
-                opt.step(work.done - 1, values[-1])
-        seconds = time.perf_counter() - clock
-        yield job.run.record(told(work, losses, size, seconds, cause))
-        if slower := work.pace.slower(seconds):
-            yield job.run.record(Warned(work.done, spilled(work, slower)))
-        if len(work.failed) >= PATIENCE:
-            raise TrainingError(*hopeless(work, cause))
+        values = gradients(job.base.denoise, work.loss, work.attached, work.opt, n, next_step(work, inputs, seen))
+        numbers = values.tolist()  # the step's one wait for the device
+        yield from taken(work, numbers, values[-1], seen, clock)
         yield from milestone(work)
     yield from finish(work, lesson)
 
 
 Seen = tuple[Tensor, objectives.Rng]  # which pictures [b] a micro-step had, and what it drew from
+
+
+def taken(
+    work: Work, numbers: Sequence[float], norm: Tensor, seen: Sequence[Seen], clock: float, sharing: int = 1
+) -> Iterator[Event]:
+    """Take the step whose gradients are there, or take it back. `numbers` are the losses of all its pictures and the norm;
+    it began at `clock`, for so many runs at once."""
+    *losses, size = numbers
+    good = all(map(math.isfinite, numbers))
+    with unbroken():
+        work.done += 1
+        cause = "" if good else skip(work, losses, seen)
+        if good:
+            work.opt.step(work.done - 1, norm)
+    seconds = (time.perf_counter() - clock) / sharing
+    yield work.job.run.record(told(work, losses, size, seconds, cause))
+    if slower := work.pace.slower(seconds):
+        yield work.job.run.record(Warned(work.done, spilled(work, slower)))
+    if len(work.failed) >= PATIENCE:
+        raise TrainingError(*hopeless(work, cause))
 
 
 def next_step(work: Work, inputs: Iterator[Inputs], seen: list[Seen]) -> Iterator[tuple[Inputs, objectives.Rng, Seeds]]:

@@ -52,6 +52,7 @@ FLOORS = {
     "lesson": 4.4,
     "fitting": 4.4,
     "train": 4.5,
+    "fleet": 4.6,
     "evaluate": 5,
     "report": 5.25,
     "card": 5.25,

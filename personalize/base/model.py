@@ -259,9 +259,9 @@ def family_at(name: str | Path, download: bool = True) -> Family:
 
 
 def numel(module: nn.Module) -> int:
-    """Parameters of a module itself, without its children; those of a packed one as they were."""
+    """Frozen parameters of a module itself, without its children (others are adapters'); of a packed one, as they were."""
     packed = module.in_features * module.out_features if isinstance(module, Quantized) else 0
-    return packed + sum(p.numel() for p in module.parameters(recurse=False))
+    return packed + sum(p.numel() for p in module.parameters(recurse=False) if not p.requires_grad)
 
 
 def dtypes_of(model: nn.Module) -> str:
@@ -271,9 +271,9 @@ def dtypes_of(model: nn.Module) -> str:
 
 
 def held(model: nn.Module) -> int:
-    """Bytes of a model's weights, packed or not."""
+    """Bytes of a model's own weights, packed or not."""
     packed = sum(b.nbytes for module in model.modules() if isinstance(module, Quantized) for b in module.buffers(recurse=False))
-    return packed + sum(p.nbytes for p in model.parameters())
+    return packed + sum(p.nbytes for p in model.parameters() if not p.requires_grad)
 
 
 def encoders(found: Loaded, clip_skip: int) -> tuple[TextEncoder, ...]:
