@@ -63,6 +63,7 @@ FLOORS = {
     "axes": 5.5,
     "paint": 6,
     "watch": 6,
+    "overview": 6.25,
     "cli": 6.5,
     "__init__": 7,
     "__main__": 7,

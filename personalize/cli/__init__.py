@@ -18,6 +18,7 @@ from .. import __version__
 from ..errors import AdapterError, PersonalizeError, RecipeError
 from ..words import plain
 from .algebra import COMMANDS
+from .batch import batch
 from .dataset import dataset
 from .merging import merge
 from .values import PATH, Along, Called, Side
@@ -134,6 +135,9 @@ def train(folder: Path | None, origin: Path | None, dry_run: bool, fresh: bool, 
     from ..watch import watch
 
     return watch(recipe, fresh=fresh)
+
+
+cli.command(cls=RecipeCommand, short_help="Learn many folders of pictures, an adapter for each.")(batch)
 
 
 def resolved(folder: Path | None, origin: Path | None, flags: dict[str, Any], needed: bool = False) -> Recipe:

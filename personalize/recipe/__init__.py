@@ -13,7 +13,7 @@ section's table or outside any) and, with dashes, its flag (`batch_size`, `--bat
 """
 
 from .fields import AdapterSpec, Choosing, Data, Fitting, Objective, Optim, Part, Recipe, Sampling
-from .resolve import from_json, presets, resolve, to_json, to_toml
+from .resolve import from_json, presets, read_settings, resolve, to_json, to_toml
 from .settings import Setting, flat, flatten, record, settings
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "flatten",
     "from_json",
     "presets",
+    "read_settings",
     "record",
     "resolve",
     "settings",

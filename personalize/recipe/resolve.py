@@ -59,6 +59,11 @@ def load_preset(preset: str | Path, pictures: int = 0) -> list[tuple[str, Mappin
     return layers
 
 
+def read_settings(path: Path) -> dict[str, Any]:
+    """What a TOML file says, by flat names. Raises RecipeError for unknown settings."""
+    return flat(_read_toml(path), str(path))
+
+
 def _by_number(tables: Any, path: Path) -> dict[int, dict[str, Any]]:
     """The tables [pictures.N] of a preset by N."""
     if not isinstance(tables, dict) or not all(key.isdecimal() and isinstance(table, dict) for key, table in tables.items()):
