@@ -25,11 +25,11 @@ from .adapters.weighting import Weighting, read
 from .base import Base
 from .errors import AdapterError, FamilyMismatchError
 from .families import canonical, native
+from .following import NAME, Following, follow, lowered
 from .moving import Moving, Vector, side_by_side
 from .recipe import AdapterSpec
 from .targets import fresh, weight_of
 
-NAME = "personalize"  # peft's name for what is attached
 Strengths = float | Mapping[str, float] | str | Weighting  # a text is what stands behind a file's name: "0.8:lbw=OUTD"
 
 
@@ -136,6 +136,11 @@ class Attached:
             finally:
                 for drop in drops:
                     drop.eval()
+
+    def lowered(self) -> contextlib.AbstractContextManager[None]:
+        """Inside, factors are cast to the base's dtype once for all layers and passes; they must not change meanwhile."""
+        factors: list[Following] = [side[NAME] for one in self.layers.values() for side in (one.lora_A, one.lora_B)]
+        return lowered(factors, self.base.dtype)
 
     @torch.no_grad()
     def _shift(self, strength: float) -> None:
@@ -290,26 +295,9 @@ def place(layer: Any, delta: LowRank, device: torch.device) -> LoraLayer:
     layer.lora_A[NAME].weight = parameter(delta.down.reshape(rank, weight.shape[1], *kernel), device)
     layer.lora_B[NAME].weight = parameter(delta.up.reshape(weight.shape[0], rank, *[1] * len(kernel)), device)
     layer.cast_input_dtype_enabled = False
-    for side in (layer.lora_A[NAME], layer.lora_B[NAME]):
-        side.__class__ = FOLLOWING.get(type(side), type(side))  # a layer that gets other values follows already
+    for module in (layer, layer.lora_A[NAME], layer.lora_B[NAME]):
+        follow(module)
     return layer.eval()
-
-
-class FollowingLinear(nn.Linear):
-    """Computes in its input's dtype with fp32 weights. Peft would keep an fp32 copy of the input of each layer instead."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(x, self.weight.to(x.dtype))
-
-
-class FollowingConv(nn.Conv2d):
-    """The same for convolutions."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self._conv_forward(x, self.weight.to(x.dtype), None)
-
-
-FOLLOWING = {nn.Linear: FollowingLinear, nn.Conv2d: FollowingConv}
 
 
 def lift(layer: LoraLayer) -> LowRank:

@@ -111,6 +111,13 @@ def test_a_larger_batch_touches_more_with_the_same_forward(counted: dict[str, An
     assert one["bytes"]["update"] == four["bytes"]["update"]
 
 
+def test_low_precision_launches_fewer_than_float32(counted: dict[str, Any]) -> None:
+    low = step.ours(POCKET, RECIPE, 64, "bfloat16")
+    assert sum(low["ops"].values()) < sum(counted["ops"].values()) and low["waits"] == 1
+    assert low["names"]["_foreach_copy_"] == 2 and low["names"]["_to_copy"] < 10, "factors and gradients are cast all at once"
+    assert low["names"]["addmm_"] == low["names"]["_scaled_dot_product_flash_attention_for_cpu"] * 4
+
+
 @pytest.mark.slow
 def test_another_trainers_step_is_counted_as_it_is(tmp_path: Path) -> None:
     script = tmp_path / "script.py"

@@ -35,6 +35,7 @@ FLOORS = {
     "families": 2,
     "base": 2.25,
     "data": 2.5,
+    "following": 2.75,
     "moving": 2.75,
     "targets": 2.75,
     "attach": 3,

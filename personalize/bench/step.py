@@ -220,8 +220,10 @@ dispatches is seen. Nothing here was run on a GPU.
 - GB touched: bytes of all arguments and results, as if no kernel kept anything: an upper bound.
 - a step: from the batch to what the progress bar says. Ours has latents and captions encoded beforehand; diffusers' script
   encodes them anew at each step, as it does by default. Its data loader, and how our batches are put together, are not in it.
-- adapter: LoRA, rank {options.rank}, attention layers. In bfloat16 ours stays in float32 and casts what goes in and out;
-  the script (`--mixed_precision bf16`, autocast as on a CPU) holds its adapter and AdamW's moments in bfloat16 too
+- adapter: LoRA, rank {options.rank}, attention layers. In bfloat16 ours stays in float32: its factors are cast all at once before
+  a step, and their gradients behind it. The script (`--mixed_precision bf16`, autocast as on a CPU) holds its adapter and AdamW's
+  moments in bfloat16 too
+- what goes over all tensors at once (foreach, fused) is one operation here, and on a GPU a launch for every few dozen tensors
 - AdamW: fused in ours; in the script's, torch's default on a GPU (foreach)
 - {versions}
 - command: {command}

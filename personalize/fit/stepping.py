@@ -22,11 +22,12 @@ def gradients(
     Nothing here waits for the device.
     """
     told: list[Tensor] = []
-    for inputs, rng, seeds in batches:
-        for i in range(n):
-            with attached.dropping(seeds(i)):
-                losses = loss(denoise, inputs, rng, Piece(i, n))  # [b], one per picture
-            shared = inputs.cond.tokens.requires_grad and i < n - 1  # the text encoder's pass, which all pieces go back through
-            opt.backward(losses, of=len(inputs.mean) - inputs.class_images, again=shared)
-            told.append(losses.detach())
+    with attached.lowered():
+        for inputs, rng, seeds in batches:
+            for i in range(n):
+                again = inputs.cond.tokens.requires_grad and i < n - 1  # all pieces go back through the text encoder's pass
+                with attached.dropping(seeds(i)):  # checkpointed blocks drop the same again in the backward pass
+                    losses = loss(denoise, inputs, rng, Piece(i, n))  # [b], one per picture
+                    opt.backward(losses, of=len(inputs.mean) - inputs.class_images, again=again)
+                told.append(losses.detach())
     return torch.cat([*told, opt.norm()[None]])
