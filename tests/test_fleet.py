@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -111,6 +112,28 @@ def test_rows_meet_their_own_factors_forward_and_backward(tiny_base: Path, b: in
             assert torch.equal(base.denoise(x, t, cond), plain)  # nobody's rows are the base's
     with torch.no_grad():
         assert torch.equal(base.denoise(x, t, cond), plain)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_in_other_dtypes_factors_are_cast_all_at_once(tiny_base: Path, dtype: torch.dtype) -> None:
+    base, spec = Base.load(tiny_base, dtype=dtype), AdapterSpec(rank=2, alpha=1, targets=EVERYTHING)
+    starts = [fresh(base, spec, ("unet",), seed) for seed in range(2)]
+    for start in starts:
+        for delta in start.values():
+            delta.up.normal_(std=0.1)
+    x, t, cond = torch.randn(2, 16, 8, 8, dtype=dtype), torch.tensor([200, 800]), base.embed(["a", "b"])
+    found = []
+    with Crew(base, starts) as crew:
+        for lower in (contextlib.nullcontext, crew.lowered):
+            with crew.rows.of(0, 1), lower():
+                base.denoise(x, t, cond).float().square().mean().backward()
+            crew.share_out()
+            learned = [p for one in crew.members for group in one.groups().values() for p in group.values()]
+            found.append([p.grad.clone() for p in learned if p.grad is not None])
+            crew.forget()
+        layer = crew.layers["unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"]
+        assert layer.down.weight.dtype == torch.float32 and layer.down.low is None
+    assert all(torch.equal(a, b) and a.dtype == torch.float32 for a, b in zip(*found, strict=True)) and len(found[0]) > 100
 
 
 def test_a_member_is_an_adapter_that_is_attached(tiny_base: Path) -> None:

@@ -20,6 +20,7 @@ from ..adapters.deltas import as_low_rank
 from ..attach import Attached
 from ..base import Base
 from ..families import native
+from ..following import Following, lowered
 
 
 class Rows:
@@ -38,14 +39,27 @@ class Rows:
             self.who = before
 
 
+class Stack(Following, nn.Module):
+    """The same factor of every member: [m, ...]."""
+
+    def __init__(self, factors: Sequence[Tensor], device: torch.device) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.stack(list(factors)).to(device))
+
+    def of(self, who: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Those of some members, in a dtype; a view where they stand together."""
+        whole, first = self.factor(dtype), who[0]
+        return whole[first : first + len(who)] if who == tuple(range(first, first + len(who))) else whole[list(who)]
+
+
 class Shared(nn.Module):
     """A frozen layer with one low-rank update per member: W x + scale_m up_m down_m x on the rows of member m."""
 
     def __init__(self, layer: nn.Module, rows: Rows, deltas: Sequence[LowRank], device: torch.device) -> None:
         super().__init__()
         self.base_layer, self.rows = layer, rows
-        self.down = nn.Parameter(torch.stack([delta.down for delta in deltas]).to(device))  # [m, r, in(, kh, kw)]
-        self.up = nn.Parameter(torch.stack([delta.up for delta in deltas]).to(device))  # [m, out, r(, 1, 1)]
+        self.down = Stack([delta.down for delta in deltas], device)  # [m, r, in(, kh, kw)]
+        self.up = Stack([delta.up for delta in deltas], device)  # [m, out, r(, 1, 1)]
         self.scales = [delta.scale for delta in deltas]
         self.strengths = [1.0] * len(deltas)
 
@@ -56,24 +70,17 @@ class Shared(nn.Module):
         if not who:
             return y
         update = self._convolved if isinstance(self.base_layer, nn.Conv2d) else self._projected
-        down, up = (self._of(side, who).to(x.dtype) for side in (self.down, self.up))
-        return y + update(x, down, up, self._scale(who, x)).reshape(y.shape)
-
-    @staticmethod
-    def _of(factors: Tensor, who: tuple[int, ...]) -> Tensor:
-        """Those of some members; a view where they stand together."""
-        if who == tuple(range(who[0], who[0] + len(who))):
-            return factors[who[0] : who[0] + len(who)]
-        return factors[list(who)]
+        return y + update(x, self.down.of(who, x.dtype), self.up.of(who, x.dtype), self._scale(who, x)).reshape(y.shape)
 
     def _scale(self, who: tuple[int, ...], x: Tensor) -> Tensor | float:
+        """One for all, or [m, 1, 1]."""
         scales = [self.scales[m] * self.strengths[m] for m in who]
         return scales[0] if len(set(scales)) == 1 else x.new_tensor(scales)[:, None, None]
 
     @staticmethod
     def _projected(x: Tensor, down: Tensor, up: Tensor, scale: Tensor | float) -> Tensor:
         """x [m * b, ..., in], down [m, r, in], up [m, out, r] => [m, rows, out]."""
-        return (x.reshape(len(down), -1, x.shape[-1]) @ down.mT * scale) @ up.mT
+        return times(x.reshape(len(down), -1, x.shape[-1]) @ down.mT, scale) @ up.mT
 
     def _convolved(self, x: Tensor, down: Tensor, up: Tensor, scale: Tensor | float) -> Tensor:
         """x [m * b, in, h, w], down [m, r, in, kh, kw], up [m, out, r, 1, 1] => [m, b, out, h', w']."""
@@ -83,7 +90,12 @@ class Shared(nn.Module):
         how = {"stride": layer.stride, "padding": layer.padding, "dilation": layer.dilation}
         low = F.conv2d(side_by_side, down.flatten(0, 1), groups=m, **how)  # [b, m * r, h', w']
         low = low.unflatten(1, (m, r)).permute(1, 2, 0, 3, 4)  # [m, r, b, h', w']
-        return (up.flatten(2) @ low.flatten(2) * scale).unflatten(2, low.shape[2:]).transpose(1, 2)
+        return (up.flatten(2) @ times(low.flatten(2), scale)).unflatten(2, low.shape[2:]).transpose(1, 2)
+
+
+def times(low: Tensor, scale: Tensor | float) -> Tensor:
+    """Scaled, where that changes anything."""
+    return low if isinstance(scale, float) and scale == 1 else low * scale
 
 
 class Crew:
@@ -111,17 +123,21 @@ class Crew:
         for home, leaf in self._homes:
             setattr(home, leaf, home.get_submodule(leaf).base_layer)
 
+    def lowered(self) -> contextlib.AbstractContextManager[None]:
+        """As `Attached.lowered`."""
+        return lowered([side for layer in self.layers.values() for side in (layer.down, layer.up)], self.base.dtype)
+
     def share_out(self) -> None:
         """Give every member its part of the gradients that the shared factors have got."""
         for member in self.members:
             for path, layer in self.layers.items():
-                for side, whole in (("down", layer.down), ("up", layer.up)):
+                for side, whole in (("down", layer.down.weight), ("up", layer.up.weight)):
                     member.parameters[path][side].grad = None if whole.grad is None else whole.grad[member.number]
 
     def forget(self) -> None:
         """Drop all gradients."""
         for layer in self.layers.values():
-            layer.down.grad = layer.up.grad = None
+            layer.down.weight.grad = layer.up.weight.grad = None
 
 
 class Member(Attached):
@@ -131,7 +147,7 @@ class Member(Attached):
         super().__init__(crew.base)
         self.crew, self.number = crew, number
         self.parameters = {
-            path: {side: nn.Parameter(getattr(layer, side).data[number]) for side in ("down", "up")}
+            path: {side: nn.Parameter(getattr(layer, side).weight.data[number]) for side in ("down", "up")}
             for path, layer in crew.layers.items()
         }
 

@@ -270,7 +270,7 @@ def alike(batches: Sequence[Batch], most: int | None) -> Iterator[list[Batch]]:
 def learn(crew: Crew, group: Sequence[Batch]) -> None:
     """Forward and backward of a group: one pass through the base for each question."""
     base = crew.base
-    with crew.rows.of(*(runner.member.number for runner, *_ in group)):
+    with crew.rows.of(*(runner.member.number for runner, *_ in group)), crew.lowered():
         asks = [asking(runner.job.recipe.objective, base.schedule)(inputs, rng, WHOLE) for runner, inputs, rng in group]
         losses = answered(asks, base.denoise, crew.rows.of)
         shares = [runner.work.opt.share(loss) for (runner, *_), loss in zip(group, losses, strict=True)]
