@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .data import read_folder
     from .draw import draw
     from .errors import PersonalizeError
+    from .fleet import train_fleet
     from .recipe import Recipe, resolve
     from .report import write_report
     from .train import train
@@ -40,6 +41,7 @@ _HOMES = {
     "read_folder": "data",
     "resolve": "recipe",
     "train": "train",
+    "train_fleet": "fleet",
     "write_report": "report",
 }
 
@@ -55,6 +57,7 @@ __all__ = [
     "read_folder",
     "resolve",
     "train",
+    "train_fleet",
     "write_report",
 ]
 
