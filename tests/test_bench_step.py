@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from personalize.bench import memory, pairs, step, throughput
+from personalize.base import Base
+from personalize.bench import beside, memory, pairs, scripts, step, throughput
 from personalize.bench.__main__ import main, parser
 from personalize.bench.counting import Work, phases
 from personalize.errors import DataError, TrainingError
@@ -40,7 +41,7 @@ learned = [p for p in unet.parameters() if p.requires_grad]
 unet, opt = accelerator.prepare(unet, torch.optim.AdamW(learned))
 while True:
     with accelerator.accumulate(unet):
-        latents = vae.encode(torch.zeros(1, 3, 64, 64)).latent_dist.sample().repeat(1, 4, 1, 1)
+        latents = vae.encode(torch.zeros(1, 3, 64, 64)).latent_dist.sample()
         cond = text(torch.zeros(1, 77, dtype=torch.long), return_dict=False)[0]
         loss = unet(latents, torch.tensor([3]), cond, return_dict=False)[0].square().mean()
         accelerator.backward(loss)
@@ -166,6 +167,53 @@ def test_throughput_goes_on_where_it_stopped(
     assert "| pocket | 64 | 2 | eager | out of memory |" in (tmp_path / "throughput.md").read_text()
     throughput.main(options("throughput", tmp_path, *flags, "--rank", "2", "--batches", "2"))
     assert json.loads((tmp_path / "throughput.json").read_text())["rows"] == [failed], "other settings, another table"
+
+
+def test_other_trainers_are_told_as_multiples_of_ours() -> None:
+    def took(mode: str, batch: int, seconds: float) -> dict[str, Any]:
+        return {"family": "sd1", "batch": batch, "mode": mode, "seconds": seconds}
+
+    failed = {"family": "sd1", "batch": 1, "mode": "kohya", "failed": "failed: no module"}
+    rows = [took("eager", 1, 0.2), took("graphs", 1, 0.1), took("diffusers", 1, 0.3), failed, took("diffusers", 4, 1.0)]
+    assert beside.ratios(rows) == ["- sd1, batch 1: a step of diffusers takes 1.50 times ours eager, 3.00 times ours graphs"]
+
+
+@pytest.mark.slow
+def test_other_trainers_are_timed_beside_ours(tmp_path: Path) -> None:
+    script, kohya = tmp_path / "script.py", tmp_path / "sd-scripts"
+    script.write_text(SCRIPT)
+    kohya.mkdir()
+    (kohya / "train_network.py").write_text("import no_such_module")
+    flags = ["--tiny", "--seconds", "0", "--batches", "1", "--modes", "eager", "graphs", "--work", str(tmp_path / "work")]
+    flags += ["--script", str(script), "--kohya", str(kohya)]
+    throughput.main(options("throughput", tmp_path, *flags))
+    rows = {row["mode"]: row for row in json.loads((tmp_path / "throughput.json").read_text())["rows"]}
+    assert list(rows) == ["eager", "graphs", "diffusers", "kohya"] and rows["diffusers"]["seconds"] > 0
+    assert rows["graphs"]["failed"] == "CUDA graphs need a GPU"
+    assert "train_network.py ended with 1: ModuleNotFoundError: No module named 'no_such_module'" in rows["kohya"]["failed"]
+    assert "- pocket, batch 1: a step of diffusers takes " in (tmp_path / "throughput.md").read_text()
+
+
+def test_scripts_get_a_base_that_diffusers_loads(tmp_path: Path) -> None:
+    _, configs = throughput.tiny("sdxl")
+    scripts.write_weights(tmp_path, configs, torch.device("cpu"))
+    assert Base.load(tmp_path).family.name == "sdxl"
+    before = (tmp_path / "unet" / "diffusion_pytorch_model.safetensors").stat().st_mtime_ns
+    scripts.write_weights(tmp_path, configs, torch.device("cpu"))
+    assert (tmp_path / "unet" / "diffusion_pytorch_model.safetensors").stat().st_mtime_ns == before
+    with pytest.raises(DataError, match="no script"):
+        beside.trainers(options("throughput", tmp_path, "--kohya", str(tmp_path)), "sdxl")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_on_a_gpu_graphs_take_the_steps_of_an_eager_run() -> None:
+    def steps(graphs: bool) -> list[list[float]]:
+        torch.manual_seed(0)
+        take = throughput.trainer(POCKET, RECIPE, Fit("bfloat16", channels_last=True), torch.device("cuda"), graphs=graphs)
+        return [take() for _ in range(3)]  # type: ignore[misc]
+
+    torch.testing.assert_close(steps(True), steps(False), rtol=0.02, atol=0.02)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

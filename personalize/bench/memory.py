@@ -76,7 +76,8 @@ def configs_of(row: Family, side: int) -> Configs:
         | {"kind": "CLIPTextModelWithProjection" if text.projection else "CLIPTextModel"}
         for text in row.texts
     }
-    return Configs(unet_config(row) | {"sample_size": side // 8}, VAE | {"sample_size": side}, texts)
+    unet = unet_config(row) | {"sample_size": side // 8}
+    return Configs(unet, VAE | {"sample_size": side, "latent_channels": unet["in_channels"]}, texts)
 
 
 def publish(options: Any, rows: Sequence[dict[str, Any]]) -> None:

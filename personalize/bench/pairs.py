@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -28,6 +29,15 @@ def family(name: str) -> keys.Family:
     if name not in known:
         raise RecipeError(f"no family is called {name!r}", nearest(name, known))
     return known[name]
+
+
+def small(row: keys.Family) -> keys.Family:
+    """A family's structure in widths of next to nothing."""
+    texts = tuple(replace(text, width=64, layers=2) for text in row.texts)
+    added = 64 + 6 * 16 if row.unet.added else 0  # the pooled text, and six numbers about sizes
+    channels, depth = (32, *[64] * (len(row.unet.channels) - 1)), tuple(min(depth, 1) for depth in row.unet.depth)
+    unet = replace(row.unet, channels=channels, depth=depth, middle=1, context=64 * len(texts), added=added)
+    return replace(row, unet=unet, texts=texts)
 
 
 # ---------------------------------------------------------------- layers

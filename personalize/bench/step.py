@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import tempfile
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -18,17 +17,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from .. import objectives
 from ..attach import Attached, attach
 from ..base import Base, quiet
-from ..base.tokens import clip_tokenizer
-from ..errors import DataError, TrainingError
+from ..errors import DataError
 from ..files import write_text
 from ..fit import Configs, Fit, Load, gradients
 from ..fit.estimate import cond_of, ghost, solidify
 from ..objectives import Inputs
 from ..optim import Optimizer
-from ..pocket.proof import peer
 from ..pocket.proof.figures import FIGURES, markdown
 from ..recipe import Recipe, resolve
-from . import memory, pairs
+from . import memory, pairs, scripts
 from .counting import Work, phases
 
 SIDES = {"sd1": 512, "sdxl": 1024}
@@ -126,50 +123,11 @@ def theirs(configs: Configs, recipe: Recipe, side: int, precision: str, script: 
     """The second step of diffusers' script, which runs as it is, in a process of its own. Raises TrainingError if it does not."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_base(folder / "base", configs)
-        for i in range(3 * recipe.batch_size):
-            write_picture(folder / "pictures" / f"{i}.png", i)
-        told = {
-            "pretrained_model_name_or_path": folder / "base",
-            "instance_data_dir": folder / "pictures",
-            "instance_prompt": "a sks dog",
-            "output_dir": folder / "out",
-            "resolution": side,
-            "train_batch_size": recipe.batch_size,
-            "max_train_steps": STEPS,
-            "rank": recipe.adapter.rank,
-            "mixed_precision": PRECISIONS[precision],
-        }
-        flags = [text for key, value in told.items() for text in (f"--{key}", str(value))]
-        program = str(Path(__file__).with_name("theirs.py"))
-        command = [*peer.launcher(folder / "stand-in"), program, str(folder / "counts.json"), str(script.resolve()), *flags]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode or not (folder / "counts.json").is_file():
-            last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
-            raise TrainingError(f"{script.name} ended with {done.returncode}: {last}", "is it that of the installed diffusers?")
-        counts: dict[str, Any] = json.loads((folder / "counts.json").read_text(encoding="utf-8"))
+        scripts.write_base(folder / "base", configs)
+        scripts.write_pictures(folder / "pictures", 3 * recipe.batch_size, 64)
+        flags = scripts.diffusers_flags(folder, recipe, side, PRECISIONS[precision], STEPS)
+        counts: dict[str, Any] = scripts.run("theirs.py", folder / "counts.json", script, flags)
         return counts
-
-
-def write_base(folder: Path, configs: Configs) -> None:
-    """A diffusers folder without weights."""
-    kinds = {"unet": ("UNet2DConditionModel", configs.unet), "vae": ("AutoencoderKL", configs.vae)}
-    for part, (kind, config) in kinds.items():
-        write_text(folder / part / "config.json", json.dumps({"_class_name": kind, **config}))
-    text = dict(configs.texts["text_encoder"])
-    text |= {"architectures": [text.pop("kind")], "model_type": "clip_text_model"}
-    write_text(folder / "text_encoder" / "config.json", json.dumps(text))
-    clip_tokenizer().save_pretrained(folder / "tokenizer")
-    from diffusers import DDPMScheduler
-
-    DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear").save_pretrained(folder / "scheduler")
-
-
-def write_picture(path: Path, i: int) -> None:
-    from PIL import Image
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", (64, 64), (i, i, i)).save(path)
 
 
 # ---------------------------------------------------------------- what is told

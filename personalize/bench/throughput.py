@@ -1,4 +1,4 @@
-"""How fast training steps are on a GPU, and what they take: true shapes, random weights, beside its bf16 matrix peak."""
+"""How fast training steps are on a GPU, and what they take: on random weights of true shape, beside other trainers."""
 
 from __future__ import annotations
 
@@ -25,11 +25,12 @@ from ..fit.estimate import ghost, solidify
 from ..optim import Optimizer
 from ..pocket.proof.figures import FIGURES, markdown
 from ..recipe import Recipe
-from . import memory, pairs
+from . import beside, memory, pairs
+from .graphs import graphed
+from .scripts import fill
 from .step import SIDES, batch_of, learn, recipe_of, step
 
 TINY = {"pocket": 64}
-MODES = ("eager", "compiled")
 WARM = 3  # steps that are not timed; the first compiles
 HEADS = ("family", "side", "batch", "mode", "images/s", "ms per step", "peak GiB", "TFLOP per image", "share of peak")
 Row = dict[str, Any]
@@ -39,12 +40,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """What this benchmark can be told."""
     parser.add_argument("--families", nargs="*", default=list(SIDES), choices=SIDES, help="which of them")
     parser.add_argument("--batches", nargs="*", type=int, default=[1, 4, 8], help="pictures per step")
-    parser.add_argument("--modes", nargs="*", default=list(MODES), choices=MODES, help="which of them")
+    parser.add_argument("--modes", nargs="*", default=list(beside.OURS), choices=beside.OURS, help="of ours, which")
     parser.add_argument("--rank", type=int, default=8, help="of the adapter, on attention layers")
     parser.add_argument("--seconds", type=float, default=8, help="so long steps are timed for a row")
     parser.add_argument("--minutes", type=float, default=9, help="no row is begun later than this; the same call again goes on")
     parser.add_argument("--tiny", action="store_true", help="the embedded base's shapes, on the CPU: a test of this benchmark")
     parser.add_argument("--fresh", action="store_true", help="forget the rows that are there")
+    beside.add_options(parser)
     parser.add_argument("--to", type=Path, default=FIGURES, help="folder for throughput.md and throughput.json")
 
 
@@ -57,7 +59,7 @@ def main(options: argparse.Namespace) -> None:
     rows = [] if options.fresh else kept(options.to / "throughput.json", about)
     peak = matrix_peak(device, 512 if options.tiny else 8192)  # in each call: clocks differ
     done = {key(row) for row in rows}
-    for case in itertools.product(TINY if options.tiny else options.families, options.batches, options.modes):
+    for case in cases(options):
         if case in done:
             continue
         if time.monotonic() - began > 60 * options.minutes:
@@ -66,6 +68,13 @@ def main(options: argparse.Namespace) -> None:
         rows.append(row_of(*case, options, device, peak))
         publish(options, about, rows)
         print(" ".join(cells(rows[-1])), flush=True)
+
+
+def cases(options: argparse.Namespace) -> list[tuple[str, int, str]]:
+    """Family, batch, and a mode of ours or another trainer. A tiny SDXL is there for its script alone."""
+    families = [*TINY, *(["sdxl"] if options.script_sdxl else [])] if options.tiny else options.families
+    ways = {family: [*options.modes, *beside.trainers(options, family)] for family in families}
+    return [(family, batch, way) for family in families for batch in options.batches for way in ways[family]]
 
 
 def machine(device: torch.device) -> dict[str, Any]:
@@ -90,31 +99,63 @@ def key(row: Row) -> tuple[str, int, str]:
 
 def row_of(family: str, batch: int, mode: str, options: argparse.Namespace, device: torch.device, peak: float) -> Row:
     """One row, or why there is none."""
-    side, recipe = {**SIDES, **TINY}[family], recipe_of(batch, options.rank)
-    configs, row = memory.configs_of(pairs.family(family), side), {"family": family, "side": side, "batch": batch, "mode": mode}
-    fit = Fit("bfloat16", micro_batch=batch, channels_last=device.type == "cuda", compile=mode == "compiled")
+    recipe, (side, configs) = recipe_of(batch, options.rank), tiny(family) if options.tiny else true(family)
+    row: Row = {"family": family, "side": side, "batch": batch, "mode": mode}
+    if mode in beside.OURS:
+        row |= own(configs, recipe, mode, options.seconds, device)
+    else:
+        row |= beside.timed(mode, beside.trainers(options, family)[mode], configs, recipe, side, options, device)
+    if "failed" in row:
+        return row
+    flops = flops_of(configs, recipe)
+    return row | {"flops": flops, "peak": peak, "share": flops / row["seconds"] / peak}
+
+
+def true(family: str) -> tuple[int, Configs]:
+    """A family's side in pixels, and its shapes."""
+    return SIDES[family], memory.configs_of(pairs.family(family), SIDES[family])
+
+
+def tiny(family: str) -> tuple[int, Configs]:
+    """The same for a CPU."""
+    row = pairs.family(family)
+    configs = memory.configs_of(row if family in TINY else pairs.small(row), side := TINY.get(family, 64))
+    return side, replace(configs, vae={**configs.vae, "block_out_channels": (32, 32, 64, 64)})
+
+
+def own(configs: Configs, recipe: Recipe, mode: str, seconds: float, device: torch.device) -> Row:
+    """Seconds per step and bytes of ours; or why there are none."""
+    gpu = device.type == "cuda"
+    fit = Fit("bfloat16", micro_batch=recipe.batch_size, channels_last=gpu, compile=mode == "compiled")
     if fit.compile and (why := lacking(device)):
-        return row | {"failed": why}
+        return {"failed": why}
+    if mode == "graphs" and not gpu:
+        return {"failed": "CUDA graphs need a GPU"}
     try:
-        seconds, taken = timed(trainer(configs, recipe, fit, device), options.seconds, device)
+        spent, taken = timed(trainer(configs, recipe, fit, device, graphs=mode == "graphs"), seconds, device)
     except torch.OutOfMemoryError:
-        return row | {"failed": "out of memory"}
+        return {"failed": "out of memory"}
+    except RuntimeError as error:
+        if mode != "graphs":
+            raise
+        return {"failed": f"cannot be captured: {str(error).splitlines()[0]}"}
     finally:
         torch.compiler.reset()
         gc.collect()
-        if device.type == "cuda":
+        if gpu:
             torch.cuda.empty_cache()
-    flops = flops_of(configs, recipe)
-    return row | {"seconds": seconds, "bytes": taken, "flops": flops, "peak": peak, "share": flops / seconds / peak}
+    return {"seconds": spent, "bytes": taken}
 
 
-def trainer(configs: Configs, recipe: Recipe, fit: Fit, device: torch.device) -> Callable[[], object]:
+def trainer(configs: Configs, recipe: Recipe, fit: Fit, device: torch.device, *, graphs: bool = False) -> Callable[[], object]:
     """A function that takes the next step of a run on random weights. The encoders are nowhere: a step does not need them."""
     base, attached = shapes(configs, recipe, replace(fit, compile=False))
     fill(base.unet, device)
     place(base, fit, device)
     opt = Optimizer(attached.groups(), recipe.optim, recipe.steps)
     inputs, steps = batch_of(base, recipe, configs.unet["sample_size"]), itertools.count()
+    if graphs:
+        vars(base)["denoise"] = graphed(base, inputs)
     return lambda: step(base, attached, opt, recipe, inputs, next(steps))
 
 
@@ -123,17 +164,6 @@ def shapes(configs: Configs, recipe: Recipe, fit: Fit) -> tuple[Base, Attached]:
     with quiet():
         base = ghost(configs, fit)
         return base, attach(base, recipe.adapter)
-
-
-@torch.no_grad()
-def fill(model: torch.nn.Module, device: torch.device) -> None:
-    """Random weights that keep activations as large as they are, for a model that is nowhere."""
-    model.to_empty(device=device)
-    for name, p in model.named_parameters():
-        if p.ndim > 1:
-            p.normal_(std=(p.numel() / len(p)) ** -0.5)
-        else:
-            p.fill_(name.endswith("weight"))  # of a norm
 
 
 def timed(take: Callable[[], object], seconds: float, device: torch.device) -> tuple[float, int | None]:
@@ -203,10 +233,17 @@ encoders are not on the GPU. The base in bfloat16, a LoRA of rank {options.rank}
 
 - machine: {about["device"]}, torch {about["torch"]}
 - peak: {peak}, the best bf16 product of two square matrices, measured in each call
-- share of peak: FLOP of matrix products, convolutions and attention (torch's counter) per second, of that peak
+- eager, compiled (blocks, by inductor), graphs (the UNet's both passes as CUDA graphs): ours
+- diffusers: `train_dreambooth_lora.py` and `_sdxl.py` as they are, in bf16, adapter and moments too; pictures are encoded at each
+  step, by SD's script captions too. kohya: sd-scripts' `train_network.py`, bf16, `--sdpa`, latents cached, the UNet alone, with
+  feed-forward and projections. Both from one step to the next, data loader and all
+- share of peak: FLOP of matrix products, convolutions and attention of our step (torch's counter) per second, of that peak
 - command: python -m personalize.bench throughput{" --tiny" if options.tiny else ""}
 
 """
     options.to.mkdir(parents=True, exist_ok=True)
-    write_text(options.to / "throughput.md", page + markdown(HEADS, [cells(row) for row in rows]))
+    write_text(
+        options.to / "throughput.md",
+        "\n".join([page + markdown(HEADS, [cells(row) for row in rows]), *beside.ratios(rows)]).rstrip() + "\n",
+    )
     write_text(options.to / "throughput.json", json.dumps({"about": about, "rows": list(rows)}, indent=1) + "\n")

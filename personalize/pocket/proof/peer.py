@@ -1,7 +1,7 @@
 """Beside diffusers' `examples/dreambooth/train_dreambooth_lora.py`: same base, pictures, steps, batch size and rank.
 
 The script is not part of this project: give its path. It knows one prompt for all pictures and attention layers only, and its
-adapter is measured exactly as ours is. Where torchvision is missing, the script finds a stand-in for the six transforms it uses.
+adapter is measured exactly as ours is. Where torchvision is missing, the script finds a stand-in for the transforms it uses.
 """
 
 from __future__ import annotations
@@ -31,10 +31,15 @@ from .personalization import brief, recipe_of
 from .tasks import Task, tasks
 
 SIX = "scarf cat,king fish,flag house,pirate boat,stained glass,blueprint"
-TRANSFORMS = '''"""Stand-in for torchvision.transforms: what train_dreambooth_lora.py uses of it."""
-import enum, random
+TRANSFORMS = '''"""Stand-in for torchvision.transforms: what train_dreambooth_lora.py and its sdxl sister use of it."""
+import enum, random, sys, types
 import numpy, torch
 from PIL import Image
+
+def crop(image, top, left, height, width): return image.crop((left, top, left + width, top + height))
+
+functional = sys.modules[__name__ + ".functional"] = types.ModuleType(__name__ + ".functional")
+functional.crop, __path__ = crop, []
 
 class InterpolationMode(enum.Enum):
     NEAREST, BILINEAR, BICUBIC, LANCZOS, BOX, HAMMING = 0, 2, 3, 1, 4, 5
@@ -54,12 +59,19 @@ class Resize:
 class RandomCrop:
     def __init__(self, size): self.size = size
     def at(self, room): return random.randint(0, room)
+    @staticmethod
+    def get_params(image, size):
+        return random.randint(0, image.height - size[0]), random.randint(0, image.width - size[1]), *size
     def __call__(self, image):
         left, top = (self.at(side - self.size) for side in image.size)
         return image.crop((left, top, left + self.size, top + self.size))
 
 class CenterCrop(RandomCrop):
     def at(self, room): return round(room / 2)
+
+class RandomHorizontalFlip:
+    def __init__(self, p): self.p = p
+    def __call__(self, image): return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if random.random() < self.p else image
 
 class ToTensor:
     def __call__(self, image): return torch.from_numpy(numpy.array(image)).permute(2, 0, 1).float() / 255
@@ -207,7 +219,7 @@ def main(options: argparse.Namespace) -> None:
     records = [compared(task, options, judge, clip, artist) for task in tasks(options.only, options.pictures, options.seed)]
     about = {
         "base": f"{options.base} ({artist.identity}), on {machine()}",
-        "torchvision": "installed" if importlib.util.find_spec("torchvision") else "a stand-in for the six transforms in use",
+        "torchvision": "installed" if importlib.util.find_spec("torchvision") else "a stand-in for the transforms in use",
         "captions": "one prompt for all, for both" if options.no_captions else "read by personalize; the script has one prompt",
         "pictures": f"{options.pictures} per figure and task, {options.sampler_steps} steps, guidance {options.guidance:g}",
     }
