@@ -38,19 +38,21 @@ def describe_run(
     fit: Fit,
     estimate: Any = None,
     classes: Dataset | None = None,
+    peak: int | None = None,
 ) -> dict[str, str]:
     """The whole metadata of an adapter saved after `step` steps; `sample` is the picture for its thumbnail.
 
-    `classes` are the class images that somebody brought. Of memory, what the shapes tell (`estimate`) and not what was
-    measured, which another run of the same recipe may not repeat.
+    `classes` are the class images that somebody brought. Of memory, what the shapes tell (`estimate`), and on a GPU the bytes
+    that were held at most (`peak`); a CPU's process may not repeat them, and its files must repeat to the byte.
     """
+    memory = {"estimate": estimate, "dtypes": dtypes(base)} | ({} if peak is None else {"peak": peak})
     return {
         **kohya_keys(recipe, base, dataset, name, step),
         **dataset_keys(recipe, base, dataset, classes),
         "ss_mixed_precision": MIXED[fit.precision],
         "ss_full_fp16": "False",
         "ss_gradient_checkpointing": str(fit.checkpointing),
-        "personalize.fit": json.dumps(asdict(fit) | {"estimate": estimate, "dtypes": dtypes(base)}, sort_keys=True),
+        "personalize.fit": json.dumps(asdict(fit) | memory, sort_keys=True),
         **modelspec_keys(recipe, base, dataset, name, sample),
         "personalize.recipe": to_json(recipe),
         "personalize.step": str(step),

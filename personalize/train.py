@@ -211,7 +211,8 @@ def save(work: Work, step: int, path: Path) -> Saved:
     if not all(delta.finite() for delta in adapter.deltas.values()):
         raise TrainingError(f"the adapter is not finite after {step} steps; nothing was overwritten", "try a lower --lr")
     first = next((picture for earlier in range(step, -1, -1) if (picture := job.run.sample(earlier, 0, 0)).is_file()), None)
-    told = work.fit, work.facts()["estimate"], job.regularization
+    peak = peak_bytes(job.base.device) if job.base.device.type == "cuda" else None
+    told = work.fit, work.facts()["estimate"], job.regularization, peak
     about = describe_run(job.recipe, job.base, job.dataset, job.run.name, step, first, *told)
     adapter.save(path, job.recipe.dialect, about)
     return Saved(step, job.run.relative(path))

@@ -47,6 +47,8 @@ def test_an_adapter_says_what_it_is_for(name: str, pictures: Path, tmp_path: Pat
         said = describe_run(recipe, base, dataset, "zwx", 1, None, Fit())
         assert [said[key] for key in KEYS] == wanted
         assert json.loads(sidecar(recipe, base, dataset, 1, 1.0))["sd version"] == version
+        on_a_gpu = describe_run(recipe, base, dataset, "zwx", 1, None, Fit(), peak=5)
+        assert json.loads(on_a_gpu["personalize.fit"]) == json.loads(said["personalize.fit"]) | {"peak": 5}
 
 
 @pytest.mark.slow

@@ -5,6 +5,6 @@ running.py   one loop over the steps of all of them
 """
 
 from .crew import Crew, Member
-from .running import train_fleet
+from .running import pass_through, train_fleet
 
-__all__ = ["Crew", "Member", "train_fleet"]
+__all__ = ["Crew", "Member", "pass_through", "train_fleet"]

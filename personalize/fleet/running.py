@@ -24,7 +24,8 @@ from ..events import Event, Failed, Finished, Step, Warned
 from ..fit import Fit, place
 from ..fitting import Choice, Work, begin, estimate_of, first_sentence, peak_bytes, plan
 from ..lesson import Lesson, feed, prepare
-from ..objectives import WHOLE, Inputs, Rng, answered, asking
+from ..objectives import WHOLE, Asking, Inputs, Rng, answered, asking
+from ..optim import Optimizer
 from ..recipe import Recipe, to_toml
 from ..targets import fresh as fresh_deltas
 from ..train import Seen, finish, milestone, next_step, started, taken, train, unbroken
@@ -268,12 +269,16 @@ def alike(batches: Sequence[Batch], most: int | None) -> Iterator[list[Batch]]:
 
 
 def learn(crew: Crew, group: Sequence[Batch]) -> None:
-    """Forward and backward of a group: one pass through the base for each question."""
-    base = crew.base
-    with crew.rows.of(*(runner.member.number for runner, *_ in group)), crew.lowered():
-        asks = [asking(runner.job.recipe.objective, base.schedule)(inputs, rng, WHOLE) for runner, inputs, rng in group]
-        losses = answered(asks, base.denoise, crew.rows.of)
-        shares = [runner.work.opt.share(loss) for (runner, *_), loss in zip(group, losses, strict=True)]
-        torch.stack(shares).sum().backward()
+    """Forward and backward of a group."""
+    asks = [asking(runner.job.recipe.objective, crew.base.schedule)(inputs, rng, WHOLE) for runner, inputs, rng in group]
+    losses = pass_through(crew, [runner.member.number for runner, *_ in group], asks, [runner.work.opt for runner, *_ in group])
     for (runner, *_), loss in zip(group, losses, strict=True):
         runner.losses.append(loss.detach())
+
+
+def pass_through(crew: Crew, who: Sequence[int], asks: Sequence[Asking], opts: Sequence[Optimizer]) -> list[Tensor]:
+    """The losses [b] of some members, whose gradients are added to the shared ones: one pass through the base per question."""
+    with crew.rows.of(*who), crew.lowered():
+        losses = answered(asks, crew.base.denoise, crew.rows.of)
+        torch.stack([opt.share(loss) for opt, loss in zip(opts, losses, strict=True)]).sum().backward()
+    return losses
