@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from personalize.base import Base
-from personalize.bench import beside, memory, pairs, scripts, step, throughput
+from personalize.bench import beside, ladder, memory, pairs, scripts, step, throughput
 from personalize.bench.__main__ import main, parser
 from personalize.bench.counting import Work, phases
 from personalize.errors import DataError, TrainingError
-from personalize.fit import Fit
+from personalize.fit import Fit, Load
 
 POCKET = memory.configs_of(pairs.family("pocket"), 64)
 RECIPE = step.recipe_of(1, 4)
@@ -158,15 +158,18 @@ def test_throughput_goes_on_where_it_stopped(
     assert "goes on with pocket 1 eager" in capsys.readouterr().out and not (tmp_path / "throughput.json").exists()
     throughput.main(options("throughput", tmp_path, *flags, "--batches", "1"))
     first = json.loads((tmp_path / "throughput.json").read_text())["rows"]
-    assert [throughput.key(row) for row in first] == [("pocket", 1, "eager")]
+    assert [row["case"] for row in first] == [["pocket", 1, "eager"]]
     assert first[0]["share"] == pytest.approx(first[0]["flops"] / first[0]["seconds"] / first[0]["peak"])
     failed = {"family": "pocket", "side": 64, "batch": 2, "mode": "eager", "failed": "out of memory"}
+    second = {"case": ["pocket", 2, "eager"], **failed}
     monkeypatch.setattr(throughput, "row_of", lambda *_: failed)
     throughput.main(options("throughput", tmp_path, *flags, "--batches", "1", "2"))
-    assert json.loads((tmp_path / "throughput.json").read_text())["rows"] == [*first, failed]
+    assert json.loads((tmp_path / "throughput.json").read_text())["rows"] == [*first, second]
     assert "| pocket | 64 | 2 | eager | out of memory |" in (tmp_path / "throughput.md").read_text()
     throughput.main(options("throughput", tmp_path, *flags, "--rank", "2", "--batches", "2"))
-    assert json.loads((tmp_path / "throughput.json").read_text())["rows"] == [failed], "other settings, another table"
+    assert json.loads((tmp_path / "throughput.json").read_text())["rows"] == [{"case": ["pocket", 2, "eager"], **failed}], (
+        "other settings, another table"
+    )
 
 
 def test_other_trainers_are_told_as_multiples_of_ours() -> None:
@@ -216,8 +219,34 @@ def test_on_a_gpu_graphs_take_the_steps_of_an_eager_run() -> None:
     torch.testing.assert_close(steps(True), steps(False), rtol=0.02, atol=0.02)
 
 
+def test_the_ladder_is_measured_beside_its_estimate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--tiny", "--batches", "1", "--rank", "2", "--precision", "float32"]
+    ladder.main(options("ladder", tmp_path, *flags))
+    rows = {row["case"][-1]: row for row in json.loads((tmp_path / "ladder.json").read_text())["rows"]}
+    assert next(iter(rows)) == "everything at once" and {"checkpointing", "nf4"} < set(rows)
+    for name in ("everything at once", "checkpointing"):  # on a CPU encoders have nowhere to go
+        assert rows[name]["step"] == pytest.approx(rows[name]["step_estimate"], rel=0.02)
+        assert rows[name]["sample"] == pytest.approx(rows[name]["sample_estimate"], rel=0.02)
+    assert rows["nf4"]["step"] < rows["checkpointing"]["step"] < rows["everything at once"]["step"]
+    assert "| pocket | 64 | 1 | checkpointing |" in (tmp_path / "ladder.md").read_text()
+    capsys.readouterr()
+    ladder.main(options("ladder", tmp_path, *flags))
+    assert capsys.readouterr().out == "", "nothing is measured twice"
+
+
+def test_out_of_memory_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(ladder, "tried", full)
+    row = ladder.taken(POCKET, Load(RECIPE, 8, 8), Fit(), torch.device("cpu"))
+    told = {"case": ["sdxl", 1024, 4, "checkpointing"], "step_estimate": 2**33, "sample_estimate": 2**32, **row}
+    assert ladder.cells(told) == ["sdxl", "1024", "4", "checkpointing", "out of memory", "8.00", "–", "4.00"]
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_no_gpu_is_said_in_a_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["bench", "throughput"])
+@pytest.mark.parametrize("name", ["throughput", "ladder"])
+def test_no_gpu_is_said_in_a_line(name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["bench", name])
     assert main() == 2
     assert capsys.readouterr().err.startswith("bench: there is no GPU here")

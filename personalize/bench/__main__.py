@@ -6,9 +6,16 @@ import argparse
 import sys
 
 from ..errors import PersonalizeError
-from . import algebra, fuzz, memory, step, throughput
+from . import algebra, fuzz, ladder, memory, step, throughput
 
-BENCHMARKS = {"algebra": algebra, "fuzz": fuzz, "memory": memory, "step": step, "throughput": throughput}
+BENCHMARKS = {
+    "algebra": algebra,
+    "fuzz": fuzz,
+    "ladder": ladder,
+    "memory": memory,
+    "step": step,
+    "throughput": throughput,
+}
 
 
 def parser() -> argparse.ArgumentParser:

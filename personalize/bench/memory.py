@@ -48,17 +48,17 @@ def main(options: Any) -> None:
     rows = []
     for name, side in CASES:
         for batch in options.batches if name in options.families else ():
-            for rung, fit, told in walk(pairs.family(name), side, batch, options.rank, options.precision):
+            configs = configs_of(pairs.family(name), side)
+            load = Load(resolve(flags={"batch_size": batch, "rank": options.rank}), side // 8, side // 8)
+            for rung, fit, told in walk(configs, load, options.precision):
                 rows.append({"family": name, "side": side, "batch": batch, "rung": rung, **asdict(fit), **asdict(told)})
                 print(f"{name} {side} px, batch {batch}, {rung}: {told.peak / 2**30:.2f} GiB", flush=True)
     publish(options, rows)
 
 
-def walk(row: Family, side: int, batch: int, rank: int, precision: str) -> Iterator[tuple[str, Fit, Estimate]]:
+def walk(configs: Configs, load: Load, precision: str) -> Iterator[tuple[str, Fit, Estimate]]:
     """Every rung from the first to the last that changes anything, then nf4 instead of int8, with what it takes."""
-    recipe = resolve(flags={"batch_size": batch, "rank": rank})
-    configs, load = configs_of(row, side), Load(recipe, side // 8, side // 8)
-    rung, fit = "everything at once", Fit(precision, micro_batch=batch, channels_last=True)
+    rung, fit = "everything at once", Fit(precision, micro_batch=load.recipe.batch_size, channels_last=True)
     while True:
         yield rung, fit, estimate(configs, load, fit, ("unet",))
         below = next(((one.name, one.of(fit)) for one in LADDER if one.of(fit) != fit), None)

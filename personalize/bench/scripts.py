@@ -148,3 +148,5 @@ def fill(model: torch.nn.Module, device: torch.device) -> None:
             p.normal_(std=(p.numel() / len(p)) ** -0.5)
         else:
             p.fill_(name.endswith("weight"))  # of a norm
+    for positions in model.buffers():  # all that there are, in text encoders
+        positions.copy_(torch.arange(positions.numel()).reshape(positions.shape))

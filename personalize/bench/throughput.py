@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import gc
 import itertools
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,22 +15,21 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from ..attach import Attached, attach
 from ..base import Base, quiet
-from ..errors import TrainingError
 from ..files import write_text
 from ..fit import Configs, Fit, lacking, place
 from ..fit.estimate import ghost, solidify
 from ..optim import Optimizer
-from ..pocket.proof.figures import FIGURES, markdown
+from ..pocket.proof.figures import markdown
 from ..recipe import Recipe
-from . import beside, memory, pairs
+from . import beside, memory, pairs, resuming
 from .graphs import graphed
+from .resuming import Row
 from .scripts import fill
 from .step import SIDES, batch_of, learn, recipe_of, step
 
 TINY = {"pocket": 64}
 WARM = 3  # steps that are not timed; the first compiles
 HEADS = ("family", "side", "batch", "mode", "images/s", "ms per step", "peak GiB", "TFLOP per image", "share of peak")
-Row = dict[str, Any]
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -43,31 +39,24 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--modes", nargs="*", default=list(beside.OURS), choices=beside.OURS, help="of ours, which")
     parser.add_argument("--rank", type=int, default=8, help="of the adapter, on attention layers")
     parser.add_argument("--seconds", type=float, default=8, help="so long steps are timed for a row")
-    parser.add_argument("--minutes", type=float, default=9, help="no row is begun later than this; the same call again goes on")
-    parser.add_argument("--tiny", action="store_true", help="the embedded base's shapes, on the CPU: a test of this benchmark")
-    parser.add_argument("--fresh", action="store_true", help="forget the rows that are there")
     beside.add_options(parser)
-    parser.add_argument("--to", type=Path, default=FIGURES, help="folder for throughput.md and throughput.json")
+    resuming.add_options(parser, "throughput")
 
 
 def main(options: argparse.Namespace) -> None:
     """Time what was not timed yet; publish after every row. Raises TrainingError where there is no GPU."""
-    if not options.tiny and not torch.cuda.is_available():
-        raise TrainingError("there is no GPU here, and nothing was timed", "--tiny shows on a CPU that the benchmark runs")
-    began, device = time.monotonic(), torch.device("cpu" if options.tiny else "cuda")
-    about = machine(device) | {"rank": options.rank}
-    rows = [] if options.fresh else kept(options.to / "throughput.json", about)
+    device = resuming.device_of(options)
+    about = resuming.machine(device) | {"rank": options.rank}
     peak = matrix_peak(device, 512 if options.tiny else 8192)  # in each call: clocks differ
-    done = {key(row) for row in rows}
-    for case in cases(options):
-        if case in done:
-            continue
-        if time.monotonic() - began > 60 * options.minutes:
-            print(f"{options.minutes:g} minutes are over; the same call again goes on with {' '.join(map(str, case))}")
-            break
-        rows.append(row_of(*case, options, device, peak))
+
+    def row(family: str, batch: int, mode: str) -> Row:
+        return row_of(family, batch, mode, options, device, peak)
+
+    def told(rows: Sequence[Row]) -> str:
         publish(options, about, rows)
-        print(" ".join(cells(rows[-1])), flush=True)
+        return " ".join(cells(rows[-1]))
+
+    resuming.measure(options, options.to / "throughput.json", about, cases(options), row, told)
 
 
 def cases(options: argparse.Namespace) -> list[tuple[str, int, str]]:
@@ -75,23 +64,6 @@ def cases(options: argparse.Namespace) -> list[tuple[str, int, str]]:
     families = [*TINY, *(["sdxl"] if options.script_sdxl else [])] if options.tiny else options.families
     ways = {family: [*options.modes, *beside.trainers(options, family)] for family in families}
     return [(family, batch, way) for family in families for batch in options.batches for way in ways[family]]
-
-
-def machine(device: torch.device) -> dict[str, Any]:
-    """What rows must have in common to stand in one table."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    return {"device": name, "torch": torch.__version__}
-
-
-def kept(path: Path, about: dict[str, Any]) -> list[Row]:
-    """Rows of earlier calls on the same machine."""
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return found["rows"] if found.get("about") == about else []
-
-
-def key(row: Row) -> tuple[str, int, str]:
-    """What a row is of."""
-    return row["family"], row["batch"], row["mode"]
 
 
 # ---------------------------------------------------------------- measuring
@@ -140,10 +112,7 @@ def own(configs: Configs, recipe: Recipe, mode: str, seconds: float, device: tor
             raise
         return {"failed": f"cannot be captured: {str(error).splitlines()[0]}"}
     finally:
-        torch.compiler.reset()
-        gc.collect()
-        if gpu:
-            torch.cuda.empty_cache()
+        resuming.tidy(device)
     return {"seconds": spent, "bytes": taken}
 
 
@@ -246,4 +215,3 @@ encoders are not on the GPU. The base in bfloat16, a LoRA of rank {options.rank}
         options.to / "throughput.md",
         "\n".join([page + markdown(HEADS, [cells(row) for row in rows]), *beside.ratios(rows)]).rstrip() + "\n",
     )
-    write_text(options.to / "throughput.json", json.dumps({"about": about, "rows": list(rows)}, indent=1) + "\n")

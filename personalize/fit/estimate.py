@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from .. import objectives
-from ..attach import attach
+from ..attach import Attached, attach
 from ..base import Base, Cond, quiet
 from ..base.loaded import vae_dtype
 from ..base.single import SCHEDULER
@@ -114,25 +114,29 @@ def _estimate(configs: Configs, load: Load, fit: Fit, parts: tuple[str, ...]) ->
         with counting(tensors_of(models), moments) as count:
             adapter = 4 * bytes_of(learned)  # parameters, gradients, two moments
             weights = count.now - sum(sizes) - 3 * bytes_of(learned)
-            learn(base, load, fit, parts, attached, opt)
+            learn(base, load, fit, attached, opt, largest(base, load, parts))
             step = count.peak - sum(sizes)
             opt.skip()
             sampling = draw(base, load, fit, count, sum(sizes))
     return Estimate(weights, adapter, step - weights - adapter, sampling)
 
 
-def learn(base: Base, load: Load, fit: Fit, parts: tuple[str, ...], attached: Any, opt: Optimizer) -> None:
-    """Forward and backward of one step of the largest batch."""
+def learn(base: Base, load: Load, fit: Fit, attached: Attached, opt: Optimizer, inputs: Inputs) -> Tensor:
+    """Forward and backward of one step; the losses and the gradient's norm."""
+    loss = objectives.build(load.recipe.objective, base.schedule, attached.off)
+    generator = torch.Generator().manual_seed(0)
+    batch = (inputs, lambda _: generator, lambda _: 0)
+    return gradients(base.denoise, loss, attached, opt, pieces(fit, load.recipe.batch_size), [batch])
+
+
+def largest(base: Base, load: Load, parts: tuple[str, ...]) -> Inputs:
+    """The largest batch, all of zeros."""
     recipe, b = load.recipe, load.recipe.batch_size
     k = recipe.prior_rows if recipe.objective.prior != "none" else 0
     images, output = (k if recipe.objective.prior == kind else 0 for kind in ("images", "output"))
     latents = torch.zeros(b + images, base.unet.config["in_channels"], load.height, load.width)
     held = [cond_of(base, load, parts, output) for _ in range(2)] if output else [None, None]
-    inputs = Inputs(latents, latents, cond_of(base, load, parts, b + images), images, *held)
-    loss = objectives.build(recipe.objective, base.schedule, attached.off)
-    generator = torch.Generator().manual_seed(0)
-    batch = (inputs, lambda _: generator, lambda _: 0)
-    gradients(base.denoise, loss, attached, opt, pieces(fit, b), [batch])
+    return Inputs(latents, latents, cond_of(base, load, parts, b + images), images, *held)
 
 
 @torch.no_grad()
