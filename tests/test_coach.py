@@ -80,6 +80,11 @@ def save_one_again(folder: Path) -> None:
     (folder / "again.txt").write_text("zwx once more")
 
 
+def mirror_one(folder: Path) -> None:
+    ImageOps.mirror(photo(0)).resize((300, 300)).save(folder / "again.jpg", quality=60)
+    (folder / "again.txt").write_text("zwx once more")
+
+
 def shrink_one(folder: Path) -> None:
     photo(1).resize((100, 100), Image.Resampling.LANCZOS).save(folder / "1.png")
 
@@ -110,6 +115,8 @@ RULES: list[tuple[str, str, Callable[[Path], None], dict[str, Any]]] = [
     ("unreadable", "mkdir", break_one, {}),
     ("twin", "mkdir", copy_one, {}),
     ("near twin", "mkdir", save_one_again, {}),
+    ("mirror twin", "mkdir", mirror_one, {}),
+    ("mirror twin", "mkdir", mirror_one, {"flip": False}),
     ("small", "mkdir", shrink_one, {}),
     ("small", "personalize train", shrink_all, {}),
     ("blurred", "mkdir", blur_one, {}),
@@ -152,6 +159,24 @@ def test_of_near_twins_the_largest_stays(folder: Path) -> None:
     save_one_again(folder)
     (finding,) = looked(folder)
     assert [path.name for path in finding.pictures] == ["0.png"]
+
+
+def test_of_mirror_images_the_largest_stays_and_flip_shows_them_anyway(folder: Path) -> None:
+    mirror_one(folder)
+    (finding,) = looked(folder)
+    assert [path.name for path in finding.pictures] == ["0.png"]
+    assert "nearly the mirror image of another, which --flip shows anyway" in finding.what
+    (finding,) = looked(folder, flip=False)
+    assert "so that both sides are learned, without --flip too" in finding.what
+
+
+def test_twins_and_mirror_twins_of_one_picture_are_each_told_once(folder: Path) -> None:
+    save_one_again(folder)
+    for name, picture in {"left": photo(0), "right": ImageOps.mirror(photo(0))}.items():
+        picture.resize((200, 200)).save(folder / f"{name}.png")
+        (folder / f"{name}.txt").write_text(f"zwx, {name}")
+    found = {finding.mark: {path.name for path in finding.pictures} for finding in looked(folder) if "twin" in finding.mark}
+    assert found == {"near twin": {"0.png", "left.png"}, "mirror twin": {"right.png"}}
 
 
 def test_without_the_library_near_twins_are_not_looked_for(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from ..adapters.headers import read_header
 from ..adapters.recognition import family_in
@@ -39,6 +39,7 @@ class Look:
     kept: float  # share of its area that is not cropped away
     sharpness: float | None  # None where nothing is to be seen
     hash: np.ndarray | None  # bool [HASH_SIDE ** 2], None without the library
+    mirrored: np.ndarray | None  # the same of its mirror image
 
 
 @dataclass(frozen=True)
@@ -102,8 +103,11 @@ def _look(example: Example, places: Grid) -> Look:
     shape = places.shape_of(example.size)
     sharp = sharpness(np.asarray(load_picture(example, shape).convert("L"), dtype=np.float64) / 255)
     width, height = example.size
-    seen = _hash(load_picture(example, (HASHED, max(1, HASHED * height // width)))) if can_hash() else None
-    return Look(example, _format(example.path), shape, kept(example.size, shape), sharp, seen)
+    hashes: tuple[np.ndarray | None, ...] = (None, None)
+    if can_hash():
+        seen = load_picture(example, (HASHED, max(1, HASHED * height // width)))
+        hashes = _hash(seen), _hash(ImageOps.mirror(seen))
+    return Look(example, _format(example.path), shape, kept(example.size, shape), sharp, *hashes)
 
 
 def _format(path: Path) -> str:
