@@ -25,8 +25,9 @@ from personalize.cli import run
 from personalize.coach import Finding
 from personalize.coach.findings import alike
 from personalize.coach.looking import native, sharpness
+from personalize.data import read_folder
 from personalize.errors import DataError, RecipeError
-from personalize.recipe import Recipe, resolve
+from personalize.recipe import Data, Recipe, resolve
 
 FLAGS = {"base": "none", "resolution": 256, "trigger": "zwx"}
 
@@ -220,6 +221,30 @@ def test_folders_and_masks_that_are_not_used_are_told(folder: Path) -> None:
         "1 picture with a mask",
     ]
     assert looked(folder, **typed(found[2].do, folder))[2].what.startswith("1 picture with a mask: what it leaves out weighs 0:")
+
+
+def test_masks_that_are_no_use_are_told_and_the_rest_is_looked_at(folder: Path, tmp_path: Path) -> None:
+    (folder / "0-masklabel.png").write_bytes(b"no picture")
+    Image.new("L", (64, 256), 255).save(folder / "1-masklabel.png")
+    photo(2, (600, 256)).save(folder / "2.png")
+    aside = Image.new("L", (600, 256), 0)
+    aside.paste(255, (0, 0, 9, 9))
+    aside.save(folder / "2-masklabel.png")
+    with pytest.raises(DataError, match="0-masklabel"):
+        read_folder(Data(folder=folder))  # where training stops
+    survey = coach.look(resolve(flags={**FLAGS, "folder": folder, "buckets": False}))
+    found = [finding for finding in coach.find(survey) if finding.mark == "mask"]
+    assert [finding.pictures[0].name for finding in found] == ["0.png", "1.png", "2.png"]
+    assert [(finding.level, finding.command) for finding in found] == [("bad", False)] * 3
+    for finding, what, do in zip(
+        found,
+        ("not a picture, whatever its name says", "1-masklabel.png is 64 x 256 pixels", "nothing is left of the mask"),
+        ("save it as PNG", "draw it over the picture", "crop the picture yourself"),
+        strict=True,
+    ):
+        assert what in finding.what and finding.do.startswith(do)
+    assert len(survey.looks) == 4 and not any(one.example.mask for one in survey.looks)
+    coach.sheet(survey, found, tmp_path / "sheet.png")
 
 
 def test_two_pictures_are_few(folder: Path) -> None:

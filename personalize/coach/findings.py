@@ -56,8 +56,15 @@ def unreadable(survey: Survey) -> Iterator[Finding]:
     rest = [(path, why) for path, why in broken if why.rpartition(": ")[2] not in plugins]
     if rest:
         finding = _aside(survey, "bad", [path for path, _ in rest], "cannot be read", "unreadable")
-        whys = "; ".join(f"{survey.name(path)}: {why}" for path, why in rest[:3])
-        yield replace(finding, what=f"{finding.what.partition(':')[0]}: {whys}{' ...' if len(rest) > 3 else ''}")
+        whys = _some([f"{survey.name(path)}: {why}" for path, why in rest])
+        yield replace(finding, what=f"{finding.what.partition(':')[0]}: {whys}")
+
+
+def spoiled(survey: Survey) -> Iterator[Finding]:
+    """Masks at which training stops: each kind of them has its advice."""
+    for do in dict.fromkeys(error.hint for _, error in survey.spoiled):
+        paths, whys = zip(*((path, error.what) for path, error in survey.spoiled if error.hint == do), strict=True)
+        yield Finding("bad", f"{_counted(len(paths))} with a mask that is of no use: {_some(whys)}", do, paths, "mask")
 
 
 def few(survey: Survey) -> Iterator[Finding]:
@@ -270,7 +277,7 @@ def masked(survey: Survey) -> Iterator[Finding]:
 
 
 RULES: tuple[Callable[[Survey], Iterable[Finding]], ...] = (
-    unreadable, few, untriggered, twins, near_twins, mirrored, small, cropped, blurred, overlong, uncaptioned, repeated,
+    unreadable, spoiled, few, untriggered, twins, near_twins, mirrored, small, cropped, blurred, overlong, uncaptioned, repeated,
     unused, masked,
 )  # fmt: skip
 
@@ -286,6 +293,11 @@ def _of(survey: Survey, level: str, paths: Sequence[Path], what: str, do: str, m
 
 def _counted(count: int) -> str:
     return f"{count} picture{'s' if count > 1 else ''}"
+
+
+def _some(whys: Sequence[str]) -> str:
+    """The first few of many reasons."""
+    return "; ".join(whys[:3]) + (" ..." if len(whys) > 3 else "")
 
 
 def _aside(survey: Survey, level: str, paths: Sequence[Path], what: str, mark: str) -> Finding:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,9 @@ from ..adapters.headers import read_header
 from ..adapters.recognition import family_in
 from ..data.buckets import Grid, Shape, grid, kept
 from ..data.folder import Dataset, Example, read_folder
+from ..data.masks import load_mask
 from ..data.pictures import Unreadable, load_picture, opened
-from ..errors import RecipeError
+from ..errors import DataError, RecipeError
 from ..families import NAMED, unet_config
 from ..recipe import Recipe
 
@@ -51,6 +52,7 @@ class Survey:
     grid: Grid
     multiple: int  # what the base's networks divide a side by
     looks: tuple[Look, ...]
+    spoiled: tuple[tuple[Path, DataError], ...] = ()  # pictures whose mask is of no use
 
     @property
     def folder(self) -> Path:
@@ -74,8 +76,10 @@ def look(recipe: Recipe) -> Survey:
     """Look at every picture of the recipe's folder. Raises DataError and RecipeError as `read_folder` and `grid` do."""
     side, multiple = native(recipe)
     places = grid(recipe.data, side, multiple)
-    dataset = read_folder(recipe.data)
-    return Survey(recipe, dataset, places, multiple, tuple(_look(example, places) for example in dataset.examples))
+    dataset = read_folder(recipe.data, lenient=True)
+    masked = [_masked(example, places) for example in dataset.examples]
+    looks = tuple(_look(example, places) for example, _ in masked)
+    return Survey(recipe, dataset, places, multiple, looks, (*dataset.spoiled, *(lost for _, lost in masked if lost)))
 
 
 def native(recipe: Recipe) -> tuple[int, int]:
@@ -97,6 +101,16 @@ def native(recipe: Recipe) -> tuple[int, int]:
 def can_hash() -> bool:
     """Whether the library for perceptual hashes is installed."""
     return importlib.util.find_spec("imagehash") is not None
+
+
+def _masked(example: Example, places: Grid) -> tuple[Example, tuple[Path, DataError] | None]:
+    """An example without a mask of which the crop leaves nothing, and what is wrong with that."""
+    try:
+        if example.mask:
+            load_mask(example, places.shape_of(example.size), 1)
+    except DataError as error:
+        return replace(example, mask=None, mask_sha256=""), (example.path, error)
+    return example, None
 
 
 def _look(example: Example, places: Grid) -> Look:
