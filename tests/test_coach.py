@@ -25,8 +25,9 @@ from personalize.cli import run
 from personalize.coach import Finding
 from personalize.coach.findings import alike
 from personalize.coach.looking import native, sharpness
+from personalize.data import read_folder
 from personalize.errors import DataError, RecipeError
-from personalize.recipe import Recipe, resolve
+from personalize.recipe import Data, Recipe, resolve
 
 FLAGS = {"base": "none", "resolution": 256, "trigger": "zwx"}
 
@@ -80,6 +81,11 @@ def save_one_again(folder: Path) -> None:
     (folder / "again.txt").write_text("zwx once more")
 
 
+def mirror_one(folder: Path) -> None:
+    ImageOps.mirror(photo(0)).resize((300, 300)).save(folder / "again.jpg", quality=60)
+    (folder / "again.txt").write_text("zwx once more")
+
+
 def shrink_one(folder: Path) -> None:
     photo(1).resize((100, 100), Image.Resampling.LANCZOS).save(folder / "1.png")
 
@@ -110,6 +116,8 @@ RULES: list[tuple[str, str, Callable[[Path], None], dict[str, Any]]] = [
     ("unreadable", "mkdir", break_one, {}),
     ("twin", "mkdir", copy_one, {}),
     ("near twin", "mkdir", save_one_again, {}),
+    ("mirror twin", "mkdir", mirror_one, {}),
+    ("mirror twin", "mkdir", mirror_one, {"flip": False}),
     ("small", "mkdir", shrink_one, {}),
     ("small", "personalize train", shrink_all, {}),
     ("blurred", "mkdir", blur_one, {}),
@@ -154,6 +162,24 @@ def test_of_near_twins_the_largest_stays(folder: Path) -> None:
     assert [path.name for path in finding.pictures] == ["0.png"]
 
 
+def test_of_mirror_images_the_largest_stays_and_flip_shows_them_anyway(folder: Path) -> None:
+    mirror_one(folder)
+    (finding,) = looked(folder)
+    assert [path.name for path in finding.pictures] == ["0.png"]
+    assert "nearly the mirror image of another, which --flip shows anyway" in finding.what
+    (finding,) = looked(folder, flip=False)
+    assert "so that both sides are learned, without --flip too" in finding.what
+
+
+def test_twins_and_mirror_twins_of_one_picture_are_each_told_once(folder: Path) -> None:
+    save_one_again(folder)
+    for name, picture in {"left": photo(0), "right": ImageOps.mirror(photo(0))}.items():
+        picture.resize((200, 200)).save(folder / f"{name}.png")
+        (folder / f"{name}.txt").write_text(f"zwx, {name}")
+    found = {finding.mark: {path.name for path in finding.pictures} for finding in looked(folder) if "twin" in finding.mark}
+    assert found == {"near twin": {"0.png", "left.png"}, "mirror twin": {"right.png"}}
+
+
 def test_without_the_library_near_twins_are_not_looked_for(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_one_again(folder)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
@@ -195,6 +221,30 @@ def test_folders_and_masks_that_are_not_used_are_told(folder: Path) -> None:
         "1 picture with a mask",
     ]
     assert looked(folder, **typed(found[2].do, folder))[2].what.startswith("1 picture with a mask: what it leaves out weighs 0:")
+
+
+def test_masks_that_are_no_use_are_told_and_the_rest_is_looked_at(folder: Path, tmp_path: Path) -> None:
+    (folder / "0-masklabel.png").write_bytes(b"no picture")
+    Image.new("L", (64, 256), 255).save(folder / "1-masklabel.png")
+    photo(2, (600, 256)).save(folder / "2.png")
+    aside = Image.new("L", (600, 256), 0)
+    aside.paste(255, (0, 0, 9, 9))
+    aside.save(folder / "2-masklabel.png")
+    with pytest.raises(DataError, match="0-masklabel"):
+        read_folder(Data(folder=folder))  # where training stops
+    survey = coach.look(resolve(flags={**FLAGS, "folder": folder, "buckets": False}))
+    found = [finding for finding in coach.find(survey) if finding.mark == "mask"]
+    assert [finding.pictures[0].name for finding in found] == ["0.png", "1.png", "2.png"]
+    assert [(finding.level, finding.command) for finding in found] == [("bad", False)] * 3
+    for finding, what, do in zip(
+        found,
+        ("not a picture, whatever its name says", "1-masklabel.png is 64 x 256 pixels", "nothing is left of the mask"),
+        ("save it as PNG", "draw it over the picture", "crop the picture yourself"),
+        strict=True,
+    ):
+        assert what in finding.what and finding.do.startswith(do)
+    assert len(survey.looks) == 4 and not any(one.example.mask for one in survey.looks)
+    coach.sheet(survey, found, tmp_path / "sheet.png")
 
 
 def test_two_pictures_are_few(folder: Path) -> None:

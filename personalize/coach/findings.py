@@ -13,7 +13,7 @@ import numpy as np
 
 from ..data.buckets import Grid, enlarges, kept
 from ..data.captions import fill, lacking, sidecar, sidecar_of
-from .looking import Survey, can_hash
+from .looking import Look, Survey, can_hash
 
 NEAR = 6  # bits of the hash by which two pictures may differ and still be nearly the same
 BLURRED = 0.02  # sharpness of a picture blurred by a Gaussian of three pixels, as training sees it
@@ -56,8 +56,15 @@ def unreadable(survey: Survey) -> Iterator[Finding]:
     rest = [(path, why) for path, why in broken if why.rpartition(": ")[2] not in plugins]
     if rest:
         finding = _aside(survey, "bad", [path for path, _ in rest], "cannot be read", "unreadable")
-        whys = "; ".join(f"{survey.name(path)}: {why}" for path, why in rest[:3])
-        yield replace(finding, what=f"{finding.what.partition(':')[0]}: {whys}{' ...' if len(rest) > 3 else ''}")
+        whys = _some([f"{survey.name(path)}: {why}" for path, why in rest])
+        yield replace(finding, what=f"{finding.what.partition(':')[0]}: {whys}")
+
+
+def spoiled(survey: Survey) -> Iterator[Finding]:
+    """Masks at which training stops: each kind of them has its advice."""
+    for do in dict.fromkeys(error.hint for _, error in survey.spoiled):
+        paths, whys = zip(*((path, error.what) for path, error in survey.spoiled if error.hint == do), strict=True)
+        yield Finding("bad", f"{_counted(len(paths))} with a mask that is of no use: {_some(whys)}", do, paths, "mask")
 
 
 def few(survey: Survey) -> Iterator[Finding]:
@@ -90,25 +97,44 @@ def near_twins(survey: Survey) -> Iterator[Finding]:
     """Pictures that look the same: other sizes, other quality, the next frame of a film. The largest of each group stays."""
     if not can_hash():
         yield Finding("note", "near-duplicates were not looked for", f"pip install {PACKAGE}", command=True)
-        return
-    looks = list({one.example.sha256: one for one in survey.looks}.values())  # the same file is no near-duplicate
-    groups = alike([one.hash for one in looks if one.hash is not None], NEAR)
-    extra: list[Path] = []
-    for group in groups:
-        largest = max(group, key=lambda i: (looks[i].example.size[0] * looks[i].example.size[1], -i))
-        extra += [looks[i].example.path for i in group if i != largest]
-    if extra:
-        yield _aside(survey, "warning", extra, "nearly the same as another", "near twin")
+    elif extra := _alike_in(_distinct(survey)):
+        yield _aside(survey, "warning", [one.example.path for one in extra], "nearly the same as another", "near twin")
 
 
-def alike(hashes: Sequence[np.ndarray], most: int) -> list[list[int]]:
-    """Groups of hashes [bits] that chains of neighbours connect, at most so many bits apart; single ones are left out."""
+def mirrored(survey: Survey) -> Iterator[Finding]:
+    """Pictures that look like the mirror image of another; the largest stays. Those that are twins anyway are not told again."""
+    distinct = _distinct(survey)
+    told = {one.example.path for one in _alike_in(distinct)}
+    if extra := _alike_in([one for one in distinct if one.example.path not in told], mirrored=True):
+        shown = "which --flip shows anyway" if survey.recipe.data.flip else "so that both sides are learned, without --flip too"
+        paths = [one.example.path for one in extra]
+        yield _aside(survey, "warning", paths, f"nearly the mirror image of another, {shown}", "mirror twin")
+
+
+def _distinct(survey: Survey) -> list[Look]:
+    """The pictures that have a hash, the largest first; the same file is no near-duplicate."""
+    looks = list({one.example.sha256: one for one in survey.looks if one.hash is not None}.values())
+    return sorted(looks, key=lambda one: -math.prod(one.example.size))
+
+
+def _alike_in(looks: Sequence[Look], mirrored: bool = False) -> list[Look]:
+    """All but the first of each group that looks alike, or like each other's mirror image."""
+    hashes = [one.hash for one in looks if one.hash is not None]
+    others = [one.mirrored for one in looks if one.mirrored is not None] if mirrored else hashes
+    return [looks[i] for group in alike(hashes, NEAR, others) for i in group[1:]]
+
+
+def alike(hashes: Sequence[np.ndarray], most: int, others: Sequence[np.ndarray] = ()) -> list[list[int]]:
+    """Groups of hashes [bits] that chains of neighbours connect, at most so many bits apart; single ones are left out.
+
+    With `others`, a neighbour is one whose other hash is near.
+    """
     if not hashes:
         return []
-    bits = np.stack(hashes).astype(np.float32)
-    near = bits @ (1 - bits).T + (1 - bits) @ bits.T <= most
+    bits, there = (np.stack(some).astype(np.float32) for some in (hashes, others or hashes))
+    near = bits @ (1 - there).T + (1 - bits) @ there.T <= most
     group = list(range(len(hashes)))
-    for i, j in zip(*np.nonzero(np.triu(near, 1)), strict=True):
+    for i, j in zip(*np.nonzero(np.triu(near | near.T, 1)), strict=True):
         old, new = max(group[i], group[j]), min(group[i], group[j])
         group = [new if one == old else one for one in group] if old != new else group
     return _groups(group)
@@ -251,7 +277,8 @@ def masked(survey: Survey) -> Iterator[Finding]:
 
 
 RULES: tuple[Callable[[Survey], Iterable[Finding]], ...] = (
-    unreadable, few, untriggered, twins, near_twins, small, cropped, blurred, overlong, uncaptioned, repeated, unused, masked,
+    unreadable, spoiled, few, untriggered, twins, near_twins, mirrored, small, cropped, blurred, overlong, uncaptioned, repeated,
+    unused, masked,
 )  # fmt: skip
 
 
@@ -266,6 +293,11 @@ def _of(survey: Survey, level: str, paths: Sequence[Path], what: str, do: str, m
 
 def _counted(count: int) -> str:
     return f"{count} picture{'s' if count > 1 else ''}"
+
+
+def _some(whys: Sequence[str]) -> str:
+    """The first few of many reasons."""
+    return "; ".join(whys[:3]) + (" ..." if len(whys) > 3 else "")
 
 
 def _aside(survey: Survey, level: str, paths: Sequence[Path], what: str, mark: str) -> Finding:

@@ -5,20 +5,21 @@ from __future__ import annotations
 import importlib.util
 import json
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from ..adapters.headers import read_header
 from ..adapters.recognition import family_in
 from ..data.buckets import Grid, Shape, grid, kept
 from ..data.folder import Dataset, Example, read_folder
+from ..data.masks import load_mask
 from ..data.pictures import Unreadable, load_picture, opened
-from ..errors import RecipeError
+from ..errors import DataError, RecipeError
 from ..families import NAMED, unet_config
 from ..recipe import Recipe
 
@@ -39,6 +40,7 @@ class Look:
     kept: float  # share of its area that is not cropped away
     sharpness: float | None  # None where nothing is to be seen
     hash: np.ndarray | None  # bool [HASH_SIDE ** 2], None without the library
+    mirrored: np.ndarray | None  # the same of its mirror image
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ class Survey:
     grid: Grid
     multiple: int  # what the base's networks divide a side by
     looks: tuple[Look, ...]
+    spoiled: tuple[tuple[Path, DataError], ...] = ()  # pictures whose mask is of no use
 
     @property
     def folder(self) -> Path:
@@ -73,8 +76,10 @@ def look(recipe: Recipe) -> Survey:
     """Look at every picture of the recipe's folder. Raises DataError and RecipeError as `read_folder` and `grid` do."""
     side, multiple = native(recipe)
     places = grid(recipe.data, side, multiple)
-    dataset = read_folder(recipe.data)
-    return Survey(recipe, dataset, places, multiple, tuple(_look(example, places) for example in dataset.examples))
+    dataset = read_folder(recipe.data, lenient=True)
+    masked = [_masked(example, places) for example in dataset.examples]
+    looks = tuple(_look(example, places) for example, _ in masked)
+    return Survey(recipe, dataset, places, multiple, looks, (*dataset.spoiled, *(lost for _, lost in masked if lost)))
 
 
 def native(recipe: Recipe) -> tuple[int, int]:
@@ -98,12 +103,25 @@ def can_hash() -> bool:
     return importlib.util.find_spec("imagehash") is not None
 
 
+def _masked(example: Example, places: Grid) -> tuple[Example, tuple[Path, DataError] | None]:
+    """An example without a mask of which the crop leaves nothing, and what is wrong with that."""
+    try:
+        if example.mask:
+            load_mask(example, places.shape_of(example.size), 1)
+    except DataError as error:
+        return replace(example, mask=None, mask_sha256=""), (example.path, error)
+    return example, None
+
+
 def _look(example: Example, places: Grid) -> Look:
     shape = places.shape_of(example.size)
     sharp = sharpness(np.asarray(load_picture(example, shape).convert("L"), dtype=np.float64) / 255)
     width, height = example.size
-    seen = _hash(load_picture(example, (HASHED, max(1, HASHED * height // width)))) if can_hash() else None
-    return Look(example, _format(example.path), shape, kept(example.size, shape), sharp, seen)
+    hashes: tuple[np.ndarray | None, ...] = (None, None)
+    if can_hash():
+        seen = load_picture(example, (HASHED, max(1, HASHED * height // width)))
+        hashes = _hash(seen), _hash(ImageOps.mirror(seen))
+    return Look(example, _format(example.path), shape, kept(example.size, shape), sharp, *hashes)
 
 
 def _format(path: Path) -> str:

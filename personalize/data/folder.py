@@ -53,7 +53,7 @@ class Dataset:
     """The pictures in natural order, what was odd about them, and the trigger: as given, else the folder's name made safe.
 
     Of several concepts, the first one's trigger is THE trigger. `skipped` tells the pictures that could not be read, and why,
-    `unused` what lies in the folder and is not used.
+    `unused` what lies in the folder and is not used, `spoiled` the pictures whose mask is of no use: theirs is left out.
     """
 
     examples: tuple[Example, ...]
@@ -62,6 +62,7 @@ class Dataset:
     concepts: tuple[Concept, ...] = ()
     skipped: tuple[tuple[Path, str], ...] = ()
     unused: tuple[str, ...] = ()
+    spoiled: tuple[tuple[Path, DataError], ...] = ()
 
     @property
     def triggers(self) -> tuple[str, ...]:
@@ -69,12 +70,12 @@ class Dataset:
         return tuple(dict.fromkeys(concept.trigger for concept in self.concepts)) or (self.trigger,)
 
 
-def read_folder(data: Data) -> Dataset:
+def read_folder(data: Data, *, lenient: bool = False) -> Dataset:
     """Open, check and caption every picture of a folder (and those in subfolders that metadata.jsonl names).
 
     A folder without pictures of its own, but with subfolders called `10_name class`, holds a concept in each of them.
     A picture that cannot be read is skipped with a warning. Raises DataError when the folder, its captions or masks are not
-    usable, or when no picture is left; RecipeError for an unknown word in the caption's template.
+    usable (`lenient`: masks may be), or when no picture is left; RecipeError for an unknown word in the caption's template.
     """
     root = _checked(data.folder)
     concepts = _concepts(root, data)
@@ -83,6 +84,8 @@ def read_folder(data: Data) -> Dataset:
         return lambda concept: fill(template, concept.trigger, concept.class_name)
 
     found = _collect(root, concepts, words(data.caption), words(data.caption_prefix), data.alpha_mask)
+    if found.spoiled and not lenient:
+        raise found.spoiled[0][1]
     examples = _balanced(found.examples, concepts) if data.balance else found.examples
     warnings = [*found.warnings, *(line for i, one in enumerate(concepts) for line in _untriggered(one.trigger, examples, i))]
     return replace(found, examples=examples, warnings=warnings)
@@ -139,6 +142,7 @@ def _collect(
     """The pictures of all concepts. `alpha` says whether an alpha channel is a mask; None: nothing is, as of class images."""
     examples: list[Example] = []
     skipped: list[tuple[Path, str]] = []
+    spoiled: list[tuple[Path, DataError]] = []
     used: list[Path] = []
     notes = read_metadata(root)
     for number, concept in enumerate(concepts):
@@ -153,7 +157,12 @@ def _collect(
             except Unreadable as error:
                 skipped.append((path, str(error)))
                 continue
-            mask, mask_sha256 = (None, "") if alpha is None else mask_of(path, sha256, size, alpha)
+            mask, mask_sha256 = None, ""
+            try:
+                if alpha is not None:
+                    mask, mask_sha256 = mask_of(path, sha256, size, alpha)
+            except DataError as error:
+                spoiled.append((path, error))
             repeats = note.repeats or concept.repeats
             caption = f"{prefix(concept)} {caption}".strip()
             examples.append(Example(path, caption, sha256, size, repeats, number, mask, mask_sha256))
@@ -162,7 +171,7 @@ def _collect(
         raise DataError(f"none of the {len(used)} pictures in {root} can be read", "; ".join(told_skipped[:3]))
     unused = (*_lonely(root, concepts, used), *_unused(root, used))
     warnings = [*told_skipped, *_twins(examples), *unused]
-    return Dataset(tuple(examples), warnings, concepts[0].trigger, concepts, tuple(skipped), unused)
+    return Dataset(tuple(examples), warnings, concepts[0].trigger, concepts, tuple(skipped), unused, tuple(spoiled))
 
 
 def _balanced(examples: Sequence[Example], concepts: Sequence[Concept]) -> tuple[Example, ...]:
