@@ -6,10 +6,11 @@ import argparse
 import sys
 
 from ..errors import PersonalizeError
-from . import algebra, fuzz, ladder, memory, step, throughput
+from . import algebra, fleet, fuzz, ladder, memory, step, throughput
 
 BENCHMARKS = {
     "algebra": algebra,
+    "fleet": fleet,
     "fuzz": fuzz,
     "ladder": ladder,
     "memory": memory,

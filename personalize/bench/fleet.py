@@ -1,7 +1,7 @@
 """How much cheaper adapters are that train side by side: fleets of 1, 2, 4, ... members beside as many runs of their own.
 
-A LoRA of random base weights of true shape, one picture (or `--batch`) per member and step. The rows of all members go through the
-base as one batch, so attention runs in its ordinary kernel; DoRA is not among the kinds that can be trained yet.
+Random weights of true shape, one picture (or `--batch`) per member and step. The rows of all members go through the base as one
+batch, so attention runs in its ordinary kernel; DoRA is not among the kinds that can be trained yet.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from typing import Any
 import torch
 
 from ..base import quiet
+from ..files import write_text
 from ..fit import Configs, Fit, lacking, place
 from ..fit.estimate import ghost
 from ..fleet import Crew, pass_through
-from ..files import write_text
 from ..objectives import WHOLE, asking
 from ..optim import Optimizer
 from ..pocket.proof.figures import markdown
@@ -29,7 +29,18 @@ from .scripts import fill
 from .step import batch_of, recipe_of
 from .throughput import TINY, timed, tiny, trainer, true
 
-HEADS = ("family", "side", "members", "mode", "ms per step", "of runs alone", "faster", "adapter steps/s", "peak GiB", "per member")
+HEADS = (
+    "family",
+    "side",
+    "members",
+    "mode",
+    "ms per step",
+    "of runs alone",
+    "faster",
+    "adapter steps/s",
+    "peak GiB",
+    "per member",
+)
 MODES = ("eager", "compiled")
 
 
@@ -83,7 +94,7 @@ def row_of(family: str, members: int, mode: str, options: argparse.Namespace, de
 
 
 def fleet(configs: Configs, recipe: Recipe, fit: Fit, device: torch.device, members: int) -> Callable[[], object]:
-    """A function that takes the next step of all members, as `train_fleet` does: the losses of all, and their gradients' norms."""
+    """A function that takes the next step of all members, as `train_fleet` does: the losses of all, and the gradients' norms."""
     with quiet():
         base = ghost(configs, Fit(fit.precision))
     fill(base.unet, device)
@@ -119,7 +130,9 @@ def cells(row: Row, rows: Sequence[Row]) -> list[str]:
         return [*case, row["failed"], *["–"] * 5]
     count = members or 1
     alone = next((one for one in rows if one["case"] == [family, 0, mode] and "seconds" in one), None)
-    beside = [f"{1e3 * count * alone['seconds']:.0f}", f"{count * alone['seconds'] / row['seconds']:.2f}x"] if alone else ["–", "–"]
+    beside = (
+        [f"{1e3 * count * alone['seconds']:.0f}", f"{count * alone['seconds'] / row['seconds']:.2f}x"] if alone else ["–", "–"]
+    )
     return [*case, f"{1e3 * row['seconds']:.0f}", *beside, f"{count / row['seconds']:.2f}", *memory(row, rows)]
 
 
@@ -138,11 +151,11 @@ def publish(options: argparse.Namespace, about: dict[str, Any], rows: Sequence[R
     page = f"""# Fleets
 
 Training steps of adapters side by side on one frozen base, beside the same steps of runs alone, one after the other; random
-weights of true shape. A step: forward, backward, and each member's own clipping and AdamW. Latents and captions are there already.
+weights of true shape. A step: forward, backward, each member's own clipping and AdamW. Latents and captions are there already.
 
 - machine: {about["device"]}, torch {about["torch"]}{", one thread" if torch.get_num_threads() == 1 and options.tiny else ""}
-- members: LoRA of rank {options.rank} on attention layers, {options.batch} picture(s) a step each; the base in {options.precision}
-- of runs alone: as many times the step of a run alone; per member: peak GiB beyond a fleet of one, for each further member
+- members: LoRA of rank {options.rank} on attention layers; pictures a step each: {options.batch}; the base in {options.precision}
+- runs alone: as many times the step of a run alone; per member: peak GiB beyond a fleet of one, for each further member
 - attention: scaled_dot_product_attention over the rows of all members as one batch, no vmap
 - command: python -m personalize.bench fleet{" --tiny" if options.tiny else ""}
 
