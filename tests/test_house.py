@@ -157,6 +157,7 @@ def test_the_public_names() -> None:
         "read_folder",
         "resolve",
         "train",
+        "train_fleet",
         "write_report",
     ]
     for name in personalize.__all__:
