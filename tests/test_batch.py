@@ -58,7 +58,7 @@ def test_a_dry_run_says_what_would_be_trained(photos: Path, tiny_base: Path, cap
 
 def test_a_folder_of_pictures_is_one_of_them(photos: Path, tiny_base: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = command(photos, tiny_base, "--dry-run")
-    assert run([*words[:1], str(photos / "rex"), *words[2:]]) == 0
+    assert run([*words[:1], str(photos / "rex"), f"{photos}/rex/", *words[2:]]) == 0  # named twice
     assert len(capsys.readouterr().out.splitlines()) == 1
 
 
@@ -74,6 +74,11 @@ def test_wrong_settings_of_a_folder_are_told_and_the_others_go_on(
     assert run(command(photos, tiny_base, "--dry-run")) == 2
     out, err = capsys.readouterr()
     assert told.format(file=file) in err and len(out.splitlines()) == 3
+
+
+def test_what_is_wrong_for_all_is_told_once(photos: Path, tiny_base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([*command(photos, tiny_base), "--preset", "nope"]) == 2
+    assert capsys.readouterr().err.count("unknown preset 'nope'") == 1
 
 
 def test_nothing_to_train_is_an_error(photos: Path, tiny_base: Path, capsys: pytest.CaptureFixture[str]) -> None:

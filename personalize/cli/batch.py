@@ -31,8 +31,10 @@ def batch(folders: tuple[Path, ...], together: int | None, dry_run: bool, fresh:
 
     --output is the folder that the run folders lie in.
     """
-    found = [folder for given in folders for folder in with_pictures(given)]
-    recipes, wrong = recipes_of(found, flags)
+    found = {folder.resolve(): folder for given in folders for folder in with_pictures(given)}
+    recipes, wrong = recipes_of(list(found.values()), flags)
+    if len(found) == len(wrong) > 1 == len(said := set(wrong.values())):
+        raise RecipeError(said.pop())  # of no folder in particular
     for folder, message in wrong.items():
         click.echo(f"{plain(folder.name)}: {plain(message)}", err=True)
     if dry_run:
