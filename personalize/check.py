@@ -99,11 +99,11 @@ class Job:
         return fill(template, concept.trigger, concept.class_name)
 
 
-def check(recipe: Recipe, *, fresh: bool = False, bases: dict[str, Base] | None = None) -> Job:
+def check(recipe: Recipe, *, fresh: bool = False, base: Base | None = None) -> Job:
     """Check a recipe against the world: pictures, base, targets, prompts, dialect, what the output holds, disk.
 
-    Raises PersonalizeError for the first thing that is wrong. Changes nothing but for making the run folder. `bases` keeps what
-    was loaded for the recipes that come after.
+    Raises PersonalizeError for the first thing that is wrong. Changes nothing but for making the run folder. `base` is the one
+    that the recipe names, if it was loaded before.
     """
     whole = read_folder(recipe.data)
     recipe = settled(recipe, whole)
@@ -113,7 +113,7 @@ def check(recipe: Recipe, *, fresh: bool = False, bases: dict[str, Base] | None 
         raise RecipeError(f"--output is the run's folder, and {recipe.output} a file's name", "name the adapter with --name")
     device = torch.device(device_of(recipe.device))
     precision = precision_of(recipe.fitting, device)
-    base = loaded(recipe, precision, {} if bases is None else bases)
+    base = base or Base.of(recipe, "cpu", dtype_of(precision))
     sample.make_sampler(base, recipe.sampling.sample_steps)
     sample.latent_shape(base, recipe.data.resolution or None)
     grid_of(base, recipe)
@@ -132,14 +132,6 @@ def check(recipe: Recipe, *, fresh: bool = False, bases: dict[str, Base] | None 
     if not finished:
         rehearse(job)
     return job
-
-
-def loaded(recipe: Recipe, precision: str, bases: dict[str, Base]) -> Base:
-    """The base that a recipe names, on the CPU; one of `bases` if that was read in the same way."""
-    how = repr([recipe.base, recipe.prediction, recipe.zero_snr, recipe.clip_skip, recipe.vae, precision])
-    if how not in bases:
-        bases[how] = Base.of(recipe, "cpu", dtype_of(precision))
-    return bases[how]
 
 
 def class_folder(recipe: Recipe) -> Dataset | None:

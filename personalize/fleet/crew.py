@@ -106,7 +106,7 @@ class Crew:
         self.at_once: int | None = None  # so many members go through the base together; None: all
         self.layers: dict[str, Shared] = {}
         self._homes: list[tuple[nn.Module, str]] = []
-        for path in starts[0]:
+        for path in starts[0] if starts else ():
             part, own = native(path, base.parts)
             parent, _, leaf = own.rpartition(".")
             home = base.parts[part].get_submodule(parent)

@@ -12,11 +12,11 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..adapters import LowRank
 from ..base import Base
 from ..check import Job, check, parts
 from ..errors import PersonalizeError, RecipeError, TrainingError
@@ -72,12 +72,14 @@ def train_fleet(recipes: Sequence[Recipe], *, fresh: bool = False, together: int
     the way, says so, and the others go on. At most `together` members go through the base at once, and fewer where memory runs
     out. Ctrl-C (or closing the iterator) saves all states; the same call again goes on.
     """
+    fleets: dict[str, dict[int, Job]] = {}
     bases: dict[str, Base] = {}
-    fleets: dict[Any, dict[int, Job]] = {}
     places: dict[Path | None, int] = {}
     for i, recipe in enumerate(recipes):
+        kind = kind_of(i, recipe)
         try:
-            job = check(recipe, fresh=fresh, bases=bases)
+            job = check(recipe, fresh=fresh, base=bases.get(kind))
+            bases[kind] = job.base
             if (other := places.setdefault(job.recipe.output, i)) != i:
                 raise RecipeError(f"{job.recipe.output} is the run folder of two recipes", f"numbers {other + 1} and {i + 1}")
         except PersonalizeError as error:
@@ -86,7 +88,7 @@ def train_fleet(recipes: Sequence[Recipe], *, fresh: bool = False, together: int
         if job.finished:
             yield i, job.finished
         else:
-            fleets.setdefault(kind_of(i, job), {})[i] = job
+            fleets.setdefault(kind, {})[i] = job
     for jobs in fleets.values():
         if len(jobs) > 1:
             yield from run_fleet(jobs, fresh, together)
@@ -105,33 +107,34 @@ def run_alone(number: int, job: Job, fresh: bool) -> Iterator[Told]:
         yield number, Failed(last, str(error))
 
 
-def kind_of(number: int, job: Job) -> Any:
+def kind_of(number: int, recipe: Recipe) -> str:
     """What members of one fleet have in common. Dropout draws for a whole batch, and folds are runs before the run: alone."""
-    recipe = job.recipe
-    if recipe.adapter.dropout or recipe.choosing.leave_one_out:
-        return number
-    shape = recipe.adapter.model_dump_json(exclude={"alpha"})
-    return id(job.base), shape, parts(recipe, job.base), recipe.fitting.model_dump_json(), recipe.device
+    learned = bool(recipe.optim.lr), bool(recipe.optim.text_encoder_lr)
+    shape = recipe.adapter.model_dump(exclude={"alpha"}), learned, recipe.fitting.model_dump(), recipe.device
+    alone = number if recipe.adapter.dropout or recipe.choosing.leave_one_out else None
+    return repr((recipe.base, recipe.prediction, recipe.zero_snr, recipe.clip_skip, recipe.vae, shape, alone))
 
 
 def run_fleet(jobs: Mapping[int, Job], fresh: bool, together: int | None) -> Iterator[Told]:
     """Train the members of one fleet to their ends."""
-    began, choices = time.perf_counter(), {i: plan(job) for i, job in jobs.items()}
+    began, choices, lessons = time.perf_counter(), {i: plan(job) for i, job in jobs.items()}, dict[int, Lesson]()
     (job, *_), (choice, *_) = jobs.values(), choices.values()
-    if fresh:
-        for one in jobs.values():
-            one.run.clear()
     place(job.base, choice.fit, job.device)
-    lessons = {i: prepare(one) for i, one in jobs.items()}
-    starts = [fresh_deltas(one.base, one.recipe.adapter, parts(one.recipe, one.base), one.recipe.seed) for one in jobs.values()]
-    with Crew(job.base, starts) as crew:
+    for i, one in jobs.items():
+        if fresh:
+            one.run.clear()
+        try:
+            lessons[i] = prepare(one)
+        except PersonalizeError as error:
+            yield i, failed(one, 0, error)
+    with Crew(job.base, [start_of(jobs[i]) for i in lessons]) as crew:
         runners = []
-        for member, (i, one) in zip(crew.members, jobs.items(), strict=True):
-            work = begin(one, member, choices[i])
+        for member, (i, lesson) in zip(crew.members, lessons.items(), strict=True):
+            work = begin(one := jobs[i], member, choices[i])
             earlier = one.run.open(to_toml(one.recipe), work.done)
-            runners.append(Runner(i, work, lessons[i], member, began - earlier))
-            yield i, one.run.record(started(work, lessons[i]))
-        crew.at_once = together or affordable(job, choice, len(jobs))
+            runners.append(Runner(i, work, lesson, member, began - earlier))
+            yield i, one.run.record(started(work, lesson))
+        crew.at_once = together or affordable(job, choice, len(runners))
         try:
             yield from onward(crew, runners)
         except (KeyboardInterrupt, GeneratorExit):
@@ -140,6 +143,18 @@ def run_fleet(jobs: Mapping[int, Job], fresh: bool, together: int | None) -> Ite
                     runner.work.stop()
                     runner.job.run.note("stopped", step=runner.work.done)
             raise
+
+
+def start_of(job: Job) -> dict[str, LowRank]:
+    """A member's factors before its first step, as a run alone begins with them."""
+    return fresh_deltas(job.base, job.recipe.adapter, parts(job.recipe, job.base), job.recipe.seed)
+
+
+def failed(job: Job, step: int, error: PersonalizeError) -> Failed:
+    """How a run ended, also for its diary."""
+    with contextlib.suppress(PersonalizeError):  # the disk may be what went wrong
+        job.run.note("error", step=step, message=str(error))
+    return Failed(step, str(error))
 
 
 def affordable(job: Job, choice: Choice, size: int) -> int | None:
@@ -189,15 +204,12 @@ def alone(crew: Crew, runner: Runner, what: Iterator[Event]) -> Iterator[Told]:
     """What one member does by itself with the base. What goes wrong ends its run only."""
     if runner.ended:
         return
-    run = runner.job.run
     try:
         with crew.rows.of(runner.member.number):
             events = list(what)
     except PersonalizeError as error:
         runner.ended = True
-        with contextlib.suppress(PersonalizeError):  # the disk may be what went wrong
-            run.note("error", step=runner.work.done, message=str(error))
-        events = [Failed(runner.work.done, str(error))]
+        events = [failed(runner.job, runner.work.done, error)]
     yield from ((runner.number, event) for event in events)
 
 
