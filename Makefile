@@ -1,5 +1,5 @@
 # make demo   train on five pictures, offline, and leave a report to look at
-# make test   run the tests          make lint / types / format / docs / bench / wheel / clean
+# make test   run the tests          make lint / types / format / docs / bench / bench-gpu / wheel / clean
 #
 # The first call makes .venv and installs into it; later calls find it ready. Without an NVIDIA card, a CPU build of
 # torch saves 3 GB on Linux: install it into .venv first, or point pip at an index that has one.
@@ -10,7 +10,7 @@ BIN = $(VENV)/bin
 READY = $(VENV)/ready
 RUN ?= runs/demo
 
-.PHONY: demo test test-all lint format types docs bench wheel clean venv
+.PHONY: demo test test-all lint format types docs bench bench-gpu bench-throughput bench-ladder bench-fleet bench-svd pretrain-gpu wheel clean venv
 .DEFAULT_GOAL := demo
 
 demo: $(READY)
@@ -43,6 +43,29 @@ bench: $(READY)
 	$(BIN)/python -m personalize.pocket.proof base
 	$(BIN)/python -m personalize.pocket.proof personalization
 	$(BIN)/python -m personalize.bench algebra $(if $(KOHYA),--kohya $(KOHYA))
+
+# What needs a GPU: each at most ten minutes a call, and the same call again goes on. SCRIPT, SCRIPT_SDXL (diffusers') and KOHYA
+# (a checkout of sd-scripts) are timed beside ours where they are given; TINY=1 shows on a CPU that all of it runs.
+GPU = $(if $(TINY),--tiny --to runs/bench-tiny)
+
+bench-gpu: bench-throughput bench-ladder bench-fleet bench-svd
+
+bench-throughput: $(READY)
+	$(BIN)/python -m personalize.bench throughput $(GPU) $(if $(SCRIPT),--script $(SCRIPT)) \
+		$(if $(SCRIPT_SDXL),--script-sdxl $(SCRIPT_SDXL)) $(if $(KOHYA),--kohya $(KOHYA))
+
+bench-ladder: $(READY)
+	$(BIN)/python -m personalize.bench ladder $(GPU)
+
+bench-fleet: $(READY)
+	$(BIN)/python -m personalize.bench fleet $(GPU)
+
+bench-svd: $(READY)
+	$(BIN)/python -m personalize.bench svd $(GPU) $(if $(TINY),--family pocket --seconds 0)
+
+# The embedded base from nothing, in WORK.
+pretrain-gpu: $(READY)
+	$(BIN)/python -m personalize.pocket.pretrain --work $(or $(WORK),runs/pretrain) --device cuda
 
 wheel: $(READY)
 	$(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from personalize.base import Base
-from personalize.bench import beside, ladder, memory, pairs, scripts, step, throughput
+from personalize.bench import beside, ladder, memory, pairs, scripts, step, svd, throughput
 from personalize.bench.__main__ import main, parser
 from personalize.bench.counting import Work, phases
 from personalize.errors import DataError, TrainingError
@@ -244,8 +244,16 @@ def test_out_of_memory_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ladder.cells(told) == ["sdxl", "1024", "4", "checkpointing", "out of memory", "8.00", "–", "4.00"]
 
 
+def test_the_algebra_on_a_gpu_gives_what_the_cpu_gives(tmp_path: Path) -> None:
+    svd.main(options("svd", tmp_path, "--tiny", "--family", "pocket", "--rank", "4", "--seconds", "0"))
+    rows = json.loads((tmp_path / "svd.json").read_text())["rows"]
+    assert sum(row["count"] for row in rows) == len(pairs.targets(pairs.family("pocket")))
+    assert all(0 <= row["gap"] < 1e-12 and svd.gain(row) > 0 for row in rows)
+    assert "| 192 x 192 | " in (tmp_path / "svd.md").read_text()
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-@pytest.mark.parametrize("name", ["throughput", "ladder"])
+@pytest.mark.parametrize("name", ["throughput", "ladder", "svd"])
 def test_no_gpu_is_said_in_a_line(name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["bench", name])
     assert main() == 2

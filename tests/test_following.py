@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from personalize.adapters.weighting import Weighting
 from personalize.attach import Attached, attach
 from personalize.base import Base
+from personalize.bench.counting import Work
 from personalize.check import check, parts
 from personalize.data import generator
 from personalize.events import Step
@@ -25,6 +26,7 @@ from personalize.objectives import build
 from personalize.optim import Optimizer
 from personalize.recipe import AdapterSpec, Recipe, resolve
 from personalize.runs import Run
+from personalize.sample import diffuse
 from personalize.train import feed, prepare, train
 
 LOW = [torch.bfloat16, torch.float16]
@@ -152,6 +154,22 @@ def test_what_is_put_swapped_scaled_or_off_counts_in_every_dtype(base: Base) -> 
     assert torch.equal(predict(), plain)
     sizes = [float((other - plain).norm()) for other in (half, one, double)]
     assert sizes[0] < sizes[1] < sizes[2] and sizes[1] > 0.01
+
+
+def test_drawing_casts_once_a_step(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    with started(base, SPEC) as attached:
+        adapter = attached.snapshot()
+    with attach(base, [(adapter, 0.5), (adapter, "0@0,1@1")]):  # one that moves from step to step
+
+        def drawn() -> Tensor:
+            with torch.no_grad():
+                return diffuse(base, ["a cat"], [3], (16, 8, 8), steps=2, guidance=4, negative="")
+
+        with Work() as work:
+            at_once = drawn()
+        assert work.names["_foreach_copy_"] == (0 if base.dtype == torch.float32 else 2)
+        monkeypatch.setattr(Attached, "lowered", lambda _: contextlib.nullcontext())
+        assert torch.equal(at_once, drawn())
 
 
 def test_another_adapter_beside_ours_is_added_by_peft(base: Base) -> None:

@@ -6,7 +6,7 @@ import argparse
 import sys
 
 from ..errors import PersonalizeError
-from . import algebra, fleet, fuzz, ladder, memory, step, throughput
+from . import algebra, fleet, fuzz, ladder, memory, step, svd, throughput
 
 BENCHMARKS = {
     "algebra": algebra,
@@ -15,6 +15,7 @@ BENCHMARKS = {
     "ladder": ladder,
     "memory": memory,
     "step": step,
+    "svd": svd,
     "throughput": throughput,
 }
 

@@ -98,7 +98,7 @@ def tried(configs: Configs, load: Load, fit: Fit, device: torch.device) -> Row:
             opt.step(done, told[-1])
         del told
         step = peak()
-    with measured(base, attached) as peak:
+    with measured(base, attached) as peak, torch.no_grad(), attached.lowered():
         sample(base, load, fit, device)
         drawn = peak()
     return {"step": step, "sample": drawn}

@@ -117,7 +117,8 @@ def _estimate(configs: Configs, load: Load, fit: Fit, parts: tuple[str, ...]) ->
             learn(base, load, fit, attached, opt, largest(base, load, parts))
             step = count.peak - sum(sizes)
             opt.skip()
-            sampling = draw(base, load, fit, count, sum(sizes))
+            with attached.lowered():
+                sampling = draw(base, load, fit, count, sum(sizes))
     return Estimate(weights, adapter, step - weights - adapter, sampling)
 
 
