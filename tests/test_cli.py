@@ -12,6 +12,7 @@ import sys
 import tomllib
 from pathlib import Path
 
+import click
 import pytest
 from PIL import Image
 from rich.console import Console
@@ -19,7 +20,7 @@ from rich.console import Console
 from personalize.adapters import Adapter
 from personalize.adapters.weighting import split
 from personalize.base import Base
-from personalize.cli import numbered, run
+from personalize.cli import cli, numbered, run
 from personalize.errors import AdapterError, RecipeError
 from personalize.events import Chosen, Fold
 from personalize.recipe import Recipe
@@ -305,6 +306,13 @@ def test_report_is_written_again(trained: Path, capsys: pytest.CaptureFixture[st
     assert run(["report", str(trained)]) == 0
     assert capsys.readouterr().out.strip() == str(trained / "report.html")
     assert (trained / "report.html").is_file()
+
+
+def test_every_command_answers_to_h_whoever_asked_for_its_options_before(capsys: pytest.CaptureFixture[str]) -> None:
+    for name, command in cli.commands.items():
+        asked = {flag for parameter in command.get_params(click.Context(command)) for flag in parameter.opts}  # as tools do
+        assert run([name, "-h"]) == 0 and {"-h", "--help"} <= asked
+        assert capsys.readouterr().out.count("-h, --help") == 1
 
 
 @pytest.mark.parametrize(

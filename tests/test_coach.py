@@ -5,8 +5,10 @@ from __future__ import annotations
 import base64
 import io
 import json
+import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import bases
+import hub
 import numpy as np
 import pytest
 from hypothesis import given
@@ -287,12 +290,40 @@ def test_groups_hold_neighbours_and_nothing_near_is_left_out(rows: list[list[boo
 
 
 def test_the_base_s_resolution_is_read_from_its_configs(tiny_base: Path, tmp_path: Path) -> None:
-    assert native(Recipe()) == native(Recipe(base=str(tiny_base))) == (64, 16)
-    assert native(resolve(flags={"base": "nowhere", "resolution": 512})) == (512, 64)
-    assert native(Recipe(base=str(bases.single(tmp_path / "a.safetensors", "sd1")))) == (512, 64)
-    assert native(Recipe(base=str(bases.single(tmp_path / "b.safetensors", "sdxl")))) == (1024, 32)
+    assert native(Recipe()) == native(Recipe(base=str(tiny_base))) == (64, 16, "")
+    assert native(resolve(flags={"base": "nowhere", "resolution": 512})) == (512, 64, "")
+    assert native(Recipe(base=str(bases.single(tmp_path / "a.safetensors", "sd1")))) == (512, 64, "")
+    assert native(Recipe(base=str(bases.single(tmp_path / "b.safetensors", "sdxl")))) == (1024, 32, "")
     with pytest.raises(RecipeError, match=r"--resolution 512"):
         native(Recipe(base="nowhere"))
+
+
+def test_a_base_that_was_downloaded_tells_its_resolution(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repository = tmp_path / "models--someone--tiny"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(hub.COMMIT)
+    shutil.copytree(tiny_base, repository / "snapshots" / hub.COMMIT)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert native(Recipe(base="someone/tiny")) == (64, 16, "")
+
+
+def test_of_a_base_on_the_hub_the_resolution_is_assumed_and_nothing_downloaded(
+    folder: Path, tiny_base: Path, tmp_path: Path
+) -> None:
+    for i in range(4):
+        photo(i, (512, 512)).save(folder / f"{i}.png")
+    with hub.serving("someone/tiny", tiny_base) as (address, taken):
+        online = {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "0"}
+        command = [sys.executable, "-m", "personalize", "dataset", str(folder), "--trigger", "zwx", "--base", "someone/tiny"]
+        told = subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ | online)
+    assert taken == [] and told.stderr == ""
+    what, do = told.stdout.splitlines()[-2:]
+    assert what.startswith("· someone/tiny is not on this machine: its resolution is taken to be 512, that of SD 1.x, as")
+    assert do == "    say it with --resolution, if it is another"
+    assert "resolution 512, shapes in steps of 64, none enlarged" in told.stdout
+    assert [finding.what for finding in looked(folder, base="someone/tiny", resolution=512)] == []
 
 
 # ---------------------------------------------------------------- the command

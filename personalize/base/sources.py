@@ -43,12 +43,18 @@ def locate(name: str | Path, download: bool = True) -> Path:
         raise BaseModelError(f"{name} is no base", "give a diffusers folder or a .safetensors checkpoint")
     if str(name) in NAMED:
         raise BaseModelError(f"the weights of {name} are missing: there is no folder {path}", "reinstall, or name another --base")
-    if HUB_ID.fullmatch(str(name)) and not path.parent.is_dir():
+    if is_hub_id(str(name)):
         return from_hub(str(name), download)
     raise BaseModelError(
         f"there is no base called {name}: no such folder or file",
         f"choose from {', '.join(NAMED)}, or give a diffusers folder, a .safetensors checkpoint or a hub id such as OWNER/NAME",
     )
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name is one of the hub: OWNER/NAME or OWNER/NAME/FILE.safetensors, and nothing of this machine."""
+    path = Path(name).expanduser()
+    return bool(HUB_ID.fullmatch(name)) and not path.exists() and not path.parent.is_dir()
 
 
 def from_hub(name: str, download: bool = True) -> Path:

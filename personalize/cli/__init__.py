@@ -26,6 +26,8 @@ from .values import PATH, Along, Called, Side
 if TYPE_CHECKING:
     from ..recipe import Recipe, Setting
 
+HELP = ("-h", "--help")
+
 
 def main() -> None:
     """The console script."""
@@ -63,7 +65,14 @@ def telling_warnings() -> Iterator[None]:
         yield
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120}, invoke_without_command=True)
+class Commands(click.Group):
+    """Commands that each bring their own -h: click's automatic one stays as the first context that asks would have it."""
+
+    def add_command(self, cmd: click.Command, name: str | None = None) -> None:
+        super().add_command(click.help_option(*HELP)(cmd), name)
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": HELP, "max_content_width": 120}, invoke_without_command=True)
 @click.version_option(__version__, message="%(prog)s %(version)s")
 @click.pass_context
 def cli(ctx: click.Context) -> None:

@@ -151,6 +151,13 @@ def _groups(keys: Sequence[object]) -> list[list[int]]:
 # ---------------------------------------------------------------- size and shape
 
 
+def assumed(survey: Survey) -> Iterator[Finding]:
+    """A base that is not here: all about sizes is a guess."""
+    if survey.assumed:
+        what = f"{survey.recipe.base} is not on this machine: its resolution is taken to be {survey.grid.side}, {survey.assumed}"
+        yield Finding("note", what, "say it with --resolution, if it is another")
+
+
 def small(survey: Survey) -> Iterator[Finding]:
     """Pictures that get a smaller shape of their own, or are enlarged."""
     own = [one for one in survey.looks if one.shape not in survey.grid.shapes or enlarges(one.example.size, one.shape)]
@@ -277,8 +284,8 @@ def masked(survey: Survey) -> Iterator[Finding]:
 
 
 RULES: tuple[Callable[[Survey], Iterable[Finding]], ...] = (
-    unreadable, spoiled, few, untriggered, twins, near_twins, mirrored, small, cropped, blurred, overlong, uncaptioned, repeated,
-    unused, masked,
+    unreadable, spoiled, few, untriggered, twins, near_twins, mirrored, assumed, small, cropped, blurred, overlong,
+    uncaptioned, repeated, unused, masked,
 )  # fmt: skip
 
 

@@ -19,8 +19,8 @@ from ..data.buckets import Grid, Shape, grid, kept
 from ..data.folder import Dataset, Example, read_folder
 from ..data.masks import load_mask
 from ..data.pictures import Unreadable, load_picture, opened
-from ..errors import DataError, RecipeError
-from ..families import NAMED, unet_config
+from ..errors import BaseModelError, DataError, RecipeError
+from ..families import NAMED, ROWS, Family, unet_config
 from ..recipe import Recipe
 
 HASH_SIDE = 8  # the hash has the square of it in bits
@@ -53,6 +53,7 @@ class Survey:
     multiple: int  # what the base's networks divide a side by
     looks: tuple[Look, ...]
     spoiled: tuple[tuple[Path, DataError], ...] = ()  # pictures whose mask is of no use
+    assumed: str = ""  # why the base's resolution is taken to be what it is, where that is not known
 
     @property
     def folder(self) -> Path:
@@ -74,28 +75,55 @@ class Survey:
 
 def look(recipe: Recipe) -> Survey:
     """Look at every picture of the recipe's folder. Raises DataError and RecipeError as `read_folder` and `grid` do."""
-    side, multiple = native(recipe)
+    side, multiple, why = native(recipe)
     places = grid(recipe.data, side, multiple)
     dataset = read_folder(recipe.data, lenient=True)
     masked = [_masked(example, places) for example in dataset.examples]
     looks = tuple(_look(example, places) for example, _ in masked)
-    return Survey(recipe, dataset, places, multiple, looks, (*dataset.spoiled, *(lost for _, lost in masked if lost)))
+    spoiled = (*dataset.spoiled, *(lost for _, lost in masked if lost))
+    return Survey(recipe, dataset, places, multiple, looks, spoiled, "" if recipe.data.resolution else why)
 
 
-def native(recipe: Recipe) -> tuple[int, int]:
-    """(side, multiple) of the recipe's base, from configs or a header alone. Raises RecipeError where nothing says."""
+def native(recipe: Recipe) -> tuple[int, int, str]:
+    """(side, multiple, "") of the recipe's base, from configs or a header alone.
+
+    Of a base that only a download would tell, what its name makes likely, and why. Raises RecipeError where nothing says.
+    """
     path = NAMED.get(recipe.base, Path(recipe.base).expanduser())
+    if not path.exists():
+        from ..base.sources import is_hub_id, locate  # with torch, which a look does not need otherwise
+
+        if is_hub_id(recipe.base):
+            try:
+                path = locate(recipe.base, download=False)
+            except BaseModelError:
+                return assumed(recipe.base)
     if path.is_file() and (family := family_in({key: entry.shape for key, entry in read_header(path).tensors.items()})):
-        return unet_config(family)["sample_size"] * FACTOR, FACTOR * 2 ** (len(family.unet.channels) - 1)
+        return *_sides(family), ""
     try:
         unet, vae = (json.loads((path / part / "config.json").read_text(encoding="utf-8")) for part in ("unet", "vae"))
         factor = 2 ** (len(vae["block_out_channels"]) - 1)
-        return int(unet["sample_size"]) * factor, factor * 2 ** (len(unet["block_out_channels"]) - 1)
+        return int(unet["sample_size"]) * factor, factor * 2 ** (len(unet["block_out_channels"]) - 1), ""
     except (OSError, ValueError, LookupError, TypeError) as error:
         if recipe.data.resolution:
-            return recipe.data.resolution, USUAL_MULTIPLE
+            return recipe.data.resolution, USUAL_MULTIPLE, ""
         what = f"the resolution of {recipe.base} is not known before it is loaded"
         raise RecipeError(what, "say it: --resolution 512, or 1024 for SDXL") from error
+
+
+def assumed(base: str) -> tuple[int, int, str]:
+    """(side, multiple, why) of a base on the hub by its name: those of SDXL say so, and most others are SD 1.x.
+
+    >>> assumed("someone/anime-xl")
+    (1024, 32, 'that of SDXL, which its name speaks of')
+    """
+    if "xl" in base.lower():
+        return *_sides(ROWS["sdxl"]), "that of SDXL, which its name speaks of"
+    return *_sides(ROWS["sd1"]), "that of SD 1.x, as its name does not speak of SDXL"
+
+
+def _sides(family: Family) -> tuple[int, int]:
+    return unet_config(family)["sample_size"] * FACTOR, FACTOR * 2 ** (len(family.unet.channels) - 1)
 
 
 def can_hash() -> bool:
