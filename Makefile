@@ -58,7 +58,7 @@ bench-ladder: $(READY)
 	$(BIN)/python -m personalize.bench ladder $(GPU)
 
 bench-fleet: $(READY)
-	$(BIN)/python -m personalize.bench fleet $(GPU)
+	$(BIN)/python -m personalize.bench fleet $(GPU) $(if $(TINY),--members 1 2 --modes eager --seconds 0)
 
 bench-svd: $(READY)
 	$(BIN)/python -m personalize.bench svd $(GPU) $(if $(TINY),--family pocket --seconds 0)
