@@ -15,7 +15,7 @@ from ..recipe import Recipe
 from . import scripts
 
 WARM = 3  # steps that are not timed
-LIMIT = 300  # seconds for a row, loading and all
+LIMIT = 170  # seconds for a row, loading and all
 PICTURES = 32  # per picture of a batch, so that epochs are not too short
 Row = dict[str, Any]
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ import torch
 from ..attach import attach
 from ..base import Base, quiet
 from ..files import write_text
-from ..fit import Configs, Fit, Load, place
+from ..fit import Configs, Fit, Load, estimate, place
 from ..fit.estimate import cond_of, ghost, largest, learn
 from ..fitting import measured
 from ..optim import Optimizer
@@ -40,11 +41,16 @@ def main(options: argparse.Namespace) -> None:
     """Measure what was not measured yet; publish after every row. Raises TrainingError where there is no GPU."""
     device = resuming.device_of(options)
     about = resuming.machine(device) | {"rank": options.rank, "precision": options.precision}
-    known = {case: (load, fit, told) for case, load, fit, told in rungs(options)}
+    known, told = fits(options), published(options)
 
     def row(*case: Any) -> Row:
-        load, fit, told = known[case]
-        return told | taken(shapes(options, case[0])[1], load, fit, device)
+        family, side, batch, _ = case
+        load = Load(resolve(flags={"batch_size": batch, "rank": options.rank}), side // 8, side // 8)
+        configs = shapes(options, family)[1]
+        expected = told.get(case) or asdict(estimate(configs, load, known[case], ("unet",)))
+        step = sum(expected[name] for name in ("weights", "adapter", "activations"))
+        found = taken(configs, load, known[case], device)
+        return {"step_estimate": step, "sample_estimate": expected["sampling"], **found}
 
     def page(rows: Sequence[Row]) -> str:
         publish(options, about, rows)
@@ -61,15 +67,24 @@ def shapes(options: argparse.Namespace, family: str) -> tuple[int, Configs]:
     return side, memory.configs_of(pairs.family(family), side)
 
 
-def rungs(options: argparse.Namespace) -> Any:
-    """Every case (family, side, batch, rung) with what is asked, how it is done and what is expected."""
-    for family in ["pocket"] if options.tiny else options.families:
-        side, configs = shapes(options, family)
-        for batch in options.batches:
-            load = Load(resolve(flags={"batch_size": batch, "rank": options.rank}), side // 8, side // 8)
-            for rung, fit, told in memory.walk(configs, load, options.precision):
-                expected = {"step_estimate": told.weights + told.adapter + told.activations, "sample_estimate": told.sampling}
-                yield (family, side, batch, rung), load, fit, expected
+def fits(options: argparse.Namespace) -> dict[tuple[Any, ...], Fit]:
+    """Every case (family, side, batch, rung), and how it is done."""
+    return {
+        (family, shapes(options, family)[0], batch, rung): fit
+        for family in (["pocket"] if options.tiny else options.families)
+        for batch in options.batches
+        for rung, fit in memory.rungs(batch, options.precision)
+    }
+
+
+def published(options: argparse.Namespace) -> dict[tuple[Any, ...], Row]:
+    """Estimates that `bench memory` left, for a GPU's time is not to be spent on them; those that are missing are made."""
+    file = options.to / "memory.json"
+    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"command": "", "rows": []}
+    if not found["command"].endswith(f"--rank {options.rank}"):
+        return {}
+    rows = [row for row in found["rows"] if row["precision"] == options.precision]
+    return {(row["family"], row["side"], row["batch"], row["rung"]): row for row in rows}
 
 
 # ---------------------------------------------------------------- measuring

@@ -57,16 +57,21 @@ def main(options: Any) -> None:
 
 
 def walk(configs: Configs, load: Load, precision: str) -> Iterator[tuple[str, Fit, Estimate]]:
-    """Every rung from the first to the last that changes anything, then nf4 instead of int8, with what it takes."""
-    rung, fit = "everything at once", Fit(precision, micro_batch=load.recipe.batch_size, channels_last=True)
-    while True:
+    """Every rung with what it takes."""
+    for rung, fit in rungs(load.recipe.batch_size, precision):
         yield rung, fit, estimate(configs, load, fit, ("unet",))
+
+
+def rungs(batch: int, precision: str) -> Iterator[tuple[str, Fit]]:
+    """Every rung from the first to the last that changes anything, then nf4 instead of int8."""
+    rung, fit = "everything at once", Fit(precision, micro_batch=batch, channels_last=True)
+    while True:
+        yield rung, fit
         below = next(((one.name, one.of(fit)) for one in LADDER if one.of(fit) != fit), None)
         if below is None:
             break
         rung, fit = below
-    fit = replace(fit, quantize="nf4")
-    yield "nf4", fit, estimate(configs, load, fit, ("unet",))
+    yield "nf4", replace(fit, quantize="nf4")
 
 
 def configs_of(row: Family, side: int) -> Configs:

@@ -22,7 +22,7 @@ Case = tuple[Any, ...]
 
 def add_options(parser: argparse.ArgumentParser, name: str) -> None:
     """What all of them can be told."""
-    parser.add_argument("--minutes", type=float, default=9, help="no row is begun later than this; the same call again goes on")
+    parser.add_argument("--minutes", type=float, default=7, help="no row is begun later than this; the same call again goes on")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes, on the CPU: a test of this benchmark")
     parser.add_argument("--fresh", action="store_true", help="forget the rows that are there")
     parser.add_argument("--to", type=Path, default=FIGURES, help=f"folder for {name}.md and {name}.json")

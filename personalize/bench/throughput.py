@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import time
 from collections.abc import Callable, Sequence
@@ -79,7 +80,7 @@ def row_of(family: str, batch: int, mode: str, options: argparse.Namespace, devi
         row |= beside.timed(mode, beside.trainers(options, family)[mode], configs, recipe, side, options, device)
     if "failed" in row:
         return row
-    flops = flops_of(configs, recipe)
+    flops = batch * flops_of_one(family, options.rank, options.tiny)
     return row | {"flops": flops, "peak": peak, "share": flops / row["seconds"] / peak}
 
 
@@ -156,6 +157,12 @@ def matrix_peak(device: torch.device, n: int) -> float:
     """FLOP per second of a product of two n x n matrices in bf16: the best of several."""
     a = torch.randn(n, n, device=device, dtype=torch.bfloat16)
     return max(2 * n**3 / timed(lambda: a @ a, 0.2, device)[0] for _ in range(5))
+
+
+@functools.cache
+def flops_of_one(family: str, rank: int, small: bool) -> int:
+    """FLOP of a step of one picture; a GPU's time is not to be spent on counting them for every row."""
+    return flops_of((tiny if small else true)(family)[1], recipe_of(1, rank))
 
 
 def flops_of(configs: Configs, recipe: Recipe) -> int:
