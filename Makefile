@@ -9,6 +9,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 READY = $(VENV)/ready
 RUN ?= runs/demo
+JOBS ?= 2
 
 .PHONY: demo test test-all lint format types docs bench bench-gpu bench-throughput bench-ladder bench-fleet bench-svd pretrain-gpu wheel clean venv
 .DEFAULT_GOAL := demo
@@ -16,12 +17,12 @@ RUN ?= runs/demo
 demo: $(READY)
 	$(BIN)/personalize train sample_data/subject --trigger zwx --class cat --preset pocket-subject --output $(RUN)
 
-# Tiny models: one thread is fastest, and does not fight with a neighbour for the cores.
+# Tiny models: one thread is fastest, and does not fight with a neighbour for the cores. Each of JOBS needs about 1.5 GB.
 test: $(READY)
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n $(JOBS)
 
 test-all: $(READY)
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -m "not gpu"
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -m "not gpu" -n $(JOBS)
 
 lint: $(READY)
 	$(BIN)/ruff check .
