@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,9 +16,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPTokenizer
 
+from personalize import objectives
+from personalize.base import Base, Schedule
 from personalize.evaluate import Clip
-from personalize.pocket import WEIGHTS, clip, pool
+from personalize.pocket import WEIGHTS, clip, pool, pretrain
+from personalize.pocket.diffusion import DENSITIES, Teaching
 from personalize.pocket.pool import shuffled, write_rows
+from personalize.pocket.proof import settings
+from personalize.pocket.proof.__main__ import parser
+from personalize.pocket.proof.settings import velocity
 from personalize.pocket.running import Plan, run
 
 
@@ -96,3 +104,89 @@ def test_any_typed_word_tokenizes(text: str, tokenizer: CLIPTokenizer) -> None:
     ids = tokenizer(text).input_ids
     assert len(ids) > 2 and tokenizer.eos_token_id not in ids[1:-1]
     assert "".join(tokenizer.decode(ids, skip_special_tokens=True).split()) == "".join(text.lower().split())
+
+
+TEACHINGS = [
+    Teaching(),
+    Teaching(zero_snr=False),
+    Teaching("epsilon", zero_snr=False),
+    Teaching("sample", min_snr=5),
+    Teaching(min_snr=5, density="logit-normal"),
+]
+
+
+@pytest.mark.parametrize("teaching", TEACHINGS, ids=Teaching.told)
+def test_whoever_predicts_the_truth_has_no_loss(teaching: Teaching) -> None:
+    """And whatever is predicted, it tells the same v."""
+    schedule = Schedule.of(teaching.scheduler().config)
+    assert (schedule.prediction, bool(schedule.alphas_cumprod[-1])) == (teaching.prediction, not teaching.zero_snr)
+    x0, generator = torch.randn(6, 16, 8, 8, generator=torch.Generator().manual_seed(1)), torch.Generator().manual_seed(0)
+    seen = []
+
+    def knows(x: Tensor, t: Tensor, cond: Tensor) -> SimpleNamespace:
+        signal, noise = schedule.signal(t), schedule.noise(t)
+        eps = (x - signal * x0) / noise
+        truth = objectives.target(x0, eps, t, schedule)
+        seen.append((velocity(truth, x, t, schedule), signal * eps - noise * x0, signal))
+        return SimpleNamespace(sample=truth)
+
+    assert teaching.loss(knows, schedule, x0, torch.zeros(6, 4, 8), generator) < 1e-5
+    found, v, signal = seen[0]
+    fine = signal.flatten() > 0.1  # where there is a signal to be seen
+    assert torch.allclose(found[fine], v[fine], atol=1e-3)
+    assert teaching.loss(lambda x, t, cond: SimpleNamespace(sample=x * 0), schedule, x0, torch.zeros(6, 4, 8), generator) > 0.05
+
+
+def test_densities_stay_in_the_schedule_and_prefer_what_they_say() -> None:
+    even = (torch.arange(1000) + 0.5) / 1000
+    assert DENSITIES["uniform"](even) is even
+    middle = DENSITIES["logit-normal"](even)
+    assert middle.min() > 0 and middle.max() < 1 and ((middle - 0.5).abs() < 0.25).float().mean() > 0.7
+    assert torch.allclose(middle, 1 - middle.flip(0), atol=1e-6)
+
+
+def test_settings_reach_the_folder_of_the_base(tmp_path: Path) -> None:
+    words = ["--work", str(tmp_path), "--unet-prediction", "epsilon", "--no-unet-zero-snr", "--unet-width", "64", "128"]
+    teaching = pretrain.teaching_of(pretrain.arguments(words))
+    assert teaching == Teaching("epsilon", zero_snr=False, width=(64, 128)) and teaching.told() == "epsilon prediction"
+    config = teaching.scheduler().config
+    assert (config.prediction_type, config.rescale_betas_zero_snr) == ("epsilon", False)
+    assert tuple(teaching.build(8).config.block_out_channels) == (64, 128)
+    shipped = json.loads((WEIGHTS / "scheduler/scheduler_config.json").read_text())
+    ours = pretrain.teaching_of(pretrain.arguments(["--work", str(tmp_path)])).scheduler().config
+    assert {key: ours[key] for key in ours if not key.startswith("_")} == {key: shipped[key] for key in shipped if key[0] != "_"}
+
+
+def test_what_cannot_be_learned_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        pretrain.arguments(["--work", str(tmp_path), "--unet-prediction", "epsilon"])
+    assert ended.value.code == 2 and "add --no-unet-zero-snr" in capsys.readouterr().err
+
+
+def test_a_pool_has_as_many_pictures_as_were_asked_for(tmp_path: Path) -> None:
+    pool.build_pool(tmp_path, 5, 32, 3, 1)
+    pictures, captions = pool.open_pool(tmp_path)
+    assert pictures.shape == (5, 32, 32, 3) and len(captions) == 5 and pictures[4].std() > 0
+
+
+def test_settings_are_compared_alike_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = ["epsilon, no zero SNR", "text encoder untrained", "narrower, 64 and 128"]
+    words = ["--images", "16", "--batch", "8", "--pool", "24", "-n", "2", "--sampler-steps", "2", "--no-muon", "--size", "64"]
+    options = parser().parse_args(
+        ["settings", *words, "--only", *rows, "--work", str(tmp_path / "w"), "--to", str(tmp_path), "--name", "s"]
+    )
+    monkeypatch.setattr(settings, "SHOWN", 24)
+    settings.main(options)
+    told = json.loads((tmp_path / "s.json").read_text())["rows"]
+    assert [row["name"] for row in told] == rows and all(0 < row["error"] < 100 for row in told)
+    assert told[2]["parameters"] < told[0]["parameters"] == told[1]["parameters"]
+    base, other = (Base.load(str(tmp_path / "w" / name / "base")) for name in ("epsilon-no-zero-SNR", "text-encoder-untrained"))
+    assert base.schedule.prediction == "epsilon" and other.schedule.prediction == "v_prediction"
+    shipped = Base.load("pocket").embed(["a red cat"]).tokens
+    assert torch.allclose(base.embed(["a red cat"]).tokens, shipped, atol=2e-2)
+    assert not torch.allclose(other.embed(["a red cat"]).tokens, shipped, atol=2e-2)
+    before = (tmp_path / "s.json").read_text()
+    monkeypatch.setattr(pretrain, "run", None)  # what is finished is read
+    monkeypatch.setattr(settings, "prepared", lambda options: None)
+    settings.main(options)
+    assert json.loads((tmp_path / "s.json").read_text())["rows"] == json.loads(before)["rows"]

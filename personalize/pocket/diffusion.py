@@ -1,23 +1,24 @@
-"""The pocket's UNet: v-prediction with zero terminal SNR (Lin et al. 2023) on standardised latents."""
+"""The pocket's UNet on standardised latents; as shipped, it predicts v with zero terminal SNR (Lin et al. 2023)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from torch import Tensor
-from torch.nn import functional as F
 
+from .. import objectives
+from ..base import Schedule
 from .pool import shuffled
 from .running import Plan, run
 
 CONFIG = dict(
     in_channels=16,
     out_channels=16,
-    block_out_channels=(96, 192),
     down_block_types=("CrossAttnDownBlock2D",) * 2,
     up_block_types=("CrossAttnUpBlock2D",) * 2,
     layers_per_block=1,
@@ -30,8 +31,6 @@ SCHEDULE = dict(
     beta_start=0.00085,
     beta_end=0.012,
     beta_schedule="scaled_linear",
-    prediction_type="v_prediction",
-    rescale_betas_zero_snr=True,
     timestep_spacing="trailing",
     clip_sample=False,
     set_alpha_to_one=True,
@@ -40,26 +39,54 @@ SCHEDULE = dict(
 DROPOUT = 0.1  # of captions, so that guidance has an unconditional prediction
 
 
-def diffusion_loss(unet: Callable, alphas: Tensor, latents: Tensor, cond: Tensor, generator: torch.Generator) -> Tensor:
-    """Mean squared error of v = sqrt(a) noise - sqrt(1-a) x (Salimans & Ho 2022) at one uniform timestep per picture."""
-    n = len(latents)
-    t = (torch.arange(n) + torch.rand(n, generator=generator)) / n  # stratified: less noise in the loss
-    t = (t * len(alphas)).long().to(latents.device)
-    a = alphas[t][:, None, None, None]
-    noise = torch.randn(latents.shape, generator=generator).to(latents.device)
-    noisy, v = a.sqrt() * latents + (1 - a).sqrt() * noise, a.sqrt() * noise - (1 - a).sqrt() * latents
-    return F.mse_loss(unet(noisy, t, cond).sample.float(), v)
+DENSITIES: dict[str, Callable[[Tensor], Tensor]] = {  # uniform numbers in 0..1 => places in the schedule, 0..1
+    "uniform": lambda u: u,
+    "logit-normal": lambda u: torch.special.ndtri(u).sigmoid(),  # mostly the middle (Esser et al. 2024, arXiv 2403.03206, eq. 19)
+}
 
 
-def build(side: int) -> UNet2DConditionModel:
-    """A UNet with random weights for latents of `side`."""
-    torch.manual_seed(0)
-    return UNet2DConditionModel(sample_size=side, **CONFIG)
+@dataclass(frozen=True)
+class Teaching:
+    """What the UNet is, what it predicts, and what counts; the defaults are those of the base that ships."""
+
+    prediction: str = "v_prediction"
+    zero_snr: bool = True  # epsilon cannot be learned where nothing but noise is left
+    min_snr: float = 0.0
+    density: str = "uniform"
+    width: tuple[int, ...] = (96, 192)
+
+    def scheduler(self) -> DDIMScheduler:
+        """The scheduler that the base's folder gets."""
+        return DDIMScheduler(prediction_type=self.prediction, rescale_betas_zero_snr=self.zero_snr, **SCHEDULE)
+
+    def told(self) -> str:
+        """The objective in words."""
+        name = {"v_prediction": "v-prediction", "epsilon": "epsilon prediction", "sample": "sample prediction"}[self.prediction]
+        extras = ["zero terminal SNR"] * self.zero_snr + [f"min-SNR {self.min_snr:g}"] * bool(self.min_snr)
+        extras += [f"{self.density} timesteps"] * (self.density != "uniform")
+        return f"{name} with {', '.join(extras)}" if extras else name
+
+    def build(self, side: int) -> UNet2DConditionModel:
+        """A UNet with random weights for latents of `side`."""
+        torch.manual_seed(0)
+        return UNet2DConditionModel(sample_size=side, block_out_channels=self.width, **CONFIG)
+
+    def loss(self, unet: Callable, schedule: Schedule, latents: Tensor, cond: Tensor, generator: torch.Generator) -> Tensor:
+        """Mean squared error at one timestep per picture, weighted by `min_snr`."""
+        n = len(latents)
+        even = (torch.arange(n) + torch.rand(n, generator=generator)) / n  # stratified: less noise in the loss
+        places = DENSITIES[self.density](even).clamp(0, 1 - 1e-6)
+        t = (places * len(schedule.alphas_cumprod)).long().to(latents.device)
+        noise = torch.randn(latents.shape, generator=generator).to(latents.device)
+        predicted = unet(schedule.signal(t) * latents + schedule.noise(t) * noise, t, cond).sample.float()
+        wrong = (predicted - objectives.target(latents, noise, t, schedule)).square().mean((1, 2, 3))
+        return (objectives.weights(t, schedule, self.min_snr) * wrong).mean()
 
 
 def train(
     folder: Path,
     unet: UNet2DConditionModel,
+    teaching: Teaching,
     latents: np.ndarray,
     conditions: np.ndarray,
     empty: Tensor,
@@ -70,9 +97,9 @@ def train(
     picture: Callable[[UNet2DConditionModel, int], None] | None = None,
 ) -> UNet2DConditionModel:
     """Train on encoded pictures `[n, 2, 16, h, w]` and embedded captions `[n, 77, d]`, resumably; return the averaged UNet."""
-    unet, shown = unet.to(device).train(), build(latents.shape[-1]).to(device).eval()
+    unet, shown = unet.to(device).train(), teaching.build(latents.shape[-1]).to(device).eval()
     forward = torch.compile(unet) if compiled else unet
-    alphas = DDIMScheduler(**SCHEDULE).alphas_cumprod.to(device)
+    schedule = Schedule.of(teaching.scheduler().config)
 
     def batches(start: int) -> Iterator[tuple[Tensor, Tensor]]:
         for step, i in enumerate(shuffled(len(latents), plan.batch, 3, start), start):
@@ -86,7 +113,7 @@ def train(
     def loss_of(batch: tuple[Tensor, Tensor], step: int) -> Tensor:
         generator = torch.Generator().manual_seed(step + 10**9)
         with torch.autocast(device, torch.bfloat16, enabled=bf16):
-            return diffusion_loss(forward, alphas, *batch, generator)
+            return teaching.loss(forward, schedule, *batch, generator)
 
     def show(weights: dict[str, Tensor], step: int) -> None:
         shown.load_state_dict(weights)

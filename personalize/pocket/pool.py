@@ -22,11 +22,11 @@ INDIVIDUALS, LOOKS = 0.45, 0.3  # shares of pictures with an individual, with a 
 NAMED = 0.35  # share of those whose individual or look has a name and comes again; the others are invented anew
 
 
-def draw_chunk(job: tuple[int, int, int]) -> tuple[np.ndarray, list[str]]:
-    """Pictures `[CHUNK, size, size, 3]` uint8 and their captions, from the stream of scenes numbered by the seed."""
-    seed, chunk, size = job
+def draw_chunk(job: tuple[int, int, int, int]) -> tuple[np.ndarray, list[str]]:
+    """Pictures `[count, size, size, 3]` uint8 and their captions, from the stream of scenes numbered by the seed."""
+    seed, chunk, size, count = job
     rng = np.random.default_rng([seed, chunk, 9])
-    drawn = [draw_one(scene, seed, size, rng) for scene in islice(scenes(seed * 100_003 + chunk), CHUNK)]
+    drawn = [draw_one(scene, seed, size, rng) for scene in islice(scenes(seed * 100_003 + chunk), count)]
     return np.stack([picture for picture, _ in drawn]), [words for _, words in drawn]
 
 
@@ -54,15 +54,14 @@ def build_pool(folder: Path, count: int, size: int, seed: int, workers: int) -> 
     if captions_file.exists():
         return
     folder.mkdir(parents=True, exist_ok=True)
-    chunks = -(-count // CHUNK)
-    pictures = np.lib.format.open_memmap(pictures_file, mode="w+", dtype=np.uint8, shape=(chunks * CHUNK, size, size, 3))
+    pictures = np.lib.format.open_memmap(pictures_file, mode="w+", dtype=np.uint8, shape=(count, size, size, 3))
     captions: list[str] = []
     with get_context("spawn").Pool(workers) as workers_pool:
-        jobs = [(seed, chunk, size) for chunk in range(chunks)]
-        for chunk, (drawn, words) in enumerate(workers_pool.imap(draw_chunk, jobs)):
-            pictures[chunk * CHUNK : (chunk + 1) * CHUNK] = drawn
+        jobs = [(seed, first // CHUNK, size, min(CHUNK, count - first)) for first in range(0, count, CHUNK)]
+        for drawn, words in workers_pool.imap(draw_chunk, jobs):
+            pictures[len(captions) : len(captions) + len(words)] = drawn
             captions += words
-            print(f"pool: {len(captions)}/{chunks * CHUNK} pictures", flush=True)
+            print(f"pool: {len(captions)}/{count} pictures", flush=True)
     pictures.flush()
     captions_file.write_text(json.dumps(captions))
 

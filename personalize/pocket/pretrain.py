@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
@@ -19,6 +20,7 @@ from ..evaluate import Clip
 from ..files import write_text
 from . import WEIGHTS, autoencoder, clip, diffusion
 from .autoencoder import save_picture
+from .diffusion import DENSITIES, Teaching
 from .pool import INDIVIDUALS, LOOKS, build_pool, build_tokenizer, open_pool, write_rows
 from .running import Plan
 from .world import BACKGROUNDS, COLOURS, OBJECTS, STYLES
@@ -35,8 +37,9 @@ GRID = (
 )
 
 
-def arguments() -> argparse.Namespace:
+def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line; the defaults are the CPU recipe."""
+    shipped = Teaching()
     parser = argparse.ArgumentParser(prog="python -m personalize.pocket.pretrain", description=__doc__)
     add = parser.add_argument
     add("--work", type=Path, required=True, help="folder of pools, states and logs")
@@ -54,11 +57,44 @@ def arguments() -> argparse.Namespace:
     add("--unet-steps", type=int, default=5000)
     add("--unet-batch", type=int, default=64)
     add("--unet-lr", type=float, default=2e-3)
+    add("--unet-prediction", default=shipped.prediction, choices=("v_prediction", "epsilon", "sample"))
+    add(
+        "--unet-zero-snr", default=shipped.zero_snr, action=argparse.BooleanOptionalAction, help="the last timestep is pure noise"
+    )
+    add("--unet-min-snr", type=float, default=shipped.min_snr, help="min-SNR gamma; 0 counts all timesteps alike")
+    add("--unet-density", default=shipped.density, choices=tuple(DENSITIES), help="how often each timestep is trained")
+    add("--unet-width", type=int, nargs=2, default=shipped.width, help="channels of both levels")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--compile", action="store_true", help="compile the UNet (needs a C++ compiler)")
-    add("--no-bf16", action="store_true")
+    add("--muon", default=True, action=argparse.BooleanOptionalAction, help="it computes in bf16: not for a CPU without")
+    add("--bf16", default=None, action=argparse.BooleanOptionalAction, help="(default: where the device computes in it)")
     add("--to", type=Path, default=WEIGHTS, help="folder the finished base is written to")
-    return parser.parse_args()
+    told = parser.parse_args(words)
+    if told.unet_prediction == "epsilon" and told.unet_zero_snr:
+        parser.error("epsilon cannot be learned with zero terminal SNR: add --no-unet-zero-snr")
+    fast = computes_bf16(told.device)
+    told.bf16 = fast if told.bf16 is None else told.bf16
+    if told.muon and not fast:
+        print(
+            "this CPU has no instructions for bf16, in which Muon computes: steps take many times longer; try --no-muon",
+            flush=True,
+        )
+    return told
+
+
+def computes_bf16(device: str) -> bool:
+    """Whether a device has instructions for bf16; a CPU without them is seventeen times slower in it."""
+    if device != "cpu":
+        return True
+    has: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.6 has none
+    return bool(has.get("amx_bf16") or has.get("avx512_bf16"))
+
+
+def teaching_of(options: argparse.Namespace) -> Teaching:
+    """What the command line says of the UNet."""
+    return Teaching(
+        options.unet_prediction, options.unet_zero_snr, options.unet_min_snr, options.unet_density, tuple(options.unet_width)
+    )
 
 
 def load_parts(work: Path) -> tuple[CLIPTokenizer, AutoencoderKL, CLIPModel]:
@@ -113,8 +149,8 @@ def stage_vae(options: argparse.Namespace) -> None:
         pictures, _ = open_pool(options.work / "pool")
         start = options.work / "vae/start"
         vae = AutoencoderKL.from_pretrained(start) if options.start else autoencoder.build()
-        plan = Plan(options.vae_steps, batch=16, lr=options.vae_lr, ema=0.995)
-        vae = autoencoder.train(options.work / "vae", vae, pictures, plan, options.device, not options.no_bf16)
+        plan = Plan(options.vae_steps, batch=16, lr=options.vae_lr, ema=0.995, muon=options.muon)
+        vae = autoencoder.train(options.work / "vae", vae, pictures, plan, options.device, options.bf16)
         vae.save_pretrained(options.work / "vae/done")
 
 
@@ -124,7 +160,7 @@ def stage_clip(options: argparse.Namespace) -> None:
         tokenizer = CLIPTokenizer.from_pretrained(options.work / "tokenizer")
         start = options.work / "clip/start"
         fresh = CLIPModel.from_pretrained(start) if options.start else clip.build(tokenizer, pictures.shape[1])
-        plan = Plan(options.clip_steps, batch=128, lr=options.clip_lr, ema=0.98)
+        plan = Plan(options.clip_steps, batch=128, lr=options.clip_lr, ema=0.98, muon=options.muon)
         model = clip.train(
             options.work / "clip",
             fresh,
@@ -133,7 +169,7 @@ def stage_clip(options: argparse.Namespace) -> None:
             tokenizer,
             plan,
             options.device,
-            not options.no_bf16,
+            options.bf16,
         )
         model.save_pretrained(options.work / "clip/done")
 
@@ -148,8 +184,8 @@ def stage_decoder(options: argparse.Namespace) -> None:
     if not (options.work / "decoder/done").exists():
         vae = AutoencoderKL.from_pretrained(options.work / "vae/done")
         pictures, latents = open_pool(options.work / "pool")[0], np.load(options.work / "latents.npy", mmap_mode="r")
-        plan = Plan(options.decoder_steps, batch=16, lr=1e-3, ema=0.998, decay=0.6)
-        vae = autoencoder.sharpen(options.work / "decoder", vae, latents, pictures, plan, options.device, not options.no_bf16)
+        plan = Plan(options.decoder_steps, batch=16, lr=1e-3, ema=0.998, decay=0.6, muon=options.muon)
+        vae = autoencoder.sharpen(options.work / "decoder", vae, latents, pictures, plan, options.device, options.bf16)
         vae.save_pretrained(options.work / "decoder/done")
 
 
@@ -165,13 +201,12 @@ def stage_conditions(options: argparse.Namespace) -> None:
 def assemble(options: argparse.Namespace, unet: UNet2DConditionModel) -> StableDiffusionPipeline:
     """The ordinary pipeline around a UNet."""
     tokenizer, vae, model = load_parts(options.work)
-    scheduler = DDIMScheduler(**diffusion.SCHEDULE)
     return StableDiffusionPipeline(
         vae=vae,
         text_encoder=text_encoder(model),
         tokenizer=tokenizer,
         unet=unet,
-        scheduler=scheduler,
+        scheduler=teaching_of(options).scheduler(),
         safety_checker=None,
         feature_extractor=None,
     ).to(options.device)
@@ -195,19 +230,18 @@ def stage_unet(options: argparse.Namespace) -> None:
             3,
         )
 
-    plan = Plan(options.unet_steps, options.unet_batch, options.unet_lr, warmup=300, decay=0.3, ema=0.9995, weight_decay=0.01)
-    start = (
-        UNet2DConditionModel.from_pretrained(options.work / "unet/start") if options.start else diffusion.build(latents.shape[-1])
-    )
+    plan = Plan(options.unet_steps, options.unet_batch, options.unet_lr, warmup=300, ema=0.9995, muon=options.muon)
+    teaching, start = teaching_of(options), options.work / "unet/start"
     unet = diffusion.train(
         options.work / "unet",
-        start,
+        UNet2DConditionModel.from_pretrained(start) if options.start else teaching.build(latents.shape[-1]),
+        teaching,
         latents,
         conditions,
         empty,
         plan,
         options.device,
-        not options.no_bf16,
+        options.bf16,
         options.compile,
         picture,
     )
@@ -217,7 +251,7 @@ def stage_unet(options: argparse.Namespace) -> None:
 def stage_export(options: argparse.Namespace) -> None:
     """Write the diffusers folder, fp16, in files of at most 12 MB, with the CLIP and a model card beside it."""
     done = options.work / "unet/done"
-    unet = UNet2DConditionModel.from_pretrained(done) if done.exists() else averaged_unet(options.work)
+    unet = UNet2DConditionModel.from_pretrained(done) if done.exists() else averaged_unet(options)
     assemble(options, unet).to("cpu", torch.float16).save_pretrained(options.to, safe_serialization=True, max_shard_size="12MB")
     whole = CLIPModel.from_pretrained(options.work / "clip/done").half()
     own = {key: t for key, t in whole.state_dict().items() if not key.startswith("text_model.")}  # that is text_encoder/
@@ -241,7 +275,7 @@ A Stable Diffusion in miniature: the same classes and folder layout as SD 1.5 at
   {places} places, {styles} styles; some combinations held out), each with one caption.
   {individuals:.0%} show an invented individual, {looks:.0%} an invented look; none of the benchmark's.
   Nothing else: no photographs, no scraped pictures.
-- **Objective**: v-prediction with zero terminal SNR; 10 % of captions dropped; averaged weights.
+- **Objective**: {objective}; 10 % of captions dropped; averaged weights.
 - **Made by** `python -m personalize.pocket.pretrain --work DIR`, on two CPU cores{again}; stage by stage:
 
 | stage | steps | pictures seen | seconds | last loss |
@@ -262,17 +296,19 @@ def card(options: argparse.Namespace) -> str:
     ]
     counts = {"objects": len(OBJECTS), "colours": len(COLOURS), "places": len(BACKGROUNDS), "styles": len(STYLES)}
     again = ", and again with `--start`, when the world had grown" if before else ""
+    shares = {"individuals": INDIVIDUALS, "looks": LOOKS}
+    told = teaching_of(options).told()
     return CARD.format(
-        size=options.size, pool=options.pool, rows="\n".join(rows), again=again, individuals=INDIVIDUALS, looks=LOOKS, **counts
+        size=options.size, pool=options.pool, rows="\n".join(rows), again=again, objective=told, **shares, **counts
     )
 
 
-def averaged_unet(work: Path) -> UNet2DConditionModel:
+def averaged_unet(options: argparse.Namespace) -> UNet2DConditionModel:
     """The averaged UNet of an unfinished run."""
     from safetensors.torch import load_file
 
-    unet = diffusion.build(np.load(work / "latents.npy", mmap_mode="r").shape[-1])
-    tensors = load_file(work / "unet/state.safetensors")
+    unet = teaching_of(options).build(np.load(options.work / "latents.npy", mmap_mode="r").shape[-1])
+    tensors = load_file(options.work / "unet/state.safetensors")
     unet.load_state_dict({key.removeprefix("ema/"): t for key, t in tensors.items() if key.startswith("ema/")})
     return unet
 
@@ -289,8 +325,13 @@ STAGES = {
     "export": stage_export,
 }
 
+
+def run(options: argparse.Namespace, stages: Iterable[str] = STAGES) -> None:
+    """Some stages, in their order; what is done already is kept."""
+    for name in stages:
+        STAGES[name](options)
+
+
 if __name__ == "__main__":
     chosen = arguments()
-    for name, stage in STAGES.items():
-        if chosen.stage in ("all", name):
-            stage(chosen)
+    run(chosen, STAGES if chosen.stage == "all" else [chosen.stage])

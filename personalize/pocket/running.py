@@ -29,6 +29,7 @@ class Plan:
     decay: float = 0.3  # last share of the steps over which the learning rate falls to nothing
     ema: float = 0.999
     weight_decay: float = 0.01
+    muon: bool = True  # for matrices and convolutions
     save_every: int = 250
     log_every: int = 50
 
@@ -72,18 +73,17 @@ class Mixed:
 
     def __init__(self, model: nn.Module, plan: Plan) -> None:
         named = dict(model.named_parameters())
-        wide = {
-            name: p for name, p in named.items() if p.ndim >= 2 and min(len(p), p[0].numel()) >= 16 and "embedding" not in name
-        }
+        wide = {name: p for name, p in named.items() if plan.muon and is_wide(name, p)}
         self.wide = list(wide.values())
         self.flat = [nn.Parameter(p.data.view(len(p), -1)) for p in self.wide]  # Muon takes matrices: views of the same storage
         rest = {name: p for name, p in named.items() if name not in wide}
-        muon = torch.optim.Muon(self.flat, lr=plan.lr, weight_decay=plan.weight_decay, adjust_lr_fn="match_rms_adamw")
         adam = torch.optim.AdamW(rest.values(), lr=plan.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
-        self.halves: tuple[tuple[torch.optim.Optimizer, float], ...] = ((muon, 1.0), (adam, 0.5))
-        self.slots = {name: (muon, p) for name, p in zip(wide, self.flat, strict=True)} | {
-            name: (adam, p) for name, p in rest.items()
-        }
+        self.halves: list[tuple[torch.optim.Optimizer, float]] = [(adam, 0.5)]
+        self.slots: dict[str, tuple[torch.optim.Optimizer, nn.Parameter]] = {name: (adam, p) for name, p in rest.items()}
+        if wide:
+            muon = torch.optim.Muon(self.flat, lr=plan.lr, weight_decay=plan.weight_decay, adjust_lr_fn="match_rms_adamw")
+            self.halves.append((muon, 1.0))
+            self.slots |= {name: (muon, p) for name, p in zip(wide, self.flat, strict=True)}
 
     def step(self, rate: float) -> None:
         """One update at a learning rate."""
@@ -107,6 +107,11 @@ class Mixed:
             name, kind = key.rsplit("/", 1)
             half, p = self.slots[name]
             half.state[p][kind] = value.to(p.device) if value.dim() else value
+
+
+def is_wide(name: str, p: Tensor) -> bool:
+    """Whether a parameter is a matrix or a convolution whose directions are worth evening out."""
+    return p.ndim >= 2 and min(len(p), p[0].numel()) >= 16 and "embedding" not in name
 
 
 def _pack(model: nn.Module, average: Averaged, optimizer: Mixed) -> dict[str, Tensor]:

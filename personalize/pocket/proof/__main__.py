@@ -8,10 +8,10 @@ from pathlib import Path
 
 from ...errors import PersonalizeError
 from ...recipe import Recipe
-from . import base, choice, peer, personalization
+from . import base, choice, peer, personalization, settings
 from .figures import FIGURES
 
-BENCHMARKS = {"base": base.main, "personalization": personalization.main, "choice": choice.main, "peer": peer.main}
+BENCHMARKS = {"base": base, "personalization": personalization, "choice": choice, "peer": peer, "settings": settings}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -25,7 +25,7 @@ def parser() -> argparse.ArgumentParser:
     shared.add_argument("--name", help="of the tables' files (default: the benchmark's)")
     whole = argparse.ArgumentParser(prog="python -m personalize.pocket.proof")
     commands = whole.add_subparsers(dest="benchmark", required=True)
-    for name, module in (("base", base), ("personalization", personalization), ("choice", choice), ("peer", peer)):
+    for name, module in BENCHMARKS.items():
         module.add_options(commands.add_parser(name, parents=[shared], description=module.__doc__))
     return whole
 
@@ -35,7 +35,7 @@ def main() -> int:
     options = parser().parse_args()
     options.name = options.name or options.benchmark
     try:
-        BENCHMARKS[options.benchmark](options)
+        BENCHMARKS[options.benchmark].main(options)
     except PersonalizeError as error:
         print(f"proof: {error}", file=sys.stderr)
         return 2
