@@ -58,6 +58,9 @@ def remaining(sampler: Any, steps: int, kept: int) -> Tensor:
         left = torch.cat([sampler.timesteps[:1], sampler.timesteps[2:]])[steps - kept :]
         return torch.cat([left[:2], left[1:2], left[2:]])
     first = (steps - kept) * sampler.order
+    if type(sampler).__name__ == "LMSDiscreteScheduler":  # counts from the top how many steps it can look back to
+        sampler.sigmas, sampler.timesteps = sampler.sigmas[first:], sampler.timesteps[first:]
+        return sampler.timesteps
     if hasattr(sampler, "set_begin_index"):
         sampler.set_begin_index(first)
     return sampler.timesteps[first:]
