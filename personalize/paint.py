@@ -16,7 +16,7 @@ from .adapters import Adapter
 from .adapters.dialects import file_of
 from .axes import Axis, Sheet, sheets
 from .base import Base, device_of
-from .beginning import DENOISE
+from .beginning import DENOISE, fitted
 from .data.pictures import load_whole
 from .draw import Job, drawn
 from .errors import AdapterError, OutputError, RecipeError
@@ -72,6 +72,7 @@ def paint(
     adapters = shelf.load(dict.fromkeys(use.name for page in pages for job in page.jobs for use in job.uses))
     check_uses(adapters, pages)
     model = Base.of(trained_on(list(adapters.values()), base or {}), device, dtype)
+    beginning = beginning and fitted(model, beginning, size)  # once, and told once
     hashes = {name: weights_hash(file_of(shelf.files[name])) for name in adapters}
     for page in pages:
         done: dict[int, Image.Image] = {}

@@ -235,6 +235,18 @@ def test_generate_begins_with_a_picture(trained: Path, pictures: Path, tmp_path:
         assert "Denoising strength: 0.5" in picture.info["parameters"]
 
 
+def test_a_large_picture_is_told_once(tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Image.new("RGB", (3000, 2000), "teal").save(tmp_path / "large.jpg")
+    arguments = ["generate", "a cat", "a dog", "--base", str(tiny_base), "--image", str(tmp_path / "large.jpg"), "--steps", "2"]
+    axes = ["--xy", "denoise=0.1,1", "--xy", "guidance=1,2"]  # a sheet for each prompt
+    assert run([*arguments, *axes, "--output", str(tmp_path / "out")]) == 0
+    out = capsys.readouterr()
+    paths = [Path(line) for line in out.out.splitlines()]
+    assert len(paths) == 10 and size(paths[0]) == (80, 56) and read_parameters(paths[0])["size"] == [80, 56]
+    (line,) = out.err.splitlines()
+    assert line.startswith("warning: the picture of 3000x2000 is drawn over at 80x56, as large as ")
+
+
 def test_pictures_are_drawn_in_batches(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes, decode = [], Base.decode
     monkeypatch.setattr(Base, "decode", lambda self, latents: sizes.append(len(latents)) or decode(self, latents))

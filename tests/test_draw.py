@@ -358,8 +358,21 @@ def test_the_size_follows_the_picture(base: Base, tmp_path: Path) -> None:
         draw(base, ["a cat"], [0], image=photo(70, 4))
     with pytest.raises(RecipeError, match="--denoise must be 0 to 1"):
         draw(base, ["a cat"], [0], steps=1, image=photo(), denoise=1.5)
-    with pytest.warns(UserWarning, match="--size 64 makes it smaller"):
-        draw(base, ["a cat"], [0], steps=1, guidance=1, image=photo(160, 64), denoise=0.1)
+
+
+def test_a_very_large_picture_is_shrunk_to_the_bases_area(base: Base) -> None:
+    how: dict[str, Any] = {"steps": 1, "guidance": 1.0, "denoise": 0.1}
+    large, said = photo(3000, 2000), "3000x2000 is drawn over at 80x56, as large as .* draws: --size 3000x2000 keeps it large"
+    with pytest.warns(UserWarning, match=said):
+        (small,) = draw(base, ["a cat"], [0], image=large, **how)
+    assert small.size == (80, 56)
+    assert draw(base, ["a cat"], [0], image=large, size=(80, 56), **how) == [small]
+    with pytest.warns(UserWarning, match="--size 1000x2008 keeps"):
+        assert beginning.fitted(base, photo(1007, 2015)).size == (48, 88)
+    for size in ((128, 128), (160, 100)):  # up to four times the base's area is kept, whatever the shape
+        assert beginning.fitted(base, photo(*size)).size == (size[0], size[1] // 8 * 8)
+    for asked in (64, (96, 200)):
+        assert beginning.fitted(base, large, asked).size == ((64, 64) if asked == 64 else asked)
 
 
 def test_the_picture_and_how_much_of_it_matter(base: Base) -> None:
