@@ -10,10 +10,11 @@ from .adapters.weighting import WHOLE, Weighting, read
 from .draw import Job
 from .errors import AdapterError, RecipeError, nearest
 from .prompts import Use, tagged
+from .samplers import named
 
 Find = Callable[[str], str]  # a name as typed => an adapter's name; raises RecipeError
 NUMBERS = {"seed": (int, 0), "steps": (int, 1), "guidance": (float, 0), "denoise": (float, 0)}  # what they are, and the least
-NAMES = (*NUMBERS, "strength", "adapter")
+NAMES = (*NUMBERS, "sampler", "strength", "adapter")
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,8 @@ class Axis:
         """A job with this value. Raises RecipeError for one that makes no sense."""
         if self.name in NUMBERS:
             return replace(job, **{self.name: number(self.name, value)})  # type: ignore[arg-type]
+        if self.name == "sampler":
+            return replace(job, sampler=named(value))
         if self.name == "adapter":
             return replace(job, uses=chosen(job, value, find))
         if self.name == "strength":

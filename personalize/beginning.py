@@ -19,6 +19,7 @@ from .base import Base
 from .errors import RecipeError
 
 DENOISE = 0.75  # A1111's denoising strength, when nothing is said
+LARGE = 4  # of the base's own area: twice its side is what people draw over to add detail
 
 
 @dataclass(frozen=True)
@@ -58,20 +59,45 @@ def remaining(sampler: Any, steps: int, kept: int) -> Tensor:
         left = torch.cat([sampler.timesteps[:1], sampler.timesteps[2:]])[steps - kept :]
         return torch.cat([left[:2], left[1:2], left[2:]])
     first = (steps - kept) * sampler.order
+    if type(sampler).__name__ == "LMSDiscreteScheduler":  # counts from the top how many steps it can look back to
+        sampler.sigmas, sampler.timesteps = sampler.sigmas[first:], sampler.timesteps[first:]
+        return sampler.timesteps
     if hasattr(sampler, "set_begin_index"):
         sampler.set_begin_index(first)
     return sampler.timesteps[first:]
 
 
 def latents_of(base: Base, picture: Image.Image, size: int | tuple[int, int] | None = None) -> Tensor:
-    """A picture's latents [1, c, h, w], the posterior's mean: cut to whole ones, or scaled and cut to `size`."""
-    fitted = fit(picture, base.factor, (size, size) if isinstance(size, int) else size)
-    if max(fitted.size) > 2 * base.resolution:
-        told = f"{base.name} draws pictures of {base.resolution} pixels, and this one is {fitted.width}x{fitted.height}"
-        warnings.warn(f"{told}: --size {base.resolution} makes it smaller", stacklevel=2)
-    pixels = torch.from_numpy(np.array(fitted, dtype=np.float32)).permute(2, 0, 1)[None] / 127.5 - 1
+    """A picture's latents [1, c, h, w], the posterior's mean, as `fitted` cuts it."""
+    pixels = torch.from_numpy(np.array(fitted(base, picture, size), dtype=np.float32)).permute(2, 0, 1)[None] / 127.5 - 1
     with torch.no_grad():
         return base.encode(pixels)[0].float()
+
+
+def fitted(base: Base, picture: Image.Image, size: int | tuple[int, int] | None = None) -> Image.Image:
+    """RGB that is cut to whole latents, or scaled and cut to `size`. One of more than LARGE areas of the base's own is made as
+    small as that area, and a warning tells so."""
+    if size:
+        return fit(picture, base.factor, (size, size) if isinstance(size, int) else size)
+    whole, area = fit(picture, base.factor), base.resolution**2
+    if whole.width * whole.height <= LARGE * area:
+        return whole
+    small = within(picture.size, area, base.factor)
+    sizes = f"{picture.width}x{picture.height} is drawn over at {small[0]}x{small[1]}"
+    told = f"the picture of {sizes}, as large as {base.name} draws"
+    warnings.warn(f"{told}: --size {whole.width}x{whole.height} keeps it large", stacklevel=2)
+    return fit(picture, base.factor, small)
+
+
+def within(size: tuple[int, int], area: int, factor: int) -> tuple[int, int]:
+    """The sides, multiples of `factor`, of about an area in the proportions of `size`.
+
+    >>> within((3000, 2000), 512 * 512, 8)
+    (624, 416)
+    """
+    scale = (area / (size[0] * size[1])) ** 0.5
+    width, height = (max(1, round(side * scale / factor)) * factor for side in size)
+    return width, height
 
 
 def fit(picture: Image.Image, factor: int, size: tuple[int, int] | None = None) -> Image.Image:

@@ -28,7 +28,7 @@ HARMLESS = {"preset", "output", "name", "dialect", "checkpoint_every", "folder",
 HARMLESS |= {"choose", "leave_one_out"}
 # How a run fits into memory rounds its results, no more; precision and what is quantized are compared as they came out.
 HARMLESS |= {"precision", "quantize", "memory", "checkpointing", "free_encoders", "tile_vae", "micro_batch", "compile"}
-SAMPLING = {"sample_every", "sample_prompts", "sample_seeds", "sample_steps", "guidance"}
+SAMPLING = {"sample_every", "sample_prompts", "sample_seeds", "sample_steps", "guidance", "sampler"}
 MARGIN = 64 * 2**20  # bytes of disk for everything small
 
 
@@ -88,10 +88,8 @@ class Job:
 
     def parameters(self, prompt: str, seed: int) -> sample.Parameters:
         """What a sample picture carries in its file."""
-        sampling, size = self.recipe.sampling, (self.side, self.side)
-        return sample.settings_of(
-            self.base, prompt=prompt, seed=seed, steps=sampling.sample_steps, guidance=sampling.guidance, size=size
-        )
+        size = (self.side, self.side)
+        return sample.settings_of(self.base, prompt=prompt, seed=seed, size=size, **self.recipe.sampling.how)
 
     def _filled(self, template: str, concept: Concept | None = None) -> str:
         """Filled in for a concept, by default the first."""
@@ -114,7 +112,7 @@ def check(recipe: Recipe, *, fresh: bool = False, base: Base | None = None) -> J
     device = torch.device(device_of(recipe.device))
     precision = precision_of(recipe.fitting, device)
     base = base or Base.of(recipe, "cpu", dtype_of(precision))
-    sample.make_sampler(base, recipe.sampling.sample_steps)
+    sample.make_sampler(base, recipe.sampling.sample_steps, recipe.sampling.sampler)
     sample.latent_shape(base, recipe.data.resolution or None)
     grid_of(base, recipe)
     brought = class_folder(recipe)

@@ -24,6 +24,7 @@ from .beginning import DENOISE, Beginning, latents_of
 from .data.pictures import load_whole
 from .prompts import Use, find, parse, untagged
 from .sample import DEFAULTS, Shape, Size, latent_shape, pictures
+from .samplers import named
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -43,11 +44,12 @@ class Job:
     steps: int = DEFAULTS.sample_steps
     guidance: float = DEFAULTS.guidance
     denoise: float = DENOISE
+    sampler: str = DEFAULTS.sampler
 
     @property
     def how(self) -> tuple[Any, ...]:
         """What all pictures of a batch have in common."""
-        return self.uses, self.negative, self.steps, self.guidance, self.denoise
+        return self.uses, self.negative, self.steps, self.guidance, self.denoise, self.sampler
 
 
 def draw(
@@ -59,6 +61,7 @@ def draw(
     steps: int = DEFAULTS.sample_steps,
     guidance: float = DEFAULTS.guidance,
     negative: str = "",
+    sampler: str = DEFAULTS.sampler,
     size: Size | None = None,
     image: Image.Image | str | Path | None = None,
     denoise: float = DENOISE,
@@ -68,8 +71,9 @@ def draw(
 
     Tags are A1111's (prompts.py). `size` is the side or (width, height) in pixels, by default the image's or the base's.
     `guidance` is classifier-free guidance (Ho & Salimans 2022, https://arxiv.org/abs/2207.12598): 1 is the plain conditional
-    model. With `image`, a picture or its file, drawing begins there and changes `denoise` (0 to 1) of it.
-    Raises RecipeError for names that are not in `adapters`, FamilyMismatchError for adapters of another family.
+    model. `sampler` is a name of samplers.py, such as "DPM++ 2M Karras"; auto is the base's own. With `image`, a picture or its
+    file, drawing begins there and changes `denoise` (0 to 1) of it. Raises RecipeError for names that are no samplers or not in
+    `adapters`, FamilyMismatchError for adapters of another family.
 
     >>> from personalize.base import Base
     >>> from personalize.recipe import AdapterSpec
@@ -84,8 +88,8 @@ def draw(
     known, jobs = adapters or {}, []
     for prompt, seed in zip(prompts, seeds, strict=True):
         text, uses = parse(prompt)
-        named = tuple(Use(find(name, known), weighting) for name, weighting in uses)
-        jobs.append(Job(text, seed, named, untagged(negative), steps, guidance, denoise))
+        used = tuple(Use(find(name, known), weighting) for name, weighting in uses)
+        jobs.append(Job(text, seed, used, untagged(negative), steps, guidance, denoise, named(sampler)))
     if unused := known.keys() - {name for job in jobs for name, _ in job.uses}:
         name = min(unused)
         warnings.warn(f"no prompt says <lora:{name}:1>: {name} is not used", stacklevel=2)
@@ -128,5 +132,6 @@ def together(
             steps=job.steps,
             guidance=job.guidance,
             negative=job.negative,
+            sampler=job.sampler,
             beginning=None if latents is None else Beginning(latents, job.denoise),
         )

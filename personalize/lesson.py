@@ -121,15 +121,8 @@ def draw_class_images(job: Job) -> None:
     prompts = dict(zip(wanted, itertools.cycle(job.class_prompts)))
     told = {seed: job.parameters(prompts[seed], seed) for seed in wanted}
     missing = [seed for seed, path in wanted.items() if not is_drawn(path, told[seed])]
-    sampling = recipe.sampling
-    drawn = sample.drawing(
-        job.base,
-        [prompts[seed] for seed in missing],
-        missing,
-        steps=sampling.sample_steps,
-        guidance=sampling.guidance,
-        size=job.side,
-    )
+    asked = [prompts[seed] for seed in missing]
+    drawn = sample.drawing(job.base, asked, missing, size=job.side, **recipe.sampling.how)
     for seed, picture in zip(missing, drawn, strict=True):
         write_text(wanted[seed].with_suffix(".txt"), prompts[seed] + "\n")
         sample.save_picture(picture, wanted[seed], told[seed])

@@ -9,18 +9,22 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from . import sample
 from .adapters import Adapter
 from .adapters.dialects import file_of
 from .axes import Axis, Sheet, sheets
 from .base import Base, device_of
-from .beginning import DENOISE
+from .beginning import DENOISE, fitted
 from .data.pictures import load_whole
 from .draw import Job, drawn
 from .errors import AdapterError, OutputError, RecipeError
 from .files import weights_hash
+from .fit import dtype_of, precision_of
 from .prompts import Use, parse, untagged
-from .recipe import Recipe, from_json
+from .recipe import Fitting, Recipe, from_json, resolve
+from .samplers import named
 from .shelf import Named, Shelf, shelve
 
 if TYPE_CHECKING:
@@ -36,10 +40,12 @@ def paint(
     negative: str = "",
     steps: int = sample.DEFAULTS.sample_steps,
     guidance: float = sample.DEFAULTS.guidance,
+    sampler: str = sample.DEFAULTS.sampler,
     size: tuple[int, int] | None = None,
     image: Path | None = None,
     denoise: float = DENOISE,
     base: Mapping[str, Any] | None = None,
+    precision: str = Fitting().precision,
     grid: bool = False,
     axes: Sequence[Axis] = (),
     batch_size: int = 8,
@@ -49,20 +55,24 @@ def paint(
     """Draw every prompt with every seed and yield each file as it is written, the sheets last.
 
     `base` says what to draw with, in the recipe's words (base, vae, clip_skip, prediction, zero_snr); what it leaves out is as it
-    was when the first adapter was trained. The adapters of `stack` count for every prompt; where its tags name one, they say
-    how much of it. `output` is a folder, where names never clash with what is there, or a .png file for a single picture or
-    sheet.
+    was when the first adapter was trained. `precision` is the recipe's too, and depends on the machine only. The adapters of
+    `stack` count for every prompt; where its tags name one, they say how much of it. `output` is a folder, where names never
+    clash with what is there, or a .png file for a single picture or sheet.
     """
     device, alone = device_of(device), output.suffix.lower() == ".png"
+    fitting = resolve(flags={"precision": precision}).fitting
+    dtype = dtype_of(precision_of(fitting, torch.device(device)))
     everywhere, shelf = shelve(stack, lora_dir)
     meant = read(prompts, everywhere, shelf)
-    jobs = [Job(text, seed, uses, untagged(negative), steps, guidance, denoise) for text, uses in meant for seed in seeds]
+    how = (untagged(negative), steps, guidance, denoise, named(sampler))
+    jobs = [Job(text, seed, uses, *how) for text, uses in meant for seed in seeds]
     pages, wanted = sheets(jobs, seeds, axes, shelf.find), grid or bool(axes)
     check_output(output, sum(len(page.jobs) for page in pages), len(pages) if wanted else 0)
     beginning = load_whole(image) if image else None
     adapters = shelf.load(dict.fromkeys(use.name for page in pages for job in page.jobs for use in job.uses))
     check_uses(adapters, pages)
-    model = Base.of(trained_on(list(adapters.values()), base or {}), device)
+    model = Base.of(trained_on(list(adapters.values()), base or {}), device, dtype)
+    beginning = beginning and fitted(model, beginning, size)  # once, and told once
     hashes = {name: weights_hash(file_of(shelf.files[name])) for name in adapters}
     for page in pages:
         done: dict[int, Image.Image] = {}
@@ -121,9 +131,9 @@ def check_uses(adapters: Mapping[str, Adapter], pages: Sequence[Sheet]) -> None:
 def told(base: Base, job: Job, hashes: Mapping[str, str], size: tuple[int, int], image: Path | None) -> sample.Parameters:
     """What a picture says of itself; an adapter's hash is the one that UIs show: of its file without the header."""
     used = [sample.Stacked(name, weighting, hashes[name]) for name, weighting in job.uses]
-    how = {"prompt": job.prompt, "seed": job.seed, "steps": job.steps, "guidance": job.guidance, "negative": job.negative}
-    begun = {"image": image.name, "denoise": job.denoise} if image else {}
-    return sample.settings_of(base, used, size=size, **how, **begun)
+    how: dict[str, Any] = {"steps": job.steps, "guidance": job.guidance, "negative": job.negative, "sampler": job.sampler}
+    begun: dict[str, Any] = {"image": image.name, "denoise": job.denoise} if image else {}
+    return sample.settings_of(base, used, prompt=job.prompt, seed=job.seed, size=size, **how, **begun)
 
 
 def file_name(job: Job, label: str) -> str:

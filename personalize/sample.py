@@ -25,6 +25,7 @@ from .errors import BaseModelError, RecipeError
 from .files import atomic
 from .prompts import Use, tagged
 from .recipe import Sampling
+from .samplers import AUTO, SAMPLERS, name_of, named
 
 if TYPE_CHECKING:
     from .base import Base
@@ -34,6 +35,9 @@ Size = int | tuple[int, int]
 Shape = tuple[int, int, int]  # [c, h, w] of latents
 Turn = Callable[[int, int], Iterable[str]]
 DEFAULTS = Sampling()
+DDIM = "DDIMScheduler"  # of a config that names none
+NOISE = {"num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type"}
+NOISE |= {"timestep_spacing", "steps_offset", "set_alpha_to_one"}
 
 
 @torch.no_grad()
@@ -45,22 +49,25 @@ def drawing(
     steps: int = DEFAULTS.sample_steps,
     guidance: float = DEFAULTS.guidance,
     negative: str = "",
+    sampler: str = DEFAULTS.sampler,
     size: Size | None = None,
     batch_size: int = 8,
 ) -> Iterator[Image.Image]:
     """One picture per (prompt, seed) pair, in order, with whatever is attached to the base; each batch as soon as it is done.
 
     `size` is the side or (width, height) in pixels, the base's own by default. `guidance` is classifier-free guidance
-    (Ho & Salimans 2022, https://arxiv.org/abs/2207.12598): 1 is the plain conditional model. The sampler is the one
-    named in the base's scheduler config. Prompts are read as they stand: tags are for `draw`.
+    (Ho & Salimans 2022, https://arxiv.org/abs/2207.12598): 1 is the plain conditional model. `sampler` is a
+    name of samplers.py; auto is the one that the base's scheduler config names. Prompts are read as they stand: tags are for
+    `draw`.
     """
     if len(prompts) != len(seeds):
         raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds: give one seed per picture")
     shape = latent_shape(base, size)
     batch_size = 1 if base.tiled else batch_size  # memory is short
+    how: dict[str, Any] = {"steps": steps, "guidance": guidance, "negative": negative, "sampler": sampler}
     for first in range(0, len(prompts), batch_size):
         chunk = slice(first, first + batch_size)
-        yield from pictures(base, prompts[chunk], seeds[chunk], shape, steps=steps, guidance=guidance, negative=negative)
+        yield from pictures(base, prompts[chunk], seeds[chunk], shape, **how)
 
 
 @torch.no_grad()
@@ -80,27 +87,28 @@ def diffuse(
     steps: int,
     guidance: float,
     negative: str,
+    sampler: str = AUTO,
     beginning: Beginning | None = None,
 ) -> torch.Tensor:
     """Noise [b, c, h, w] to latents [b, c, h, w] along the scheduler's timesteps, both halves of the guidance in one call.
 
     Adapters on the base follow their schedules; where the text encoder's change, the prompts are read anew.
     """
-    sampler = make_sampler(base, steps)
+    scheduler = make_sampler(base, steps, sampler)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    own = {"generator": generators} if "generator" in inspect.signature(sampler.step).parameters else {}
+    own = {"generator": generators} if "generator" in inspect.signature(scheduler.step).parameters else {}
     noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(base.device)
-    timesteps, latents = sampler.timesteps, noise * sampler.init_noise_sigma
+    timesteps, latents = scheduler.timesteps, noise * scheduler.init_noise_sigma
     if beginning:
-        timesteps, latents = beginning.enter(sampler, steps, noise)
-    cond, count = None, -(-len(timesteps) // sampler.order)  # some samplers ask twice for each step
+        timesteps, latents = beginning.enter(scheduler, steps, noise)
+    cond, count = None, -(-len(timesteps) // scheduler.order)  # some samplers ask twice for each step
     with following(base) as turn:
         for i, t in enumerate(timesteps):
-            changed = turn(i // sampler.order, count)
+            changed = turn(i // scheduler.order, count)
             if cond is None or any(part.startswith("text_encoder") for part in changed):
                 cond = conditioning(base, prompts, negative, guidance)
-            output = predict(base, sampler.scale_model_input(latents, t), t, cond, guidance)
-            latents = sampler.step(output.float(), t, latents, **own).prev_sample
+            output = predict(base, scheduler.scale_model_input(latents, t), t, cond, guidance)
+            latents = scheduler.step(output.float(), t, latents, **own).prev_sample
     return latents
 
 
@@ -139,20 +147,55 @@ def predict(base: Base, latents: torch.Tensor, t: torch.Tensor, cond: Cond, guid
     return without + guidance * (with_prompt - without)
 
 
-def make_sampler(base: Base, steps: int) -> Any:
-    """The diffusers scheduler that the base's config names (DDIM where it names none), set to `steps` steps."""
-    config = dict(base.scheduler_config)
-    name = config.get("_class_name", "DDIMScheduler")
-    if not hasattr(diffusers, name):
-        raise BaseModelError(f"the scheduler of {base.name} is {name}, which diffusers {diffusers.__version__} does not have")
-    try:
-        sampler = getattr(diffusers, name).from_config(config)
-    except ImportError as error:  # some need scipy or torchsde
-        raise BaseModelError(f"the scheduler of {base.name}, {name}, lacks something: {' '.join(str(error).split())}") from error
+def make_sampler(base: Base, steps: int, name: str = AUTO) -> Any:
+    """A diffusers scheduler by the name that people know, set to `steps` steps; on auto the one that the base's config names.
+
+    Raises RecipeError for a name that is none, a sampler that cannot draw with this base, or not in so many steps,
+    BaseModelError for one that diffusers does not have here.
+    """
+    name = sampler_of(base, name)
+    sampler = scheduler_of(base, name)
     if steps > sampler.config.num_train_timesteps:
         raise RecipeError(f"--steps must be at most {sampler.config.num_train_timesteps} for {base.name}, not {steps}")
-    sampler.set_timesteps(steps)
+    try:
+        sampler.set_timesteps(steps)
+    except ValueError as error:  # LCM has a limit of its own
+        raise RecipeError(f"--sampler {name} does not draw in {steps} steps: {' '.join(str(error).split())}") from error
+    if hasattr(sampler, "set_begin_index"):
+        sampler.set_begin_index(0)  # else it looks for its first timestep, which Karras' steps may have twice
     return sampler
+
+
+def scheduler_of(base: Base, name: str) -> Any:
+    """The base's own scheduler as its config says, where that is its name; else the named one, on the base's noise."""
+    own, row = name == sampler_of(base), SAMPLERS.get(name)
+    if row and not row.sample and base.schedule.prediction == "sample":
+        raise RecipeError(f"--sampler {name} cannot draw with {base.name}, which predicts pictures", "try Euler or DDIM")
+    what = f"the scheduler of {base.name}" if own else f"--sampler {name}"
+    kind = base.scheduler_config.get("_class_name", DDIM) if own or not row else f"{row.scheduler}Scheduler"
+    config = base.scheduler_config if own or not row else noise_of(base) | dict(row.options)
+    if not hasattr(diffusers, kind):
+        raise BaseModelError(f"{what} is {kind}, which diffusers {diffusers.__version__} does not have")
+    try:
+        return getattr(diffusers, kind).from_config(dict(config))
+    except ImportError as error:  # some need scipy or torchsde
+        raise BaseModelError(f"{what}, {kind}, lacks something: {' '.join(str(error).split())}") from error
+
+
+def sampler_of(base: Base, name: str = AUTO) -> str:
+    """A sampler's name as UIs write it; on auto that of the base's own. Raises RecipeError for an unknown one."""
+    if (found := named(name)) != AUTO:
+        return found
+    kind = str(base.scheduler_config.get("_class_name", DDIM))
+    defaults = inspect.signature(getattr(diffusers, kind, object)).parameters
+    return name_of(kind, {key: value.default for key, value in defaults.items()} | dict(base.scheduler_config))
+
+
+def noise_of(base: Base) -> dict[str, Any]:
+    """What any scheduler must know of a base: its noise, where its steps lie, and what it predicts."""
+    config = {key: value for key, value in base.scheduler_config.items() if key in NOISE} | {"clip_sample": False}
+    zero = bool(base.schedule.alphas_cumprod[-1] == 0)  # most samplers divide by the signal
+    return config | ({"trained_betas": base.schedule.finite().tolist()} if zero else {})
 
 
 def latent_shape(base: Base, size: Size | None) -> Shape:
@@ -214,6 +257,7 @@ class Parameters:
     adapters: tuple[Stacked, ...] = ()
     image: str = ""  # the picture that it began with, and how much of that was drawn anew
     denoise: float | None = None
+    precision: str = "float32"
 
     def record(self) -> dict[str, Any]:
         """As JSON gives it back."""
@@ -293,10 +337,11 @@ def write(sheet: Image.Image, at: tuple[int, int], text: str, width: int) -> Non
     pen.text(at, shown, fill="#333333", font=font)
 
 
-def settings_of(base: Base, adapters: Sequence[Stacked] = (), **drawn: Any) -> Parameters:
-    """Parameters of a picture of `base`: its name and sampler are filled in."""
-    sampler = str(dict(base.scheduler_config).get("_class_name", "DDIMScheduler")).removesuffix("Scheduler")
-    return Parameters(model=base.name, sampler=sampler, adapters=tuple(adapters), **drawn)
+def settings_of(base: Base, adapters: Sequence[Stacked] = (), *, sampler: str = AUTO, **drawn: Any) -> Parameters:
+    """Parameters of a picture of `base`: its name, its precision, and the sampler's name as UIs write it, are filled in."""
+    precision = str(base.dtype).removeprefix("torch.")
+    own = {"model": base.name, "sampler": sampler_of(base, sampler), "precision": precision}
+    return Parameters(adapters=tuple(adapters), **own | drawn)
 
 
 def read_parameters(path: Path) -> Mapping[str, Any]:

@@ -201,8 +201,8 @@ def draw(job: Job, pairs: list[tuple[int, int]], steps: int = 0) -> Iterator[sam
     """Sample pictures for pairs of (prompt, seed) numbers, with what is attached now; in the recipe's steps, or in fewer."""
     sampling = job.recipe.sampling
     prompts, seeds = [job.prompts[p] for p, _ in pairs], [sampling.sample_seeds[s] for _, s in pairs]
-    steps = steps or sampling.sample_steps
-    return sample.drawing(job.base, prompts, seeds, steps=steps, guidance=sampling.guidance, size=job.side)
+    how = sampling.how | ({"steps": steps} if steps else {})
+    return sample.drawing(job.base, prompts, seeds, size=job.side, **how)
 
 
 def save(work: Work, step: int, path: Path) -> Saved:

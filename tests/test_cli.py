@@ -197,6 +197,23 @@ def test_prompts_say_which_adapters_they_get(trained: Path, tmp_path: Path, caps
             assert again.info["parameters"].splitlines()[0] == text and again.tobytes() == first.tobytes()
 
 
+def test_generate_takes_a_sampler_and_a_precision(tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["generate", "a cat", "--base", str(tiny_base), "--steps", "2", "--output", str(tmp_path)]
+    for more in ([], ["--sampler", "ddim", "--precision", "float32"], ["--sampler", "dpmpp_2m"], ["--precision", "bfloat16"]):
+        assert run([*arguments, *more]) == 0
+    assert run([*arguments, "--xy", "sampler=ddim,Euler a"]) == 0
+    paths = [Path(line) for line in capsys.readouterr().out.splitlines()]
+    told = [read_parameters(path) for path in paths[:-1]]
+    names = [(one["sampler"], one["precision"]) for one in told]
+    float32 = [("DDIM", "float32"), ("DDIM", "float32"), ("DPM++ 2M", "float32")]
+    assert names == [*float32, ("DDIM", "bfloat16"), ("DDIM", "float32"), ("Euler a", "float32")]
+    assert [path.name for path in paths[-3:]] == ["a-cat-s0-samplerddim.png", "a-cat-s0-samplerEuler-a.png", "a-cat-grid.png"]
+    pixels = [Image.open(path).tobytes() for path in paths[:-1]]
+    assert pixels[0] == pixels[1] == pixels[4] and len(set(pixels)) == 4
+    with Image.open(paths[2]) as picture:
+        assert "Sampler: DPM++ 2M, " in picture.info["parameters"]
+
+
 def test_names_that_are_two_files_are_told(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
@@ -216,6 +233,18 @@ def test_generate_begins_with_a_picture(trained: Path, pictures: Path, tmp_path:
     assert (about["image"], about["denoise"], about["size"]) == ("1.png", 0.5, [80, 64])
     with Image.open(tmp_path / "x.png") as picture:
         assert "Denoising strength: 0.5" in picture.info["parameters"]
+
+
+def test_a_large_picture_is_told_once(tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Image.new("RGB", (3000, 2000), "teal").save(tmp_path / "large.jpg")
+    arguments = ["generate", "a cat", "a dog", "--base", str(tiny_base), "--image", str(tmp_path / "large.jpg"), "--steps", "2"]
+    axes = ["--xy", "denoise=0.1,1", "--xy", "guidance=1,2"]  # a sheet for each prompt
+    assert run([*arguments, *axes, "--output", str(tmp_path / "out")]) == 0
+    out = capsys.readouterr()
+    paths = [Path(line) for line in out.out.splitlines()]
+    assert len(paths) == 10 and size(paths[0]) == (80, 56) and read_parameters(paths[0])["size"] == [80, 56]
+    (line,) = out.err.splitlines()
+    assert line.startswith("warning: the picture of 3000x2000 is drawn over at 80x56, as large as ")
 
 
 def test_pictures_are_drawn_in_batches(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -364,6 +393,10 @@ def test_help_and_version(arguments: list[str], capsys: pytest.CaptureFixture[st
         (["generate", "x", "--xy", "strength=much", "--adapter", "{good}"], "'much' says no strength"),
         (["generate", "x", "--image", "{tmp}/lies/a.png", "--base", "{base}"], "{tmp}/lies/a.png: not a picture"),
         (["generate", "x", "--negative", "<lora:a:1>"], "adapters go into the prompt"),
+        (["generate", "x", "--sampler", "eulr"], "unknown sampler 'eulr' (did you mean euler?)"),
+        (["generate", "x", "--xy", "sampler=ddim,dpm2m"], "unknown sampler 'dpm2m' (did you mean "),
+        (["generate", "x", "--precision", "bf16"], "float16, not 'bf16' (did you mean bfloat16?)"),
+        (["generate", "x", "--base", "{base}", "--sampler", "lcm", "--steps", "60"], "--sampler LCM does not draw in 60 steps"),
         (["generate", "x", "--denoise", "2"], "2.0 is not in the range"),
         (["merge", "{good}:1:stop=0.5", "{good}", "--output", "{tmp}/m.safetensors"], "changes from step to step"),
         (["generate", "x", "--adapter", "{tmp}/none.safetensors:0.8"], "there is no adapter {tmp}/none.safetensors"),

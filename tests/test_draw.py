@@ -348,43 +348,6 @@ def test_none_of_the_way_is_the_picture_through_the_vae(base: Base) -> None:
     assert draw(base, ["a cat"], [3], steps=3, image=photo(), denoise=0.0) == [wanted]
 
 
-class Oracle(Base):
-    """A model that knows the picture, and answers exactly, whatever it is asked."""
-
-    def denoise(self, latents: Tensor, timesteps: Tensor, cond: Tensor) -> Tensor:
-        x0 = torch.full_like(latents, 0.5)
-        signal, noise = self.schedule.signal(timesteps.long()), self.schedule.noise(timesteps.long())
-        self.seen.append((latents.clone(), timesteps.clone()))  # type: ignore[attr-defined]
-        return (latents - signal * x0) / noise
-
-
-SAMPLERS = (  # LMS needs scipy
-    "DDIM", "DDPM", "PNDM", "EulerDiscrete", "EulerAncestralDiscrete", "HeunDiscrete", "DPMSolverMultistep",
-    "DPMSolverSinglestep", "DEISMultistep", "UniPCMultistep", "LCM", "KDPM2Discrete", "KDPM2AncestralDiscrete",
-)  # fmt: skip
-
-
-@pytest.mark.filterwarnings("ignore:__array_wrap__ must accept context:DeprecationWarning")
-@pytest.mark.parametrize("name", SAMPLERS)
-@pytest.mark.parametrize("denoise", [0.3, 0.6, 1.0])
-def test_every_sampler_begins_where_it_says(base: Base, name: str, denoise: float) -> None:
-    """What the model is first shown is signal * x0 + noise * eps of the timestep it is told, and at the end x0 is found."""
-    config = {key: base.scheduler_config[key] for key in ("beta_start", "beta_end", "beta_schedule")}
-    config |= {"_class_name": f"{name}Scheduler", "prediction_type": "epsilon"}
-    oracle = Oracle(**(vars(base) | {"scheduler_config": config}))
-    oracle.seen = []  # type: ignore[attr-defined]
-    oracle.__dict__.pop("schedule", None)
-    start = beginning.Beginning(torch.full((1, 16, 8, 8), 0.5), denoise)
-    steps = 10
-    found = sample.diffuse(oracle, ["a cat"], [0], (16, 8, 8), steps=steps, guidance=1, negative="", beginning=start)
-    first, t = oracle.seen[0]  # type: ignore[attr-defined]
-    noise = torch.randn((1, 16, 8, 8), generator=torch.Generator().manual_seed(0))
-    wanted = oracle.schedule.signal(t.long()) * 0.5 + oracle.schedule.noise(t.long()) * noise
-    assert apart(first, wanted) < 0.03, "the first timestep"
-    assert abs(float(t) / 1000 - denoise) < 0.12
-    assert apart(found, torch.full_like(found, 0.5)) < 0.15, "the last step"  # PNDM keeps the noise of timestep 0
-
-
 def test_the_size_follows_the_picture(base: Base, tmp_path: Path) -> None:
     photo(70, 49).save(tmp_path / "a.png")
     (one,) = draw(base, ["a cat"], [0], steps=2, image=tmp_path / "a.png", denoise=0.5)
@@ -395,8 +358,21 @@ def test_the_size_follows_the_picture(base: Base, tmp_path: Path) -> None:
         draw(base, ["a cat"], [0], image=photo(70, 4))
     with pytest.raises(RecipeError, match="--denoise must be 0 to 1"):
         draw(base, ["a cat"], [0], steps=1, image=photo(), denoise=1.5)
-    with pytest.warns(UserWarning, match="--size 64 makes it smaller"):
-        draw(base, ["a cat"], [0], steps=1, guidance=1, image=photo(160, 64), denoise=0.1)
+
+
+def test_a_very_large_picture_is_shrunk_to_the_bases_area(base: Base) -> None:
+    how: dict[str, Any] = {"steps": 1, "guidance": 1.0, "denoise": 0.1}
+    large, said = photo(3000, 2000), "3000x2000 is drawn over at 80x56, as large as .* draws: --size 3000x2000 keeps it large"
+    with pytest.warns(UserWarning, match=said):
+        (small,) = draw(base, ["a cat"], [0], image=large, **how)
+    assert small.size == (80, 56)
+    assert draw(base, ["a cat"], [0], image=large, size=(80, 56), **how) == [small]
+    with pytest.warns(UserWarning, match="--size 1000x2008 keeps"):
+        assert beginning.fitted(base, photo(1007, 2015)).size == (48, 88)
+    for size in ((128, 128), (160, 100)):  # up to four times the base's area is kept, whatever the shape
+        assert beginning.fitted(base, photo(*size)).size == (size[0], size[1] // 8 * 8)
+    for asked in (64, (96, 200)):
+        assert beginning.fitted(base, large, asked).size == ((64, 64) if asked == 64 else asked)
 
 
 def test_the_picture_and_how_much_of_it_matter(base: Base) -> None:

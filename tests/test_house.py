@@ -18,6 +18,7 @@ import pytest
 import personalize
 from personalize.recipe import Recipe, settings
 from personalize.recipe.reference import reference
+from personalize.samplers import SAMPLERS
 
 ROOT = Path(__file__).parents[1]
 HOUSE = ROOT / "personalize"
@@ -28,6 +29,7 @@ FLOORS = {
     "lazy": 0,
     "files": 0.25,
     "words": 0.25,
+    "samplers": 0.25,
     "recipe": 0.5,
     "adapters": 1,
     "prompts": 1.5,
@@ -218,6 +220,7 @@ def test_generate_has_the_defaults_of_the_recipe() -> None:
     defaults = {parameter.name: parameter.default for parameter in cli.commands["generate"].params}
     sampling = Recipe().sampling
     assert (defaults["steps"], defaults["guidance"]) == (sampling.sample_steps, sampling.guidance)
+    assert (defaults["sampler"], defaults["precision"]) == (sampling.sampler, Recipe().fitting.precision)
     assert signature(personalize.draw).parameters["steps"].default == sampling.sample_steps
 
 
@@ -235,6 +238,11 @@ def test_kinds_methods_and_presets_of_adapters_are_in_the_docs() -> None:
     docs = (ROOT / "docs" / "adapters.md").read_text(encoding="utf-8")
     roles = {role for kind in KINDS.values() for role in kind.roles}
     assert [word for word in (*KINDS, *roles, *METHODS, *PRESETS) if word not in docs] == []
+
+
+def test_samplers_are_in_the_docs() -> None:
+    docs = (ROOT / "docs" / "generate.md").read_text(encoding="utf-8")
+    assert [name for name in SAMPLERS if f"`{name}`" not in docs] == []
 
 
 def test_every_command_is_in_the_readme() -> None:

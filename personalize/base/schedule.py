@@ -6,7 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
+
+MOST = 100.0  # noise / signal. Samplers that take two looks at a step overshoot from 4096, and Karras' steps are wasted above
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,17 @@ class Schedule:
 
         scheduler = DDPMScheduler.from_config(dict(config))
         return cls(scheduler.alphas_cumprod, scheduler.config.prediction_type)
+
+    def finite(self) -> Tensor:
+        """Betas [T] in fp64 of the same noise; where it ends without signal, its last timesteps go evenly to MOST instead."""
+        signal = self.alphas_cumprod.cpu().double()
+        if signal[-1] == 0:
+            ratio = ((1 - signal) / signal).sqrt()
+            above = int((ratio > MOST).sum())
+            last = ratio[-above - 1]
+            ratio[-above:] = last * (MOST / last) ** (torch.arange(1, above + 1) / above)
+            signal = 1 / (1 + ratio**2)
+        return 1 - signal / torch.cat([torch.ones(1), signal[:-1]])
 
     def signal(self, t: Tensor) -> Tensor:
         """sqrt(alpha-bar) [b, 1, 1, 1] at timesteps `t` [b]."""

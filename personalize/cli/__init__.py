@@ -16,6 +16,7 @@ import click
 
 from .. import __version__
 from ..errors import AdapterError, PersonalizeError, RecipeError
+from ..samplers import AUTO, SAMPLERS
 from ..words import plain
 from .algebra import COMMANDS
 from .batch import batch
@@ -233,6 +234,8 @@ def preview(recipe: Recipe) -> int:
 @click.option("--count", "-c", type=click.IntRange(1), help="pictures per prompt: seeds go up from the last one given")
 @click.option("--steps", type=click.IntRange(1), default=20, show_default=True, help="denoising steps")
 @click.option("--guidance", "-g", type=click.FloatRange(0), default=3.0, show_default=True, help="classifier-free guidance")
+@click.option("--sampler", default=AUTO, show_default=True, metavar="NAME",
+              help=f"{', '.join(SAMPLERS)}, in any case; auto: the one that the base's own config names")  # fmt: skip
 @click.option("--size", type=Side(), help="side or WIDTHxHEIGHT in pixels [default: the image's, or the base's own]")
 @click.option("--image", "-i", type=PATH, metavar="FILE", help="picture to begin with")
 @click.option("--denoise", type=click.FloatRange(0, 1), default=0.75, show_default=True, help="how much of --image is drawn anew")
@@ -242,10 +245,12 @@ def preview(recipe: Recipe) -> int:
 @click.option("--clip-skip", type=click.IntRange(1, 12), help="text-encoder layer that is read, from the last")
 @click.option("--prediction", type=click.Choice(["auto", "epsilon", "v_prediction", "sample"]), help="what the base predicts")
 @click.option("--zero-snr", type=click.Choice(["auto", "yes", "no"]), help="whether its noise ends without any signal")
+@click.option("--precision", default="auto", show_default=True, metavar="auto|float32|bfloat16|float16",
+              help="of the base's weights and of computing (auto: bfloat16 on a GPU that has it)")  # fmt: skip
 @click.option("--grid", is_flag=True, help="also write one sheet: a row per prompt, a column per seed")
 @click.option("--xy", "axes", type=Along(), multiple=True, metavar="NAME=VALUES",
               help="also write a sheet along an axis, or two (across, down): strength=0,0.5,1 or seed, steps, guidance, denoise, "
-                   "adapter=none,A,A+B or an adapter's name for its strength: A=0,1,0@0;1@1")  # fmt: skip
+                   "sampler, adapter=none,A,A+B or an adapter's name for its strength: A=0,1,0@0;1@1")  # fmt: skip
 @click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True, help="pictures drawn at once")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True, help="where to draw")
 @click.option(

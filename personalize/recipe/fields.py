@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from ..errors import RecipeError
+from ..samplers import AUTO, SAMPLERS, named
 
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
 
@@ -186,6 +187,14 @@ class Sampling(Part):
     sample_seeds: Annotated[tuple[Seed, ...], AtCommas] = Field((0, 1), description="seeds of the sample pictures")
     sample_steps: int = Field(20, ge=1, le=1000, description="denoising steps of the sample pictures")
     guidance: float = Field(3.0, ge=0, description="classifier-free guidance of the sample pictures")
+    sampler: Annotated[str, BeforeValidator(named)] = Field(
+        AUTO, description=f"sampler of the sample pictures: {', '.join(SAMPLERS)}; auto: the one that the base's own config names"
+    )
+
+    @property
+    def how(self) -> dict[str, Any]:
+        """What `sample.drawing` and a picture's parameters call it."""
+        return {"steps": self.sample_steps, "guidance": self.guidance, "sampler": self.sampler}
 
 
 class Choosing(Part):
