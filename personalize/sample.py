@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import json
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,9 +73,14 @@ def drawing(
 
 @torch.no_grad()
 def pictures(base: Base, prompts: Sequence[str], seeds: Sequence[int], shape: Shape, **how: Any) -> list[Image.Image]:
-    """One batch, of latents [c, h, w] each; `how` is as for `diffuse`."""
+    """One batch, of latents [c, h, w] each; `how` is as for `diffuse`. Warns of what came out as nothing."""
     with evaluating(base):
-        return to_pictures(base.decode(diffuse(base, prompts, seeds, shape, **how)))
+        pixels = base.decode(diffuse(base, prompts, seeds, shape, **how))
+    if not pixels.isfinite().all():
+        hint = "its weights or an adapter's are damaged" if base.dtype == torch.float32 else "try --precision float32"
+        dtype = str(base.dtype).removeprefix("torch.")
+        warnings.warn(f"{base.name} drew what is no picture, but numbers that are not finite in {dtype}: {hint}", stacklevel=2)
+    return to_pictures(pixels)
 
 
 @torch.no_grad()

@@ -253,6 +253,15 @@ def test_a_missing_library_is_told(base: Base, monkeypatch: pytest.MonkeyPatch) 
         draw(base, ["a cat"], [0], steps=2, sampler="lms")
 
 
+@pytest.mark.parametrize(("dtype", "hint"), [("float32", "an adapter's are damaged"), ("bfloat16", "try --precision float32")])
+def test_what_is_no_picture_is_told(tiny_base: Path, dtype: str, hint: str) -> None:
+    broken = Base.load(tiny_base, dtype=getattr(torch, dtype))
+    with torch.no_grad():
+        broken.unet.conv_out.bias.fill_(torch.inf)
+    with pytest.warns(UserWarning, match=f"not finite in {dtype}: .*{hint}"):
+        draw(broken, ["a cat"], [0], steps=1)
+
+
 # ---------------------------------------------------------------- while training
 
 
