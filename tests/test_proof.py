@@ -15,7 +15,7 @@ from personalize.errors import RecipeError
 from personalize.pocket import samples
 from personalize.pocket.judge import Judge, truth
 from personalize.pocket.proof import base, choice, peer, personalization
-from personalize.pocket.proof.__main__ import parser
+from personalize.pocket.proof.__main__ import BENCHMARKS, parser
 from personalize.pocket.proof.drawing import Trial, kept, obeyed, renders
 from personalize.pocket.proof.figures import Figure, closed, markdown, share
 from personalize.pocket.proof.tasks import LESSONS, Task, tasks
@@ -250,3 +250,9 @@ def test_the_truth_is_one_number_between_nothing_and_all() -> None:
 )
 def test_ranks_are_compared(a: list[float], b: list[float], found: float) -> None:
     assert choice.spearman(a, b) == pytest.approx(found)
+
+
+def test_no_benchmark_changes_the_defaults_of_others() -> None:
+    found = {name: vars(parser().parse_args([name, *(["--script", "x"] if name == "peer" else [])])) for name in BENCHMARKS}
+    assert {name: one["sampler_steps"] for name, one in found.items()} == dict.fromkeys(BENCHMARKS, 20) | {"choice": 12}
+    assert {name: one["sampler"] for name, one in found.items()} == dict.fromkeys(BENCHMARKS, "auto") | {"settings": "DDIM"}

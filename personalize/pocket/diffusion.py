@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import DDIMScheduler, UNet2DConditionModel
+from diffusers import DDIMScheduler, EulerAncestralDiscreteScheduler, SchedulerMixin, UNet2DConditionModel
 from torch import Tensor
 
 from .. import objectives
@@ -32,8 +32,6 @@ SCHEDULE = dict(
     beta_end=0.012,
     beta_schedule="scaled_linear",
     timestep_spacing="trailing",
-    clip_sample=False,
-    set_alpha_to_one=True,
     steps_offset=1,  # what StableDiffusionPipeline expects; trailing spacing does not read it
 )
 DROPOUT = 0.1  # of captions, so that guidance has an unconditional prediction
@@ -55,9 +53,12 @@ class Teaching:
     density: str = "uniform"
     width: tuple[int, ...] = (96, 192)
 
-    def scheduler(self) -> DDIMScheduler:
-        """The scheduler that the base's folder gets."""
-        return DDIMScheduler(prediction_type=self.prediction, rescale_betas_zero_snr=self.zero_snr, **SCHEDULE)
+    def scheduler(self) -> SchedulerMixin:
+        """That of the base's folder. Fresh noise at every step mends what an early one got wrong: fish get eyes."""
+        told = {"prediction_type": self.prediction, "rescale_betas_zero_snr": self.zero_snr, **SCHEDULE}
+        if self.prediction == "sample":  # which Euler a cannot follow
+            return DDIMScheduler(clip_sample=False, **told)
+        return EulerAncestralDiscreteScheduler(**told)
 
     def told(self) -> str:
         """The objective in words."""

@@ -102,7 +102,7 @@ def contact_sheet(asked: list[Trial], drawn: Pictures, file: Path) -> None:
 def main(options: argparse.Namespace) -> None:
     """Draw, judge, publish."""
     judge, base = Judge.load(), Base.load(options.base)
-    artist = Artist(base, options.cache, options.guidance, options.sampler_steps)
+    artist = Artist(base, options.cache, options)
     tables = {}
     for group, held_out in GROUPS.items():
         asked = trials(options.pictures, options.seed, held_out)
@@ -111,7 +111,7 @@ def main(options: argparse.Namespace) -> None:
         contact_sheet(asked, drawn, options.to / f"{options.name}-{group}.png")
     about = {
         "base": f"{options.base} ({artist.identity})",
-        "pictures": f"{options.pictures} per group, {options.sampler_steps} steps, guidance {options.guidance:g}",
+        "pictures": f"{options.pictures} per group, {artist.told}",
         "floor": "the judge on noise",
         "ceiling": "the judge on true renders of the same scenes; rows through the autoencoder show where that costs 3 % or more",
         "size and place": "where the prompt names them",

@@ -60,7 +60,7 @@ def proved(task: Task, variant: str, options: argparse.Namespace, judge: Judge, 
     """The record of a run: what was chosen, and the score and the truth of every checkpoint. Found finished, or made now."""
     told = variant_of(options, variant)
     folder = personalization.place_of(task, told, artist)
-    file, key = folder / "choice.json", [judge.identity, options.pictures, options.seed, options.guidance, options.sampler_steps]
+    file, key = folder / "choice.json", [judge.identity, options.pictures, options.seed, artist.how]
     before = json.loads(file.read_text()) if file.is_file() else {}
     if before.get("key") == key and not options.fresh:
         return before
@@ -171,7 +171,7 @@ def main(options: argparse.Namespace) -> None:
     """Train, choose, measure every checkpoint, publish."""
     chosen = tasks(options.only, options.pictures, options.seed)
     judge, base = Judge.load(), Base.load(options.base)
-    artist = Artist(base, options.work / "base-pictures", options.guidance, options.sampler_steps)
+    artist = Artist(base, options.work / "base-pictures", options)
     unbraked = [name.strip() for name in options.no_prior.split(",")]
     runs = [(task, variant) for variant in VARIANTS for task in chosen if variant == "preset" or task.name in unbraked]
     records = [proved(task, variant, options, judge, artist) for task, variant in runs]
@@ -187,7 +187,7 @@ def main(options: argparse.Namespace) -> None:
         "runs": f"{len(runs)}, {LONG['steps']} steps, a checkpoint every {LONG['checkpoint_every']}; on {machine()}",
         "no prior": "the preset without prior preservation, at a constant rate: what trains too long forgets and leaks",
         "truth": "identity x prompt fidelity x (1 - leak) x unrelated prompts obeyed, by the judge",
-        "pictures": f"{options.pictures} per figure and checkpoint, {options.sampler_steps} steps, guidance {options.guidance:g}",
+        "pictures": f"{options.pictures} per figure and checkpoint, {artist.told}",
         "tuned": f"what drift costs in the score, on {', '.join(TUNED)}; the presets, in other scenes, on these and two more",
     }
     publish(options.to, options.name, "How good the chosen checkpoint is", about, tables, records)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -32,15 +33,17 @@ class Trial:
 class Artist:
     """Draws trials with a base and whatever is attached to it. What the base draws alone is kept in `cache`."""
 
-    def __init__(self, base: Base, cache: Path, guidance: float, steps: int) -> None:
-        self.base, self.cache, self.guidance, self.steps = base, cache, guidance, steps
-        self.identity = identity(base.path)
+    def __init__(self, base: Base, cache: Path, options: argparse.Namespace) -> None:
+        self.base, self.cache, self.identity = base, cache, identity(base.path)
+        sampler = sample.sampler_of(base, options.sampler)
+        self.how = {"sampler": sampler, "steps": options.sampler_steps, "guidance": options.guidance}
+        self.told = f"{options.sampler_steps} steps of {sampler}, guidance {options.guidance:g}"
 
     def draw(self, trials: Sequence[Trial], label: str = "") -> Pictures:
         """Pictures of trials with what is attached now."""
         prompts, seeds = [trial.prompt for trial in trials], [trial.seed for trial in trials]
         drawn: Pictures = []
-        for picture in sample.drawing(self.base, prompts, seeds, steps=self.steps, guidance=self.guidance, batch_size=16):
+        for picture in sample.drawing(self.base, prompts, seeds, batch_size=16, **self.how):
             drawn.append(picture)
             if label and len(drawn) % 48 == 0:
                 print(f"{label}: {len(drawn)}/{len(trials)} pictures", flush=True)
@@ -48,7 +51,7 @@ class Artist:
 
     def draw_base(self, trials: Sequence[Trial], label: str = "") -> Pictures:
         """Pictures of trials by the base alone: call it with nothing attached."""
-        wanted = json.dumps([self.identity, self.guidance, self.steps, [(t.prompt, t.seed) for t in trials]])
+        wanted = json.dumps([self.identity, self.how, [(t.prompt, t.seed) for t in trials]])
         return kept(self.cache / f"{hashlib.sha256(wanted.encode()).hexdigest()[:20]}.npy", lambda: self.draw(trials, label))
 
 

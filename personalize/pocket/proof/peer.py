@@ -155,7 +155,7 @@ def compared(task: Task, options: argparse.Namespace, judge: Judge, clip: Clip |
     folder = personalization.place_of(task, options, artist)
     recipe = recipe_of(task, options, folder)
     file, found = folder / "figures.json", {}
-    key = [judge.identity, options.pictures, options.seed, options.guidance, options.sampler_steps]
+    key = [judge.identity, options.pictures, options.seed, artist.how]
     if file.is_file() and (before := json.loads(file.read_text()))["key"] == key and not options.fresh:
         found = before["runs"]
     task.write(folder / "pictures", artist.base.resolution, not options.no_captions)
@@ -214,13 +214,13 @@ def main(options: argparse.Namespace) -> None:
         raise DataError(f"there is no script {options.script}", "examples/dreambooth/train_dreambooth_lora.py of diffusers")
     judge, base = Judge.load(), Base.load(options.base)
     options.side = base.resolution
-    artist = Artist(base, options.work / "base-pictures", options.guidance, options.sampler_steps)
+    artist = Artist(base, options.work / "base-pictures", options)
     clip = Clip.of(base.path)
     records = [compared(task, options, judge, clip, artist) for task in tasks(options.only, options.pictures, options.seed)]
     about = {
         "base": f"{options.base} ({artist.identity}), on {machine()}",
         "torchvision": "installed" if importlib.util.find_spec("torchvision") else "a stand-in for the transforms in use",
         "captions": "one prompt for all, for both" if options.no_captions else "read by personalize; the script has one prompt",
-        "pictures": f"{options.pictures} per figure and task, {options.sampler_steps} steps, guidance {options.guidance:g}",
+        "pictures": f"{options.pictures} per figure and task, {artist.told}",
     }
     publish(options.to, options.name, "Beside diffusers' train_dreambooth_lora.py", about, tables(records), records, HEADS)

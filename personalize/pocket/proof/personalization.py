@@ -80,7 +80,7 @@ def proved(task: Task, options: argparse.Namespace, judge: Judge, clip: Clip | N
     """The finished record of a task: read, or trained and measured now."""
     folder = place_of(task, options, artist)
     file = folder / "figures.json"
-    key = [judge.identity, options.pictures, options.seed, options.guidance, options.sampler_steps]
+    key = [judge.identity, options.pictures, options.seed, artist.how]
     before = json.loads(file.read_text()) if file.is_file() else {}
     if before.get("key") == key and not options.fresh:
         print(f"{task.name}: already measured, {brief(before)}")
@@ -146,7 +146,7 @@ def main(options: argparse.Namespace) -> None:
     for task in chosen:
         recipe_of(task, options, options.work)  # a wrong setting shows before the first hour
     judge, base = Judge.load(), Base.load(options.base)
-    artist = Artist(base, options.work / "base-pictures", options.guidance, options.sampler_steps)
+    artist = Artist(base, options.work / "base-pictures", options)
     clip = Clip.of(base.path)
     records = [proved(task, options, judge, clip, artist) for task in chosen]
     stacked([place_of(task, options, artist) / "row.png" for task in chosen], options.to / f"{options.name}.png")
@@ -154,7 +154,7 @@ def main(options: argparse.Namespace) -> None:
     about = {
         "base": f"{options.base} ({artist.identity})",
         "training": f"{len(chosen)} tasks, {records[0]['steps']} steps, on {records[-1]['machine']}",
-        "pictures": f"{options.pictures} per figure and task, {options.sampler_steps} steps, guidance {options.guidance:g}",
+        "pictures": f"{options.pictures} per figure and task, {artist.told}",
         "floor": "the base on the same prompts without the trigger",
         "ceiling": "the judge on true renders of the same scenes",
     }

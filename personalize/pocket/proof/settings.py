@@ -68,6 +68,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, default=32, help="pictures per step")
     parser.add_argument("--muon", default=True, action=argparse.BooleanOptionalAction, help="or AdamW for everything")
     parser.add_argument("--size", type=int, default=64, help="side of the pictures, in pixels")
+    parser.set_defaults(sampler="DDIM")  # which follows every prediction
     parser.add_argument("--work", type=Path, default=Path("runs/settings"), help="folder of pools, states and finished rows")
 
 
@@ -105,7 +106,7 @@ def run_row(options: argparse.Namespace, name: str, judge: Judge) -> Row:
     pretrain.run(told, ("clip", "conditions", "unet", "export"))
     base = Base.load(str(told.to))
     asked = trials(options.pictures, options.seed, held_out=False)
-    drawn = Artist(base, work / "pictures", options.guidance, options.sampler_steps).draw(asked, name)
+    drawn = Artist(base, work / "pictures", options).draw(asked, name)
     size = sum(p.numel() for p in base.unet.parameters())
     wrong = error(base, trials(SHOWN, options.seed + 1, held_out=False))
     row = Row(name, wrong, obeyed(judge, drawn, asked, tuple(GOALS)), cost(base, options.batch), size)
@@ -164,10 +165,11 @@ def publish(options: argparse.Namespace, rows: Iterable[Row]) -> None:
     heads, rows = ("changed", "UNet", "1,000 pictures", "error of v", *GOALS, "all four"), list(rows)
     cells = [row.cells() for row in rows]
     title = "What pretraining's settings are worth at small scale"
+    drawn = f"{options.sampler_steps} steps of {options.sampler}, guidance {options.guidance:g}"
     about: dict[str, Any] = {
         "each UNet": f"from random weights, {options.images:,} pictures in batches of {options.batch}, on {machine()}",
         "optimizer": "Muon for matrices, AdamW for the rest" if options.muon else "AdamW",
-        "pictures": f"{options.pictures} seen combinations, {options.sampler_steps} steps, guidance {options.guidance:g}",
+        "pictures": f"{options.pictures} seen combinations, {drawn}",
         "1,000 pictures": "CPU seconds, forward and backward in the UNet",
         "error of v": f"on {SHOWN} true pictures of other scenes, at {LEVELS} even shares of signal, whatever is predicted",
         "one seed": "differences of a few per cent in what is obeyed are chance",
