@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
@@ -100,8 +101,13 @@ def test_dry_run_prints_a_preset_and_touches_nothing(
 
 
 def interrupted(command: list[str], at: str) -> tuple[int, list[str]]:
-    """Exit code and lines of a command that gets Ctrl-C once it has said `at`."""
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+    """Exit code and lines of a command that gets Ctrl-C once it has said `at`, even if these tests run with nohup."""
+
+    def heard() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen(command, preexec_fn=heard, **pipes) as process:
         assert process.stdout
         lines = []
         for line in process.stdout:
