@@ -177,7 +177,7 @@ def test_settings_are_compared_alike_and_kept(tmp_path: Path, monkeypatch: pytes
     )
     monkeypatch.setattr(settings, "SHOWN", 24)
     settings.main(options)
-    told = json.loads((tmp_path / "s.json").read_text())["rows"]
+    told = json.loads((tmp_path / "s.json").read_text())["figures"]["Changed alone"]
     assert [row["name"] for row in told] == rows and all(0 < row["error"] < 100 for row in told)
     assert told[2]["parameters"] < told[0]["parameters"] == told[1]["parameters"]
     base, other = (Base.load(str(tmp_path / "w" / name / "base")) for name in ("epsilon-no-zero-SNR", "text-encoder-untrained"))
@@ -189,4 +189,7 @@ def test_settings_are_compared_alike_and_kept(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(pretrain, "run", None)  # what is finished is read
     monkeypatch.setattr(settings, "prepared", lambda options: None)
     settings.main(options)
-    assert json.loads((tmp_path / "s.json").read_text())["rows"] == json.loads(before)["rows"]
+    assert (
+        json.loads((tmp_path / "s.json").read_text())["figures"]["Changed alone"]
+        == json.loads(before)["figures"]["Changed alone"]
+    )

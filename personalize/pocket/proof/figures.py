@@ -9,7 +9,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 import torch
 
@@ -75,7 +75,15 @@ def show_table(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) 
 HEADS = ("figure", "floor", "value", "ceiling", "goal", "met")
 
 
-Tables = Mapping[str, Sequence[Figure]]
+class Line(Protocol):
+    """A dataclass that is the row of a table."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    def cells(self) -> tuple[str, ...]: ...
+
+
+Tables = Mapping[str, Sequence[Line]]
 
 
 def publish(

@@ -1,7 +1,7 @@
 """What pretraining's settings are worth at small scale: each changed alone, on the same pictures, and judged alike.
 
 Every row is a run of `personalize.pocket.pretrain` in a folder of its own, resumable as ever; a finished row is kept. All
-but the last have the autoencoder, the text encoder and the tokenizer of a finished base.
+have the autoencoder and the tokenizer of a finished base, and all but the last its text encoder.
 """
 
 from __future__ import annotations
@@ -10,10 +10,9 @@ import argparse
 import json
 import shutil
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +23,7 @@ from .. import pretrain
 from ..judge import Judge, to_pixels
 from .base import GOALS, trials
 from .drawing import Artist, Trial, obeyed, renders
-from .figures import machine, markdown, show, show_table
+from .figures import machine, publish, show
 
 ROWS: dict[str, tuple[str, ...]] = {  # what is changed => options of pretrain
     "as shipped": (),
@@ -40,6 +39,7 @@ ROWS: dict[str, tuple[str, ...]] = {  # what is changed => options of pretrain
 }
 SHARED = ("pool", "tokenizer", "vae", "decoder", "latents.npy")  # what a row's folder has in common with all others
 TEXT = ("clip", "conditions.npy")
+HEADS = ("changed", "UNet", "1,000 pictures", "error of v", *GOALS, "all four")
 LEVELS = 12  # signal levels at which the error is measured
 SHOWN = 288  # true pictures on which it is measured, of scenes that no pool has
 
@@ -72,7 +72,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/settings"), help="folder of pools, states and finished rows")
 
 
-def prepared(options: argparse.Namespace) -> argparse.Namespace:
+def prepared(options: argparse.Namespace) -> None:
     """The folder that all rows share: pictures, latents and conditions, by the parts of a finished base."""
     base, parts = locate(options.base), options.work / "shared"
     if not (parts / "tokenizer").exists():
@@ -80,7 +80,6 @@ def prepared(options: argparse.Namespace) -> argparse.Namespace:
     kept = ("--start", str(base), "--vae-steps", "0", "--decoder-steps", "0", "--clip-steps", "0")
     told = pretrain.arguments([*common(options, parts), *kept])
     pretrain.run(told, ("pool", "unpack", "vae", "clip", "latents", "decoder", "conditions"))
-    return told
 
 
 def common(options: argparse.Namespace, work: Path) -> list[str]:
@@ -157,25 +156,15 @@ def main(options: argparse.Namespace) -> None:
     """Train, look, publish."""
     prepared(options)
     judge = Judge.load()
-    publish(options, [run_row(options, name, judge) for name in options.only])
-
-
-def publish(options: argparse.Namespace, rows: Iterable[Row]) -> None:
-    """Print the table and write it to `NAME.md` and `NAME.json`."""
-    heads, rows = ("changed", "UNet", "1,000 pictures", "error of v", *GOALS, "all four"), list(rows)
-    cells = [row.cells() for row in rows]
-    title = "What pretraining's settings are worth at small scale"
-    drawn = f"{options.sampler_steps} steps of {options.sampler}, guidance {options.guidance:g}"
-    about: dict[str, Any] = {
+    rows = [run_row(options, name, judge) for name in options.only]
+    about = {
         "each UNet": f"from random weights, {options.images:,} pictures in batches of {options.batch}, on {machine()}",
         "optimizer": "Muon for matrices, AdamW for the rest" if options.muon else "AdamW",
-        "pictures": f"{options.pictures} seen combinations, {drawn}",
+        "pictures": f"{options.pictures} seen combinations, {options.sampler_steps} steps of {options.sampler}, "
+        f"guidance {options.guidance:g}",
         "1,000 pictures": "CPU seconds, forward and backward in the UNet",
         "error of v": f"on {SHOWN} true pictures of other scenes, at {LEVELS} even shares of signal, whatever is predicted",
         "one seed": "differences of a few per cent in what is obeyed are chance",
     }
-    show_table(title, heads, cells)
-    lines = [f"# {title}\n", *(f"- {key}: {value}" for key, value in about.items()), "", markdown(heads, cells)]
-    write_text(options.to / f"{options.name}.md", "\n".join(lines))
-    told = {"about": about, "rows": [asdict(row) for row in rows]}
-    write_text(options.to / f"{options.name}.json", json.dumps(told, indent=1) + "\n")
+    tables = {"Changed alone": rows}
+    publish(options.to, options.name, "What pretraining's settings are worth at small scale", about, tables, heads=HEADS)
