@@ -25,7 +25,7 @@ from personalize.pocket.pool import shuffled, write_rows
 from personalize.pocket.proof import settings
 from personalize.pocket.proof.__main__ import parser
 from personalize.pocket.proof.settings import velocity
-from personalize.pocket.running import Plan, run
+from personalize.pocket.running import Plan, crew, join_crew, run
 
 
 @pytest.fixture(scope="module")
@@ -41,11 +41,13 @@ def trained(folder: Path, stop: int = 1000) -> dict[str, Tensor]:
     torch.manual_seed(0)
     model, data = nn.Sequential(nn.Linear(32, 24), nn.Tanh(), nn.Linear(24, 16)), torch.arange(64.0)[:, None].expand(-1, 32) / 64
 
+    rank, count = crew()
+
     def batches(start: int) -> Iterator[Tensor]:
         for step, rows in enumerate(shuffled(64, PLAN.batch, 0, start), start):
             if step == stop:
                 raise KeyboardInterrupt
-            yield data[rows]
+            yield data[rows[rank::count]]
 
     return run(folder, model, PLAN, batches, lambda x, step: F.mse_loss(model(x), x[:, :16].sin()))
 
@@ -56,6 +58,22 @@ def test_a_killed_stage_goes_on_to_the_same_weights(tmp_path: Path) -> None:
         trained(tmp_path / "broken", stop=5)  # one step after the last state
     resumed = trained(tmp_path / "broken")
     assert whole.keys() == resumed.keys() and all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def train_one_of_two(rank: int, folder: Path) -> None:
+    join_crew(rank, 2, folder / "meeting")
+    weights = trained(folder / f"work-{rank}")
+    torch.save(weights, folder / f"weights-{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_learn_what_one_does_and_the_first_writes(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(train_one_of_two, (tmp_path,), 2)
+    alone, first, second = trained(tmp_path / "alone"), *(torch.load(tmp_path / f"weights-{rank}.pt") for rank in (0, 1))
+    for name, weights in alone.items():
+        assert torch.equal(first[name], second[name])
+        torch.testing.assert_close(first[name], weights, rtol=1e-3, atol=1e-4)  # Muon computes in bf16
+    assert (tmp_path / "work-0/state.safetensors").exists() and not any((tmp_path / "work-1").iterdir())
 
 
 def test_the_rate_warms_up_stays_and_falls() -> None:
@@ -193,3 +211,22 @@ def test_settings_are_compared_alike_and_kept(tmp_path: Path, monkeypatch: pytes
         json.loads((tmp_path / "s.json").read_text())["figures"]["Changed alone"]
         == json.loads(before)["figures"]["Changed alone"]
     )
+
+
+def test_the_card_tells_every_run_that_a_base_came_from(tmp_path: Path) -> None:
+    (tmp_path / "unet").mkdir()
+    (tmp_path / "unet/log.jsonl").write_text('{"step": 50, "loss": 0.5, "images": 3200, "seconds": 53}\n')
+    first = pretrain.card(pretrain.arguments(["--work", str(tmp_path), "--no-muon"]))
+    assert "| 1 | unet | 50 | 3,200 | 53 | 0.5 |" in first and "--start" not in first
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base/README.md").write_text(first)
+    second = pretrain.card(pretrain.arguments(["--work", str(tmp_path), "--start", str(tmp_path / "base"), "--no-muon"]))
+    rows = [line for line in second.splitlines() if line.startswith(("| 1", "| 2"))]
+    assert rows == ["| 1 | unet | 50 | 3,200 | 53 | 0.5 |", "| 2 | unet | 50 | 3,200 | 53 | 0.5 |"]
+    assert "`--start`: 2 runs" in second
+
+
+def test_a_batch_that_the_processes_cannot_share_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        pretrain.arguments(["--work", str(tmp_path), "--unet-batch", "10", "--processes", "4"])
+    assert "--processes 4 cannot share batches of 10" in capsys.readouterr().err

@@ -14,7 +14,7 @@ from torch import Tensor
 from .. import objectives
 from ..base import Schedule
 from .pool import shuffled
-from .running import Plan, run
+from .running import Plan, crew, run
 
 CONFIG = dict(
     in_channels=16,
@@ -97,14 +97,17 @@ def train(
     compiled: bool,
     picture: Callable[[UNet2DConditionModel, int], None] | None = None,
 ) -> UNet2DConditionModel:
-    """Train on encoded pictures `[n, 2, 16, h, w]` and embedded captions `[n, 77, d]`, resumably; return the averaged UNet."""
+    """Train on encoded pictures `[n, 2, 16, h, w]` and embedded captions `[n, 77, d]`, resumably; return the averaged UNet.
+
+    In a crew (`running.join_crew`), each process takes its part of every batch.
+    """
     unet, shown = unet.to(device).train(), teaching.build(latents.shape[-1]).to(device).eval()
     forward = torch.compile(unet) if compiled else unet
-    schedule = Schedule.of(teaching.scheduler().config)
+    schedule, (rank, count) = Schedule.of(teaching.scheduler().config), crew()
 
     def batches(start: int) -> Iterator[tuple[Tensor, Tensor]]:
-        for step, i in enumerate(shuffled(len(latents), plan.batch, 3, start), start):
-            generator = torch.Generator().manual_seed(step)
+        for step, batch in enumerate(shuffled(len(latents), plan.batch, 3, start), start):
+            i, generator = batch[rank::count], torch.Generator().manual_seed(step * count + rank)
             moments = torch.from_numpy(latents[i]).to(device).float()
             drawn = moments[:, 0] + moments[:, 1] * torch.randn(moments[:, 0].shape, generator=generator).to(device)
             cond = torch.from_numpy(conditions[i]).to(device).float()
@@ -112,7 +115,7 @@ def train(
             yield drawn, torch.where(dropped[:, None, None], empty.to(device), cond)
 
     def loss_of(batch: tuple[Tensor, Tensor], step: int) -> Tensor:
-        generator = torch.Generator().manual_seed(step + 10**9)
+        generator = torch.Generator().manual_seed(step * count + rank + 10**9)
         with torch.autocast(device, torch.bfloat16, enabled=bf16):
             return teaching.loss(forward, schedule, *batch, generator)
 
