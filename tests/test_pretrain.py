@@ -230,3 +230,11 @@ def test_a_batch_that_the_processes_cannot_share_is_refused(tmp_path: Path, caps
     with pytest.raises(SystemExit):
         pretrain.arguments(["--work", str(tmp_path), "--unet-batch", "10", "--processes", "4"])
     assert "--processes 4 cannot share batches of 10" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("clip_steps, same", [(0, True), (5, False)])
+def test_a_text_encoder_that_is_not_trained_on_keeps_its_tokens(clip_steps: int, same: bool, tmp_path: Path) -> None:
+    words = ["--work", str(tmp_path), "--start", str(WEIGHTS), "--pool", "40", "--clip-steps", str(clip_steps), "--no-muon"]
+    pretrain.stage_pool(pretrain.arguments([*words, "--workers", "1", "--size", "32"]))
+    mine, shipped = (CLIPTokenizer.from_pretrained(folder / "tokenizer").get_vocab() for folder in (tmp_path, WEIGHTS))
+    assert (mine == shipped) == same

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -144,8 +145,12 @@ def stage_unpack(options: argparse.Namespace) -> None:
 
 def stage_pool(options: argparse.Namespace) -> None:
     build_pool(options.work / "pool", options.pool, options.size, options.seed, options.workers)
-    if not (options.work / "tokenizer").exists():
-        build_tokenizer(options.work / "tokenizer", open_pool(options.work / "pool")[1])
+    if (tokenizer := options.work / "tokenizer").exists():
+        return
+    if options.start and not options.clip_steps:  # nobody would teach the text encoder other tokens
+        shutil.copytree(options.start / "tokenizer", tokenizer)
+    else:
+        build_tokenizer(tokenizer, open_pool(options.work / "pool")[1])
 
 
 def stage_vae(options: argparse.Namespace) -> None:

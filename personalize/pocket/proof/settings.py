@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -75,8 +74,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def prepared(options: argparse.Namespace) -> None:
     """The folder that all rows share: pictures, latents and conditions, by the parts of a finished base."""
     base, parts = locate(options.base), options.work / "shared"
-    if not (parts / "tokenizer").exists():
-        shutil.copytree(base / "tokenizer", parts / "tokenizer")
     kept = ("--start", str(base), "--vae-steps", "0", "--decoder-steps", "0", "--clip-steps", "0")
     told = pretrain.arguments([*common(options, parts), *kept])
     pretrain.run(told, ("pool", "unpack", "vae", "clip", "latents", "decoder", "conditions"))
