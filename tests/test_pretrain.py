@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -238,3 +242,73 @@ def test_a_text_encoder_that_is_not_trained_on_keeps_its_tokens(clip_steps: int,
     pretrain.stage_pool(pretrain.arguments([*words, "--workers", "1", "--size", "32"]))
     mine, shipped = (CLIPTokenizer.from_pretrained(folder / "tokenizer").get_vocab() for folder in (tmp_path, WEIGHTS))
     assert (mine == shipped) == same
+
+
+def test_parts_that_are_not_trained_on_stay_as_they_are(tmp_path: Path) -> None:
+    kept = ("--vae-steps", "0", "--clip-steps", "0", "--decoder-steps", "0", "--unet-steps", "0")
+    words = ["--start", str(WEIGHTS), "--pool", "40", "--workers", "1", "--no-muon", *kept]
+    pretrain.run(pretrain.arguments(["--work", str(tmp_path), "--to", str(tmp_path / "base"), *words]))
+    for file in WEIGHTS.rglob("*.safetensors"):
+        assert file.read_bytes() == (tmp_path / "base" / file.relative_to(WEIGHTS)).read_bytes(), file
+
+
+def test_a_pool_that_was_broken_off_goes_on_to_the_same_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    monkeypatch.setattr(pool, "CHUNK", 4)
+    monkeypatch.setattr(pool, "get_context", lambda kind: SimpleNamespace(Pool=lambda n: HereAndNow(9)))
+    pool.build_pool(whole, 14, 16, 5, 1)
+    monkeypatch.setattr(pool, "get_context", lambda kind: SimpleNamespace(Pool=lambda n: HereAndNow(2)))
+    with pytest.raises(KeyboardInterrupt):
+        pool.build_pool(broken, 14, 16, 5, 1)
+    part = broken / "captions.part.jsonl"
+    part.write_text(part.read_text() + '["cut sho')
+    pool.build_pool(broken, 14, 16, 5, 1)  # two chunks are left
+    for (pictures, captions), again in zip([pool.open_pool(whole)], [pool.open_pool(broken)], strict=True):
+        assert np.array_equal(pictures, again[0]) and captions == again[1] and len(captions) == 14
+    assert not part.exists()
+
+
+def test_a_broken_pool_of_other_pictures_is_not_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool, "CHUNK", 4)
+    for allowed, seed in ((1, 5), (9, 6)):
+        monkeypatch.setattr(pool, "get_context", lambda kind, n=allowed: SimpleNamespace(Pool=lambda _: HereAndNow(n)))
+        with pytest.raises(KeyboardInterrupt) if allowed == 1 else nullcontext():
+            pool.build_pool(tmp_path / "other", 8, 16, seed, 1)
+    pool.build_pool(tmp_path / "alone", 8, 16, 6, 1)
+    assert np.array_equal(pool.open_pool(tmp_path / "other")[0], pool.open_pool(tmp_path / "alone")[0])
+
+
+class HereAndNow:
+    """A pool of processes that is none, and is killed after some jobs."""
+
+    def __init__(self, allowed: int) -> None:
+        self.allowed = allowed
+
+    def __enter__(self) -> HereAndNow:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def imap(self, function: Callable, jobs: list) -> Iterator:
+        for i, job in enumerate(jobs):
+            if i == self.allowed:
+                raise KeyboardInterrupt
+            yield function(job)
+
+
+def test_the_gpu_s_command_makes_a_base_of_128_pixels_in_calls_that_end(tmp_path: Path) -> None:
+    """What `make pretrain-gpu TINY=1` runs, from nothing to a base that draws; a call whose time is over is gone on with."""
+    told = subprocess.run(
+        ["make", "-n", "pretrain-gpu", "TINY=1", f"WORK={tmp_path}"], capture_output=True, text=True, check=True
+    )
+    command = shlex.split(told.stdout.replace("\\\n", " ").splitlines()[-1])
+    assert "--device" in command and command[command.index("--size") + 1] == "128"
+    words = [sys.executable, *command[1:]]
+    words[words.index("--workers") + 1] = "1"
+    words[words.index("--minutes") + 1] = "0.1"
+    first = subprocess.run(words, capture_output=True, text=True, check=True)
+    assert first.stdout.splitlines()[-1] == "stopped; the same command goes on" and not (tmp_path / "base").exists()
+    words[words.index("--minutes") + 1] = "9"
+    subprocess.run(words, capture_output=True, text=True, check=True)
+    base = Base.load(str(tmp_path / "base"))
+    assert base.resolution == 128 and base.unet.config.sample_size == 16

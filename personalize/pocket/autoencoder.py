@@ -95,7 +95,8 @@ def train(folder: Path, vae: AutoencoderKL, pictures: np.ndarray, plan: Plan, de
         save_picture(rows, folder / f"sample-{step:06d}.png")
 
     vae.load_state_dict(run(folder, vae, plan, batches, loss_of, picture))
-    standardise(vae, pixels(pictures[:: max(1, len(pictures) // 1024)][:1024], device))
+    if plan.steps:  # a finished one keeps the latents that a UNet has learned
+        standardise(vae, pixels(pictures[:: max(1, len(pictures) // 1024)][:1024], device))
     return vae.eval()
 
 

@@ -49,21 +49,36 @@ def draw_one(scene: Scene, seed: int, size: int, rng: np.random.Generator) -> tu
 
 
 def build_pool(folder: Path, count: int, size: int, seed: int, workers: int) -> None:
-    """Draw `count` pictures into `pictures.npy` and `captions.json`; a pool that is already whole is kept."""
+    """Draw `count` pictures into `pictures.npy` and `captions.json`; one that was broken off goes on, a whole one is kept."""
     pictures_file, captions_file = folder / "pictures.npy", folder / "captions.json"
     if captions_file.exists():
         return
     folder.mkdir(parents=True, exist_ok=True)
-    pictures = np.lib.format.open_memmap(pictures_file, mode="w+", dtype=np.uint8, shape=(count, size, size, 3))
-    captions: list[str] = []
-    with get_context("spawn").Pool(workers) as workers_pool:
-        jobs = [(seed, first // CHUNK, size, min(CHUNK, count - first)) for first in range(0, count, CHUNK)]
+    told = {"count": count, "size": size, "seed": seed}
+    captions = begun(part := folder / "captions.part.jsonl", told)
+    mode = "r+" if captions else "w+"
+    pictures = np.lib.format.open_memmap(pictures_file, mode=mode, dtype=np.uint8, shape=(count, size, size, 3))
+    with get_context("spawn").Pool(workers) as workers_pool, part.open("a") as lines:
+        jobs = [(seed, first // CHUNK, size, min(CHUNK, count - first)) for first in range(len(captions), count, CHUNK)]
         for drawn, words in workers_pool.imap(draw_chunk, jobs):
             pictures[len(captions) : len(captions) + len(words)] = drawn
             captions += words
+            lines.write(json.dumps(words) + "\n")
+            lines.flush()
             print(f"pool: {len(captions)}/{count} pictures", flush=True)
     pictures.flush()
     captions_file.write_text(json.dumps(captions))
+    part.unlink()
+
+
+def begun(part: Path, told: dict[str, int]) -> list[str]:
+    """The captions of whole chunks in a file of a pool that was broken off; a new file if it is not the same pool."""
+    lines = part.read_text().splitlines(keepends=True) if part.exists() else []
+    whole = [line for line in lines if line.endswith("\n")]  # the last one may have been cut short
+    if not whole or json.loads(whole[0]) != told:
+        whole = [json.dumps(told) + "\n"]
+    part.write_text("".join(whole))
+    return [words for line in whole[1:] for words in json.loads(line)]
 
 
 def open_pool(folder: Path) -> tuple[np.ndarray, list[str]]:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import signal
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -71,6 +73,7 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     add("--compile", action="store_true", help="compile the UNet (needs a C++ compiler)")
     add("--muon", default=True, action=argparse.BooleanOptionalAction, help="it computes in bf16: not for a CPU without")
     add("--bf16", default=None, action=argparse.BooleanOptionalAction, help="(default: where the device computes in it)")
+    add("--minutes", type=float, default=0, help="after which a call ends; the same one goes on (0: none)")
     add("--to", type=Path, default=WEIGHTS, help="folder the finished base is written to")
     told = parser.parse_args(words)
     if told.unet_prediction == "epsilon" and told.unet_zero_snr:
@@ -359,6 +362,31 @@ def run(options: argparse.Namespace, stages: Iterable[str] = STAGES) -> None:
         STAGES[name](options)
 
 
-if __name__ == "__main__":
+class TimeOver(KeyboardInterrupt):
+    """The minutes of a call are over."""
+
+
+def end_after(minutes: float) -> None:
+    """Raise TimeOver in so many minutes, wherever the work is then: every stage goes on from its last state."""
+
+    def ring(*_: object) -> None:
+        raise TimeOver
+
+    signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, 60 * minutes)
+
+
+def main() -> int:
+    """Run what the command line asks for; exit code 130 after Ctrl-C, 0 when the time is over."""
     chosen = arguments()
-    run(chosen, STAGES if chosen.stage == "all" else [chosen.stage])
+    end_after(chosen.minutes)
+    try:
+        run(chosen, STAGES if chosen.stage == "all" else [chosen.stage])
+    except KeyboardInterrupt as end:
+        print("stopped; the same command goes on", flush=True)
+        return 0 if isinstance(end, TimeOver) else 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
