@@ -29,7 +29,7 @@ from personalize.pocket.pool import shuffled, write_rows
 from personalize.pocket.proof import settings
 from personalize.pocket.proof.__main__ import parser
 from personalize.pocket.proof.settings import velocity
-from personalize.pocket.running import Plan, crew, join_crew, run
+from personalize.pocket.running import Plan, join_team, run, team
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def trained(folder: Path, stop: int = 1000) -> dict[str, Tensor]:
     torch.manual_seed(0)
     model, data = nn.Sequential(nn.Linear(32, 24), nn.Tanh(), nn.Linear(24, 16)), torch.arange(64.0)[:, None].expand(-1, 32) / 64
 
-    rank, count = crew()
+    rank, count = team()
 
     def batches(start: int) -> Iterator[Tensor]:
         for step, rows in enumerate(shuffled(64, PLAN.batch, 0, start), start):
@@ -65,7 +65,7 @@ def test_a_killed_stage_goes_on_to_the_same_weights(tmp_path: Path) -> None:
 
 
 def train_one_of_two(rank: int, folder: Path) -> None:
-    join_crew(rank, 2, folder / "meeting")
+    join_team(rank, 2, folder / "meeting")
     weights = trained(folder / f"work-{rank}")
     torch.save(weights, folder / f"weights-{rank}.pt")
     torch.distributed.destroy_process_group()

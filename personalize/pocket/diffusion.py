@@ -14,7 +14,7 @@ from torch import Tensor
 from .. import objectives
 from ..base import Schedule
 from .pool import shuffled
-from .running import Plan, crew, run
+from .running import Plan, run, team
 
 CONFIG = dict(
     in_channels=16,
@@ -99,11 +99,11 @@ def train(
 ) -> UNet2DConditionModel:
     """Train on encoded pictures `[n, 2, 16, h, w]` and embedded captions `[n, 77, d]`, resumably; return the averaged UNet.
 
-    In a crew (`running.join_crew`), each process takes its part of every batch.
+    In a team (`running.join_team`), each process takes its part of every batch.
     """
     unet, shown = unet.to(device).train(), teaching.build(latents.shape[-1]).to(device).eval()
     forward = torch.compile(unet) if compiled else unet
-    schedule, (rank, count) = Schedule.of(teaching.scheduler().config), crew()
+    schedule, (rank, count) = Schedule.of(teaching.scheduler().config), team()
 
     def batches(start: int) -> Iterator[tuple[Tensor, Tensor]]:
         for step, batch in enumerate(shuffled(len(latents), plan.batch, 3, start), start):

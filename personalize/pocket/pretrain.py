@@ -26,7 +26,7 @@ from . import WEIGHTS, autoencoder, clip, diffusion
 from .autoencoder import save_picture
 from .diffusion import DENSITIES, Teaching
 from .pool import INDIVIDUALS, LOOKS, build_pool, build_tokenizer, open_pool, write_rows
-from .running import Plan, crew, join_crew
+from .running import Plan, join_team, team
 from .world import BACKGROUNDS, COLOURS, OBJECTS, STYLES
 
 GRID = (
@@ -228,18 +228,18 @@ def stage_unet(options: argparse.Namespace) -> None:
     if options.processes == 1:
         return train_unet(options)
     with TemporaryDirectory() as meeting:
-        torch.multiprocessing.spawn(train_in_crew, (options, Path(meeting) / "crew"), options.processes)
+        torch.multiprocessing.spawn(train_in_team, (options, Path(meeting) / "team"), options.processes)
 
 
-def train_in_crew(rank: int, options: argparse.Namespace, meeting: Path) -> None:
+def train_in_team(rank: int, options: argparse.Namespace, meeting: Path) -> None:
     """One of the processes that train the UNet together."""
-    join_crew(rank, options.processes, meeting)
+    join_team(rank, options.processes, meeting)
     train_unet(options)
     torch.distributed.destroy_process_group()
 
 
 def train_unet(options: argparse.Namespace) -> None:
-    """Train the UNet to its end, alone or as one of a crew."""
+    """Train the UNet to its end, alone or as one of a team."""
     tokenizer, _, model = load_parts(options.work)
     latents, conditions = (np.load(options.work / f"{name}.npy", mmap_mode="r") for name in ("latents", "conditions"))
     empty = embed(text_encoder(model), clip.tokens(tokenizer, [""]))[0]
@@ -272,7 +272,7 @@ def train_unet(options: argparse.Namespace) -> None:
         options.compile,
         picture,
     )
-    if crew()[0] == 0:
+    if team()[0] == 0:
         unet.save_pretrained(options.work / "unet/done")
 
 
@@ -304,7 +304,7 @@ A Stable Diffusion in miniature: the same classes and folder layout as SD 1.5 at
   {individuals:.0%} show an invented individual, {looks:.0%} an invented look; none of the benchmark's.
   Nothing else: no photographs, no scraped pictures.
 - **Objective**: {objective}; 10 % of captions dropped; averaged weights.
-- **Made by** `python -m personalize.pocket.pretrain --work DIR`, on two CPU cores{again}; stage by stage:
+- **Made by** `python -m personalize.pocket.pretrain --work DIR`, on {cores}{again}; stage by stage:
 
 | run | stage | steps | pictures seen | seconds | last loss |
 |---|---|---|---|---|---|
@@ -327,10 +327,9 @@ def card(options: argparse.Namespace) -> str:
     counts = {"objects": len(OBJECTS), "colours": len(COLOURS), "places": len(BACKGROUNDS), "styles": len(STYLES)}
     again = f", and again with `--start`: {this} runs" if before else ""
     shares = {"individuals": INDIVIDUALS, "looks": LOOKS}
-    told = teaching_of(options).told()
-    return CARD.format(
-        size=options.size, pool=options.pool, rows="\n".join(rows), again=again, objective=told, **shares, **counts
-    )
+    about = {"size": options.size, "pool": options.pool, "rows": "\n".join(rows), "objective": teaching_of(options).told()}
+    cores = "CPU cores" if options.device == "cpu" else f"a GPU, {torch.cuda.get_device_name(options.device)}"
+    return CARD.format(again=again, cores=cores, **about, **shares, **counts)
 
 
 def averaged_unet(options: argparse.Namespace) -> UNet2DConditionModel:

@@ -114,14 +114,14 @@ def is_wide(name: str, p: Tensor) -> bool:
     return p.ndim >= 2 and min(len(p), p[0].numel()) >= 16 and "embedding" not in name
 
 
-def crew() -> tuple[int, int]:
+def team() -> tuple[int, int]:
     """Rank and number of the processes that train one model together; (0, 1) of one alone."""
     if distributed.is_available() and distributed.is_initialized():
         return distributed.get_rank(), distributed.get_world_size()
     return 0, 1
 
 
-def join_crew(rank: int, count: int, meeting: Path) -> None:
+def join_team(rank: int, count: int, meeting: Path) -> None:
     """Become one of `count` processes that meet at a file not yet there, each with its share of the cores."""
     torch.set_num_threads(max(1, torch.get_num_threads() // count))
     distributed.init_process_group("gloo", f"file://{meeting.resolve()}", rank=rank, world_size=count)
@@ -130,7 +130,7 @@ def join_crew(rank: int, count: int, meeting: Path) -> None:
 def average_gradients(model: nn.Module) -> None:
     """Give every process the mean of all gradients, in one message."""
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    flat = nn.utils.parameters_to_vector(gradients) / crew()[1]
+    flat = nn.utils.parameters_to_vector(gradients) / team()[1]
     distributed.all_reduce(flat)
     nn.utils.vector_to_parameters(flat, gradients)
 
@@ -160,9 +160,9 @@ def run(
     """Train a stage to its end and return the averaged weights. Run again after a kill, it goes on from the last state.
 
     `batches(start)` yields the batches from a step on; `loss_of(batch, step)` is a scalar; `picture(weights, step)` may
-    draw a sample grid at every save. Of a crew, each process has its own part of a batch, and the first one writes.
+    draw a sample grid at every save. Of a team, each process has its own part of a batch, and the first one writes.
     """
-    rank, count = crew()
+    rank, count = team()
     folder.mkdir(parents=True, exist_ok=True)
     optimizer, average, start, seen = Mixed(model, plan), Averaged(model, plan.ema), 0, 0.0
     if (folder / "state.safetensors").exists():
