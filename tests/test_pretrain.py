@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -298,9 +299,11 @@ class HereAndNow:
 
 def test_the_gpu_s_command_makes_a_base_of_128_pixels_in_calls_that_end(tmp_path: Path) -> None:
     """What `make pretrain-gpu TINY=1` runs, from nothing to a base that draws; a call whose time is over is gone on with."""
-    told = subprocess.run(
-        ["make", "-n", "pretrain-gpu", "TINY=1", f"WORK={tmp_path}"], capture_output=True, text=True, check=True
-    )
+    make = ["make", "--no-print-directory", "-n", "pretrain-gpu", "TINY=1", f"WORK={tmp_path}"]
+    outside = {
+        name: value for name, value in os.environ.items() if not name.startswith("MAKE")
+    }  # this may run inside `make test`
+    told = subprocess.run(make, env=outside, capture_output=True, text=True, check=True)
     command = shlex.split(told.stdout.replace("\\\n", " ").splitlines()[-1])
     assert "--device" in command and command[command.index("--size") + 1] == "128"
     words = [sys.executable, *command[1:]]
