@@ -30,7 +30,7 @@ from personalize.pocket.pool import shuffled, write_rows
 from personalize.pocket.proof import settings
 from personalize.pocket.proof.__main__ import parser
 from personalize.pocket.proof.settings import velocity
-from personalize.pocket.running import Plan, join_team, run, team
+from personalize.pocket.running import Plan, join_team, read_about, run, team
 
 
 @pytest.fixture(scope="module")
@@ -245,12 +245,16 @@ def test_a_text_encoder_that_is_not_trained_on_keeps_its_tokens(clip_steps: int,
     assert (mine == shipped) == same
 
 
-def test_parts_that_are_not_trained_on_stay_as_they_are(tmp_path: Path) -> None:
+def test_parts_that_are_not_trained_on_stay_as_they_are_and_two_processes_train_one(tmp_path: Path) -> None:
     kept = ("--vae-steps", "0", "--clip-steps", "0", "--decoder-steps", "0", "--unet-steps", "0")
     words = ["--start", str(WEIGHTS), "--pool", "40", "--workers", "1", "--no-muon", *kept]
     pretrain.run(pretrain.arguments(["--work", str(tmp_path), "--to", str(tmp_path / "base"), *words]))
     for file in WEIGHTS.rglob("*.safetensors"):
         assert file.read_bytes() == (tmp_path / "base" / file.relative_to(WEIGHTS)).read_bytes(), file
+    two = ["--work", str(tmp_path), *words, "--unet-steps", "2", "--unet-batch", "4", "--processes", "2"]
+    pretrain.run(pretrain.arguments(two), ("unet",))
+    assert read_about(tmp_path / "unet/state.safetensors")["step"] == 2
+    assert next((tmp_path / "unet/done").glob("*.safetensors")).is_file()
 
 
 def test_a_pool_that_was_broken_off_goes_on_to_the_same_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
