@@ -41,9 +41,9 @@ docs: $(READY)
 
 # How well the base obeys, and how well it personalizes; minutes to hours.
 bench: $(READY)
-	$(BIN)/python -m personalize.pocket.proof base
-	$(BIN)/python -m personalize.pocket.proof personalization
-	$(BIN)/python -m personalize.bench algebra $(if $(KOHYA),--kohya $(KOHYA))
+	$(BIN)/python -m tools.pocket.proof base
+	$(BIN)/python -m tools.pocket.proof personalization
+	$(BIN)/python -m tools.bench algebra $(if $(KOHYA),--kohya $(KOHYA))
 
 # What needs a GPU: each at most ten minutes a call, and the same call again goes on. SCRIPT, SCRIPT_SDXL (diffusers') and KOHYA
 # (a checkout of sd-scripts) are timed beside ours where they are given; TINY=1 shows on a CPU that all of it runs.
@@ -52,27 +52,27 @@ GPU = $(if $(TINY),--tiny --to runs/bench-tiny)
 bench-gpu: bench-throughput bench-ladder bench-fleet bench-svd
 
 bench-throughput: $(READY)
-	$(BIN)/python -m personalize.bench throughput $(GPU) $(if $(SCRIPT),--script $(SCRIPT)) \
+	$(BIN)/python -m tools.bench throughput $(GPU) $(if $(SCRIPT),--script $(SCRIPT)) \
 		$(if $(SCRIPT_SDXL),--script-sdxl $(SCRIPT_SDXL)) $(if $(KOHYA),--kohya $(KOHYA))
 
 bench-ladder: $(READY)
-	$(BIN)/python -m personalize.bench ladder $(GPU)
+	$(BIN)/python -m tools.bench ladder $(GPU)
 
 bench-fleet: $(READY)
-	$(BIN)/python -m personalize.bench fleet $(GPU) $(if $(TINY),--members 1 2 --modes eager --seconds 0)
+	$(BIN)/python -m tools.bench fleet $(GPU) $(if $(TINY),--members 1 2 --modes eager --seconds 0)
 
 bench-svd: $(READY)
-	$(BIN)/python -m personalize.bench svd $(GPU) $(if $(TINY),--family pocket --seconds 0)
+	$(BIN)/python -m tools.bench svd $(GPU) $(if $(TINY),--family pocket --seconds 0)
 
 # The embedded base from nothing, in WORK, at SIDE pixels: 1.5 million pictures of 150,000, drawn by all CPU cores. Finished, it lies
-# in WORK/base; `python -m personalize.pocket.proof base --base WORK/base` judges it.
+# in WORK/base; `python -m tools.pocket.proof base --base WORK/base` judges it.
 WORK ?= runs/pretrain$(if $(TINY),-tiny)
 SIDE ?= 128
 PRETRAIN = $(if $(TINY),--device cpu --pool 130 --no-muon --vae-steps 1 --clip-steps 1 --decoder-steps 1 --unet-steps 1 --unet-batch 16,\
 	--device cuda --compile --pool 150000 --clip-steps 1200 --unet-steps 6000 --unet-batch 256)
 
 pretrain-gpu: $(READY)
-	$(BIN)/python -m personalize.pocket.pretrain --work $(WORK) --to $(WORK)/base --size $(SIDE) --workers $(shell getconf _NPROCESSORS_ONLN) \
+	$(BIN)/python -m tools.pocket.pretrain --work $(WORK) --to $(WORK)/base --size $(SIDE) --workers $(shell getconf _NPROCESSORS_ONLN) \
 		--minutes 9 $(PRETRAIN)
 
 wheel: $(READY)
@@ -88,4 +88,4 @@ $(READY): pyproject.toml constraints.txt
 
 clean:
 	rm -rf dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	find personalize tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	find personalize tools tests -name __pycache__ -type d -prune -exec rm -rf {} +

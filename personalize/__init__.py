@@ -19,30 +19,32 @@ __version__ = "0.1.0"
 from .lazy import Lazy
 
 if TYPE_CHECKING:
-    from .adapters import Adapter, describe
-    from .attach import attach
-    from .base import Base
-    from .data import read_folder
-    from .draw import draw
+    from .adapters.adapter import Adapter
+    from .adapters.describe import describe
+    from .data.folder import read_folder
     from .errors import PersonalizeError
-    from .fleet import train_fleet
-    from .recipe import Recipe, resolve
-    from .report import write_report
-    from .train import train
+    from .inference.pipeline import draw
+    from .models.model import Base
+    from .recipe.fields import Recipe
+    from .recipe.resolve import resolve
+    from .reports.run import write_report
+    from .training.fleet import train_fleet
+    from .training.loop import train
+    from .tuning.attach import attach
 
 _HOMES = {
-    "Adapter": "adapters",
-    "Base": "base",
+    "Adapter": "adapters.adapter",
+    "Base": "models.model",
     "PersonalizeError": "errors",
-    "Recipe": "recipe",
-    "attach": "attach",
-    "describe": "adapters",
-    "draw": "draw",
-    "read_folder": "data",
-    "resolve": "recipe",
-    "train": "train",
-    "train_fleet": "fleet",
-    "write_report": "report",
+    "Recipe": "recipe.fields",
+    "attach": "tuning.attach",
+    "describe": "adapters.describe",
+    "draw": "inference.pipeline",
+    "read_folder": "data.folder",
+    "resolve": "recipe.resolve",
+    "train": "training.loop",
+    "train_fleet": "training.fleet",
+    "write_report": "reports.run",
 }
 
 __all__ = [

@@ -14,7 +14,7 @@ class Lazy(ModuleType):
         homes = self.__dict__.get("_HOMES", {})
         if name not in homes:
             raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
-        value = getattr(importlib.import_module(f".{homes[name]}", self.__name__), name)
+        value = getattr(importlib.import_module(homes[name] if homes[name][0] == "." else f".{homes[name]}", self.__name__), name)
         self.__dict__[name] = value
         return value
 

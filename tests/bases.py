@@ -19,13 +19,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from personalize.adapters import canonical
-from personalize.adapters.architecture import FAMILIES, Family, Text
-from personalize.adapters.checkpoint_keys import addresses, text_prefix
-from personalize.adapters.keys import weights
-from personalize.base.single import SCHEDULER
-from personalize.base.tokens import clip_tokenizer
-from personalize.families import text_config, unet_config
+from personalize.families.addresses import addresses, text_prefix
+from personalize.families.configs import text_config, unet_config
+from personalize.families.family import FAMILIES, Family, Text
+from personalize.families.names import canonical, weights
+from personalize.families.tokens import clip_tokenizer
+from personalize.models.single import SCHEDULER
 
 ROWS = {family.name: family for family in FAMILIES}
 TEXT_WIDTHS = {"sd1": (32,), "sd2": (64,), "sdxl": (32, 64), "sdxl-refiner": (64,)}

@@ -30,7 +30,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from personalize.base import Base
+from personalize.models.model import Base
 
 BLOCK = "unet.down_blocks.0.attentions.0.transformer_blocks.0"
 ATTENTION = (f"{BLOCK}.attn1.to_q", f"{BLOCK}.attn2.to_out.0")

@@ -9,38 +9,39 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+import sys
+from typing import TYPE_CHECKING
 
+from ..families.names import FAMILIES, PARTS, Family, canonical, family_of
+from ..lazy import Lazy
 from .describe import Description, describe
-from .keys import FAMILIES, PARTS, Family, canonical, family_of
 
 if TYPE_CHECKING:
+    from ..families.checkpoint import open_weights
     from .adapter import Adapter, distance
-    from .checkpoints import open_weights
-    from .comparing import compared
-    from .converting import converted
-    from .deltas import Delta, Dense, LowRank
+    from .delta import Delta, Dense, LowRank
     from .embedding import Embedding
-    from .merging import merge
-    from .resizing import resize
-    from .surgery import bake, extract, interpolate
+    from .ops.checkpoints import bake, extract, interpolate
+    from .ops.compare import compared
+    from .ops.convert import converted
+    from .ops.merge import merge
+    from .ops.resize import resize
 
-_LAZY = {
+_HOMES = {
     "Adapter": "adapter",
-    "Delta": "deltas",
-    "Dense": "deltas",
+    "Delta": "delta",
+    "Dense": "delta",
     "Embedding": "embedding",
-    "LowRank": "deltas",
-    "bake": "surgery",
-    "compared": "comparing",
-    "converted": "converting",
+    "LowRank": "delta",
+    "bake": "ops.checkpoints",
+    "compared": "ops.compare",
+    "converted": "ops.convert",
     "distance": "adapter",
-    "extract": "surgery",
-    "interpolate": "surgery",
-    "merge": "merging",
-    "open_weights": "checkpoints",
-    "resize": "resizing",
+    "extract": "ops.checkpoints",
+    "interpolate": "ops.checkpoints",
+    "merge": "ops.merge",
+    "open_weights": "..families.checkpoint",
+    "resize": "ops.resize",
 }
 
 __all__ = [
@@ -67,8 +68,4 @@ __all__ = [
     "resize",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
+sys.modules[__name__].__class__ = Lazy

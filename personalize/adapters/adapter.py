@@ -13,13 +13,14 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import AdapterError, FamilyMismatchError, nearest
-from . import keys, storage
-from .deltas import Delta, Dense
-from .headers import short
-from .nearness import apart
-from .ondemand import OnDemand, mapped, shapes_of
-from .tensors import one_thread, with_ending
-from .weighting import Weighting
+from ..families import names as keys
+from ..formats.header import short
+from ..formats.tensors import one_thread, with_ending
+from . import files as storage
+from .delta import Delta, Dense
+from .distance import apart
+from .lazy import OnDemand, mapped, shapes_of
+from .strengths.grammar import Weighting
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from . import dialects, keys
-from .headers import Header, opened, read_header, read_scalar
-from .kinds import ALPHA, NUMBERS
+from ..families import names as keys
+from ..formats.header import Header, opened, read_header, read_scalar
+from . import dialects
+from .kinds.kind import ALPHA, NUMBERS
 
 T = TypeVar("T")
 _PRECISIONS = {"F64": "fp64", "F32": "fp32", "F16": "fp16", "BF16": "bf16", "F8_E4M3": "fp8", "F8_E5M2": "fp8"}

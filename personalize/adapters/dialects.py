@@ -25,8 +25,9 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from ..errors import AdapterError, HostileFileError, UnmatchedKeysError, nearest
-from . import keys, kinds
-from .headers import Header, short
+from ..families import names as keys
+from ..formats.header import Header, short
+from .kinds import kind as kinds
 
 DialectName = Literal["kohya", "diffusers", "peft"]
 DIALECTS: tuple[str, ...] = get_args(DialectName)

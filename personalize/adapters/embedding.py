@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from ..errors import AdapterError, HostileFileError
-from ..files import atomic
-from .headers import opened, read_header, short
-from .tensors import TORCH, read_tensor, with_ending, write_tensors
+from ..formats.header import opened, read_header, short
+from ..formats.tensors import TORCH, read_tensor, with_ending, write_tensors
+from ..io import atomic
 
 # key of a file => the text encoder whose vectors it holds: A1111 (SD 1.x, 2.x), SDXL's two encoders
 KEYS = {"emb_params": "text_encoder", "clip_l": "text_encoder", "clip_g": "text_encoder_2"}

@@ -19,10 +19,10 @@ from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple
 
-from .architecture import PARTS, Family, UNet, modules
+from ..families.family import PARTS, Family, UNet, modules
+from ..families.names import part_of
 from .dialects import Slot
-from .keys import part_of
-from .kinds import BIASES
+from .kinds.kind import BIASES
 
 Where = Callable[[str, Family], str]  # what stands before a tensor's role, family => canonical path; "" if it is ignored
 

@@ -16,16 +16,17 @@ import click
 
 from .. import __version__
 from ..errors import AdapterError, PersonalizeError, RecipeError
-from ..samplers import AUTO, SAMPLERS
-from ..words import plain
-from .algebra import COMMANDS
+from ..recipe.samplers import AUTO, SAMPLERS
+from ..text import plain
+from .adapters import COMMANDS
 from .batch import batch
 from .dataset import dataset
-from .merging import merge
+from .merge import merge
 from .values import PATH, Along, Called, Side
 
 if TYPE_CHECKING:
-    from ..recipe import Recipe, Setting
+    from ..recipe.fields import Recipe
+    from ..recipe.settings import Setting
 
 HELP = ("-h", "--help")
 
@@ -94,7 +95,7 @@ class RecipeCommand(click.Command):
     """A command with one option per field of the Recipe, listed section by section."""
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
-        from ..recipe import settings
+        from ..recipe.settings import settings
 
         fields = [option(setting) for setting in settings().values() if setting.name != "folder"]
         known = {parameter.name for parameter in self.params}
@@ -102,8 +103,8 @@ class RecipeCommand(click.Command):
         return super().get_params(ctx)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        from ..recipe import settings
         from ..recipe.reference import heading
+        from ..recipe.settings import settings
 
         sections: dict[str, list[tuple[str, str]]] = {}
         for parameter in self.get_params(ctx):
@@ -142,7 +143,7 @@ def train(folder: Path | None, origin: Path | None, dry_run: bool, fresh: bool, 
     recipe = resolved(folder, origin, flags, needed=not dry_run)
     if dry_run:
         return preview(recipe)
-    from ..watch import watch
+    from .progress import watch
 
     return watch(recipe, fresh=fresh)
 
@@ -155,7 +156,7 @@ def resolved(folder: Path | None, origin: Path | None, flags: dict[str, Any], ne
 
     Where its base will be `needed`, it may be downloaded, and what is wrong with it is said now.
     """
-    from ..recipe import presets, resolve
+    from ..recipe.resolve import presets, resolve
 
     given = {name: value for name, value in flags.items() if value not in (None, ())}
     if folder is not None:
@@ -175,7 +176,7 @@ def usual_preset(base: str, needed: bool = True) -> str:
     """
     names, family = {"sd1": "sd15", "sd2": "sd21"}, base
     if base != "pocket":  # which is known without opening anything
-        from ..base import family_at
+        from ..models.model import family_at
 
         try:
             family = family_at(base, download=needed).name
@@ -188,8 +189,8 @@ def usual_preset(base: str, needed: bool = True) -> str:
 
 def recipe_of(adapter: Path) -> Recipe:
     """The recipe in an adapter's metadata. Raises AdapterError where there is none."""
-    from ..adapters import describe
-    from ..recipe import from_json
+    from ..adapters.describe import describe
+    from ..recipe.resolve import from_json
 
     text = describe(adapter).metadata.get("personalize.recipe")
     if text is None:
@@ -199,8 +200,8 @@ def recipe_of(adapter: Path) -> Recipe:
 
 def preview(recipe: Recipe) -> int:
     """The recipe as TOML, and the pictures with their captions as comments: stdout is a preset that repeats the run."""
-    from ..data import read_folder
-    from ..recipe import to_toml
+    from ..data.folder import read_folder
+    from ..recipe.resolve import to_toml
 
     dataset = read_folder(recipe.data)
     if recipe.preset:
@@ -258,8 +259,8 @@ def preview(recipe: Recipe) -> int:
 )
 def generate(prompts: tuple[str, ...], listed: Path | None, seeds: tuple[str, ...], count: int | None, **options: Any) -> int:
     """Draw pictures with a base and adapters; <lora:NAME:0.8> in a prompt says how much of one that prompt gets."""
-    from ..paint import paint
-    from ..prompts import from_file
+    from ..inference.generate import paint
+    from ..inference.prompts import from_file
 
     wanted = [*prompts, *(from_file(listed) if listed else ())]
     if not wanted:
@@ -290,8 +291,8 @@ def numbered(seeds: Sequence[str], count: int | None) -> list[int]:
 @click.option("--json", "for_programs", is_flag=True, help="everything, one JSON object per file")
 def show(adapters: tuple[Path, ...], for_programs: bool) -> int:
     """Tell what an adapter file is, from its header alone."""
-    from ..adapters import describe
-    from ..card import as_json, card
+    from ..adapters.describe import describe
+    from ..reports.adapter.card import as_json, card
 
     code = 0
     for path in adapters:
@@ -306,7 +307,7 @@ def show(adapters: tuple[Path, ...], for_programs: bool) -> int:
 @click.argument("run_folder", metavar="RUN", type=PATH)
 def report(run_folder: Path) -> int:
     """Write the report of a run folder again."""
-    from ..report import write_report
+    from ..reports.run import write_report
 
     click.echo(write_report(run_folder))
     return 0

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import DataError, PersonalizeError, RecipeError
-from ..files import pictures_in
-from ..words import plain
+from ..io import pictures_in
+from ..text import plain
 from .values import PATH
 
 if TYPE_CHECKING:
-    from ..recipe import Recipe
+    from ..recipe.fields import Recipe
 
 OWN = "personalize.toml"  # settings of one folder, beside its pictures
 
@@ -42,7 +42,7 @@ def batch(folders: tuple[Path, ...], together: int | None, dry_run: bool, fresh:
             told = f"{recipe.steps} steps, preset {recipe.preset or '-'}, class {recipe.data.class_name or '-'}"
             click.echo(f"{recipe.data.folder} => {recipe.output}  ({pictures_in(recipe.data.folder)} pictures, {told})")
         return 2 if wrong else 0
-    from ..overview import oversee
+    from .progress_many import oversee
 
     code = oversee(recipes, fresh=fresh, together=together) if recipes else 2
     return code or (2 if wrong else 0)
@@ -60,7 +60,7 @@ def with_pictures(folder: Path) -> list[Path]:
 
 def recipes_of(folders: Sequence[Path], flags: dict[str, Any]) -> tuple[list[Recipe], dict[Path, str]]:
     """Every folder's recipe, and what is wrong with those that have none."""
-    from ..recipe import read_settings
+    from ..recipe.resolve import read_settings
     from . import resolved
 
     runs = Path(flags["output"] or "runs")

@@ -16,7 +16,7 @@ class DataCommand(click.Command):
     """A command with an option for each setting of the recipe that says how pictures are read."""
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
-        from ..recipe import settings
+        from ..recipe.settings import settings
         from . import option
 
         wanted = [one for one in settings().values() if one.name in ALSO or (one.section == "data" and one.name != "folder")]
@@ -35,7 +35,7 @@ def dataset(folder: Path, sheet_path: Path | None, html_path: Path | None, for_p
 
     The settings are those of `train`, and change nothing here but what would be found. No picture is touched.
     """
-    from .. import coach
+    from ..reports import dataset as coach
     from . import resolved
 
     survey = coach.look(resolved(folder, None, flags))

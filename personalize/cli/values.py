@@ -12,7 +12,7 @@ import click
 from ..errors import AdapterError, RecipeError
 
 if TYPE_CHECKING:
-    from ..adapters.weighting import Weighting
+    from ..adapters.strengths.grammar import Weighting
 
 PATH = click.Path(path_type=Path)
 
@@ -23,7 +23,7 @@ class Strengthened(click.ParamType):
     name = "adapter"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[Path, Weighting]:
-        from ..adapters.weighting import split
+        from ..adapters.strengths.grammar import split
 
         if isinstance(value, tuple):
             return value
@@ -40,8 +40,8 @@ class Called(Strengthened):
     """The same, with a name for prompts before it: NAME=PATH:0.8."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        from ..adapters.weighting import split
-        from ..shelf import Named
+        from ..adapters.strengths.grammar import split
+        from ..inference.library import Named
 
         name, _, rest = str(value).partition("=")
         named = rest and re.fullmatch(r"[^:/\\<>]+", name) and not os.path.exists(split(str(value))[0])
@@ -55,7 +55,7 @@ class Along(click.ParamType):
     name = "axis"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        from ..axes import axis
+        from ..inference.xyplot import axis
 
         return axis(str(value))
 

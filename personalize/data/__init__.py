@@ -25,14 +25,15 @@ from ..lazy import Lazy
 if TYPE_CHECKING:
     from .batches import Batch, batch_at, batches, generator
     from .captions import fill, safe_trigger, without
-    from .folder import Concept, Dataset, Example, class_images, read_folder, regularization
+    from .dataset import Concept, Dataset, Example
+    from .folder import class_images, read_folder, regularization
     from .latents import Latents, cached, grid_of, load_pixels, on_demand
 
 _HOMES = {
     "Batch": "batches",
-    "Concept": "folder",
-    "Dataset": "folder",
-    "Example": "folder",
+    "Concept": "dataset",
+    "Dataset": "dataset",
+    "Example": "dataset",
     "Latents": "latents",
     "batch_at": "batches",
     "batches": "batches",

@@ -17,8 +17,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Generator, Tensor
 
-from ..base.cond import Cond
-from ..recipe import Data
+from ..families.cond import Cond
+from ..recipe.fields import Data
 from .buckets import Shape, frame
 from .captions import tags
 from .latents import Latents

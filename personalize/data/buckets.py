@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..errors import RecipeError
-from ..recipe import Data
+from ..recipe.fields import Data
 
 Shape = tuple[int, int]  # (width, height) in pixels
 Box = tuple[float, float, float, float]  # left, top, right, bottom

@@ -7,67 +7,18 @@ import os
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from ..errors import DataError, RecipeError
-from ..recipe import Data
+from ..recipe.fields import Data
 from .captions import Note, fill, lacking, read_metadata, safe_trigger, sidecar
+from .dataset import Concept, Dataset, Example
+from .images import Unreadable, is_picture, probe
 from .masks import MARK, is_mask, mask_of
-from .pictures import Unreadable, is_picture, probe
 
 KOHYA = re.compile(r"([1-9]\d*)_(\S+)(?:\s+(.+))?")  # 10_zwx dog
 FINEST = 20  # balanced concepts differ from exact shares of each picture by less than one in so many
-
-
-@dataclass(frozen=True, slots=True)
-class Concept:
-    """One thing to learn: the word that calls it, what it is, its subfolder ("": the folder itself), its repeats."""
-
-    trigger: str
-    class_name: str = ""
-    folder: str = ""
-    repeats: int = 1
-
-
-@dataclass(frozen=True, slots=True)
-class Example:
-    """One picture: where it is, what it is called, its bytes' sha256 and its upright size in pixels (width, height).
-
-    `repeats` is how often it is shown for each time that others are, `concept` the number of its concept. `mask` is the file
-    that says what of it is learned, the picture itself where that is its alpha channel.
-    """
-
-    path: Path
-    caption: str
-    sha256: str
-    size: tuple[int, int]
-    repeats: int = 1
-    concept: int = 0
-    mask: Path | None = None
-    mask_sha256: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Dataset:
-    """The pictures in natural order, what was odd about them, and the trigger: as given, else the folder's name made safe.
-
-    Of several concepts, the first one's trigger is THE trigger. `skipped` tells the pictures that could not be read, and why,
-    `unused` what lies in the folder and is not used, `spoiled` the pictures whose mask is of no use: theirs is left out.
-    """
-
-    examples: tuple[Example, ...]
-    warnings: list[str]
-    trigger: str
-    concepts: tuple[Concept, ...] = ()
-    skipped: tuple[tuple[Path, str], ...] = ()
-    unused: tuple[str, ...] = ()
-    spoiled: tuple[tuple[Path, DataError], ...] = ()
-
-    @property
-    def triggers(self) -> tuple[str, ...]:
-        """The triggers of all concepts, each once."""
-        return tuple(dict.fromkeys(concept.trigger for concept in self.concepts)) or (self.trigger,)
 
 
 def read_folder(data: Data, *, lenient: bool = False) -> Dataset:

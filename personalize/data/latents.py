@@ -19,18 +19,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..base import model, text
-from ..base.cond import Cond
 from ..errors import BaseModelError
-from ..recipe import Recipe
-from . import buckets, pictures, store
+from ..families import text
+from ..families.cond import Cond
+from ..models import model
+from ..recipe.fields import Recipe
+from . import buckets
+from . import cache as store
+from . import images as pictures
 from .buckets import Grid, Shape, enlarges, grid
-from .folder import Dataset, Example
+from .dataset import Dataset, Example
+from .images import load_picture
 from .masks import load_mask
-from .pictures import load_picture
 
 if TYPE_CHECKING:
-    from ..base import Base
+    from ..models.model import Base
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ import numpy as np
 
 from ..errors import DataError
 from .buckets import Shape
-from .pictures import Unreadable, eight_bit, load_image, opened, over, probe, white_of
+from .images import Unreadable, eight_bit, load_image, opened, over, probe, white_of
 
 if TYPE_CHECKING:
-    from .folder import Example
+    from .dataset import Example
 
 MARK = "-masklabel"  # OneTrainer's name for it
 SKEW = 0.02  # by how much a mask's proportions may differ from its picture's

@@ -12,9 +12,40 @@ section's table or outside any) and, with dashes, its flag (`batch_size`, `--bat
     reference.py docs/recipe.md
 """
 
-from .fields import AdapterSpec, Choosing, Data, Fitting, Objective, Optim, Part, Recipe, Sampling
-from .resolve import from_json, presets, read_settings, resolve, to_json, to_toml
-from .settings import Setting, flat, flatten, record, settings
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+from ..lazy import Lazy
+
+if TYPE_CHECKING:
+    from .fields import AdapterSpec, Choosing, Data, Fitting, Objective, Optim, Part, Recipe, Sampling
+    from .resolve import from_json, presets, read_settings, resolve, to_json, to_toml
+    from .settings import Setting, flat, flatten, record, settings
+
+_HOMES = {
+    "AdapterSpec": "fields",
+    "Choosing": "fields",
+    "Data": "fields",
+    "Fitting": "fields",
+    "Objective": "fields",
+    "Optim": "fields",
+    "Part": "fields",
+    "Recipe": "fields",
+    "Sampling": "fields",
+    "Setting": "settings",
+    "flat": "settings",
+    "flatten": "settings",
+    "from_json": "resolve",
+    "presets": "resolve",
+    "read_settings": "resolve",
+    "record": "settings",
+    "resolve": "resolve",
+    "settings": "settings",
+    "to_json": "resolve",
+    "to_toml": "resolve",
+}
 
 __all__ = [
     "AdapterSpec",
@@ -38,3 +69,5 @@ __all__ = [
     "to_json",
     "to_toml",
 ]
+
+sys.modules[__name__].__class__ = Lazy

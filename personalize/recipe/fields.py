@@ -5,13 +5,27 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    field_validator,
+    model_validator,
+)
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema, PydanticCustomError
+from pydantic_core.core_schema import no_info_after_validator_function
 
+from .. import registry
 from ..errors import RecipeError
-from ..samplers import AUTO, SAMPLERS, named
+from .samplers import AUTO, SAMPLERS, named
 
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
 
@@ -28,6 +42,28 @@ def _listed(value: Any) -> Any:
 
 
 AtCommas = BeforeValidator(_at_commas)
+
+
+@dataclass(frozen=True)
+class OneOf:
+    """One of the names of a table (registry.py): the flag's choices are the table's rows, those of other packages among them."""
+
+    table: str
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        return tuple(registry.table(self.table))
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return no_info_after_validator_function(self._checked, handler(source))
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        return {**handler(schema), "enum": list(self.choices)}
+
+    def _checked(self, value: str) -> str:
+        if value not in self.choices:
+            raise PydanticCustomError("literal_error", "not one of the choices")
+        return value
 
 
 class Part(BaseModel):
@@ -89,7 +125,7 @@ class Objective(Part):
 
     min_snr: float = Field(5.0, ge=0, description="min-SNR gamma (Hang et al. 2023, eq. 4); 0 turns it off")
     mask_outside: float = Field(0.1, ge=0, le=1, description="weight of what a picture's mask leaves out")
-    prior: Literal["none", "images", "output"] = Field(
+    prior: Annotated[str, OneOf("objectives")] = Field(
         "none",
         description="keep what has no trigger as it is: with class images by the base (Ruiz et al. 2022), or with the base's "
         "own output on each caption without the trigger",

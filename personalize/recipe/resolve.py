@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from ..errors import RecipeError, nearest
-from ..files import pictures_in
+from ..io import pictures_in
 from .fields import WITHOUT_CLASS, Recipe
 from .settings import flat, flatten, record, settings
 

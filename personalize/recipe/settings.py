@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic.fields import FieldInfo
 
 from ..errors import RecipeError, nearest
-from .fields import Part, Recipe
+from .fields import OneOf, Part, Recipe
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,8 @@ class Setting:
 
     @property
     def choices(self) -> tuple[str, ...]:
-        return get_args(self.type) if get_origin(self.type) is Literal else ()
+        tables = [note.choices for note in self.info.metadata if isinstance(note, OneOf)]
+        return tables[0] if tables else get_args(self.type) if get_origin(self.type) is Literal else ()
 
     @property
     def default(self) -> Any:

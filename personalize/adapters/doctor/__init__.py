@@ -6,7 +6,7 @@
 Nothing is changed and no low-rank dW is multiplied out. `personalize/checkup.py` shows it: table, JSON, picture.
 """
 
-from .collision import Collision, Meeting, collide
+from .collisions import Collision, Meeting, collide
 from .exam import Checkup, examine
 from .measures import Finding, Module
 from .prognosis import Prediction, Suggestion, predict, suggest

@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from .. import dialects, keys, resizing
+from ...families import names as keys
+from ...formats.header import read_header
+from .. import dialects
 from ..describe import Description, describe
-from ..headers import read_header
+from ..ops import resize as resizing
 from .findings import CHECKS
 from .measures import SHARE, Exam, Finding, Module, Weights, block_of, measured, strengths, updates
 

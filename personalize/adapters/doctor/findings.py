@@ -11,9 +11,10 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from statistics import median
 
-from .. import dialects, hosts, keys
-from ..architecture import A1111
-from ..kinds import ALPHA, DORA, MAGNITUDE
+from ...families import names as keys
+from ...families.family import A1111
+from .. import dialects, hosts
+from ..kinds.kind import ALPHA, DORA, MAGNITUDE
 from .measures import SHARE, Exam, Finding, Module
 
 Check = Callable[[Exam], Iterator[Finding]]

@@ -11,11 +11,18 @@ import torch
 from torch import Tensor
 
 from ...errors import AdapterError, HostileFileError
-from .. import deltas, dialects, keys, kinds, linalg, resizing, storage, weighting
-from ..deltas import Decomposed, Delta
+from ...families import names as keys
+from ...formats.header import Header, opened
+from ...formats.tensors import read_tensor
+from .. import delta as deltas
+from .. import dialects
+from .. import files as storage
+from ..delta import Decomposed, Delta
 from ..describe import Description
-from ..headers import Header, opened
-from ..tensors import read_tensor
+from ..kinds import kind as kinds
+from ..ops import linalg
+from ..ops import resize as resizing
+from ..strengths import grammar as weighting
 
 Weights = Mapping[str, Tensor] | Callable[[str], Tensor]  # the base's, by canonical path
 SHARE = 0.99  # of ||dW||^2: what "needed" ranks hold

@@ -7,12 +7,15 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 
-from .. import linalg, merging, resizing, weighting
 from ..adapter import Adapter
-from ..deltas import Delta
-from ..methods import METHODS
-from ..nearness import apart
-from .collision import ALL, Collision, check_shapes, common_family
+from ..delta import Delta
+from ..distance import apart
+from ..ops import linalg
+from ..ops import merge as merging
+from ..ops import resize as resizing
+from ..ops.methods import METHODS
+from ..strengths import grammar as weighting
+from .collisions import ALL, Collision, check_shapes, common_family
 from .measures import row_of
 
 RANKS = (4, 8, 16, 32, 64, 128)

@@ -1,0 +1,323 @@
+"""Adapter files: reading them into deltas, and writing them under the export contract.
+
+The contract: each update is compared, as dW, with what its rounded tensors make when they are read; then the file's bytes, keys
+and shapes are read back through the dialect's own key rules, and the hosts that should read it (hosts.py) are asked where they
+find each layer and how strong they make it, before the file takes its name. So an existing file is replaced by a whole and right
+one or not at all. One layer at a time is in memory, if the updates come on demand.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from torch import Tensor
+
+from ..errors import AdapterError, HostileFileError, nearest
+from ..families import names as keys
+from ..formats.header import Header, opened, read_header, read_scalar, short
+from ..formats.tensors import HASHES, TORCH, Writer, one_thread, read_tensor
+from ..io import atomic, weights_hash, write_text
+from . import dialects, hosts
+from .build import build
+from .delta import Decomposed, Delta, Dense, LowRank, kind_name
+from .distance import apart, roughly, within
+from .kinds import kind as kinds
+from .lazy import OnDemand, ahead, shapes_of
+
+# Relative error of dW that a storage dtype may cause: a few of its rounding steps; more means it cannot hold the weights.
+_TOLERANCE = {"fp32": 1e-6, "fp16": 2e-3, "bf16": 1.6e-2}
+BIAS = ".bias"  # behind a module's path: the update of its bias
+
+Deltas = Mapping[str, Delta]
+
+
+# ---------------------------------------------------------------- reading
+
+
+def read(path: Path, allow_unmatched: bool) -> tuple[dict[str, Delta], Mapping[str, str]]:
+    """The deltas and metadata of a file in any dialect. Raises as `Adapter.load` does."""
+    deltas, metadata = on_demand(path, allow_unmatched)
+    return dict(deltas), metadata
+
+
+def on_demand(path: Path, allow_unmatched: bool) -> tuple[OnDemand, Mapping[str, str]]:
+    """As `read`, but each delta is read whenever it is asked for."""
+    header = read_header(dialects.file_of(path))
+    reading = _reading(header, allow_unmatched)
+    shapes, scales, stamp = _shapes(header, reading), dialects.configured_scales(header, reading), _stamp(os.stat(header.path))
+
+    def make(path: str) -> Delta:
+        with opened(header.path) as file:
+            if _stamp(os.fstat(file.fileno())) != stamp:
+                raise AdapterError(f"{header.path} has changed since it was opened", "try again")
+            if path in reading.shapes:
+                return read_delta(file, header, reading.slots[path], scales.get(path), shapes[path])
+            key = _bias(reading, path)
+            bias = read_tensor(file, key, header.tensors[key])
+            return _sound(file, {key: bias}, Dense(bias))
+
+    return OnDemand(shapes, make), header.metadata
+
+
+def _reading(header: Header, allow_unmatched: bool) -> dialects.Reading:
+    reading = dialects.read(header)
+    if not reading.slots or (reading.unmatched and not allow_unmatched):
+        raise dialects.unmatched_error(header, reading)
+    return reading
+
+
+def _shapes(header: Header, reading: dialects.Reading) -> dict[str, keys.Shape]:
+    """Path => the true shape of dW, those of biases too."""
+    family = keys.family_of(reading.shapes, header.metadata)
+    biases = [path + BIAS for path, slot in reading.slots.items() if slot.keys.keys() & set(kinds.BIASES)]
+    known = {path: keys.resolve_shape(path, shape, family) for path, shape in reading.shapes.items()}
+    return known | {path: header.tensors[_bias(reading, path)].shape for path in biases}
+
+
+def _bias(reading: dialects.Reading, path: str) -> str:
+    """The key of a bias."""
+    slot = reading.slots[path.removesuffix(BIAS)]
+    return next(key for role, key in slot.keys.items() if role in kinds.BIASES)
+
+
+def _stamp(stat: os.stat_result) -> tuple[int, ...]:
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
+
+
+def read_delta(file: BinaryIO, header: Header, slot: dialects.Slot, scale: float | None, shape: keys.Shape) -> Delta:
+    """One weight's update; `scale` is what a config says of it."""
+    own = {role: key for role, key in slot.keys.items() if role not in kinds.BIASES}
+    numbers = {role: read_scalar(file, own.pop(role), header.tensors[slot.keys[role]]) for role in kinds.NUMBERS if role in own}
+    tensors = {role: read_tensor(file, key, header.tensors[key]) for role, key in own.items()}
+    try:
+        delta = _built(slot.kind, tensors, numbers, scale, shape)
+    except AdapterError as error:
+        raise HostileFileError(f"{file.name}: {short(next(iter(own.values())))}: {error.what}") from None
+    return _sound(file, {own[role]: value for role, value in tensors.items()}, delta)
+
+
+def _built(
+    kind: str, tensors: Mapping[str, Tensor], numbers: Mapping[str, float], scale: float | None, shape: keys.Shape
+) -> Delta:
+    """The update that tensors and numbers of a file make, by role. Its alpha is the file's own, else what the config's scale
+    says, else there is none."""
+    rank = kinds.KINDS[kind].rank({role: tuple(value.shape) for role, value in tensors.items()})
+    alpha = numbers.get(kinds.ALPHA, None if scale is None or not rank else scale * rank)
+    flags = {role: torch.tensor(value) for role, value in numbers.items() if role != kinds.ALPHA}
+    delta = build(kind, {**tensors, **flags}, alpha, shape)
+    return delta if scale is None or rank else delta * scale  # peft scales a LoKr of two whole halves too
+
+
+def _sound(file: BinaryIO, tensors: Mapping[str, Tensor], delta: Delta) -> Delta:
+    if not delta.finite():
+        names = [key for key, value in tensors.items() if not value.float().isfinite().all()] or list(tensors)
+        raise AdapterError(f"{file.name}: {' or '.join(names)[:300]} holds NaN or Inf", "the training that made it diverged")
+    return delta
+
+
+# ---------------------------------------------------------------- writing
+
+
+def write(
+    path: Path,
+    deltas: Deltas,
+    family: keys.Family | None,
+    carried: Mapping[str, str],
+    dialect: str,
+    extra: Mapping[str, str],
+    dtype: str,
+) -> Path:
+    """Write deltas, each asked for once; raises and describes as `Adapter.save` does. `carried` is metadata of old, `extra`
+    what to say above all."""
+    closest = family or _closest(deltas)
+    stems = _stems(path, deltas, dialects.check(dialect), keys.kohya_names(closest), dtype)
+    carried = {key: value for key, value in carried.items() if key not in (dialects.ADAPTER_METADATA, *HASHES)}
+    with one_thread(), atomic(path) as temporary, temporary.open("w+b") as file:
+        draft = _Draft(path, dialect, dtype, stems, shapes_of(deltas))
+        draft.writer = Writer(file, _room(draft, _described(draft, family, carried) | dict(extra)))
+        for module, delta in ahead(deltas.items()):
+            draft.add(module, delta)
+        draft.judge()
+        draft.writer.finish(_described(draft, family, carried) | dict(extra))
+        file.flush()
+        _check_same(temporary, draft, closest)
+    if dialect == "peft" and path.name == dialects.PEFT_FILE and len(parts := {keys.part_of(module) for module in stems}) == 1:
+        config = dialects.lora_configs(draft.ranks)[parts.pop()]
+        write_text(path.with_name(dialects.PEFT_CONFIG), json.dumps(config, indent=2) + "\n")
+    return path
+
+
+def _closest(deltas: Deltas) -> keys.Family:
+    """The family that has most of the paths, when the widths are strange: whose names kohya's files use."""
+    return max(keys.FAMILIES, key=lambda one: len(deltas.keys() & keys.weights(one).keys()))
+
+
+def _stems(path: Path, deltas: Deltas, dialect: str, names: Mapping[str, str], dtype: str) -> Mapping[str, str]:
+    """Module path => what its keys begin with. Raises AdapterError for what can be refused by names alone."""
+    if dtype not in TORCH:
+        raise AdapterError(f"no storage dtype is called {dtype!r}", nearest(dtype, TORCH))
+    modules = {module.removesuffix(BIAS) for module in deltas}
+    if not modules:
+        raise AdapterError(f"{path} not written: the adapter changes nothing")
+    if dialect == "kohya" and (strange := sorted(modules - names.keys())):
+        raise AdapterError(f"{path} not written: kohya has no name for {_some(strange)}", "save it in the diffusers dialect")
+    return dialects.stems(dialect, modules, names)
+
+
+def _room(draft: _Draft, metadata: Mapping[str, str]) -> int:
+    """Bytes for a header of LoRA: rather a few too many; one that needs more is moved for."""
+    kohya = draft.dialect == "kohya"
+    tensors = sum((3 if kohya else 2) * (len(stem) + 104) for stem in draft.stems.values())
+    config = 0 if kohya else sum(len(module) + 6 for module in draft.stems)
+    return tensors + config + len(json.dumps(metadata)) + 320  # the hashes
+
+
+class _Draft:
+    """A file in the making: one update after the other is written, and held against what was meant as a reader would see it."""
+
+    writer: Writer
+
+    def __init__(self, path: Path, dialect: str, dtype: str, stems: Mapping[str, str], shapes: Mapping[str, keys.Shape]) -> None:
+        self.path, self.dialect, self.dtype, self.stems, self.shapes = path, dialect, dtype, stems, shapes
+        self.roles: dict[str, tuple[str, str]] = {}  # key => module and role
+        self.low: dict[str, tuple[int, float]] = {}  # path of a LoRA => rank and alpha
+        self._alphas: dict[str, float] = {}  # part => alpha
+        self._norms: dict[str, float] = {}
+        self._far: dict[str, float] = {}  # updates that the dtype has moved by more than usual => how far
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        return {path: rank for path, (rank, _) in self.low.items()}
+
+    def add(self, path: str, delta: Delta) -> None:
+        """Write one update. Raises AdapterError for what the dialect cannot carry."""
+        self._check(path, delta)
+        portable = delta
+        if isinstance(delta, LowRank):
+            portable = delta.with_alpha(self._alpha(path, delta))
+            self.low[path] = portable.rank, portable.alpha
+        module, tensors, numbers = path.removesuffix(BIAS), dict[str, Tensor](), dict[str, float]()
+        for role, value in portable.stored().items():
+            role = self._role(path, role, delta)
+            if role == kinds.ALPHA and self.dialect != "kohya":
+                continue
+            kept = value if role == kinds.ALPHA else value.to(TORCH[self.dtype])
+            if role in kinds.NUMBERS:
+                numbers[role] = float(kept)
+            else:
+                tensors[role] = kept
+            key = f"{self.stems[module]}.{dialects.spelled(self.dialect, role)}"
+            self.roles[key] = module, role
+            self.writer.add(key, kept)
+        self._compare(path, delta, tensors, numbers)
+
+    def judge(self) -> None:
+        """Raise AdapterError if the dtype cannot hold what was added."""
+        floor = 1e-6 * max(self._norms.values())  # what is a millionth of the rest may be rounded off
+        for path, far in self._far.items():
+            if not far <= _TOLERANCE[self.dtype] * max(self._norms[path], floor):
+                raise AdapterError(f"{self.path} not written: {self.dtype} cannot hold {path} exactly enough", "save it as fp32")
+
+    def _check(self, path: str, delta: Delta) -> None:
+        if not delta.finite():
+            raise AdapterError(f"{self.path} not written: {path} holds NaN or Inf", "train with a lower learning rate")
+        if self.dialect != "kohya" and not isinstance(delta, LowRank):
+            what = f"{self.path} not written: {self.dialect} files hold LoRA only, and {path} is {kind_name(delta)}"
+            hint = f"leave it out: FILE:{path}=0" if len(delta.shape) == 1 else "convert it to LoRA first (--to lora)"
+            raise AdapterError(what, f"save it in the kohya dialect, or {hint}")
+        if isinstance(delta, Decomposed) and len(delta.magnitude) > 1:
+            what = f"{self.path} not written: {path} is a DoRA with norms of rows, which UIs take for norms of columns"
+            raise AdapterError(what, "name the --base, and it is written as a full update")
+
+    def _alpha(self, path: str, delta: LowRank) -> float:
+        """One that a dialect's readers understand (see dialects.py).
+
+        kohya: one positive alpha per part, that of its first layer. Tools take alpha 0 for alpha = rank, and diffusers drops
+        the alphas of attention layers where they differ. Elsewhere: alpha = rank.
+        """
+        usual = self._alphas.setdefault(keys.part_of(path), delta.alpha if delta.alpha > 0 else 1.0)
+        return usual if self.dialect == "kohya" else delta.rank
+
+    def _role(self, path: str, role: str, delta: Delta) -> str:
+        """`diff` of a vector has a name of its own: of a norm's weight, a norm's bias, or another layer's bias."""
+        if role != "diff" or len(delta.shape) > 1:
+            return role
+        module = path.removesuffix(BIAS)
+        norm = len(self.shapes.get(module, (0, 0))) == 1
+        return "w_norm" if path == module else "b_norm" if norm else "diff_b"
+
+    def _compare(self, path: str, wanted: Delta, tensors: Mapping[str, Tensor], numbers: Mapping[str, float]) -> None:
+        bias = next((tensors[role] for role in kinds.BIASES if role in tensors), None)
+        kind = kinds.kind_of({**tensors, **numbers})
+        found = Dense(bias) if bias is not None else _built(kind, tensors, numbers, None, wanted.shape)
+        self._norms[path] = norm = roughly(wanted)
+        if not found.finite():
+            self._far[path] = math.inf
+        elif not within(found, wanted, _TOLERANCE[self.dtype] * norm):
+            self._far[path] = apart(found, wanted)
+
+
+def _described(draft: _Draft, family: keys.Family | None, carried: Mapping[str, str]) -> dict[str, str]:
+    """The header's metadata: what was carried along, and on top facts about these tensors."""
+    general = {"format": "pt", "modelspec.sai_model_spec": "1.0.1", "modelspec.title": draft.path.stem}
+    facts = {
+        "ss_output_name": draft.path.stem,
+        "ss_network_module": "networks.lora" if len(draft.low) == len(draft.shapes) else "lycoris.kohya",
+        "ss_network_dim": _common(f"{rank}" for rank, _ in draft.low.values()),
+        "ss_network_alpha": _common(f"{alpha:g}" for _, alpha in draft.low.values()),
+    }
+    if family and not keys.says(carried, family):
+        facts |= {"ss_base_model_version": family.base_version, "modelspec.architecture": family.architecture}
+        facts["ss_v2"] = str(family.base_version.startswith("sd_v2"))  # what A1111 asks
+    if draft.dialect != "kohya":
+        configs = dialects.lora_configs(draft.ranks)
+        flat = {f"{part}.{key}": value for part, config in configs.items() for key, value in config.items()}
+        facts[dialects.ADAPTER_METADATA] = json.dumps(flat, sort_keys=True)
+    return general | dict(carried) | facts
+
+
+def _check_same(temporary: Path, draft: _Draft, family: keys.Family) -> None:
+    """The export contract: the file holds these bytes, and its keys, shapes and scales mean what they were written for."""
+    path = draft.path
+    try:
+        header = read_header(temporary)
+        reading = _reading(header, allow_unmatched=False)
+        scales, shapes = dialects.configured_scales(header, reading), _shapes(header, reading)
+    except AdapterError as error:
+        raise AdapterError(f"{path} not written: it does not read back: {error.what}") from error
+    found = {key: (keys.canonical(module), role) for module, slot in reading.slots.items() for role, key in slot.keys.items()}
+    wrong = [module for _, (module, _) in found.items() ^ draft.roles.items()]
+    wrong += [module for module in shapes.keys() | draft.shapes.keys() if shapes.get(module) != draft.shapes.get(module)]
+    wrong += [module for module, scale in scales.items() if scale * draft.low[module][0] != draft.low[module][1]]
+    if wrong:
+        raise AdapterError(f"{path} not written: {_some(sorted(set(wrong)))} does not read back")
+    if weights_hash(temporary) != draft.writer.digest:
+        raise AdapterError(f"{path} not written: the disk gives back other bytes", "try another disk")
+    _check_hosts(draft, reading, family)
+
+
+def _check_hosts(draft: _Draft, reading: dialects.Reading, family: keys.Family) -> None:
+    """The export contract, others' side: each host that should read the file finds the same dW at the same layers."""
+    hint = f"save it in the {'diffusers' if reading.dialect == 'kohya' else 'kohya'} dialect"
+    for host, layer, at in hosts.misread(reading.dialect, family, reading.slots):
+        missed = f"would take {layer} for {at}" if at else f"would not find {layer}"
+        raise AdapterError(f"{draft.path} not written: {host.name} {missed}", hint)
+    for host in hosts.readers(reading.dialect, family, reading.slots):
+        if off := hosts.mistaken(host, reading.dialect, draft.low):
+            raise AdapterError(f"{draft.path} not written: {host.name} would take {off[0]} at another strength", hint)
+
+
+def _common(values: Iterable[str]) -> str:
+    """The one value that all share, or kohya's word for there being several."""
+    distinct = set(values)
+    return distinct.pop() if len(distinct) == 1 else "Dynamic"
+
+
+def _some(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"

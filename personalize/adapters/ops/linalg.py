@@ -1,0 +1,133 @@
+"""Singular values and vectors of updates. Low-rank ones are never multiplied out; everything inside is fp64.
+
+Of factors up [out, r] and down [r, in]: QR of both, then the SVD of the r x r core that their triangles make. That is the exact
+truncated SVD at the cost of r x r: 2 ms for rank 32 on [1280, 1280] and 5 ms on a 3x3 convolution of 1280 channels, where the SVD
+of dW takes 0.6 s and 13 s. fp64 costs twice the time of fp32 and is worth it: singular values to 4e-14 instead of 5e-7.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..delta import Delta, LowRank
+from ..delta import sides as sides
+
+# From here on a matrix is sketched if the wanted rank is an eighth of it or less. With as many spare columns as wanted ones and
+# four power iterations the error of merges at rank 64 was 1.0003 (TIES) to 1.001 (DARE: noise has no few directions) of the
+# smallest possible, in a half to a sixth of the time of `leading`.
+_LARGE, _FEW, _SPARE, _ITERATIONS = 512, 8, 16, 4
+
+
+class Svd(NamedTuple):
+    """A = u * s @ v + what is left out: u [out, k], s [k] falling, v [k, in] in fp64; `rest` is the norm of what is left out."""
+
+    u: Tensor
+    s: Tensor
+    v: Tensor
+    rest: float = 0.0
+
+
+def factors(pair: LowRank) -> tuple[Tensor, Tensor]:
+    """up [out, r] with the scale in it and down [r, in * kh * kw], fp64."""
+    return pair.scale * pair.up.flatten(1).double(), pair.down.flatten(1).double()
+
+
+def svd(delta: Delta, rank: int | None = None) -> Svd:
+    """Of an update that does not need its base: exact from its factors if it has any, else of dW as `of_matrix` does."""
+    if pair := delta.low_rank():
+        return of_factors(*factors(pair))
+    return of_matrix(delta.delta().reshape(sides(delta.shape)), rank)
+
+
+def of_factors(up: Tensor, down: Tensor) -> Svd:
+    """Of up @ down, exact; k = min(out, r, in)."""
+    left, right = torch.linalg.qr(up.double()), torch.linalg.qr(down.double().T)
+    u, s, v = torch.linalg.svd(left.R @ right.R.T, full_matrices=False)
+    return Svd(left.Q @ u, s, v @ right.Q.T)
+
+
+def of_matrix(matrix: Tensor, rank: int | None = None) -> Svd:
+    """Of a dense matrix: all of it, or the first `rank` by the cheapest way that is good enough, with the rest measured."""
+    small = min(matrix.shape)
+    if rank is None or 2 * rank > small:
+        return full(matrix)
+    return sketched(matrix, rank) if small > _LARGE and _FEW * rank <= small else leading(matrix, rank)
+
+
+def full(matrix: Tensor) -> Svd:
+    """All singular values of a matrix, by LAPACK."""
+    if matrix.shape[0] < matrix.shape[1]:
+        return _turned(full(matrix.T))  # wide ones take LAPACK four times as long
+    return Svd(*torch.linalg.svd(matrix.double(), full_matrices=False))
+
+
+def leading(matrix: Tensor, rank: int) -> Svd:
+    """The first `rank` through the eigenvectors of A A^T: right to 1e-8 of the largest value, in a fraction of the time."""
+    if matrix.shape[0] > matrix.shape[1]:
+        return _turned(leading(matrix.T, rank))
+    matrix = matrix.double()
+    vectors = torch.linalg.eigh(matrix @ matrix.T).eigenvectors  # rising
+    return _within(matrix, vectors[:, -rank:], rank)
+
+
+def sketched(matrix: Tensor, rank: int, iterations: int = _ITERATIONS) -> Svd:
+    """The first `rank`, nearly, by randomized subspace iteration (Halko et al. 2009, https://arxiv.org/abs/0909.4061).
+
+    Draws the same numbers each time. `rest` is what it really left out, not an estimate.
+    """
+    if matrix.shape[0] > matrix.shape[1]:
+        return _turned(sketched(matrix.T, rank, iterations))
+    width = min(rank + max(rank, _SPARE), *matrix.shape)
+    draw = torch.Generator().manual_seed(0)
+    basis = matrix @ torch.randn(matrix.shape[1], width, generator=draw, dtype=matrix.dtype)
+    for _ in range(iterations):
+        basis = matrix @ _orthonormal(matrix.T @ _orthonormal(basis))
+    return _within(matrix.double(), _orthonormal(basis.double()), rank)
+
+
+def singular_values(delta: Delta) -> Tensor:
+    """Singular values only, falling, fp64; without factors right to 1e-8 of the largest."""
+    if not (pair := delta.low_rank()):
+        matrix = delta.delta().reshape(sides(delta.shape)).double()
+        matrix = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
+        return torch.linalg.eigvalsh(matrix @ matrix.T).flip(0).clamp(min=0).sqrt()
+    up, down = factors(pair)
+    return torch.linalg.svdvals(torch.linalg.qr(up, mode="r").R @ torch.linalg.qr(down.T, mode="r").R.T)
+
+
+def inner(a: Delta, b: Delta) -> float:
+    """<dW_a, dW_b>, from the factors if both have some. Shapes must be the same."""
+    x, y = a.low_rank(), b.low_rank()
+    if not (x and y):
+        return float((a.delta().double() * b.delta()).sum())
+    (up, down), (other_up, other_down) = factors(x), factors(y)
+    return float(((up.T @ other_up) * (down @ other_down.T)).sum())
+
+
+def low_rank(parts: Svd, shape: tuple[int, ...], rank: int | None = None) -> LowRank:
+    """The first `rank` as an update of this shape, [out, in] or [out, in, kh, kw], alpha = rank.
+
+    The singular values go half into each side: both then have about the same size, which is kindest to fp16.
+    """
+    kept, root = slice(0, rank), parts.s[:rank].sqrt()
+    up, down = parts.u[:, kept] * root, root[:, None] * parts.v[kept]
+    ones = [1] * len(shape[2:])
+    return LowRank(up.reshape(shape[0], len(root), *ones), down.reshape(len(root), *shape[1:]), len(root))
+
+
+def _orthonormal(matrix: Tensor) -> Tensor:
+    return torch.linalg.qr(matrix).Q
+
+
+def _within(matrix: Tensor, basis: Tensor, rank: int) -> Svd:
+    """What of a matrix lies in the span of an orthonormal basis [out, >= rank], cut to `rank`; the rest by Pythagoras."""
+    u, s, v = torch.linalg.svd(basis.T @ matrix, full_matrices=False)
+    rest = float((matrix.square().sum() - s[:rank].square().sum()).clamp(min=0).sqrt())
+    return Svd(basis @ u[:, :rank], s[:rank], v[:rank], rest)
+
+
+def _turned(parts: Svd) -> Svd:
+    return Svd(parts.v.T, parts.s, parts.u.T, parts.rest)

@@ -1,0 +1,117 @@
+"""Several adapters as one, module by module: the weights, a row of methods.py, and the cut to a rank."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from ...errors import AdapterError, nearest
+from ...families import names as keys
+from ...formats.tensors import one_thread
+from ..adapter import Adapter, check_kin
+from ..delta import Delta, Dense
+from ..lazy import OnDemand
+from .methods import METHODS, OPTIONS, Method, Module, Options, Term
+from .resize import Line, Report, check_plain, rank_of, shortened, untouched
+
+
+def merge(
+    adapters: Sequence[Adapter], weights: Sequence[float], method: str = "concat", rank: int | None = None, **options: Any
+) -> Adapter:
+    """`merge_with_report` without the report."""
+    return merge_with_report(adapters, weights, method, rank, **options)[0]
+
+
+def merge_with_report(
+    adapters: Sequence[Adapter], weights: Sequence[float], method: str = "concat", rank: int | None = None, **options: Any
+) -> tuple[Adapter, Report]:
+    """One adapter from several, each with its weight (any sign), by a row of METHODS; and what the cut to `rank` lost.
+
+    `rank` caps every module's rank. Without it nothing is cut but what methods that work entry by entry make: that is brought to
+    the sum of the ranks. Metadata that all agree on is kept. The same arguments give the same adapter.
+
+    Raises AdapterError for unknown methods and options, and by name for modules whose shapes differ or that depend on the base;
+    FamilyMismatchError for adapters of different families.
+    """
+    merged, lines = on_demand(adapters, weights, method, rank, **options)
+    return Adapter(dict(merged.deltas), merged.metadata), Report(tuple(lines.values()))
+
+
+def on_demand(
+    adapters: Sequence[Adapter], weights: Sequence[float], method: str = "concat", rank: int | None = None, **options: Any
+) -> tuple[Adapter, Mapping[str, Line]]:
+    """As `merge_with_report`, but each module is merged when it is asked for, and its line of the report is there from then on.
+
+    Of adapters that were opened, saving the merge holds one module at a time.
+    """
+    row, chosen = _row(method, options)
+    _check(adapters, weights, method, rank)
+    given = [adapter for adapter, weight in zip(adapters, weights, strict=True) if weight]
+    counts = Counter(path for adapter in given for path in adapter.deltas)
+    shapes = {path: shape for adapter in given for path, shape in adapter.shapes.items()}
+    paths = sorted(path for path in shapes if not row.shared or counts[path] == len(given))
+    lines: dict[str, Line] = {}
+
+    def merged(path: str) -> tuple[Delta, Line]:
+        with one_thread():
+            module = Module(path, _terms(path, adapters, weights))
+            return _fitted(module, row.merge(module, chosen), rank, row.refactor)
+
+    def make(path: str) -> Delta:
+        delta, line = merged(path)
+        lines[path] = replace(line, known=lambda: merged(path)[1].values) if callable(line.known) else line  # it holds the delta
+        return delta
+
+    shared = set.intersection(*(set(adapter.metadata.items()) for adapter in adapters))
+    return Adapter(OnDemand({path: shapes[path] for path in paths}, make), dict(sorted(shared))), lines
+
+
+def _terms(path: str, adapters: Sequence[Adapter], weights: Sequence[float]) -> tuple[Term, ...]:
+    terms = []
+    for place, (adapter, weight) in enumerate(zip(adapters, weights, strict=True)):
+        if weight and (delta := adapter.deltas.get(path)):
+            check_plain(path, delta)
+            terms.append(Term(place, float(weight), delta))
+    return tuple(terms)
+
+
+def _fitted(module: Module, delta: Delta, rank: int | None, refactor: bool) -> tuple[Delta, Line]:
+    """Cut to `rank`; without one, to the sum of the ranks where all went in as factors and came out as dW."""
+    factored = all(term.delta.low_rank() for term in module.terms)
+    cap = rank or (sum(rank_of(term.delta) for term in module.terms) if factored else None)
+    if refactor or (cap and isinstance(delta, Dense)) or (rank and rank_of(delta) > rank):
+        return shortened(module.path, delta, cap)
+    return untouched(module.path, delta)
+
+
+def _row(method: str, options: Options) -> tuple[Method, Options]:
+    if method not in METHODS:
+        raise AdapterError(f"no way to merge is called {method!r}", nearest(method, METHODS))
+    row = METHODS[method]
+    for name, value in options.items():
+        if name not in row.options:
+            hint = nearest(name, row.options) if row.options else "it has none"
+            raise AdapterError(f"{method} has no option {name!r}", hint)
+        if not OPTIONS[name].allows(value):
+            raise AdapterError(f"{method}: {name} {value!r} makes no sense", f"it is the {OPTIONS[name].what}")
+    return row, {**row.options, **options}
+
+
+def _check(adapters: Sequence[Adapter], weights: Sequence[float], method: str, rank: int | None) -> None:
+    if not 1 <= len(adapters) <= METHODS[method].most:
+        raise AdapterError(f"{method} cannot merge {len(adapters)} adapters", "concat takes any number")
+    if len(weights) != len(adapters):
+        raise AdapterError(f"{len(adapters)} adapters and {len(weights)} weights", "give one weight for each")
+    if wrong := [weight for weight in weights if not math.isfinite(weight)]:
+        raise AdapterError(f"a weight of {wrong[0]} makes no sense", "use finite numbers")
+    if rank is not None and rank < 1:
+        raise AdapterError(f"rank {rank} leaves nothing", "1 is the smallest")
+    check_kin(adapters)
+    known: dict[str, keys.Shape] = {}
+    for path, shape in ((path, shape) for adapter in adapters for path, shape in adapter.shapes.items()):
+        if known.setdefault(path, shape) != shape:
+            what = f"{path}: updates of shapes {list(known[path])} and {list(shape)} cannot be merged"
+            raise AdapterError(what, "all adapters must be made for the same base")

@@ -1,0 +1,298 @@
+"""Fewer ranks per module: rules as rows, and a report of what was lost. Each update is cut by its exact truncated SVD."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from ...errors import AdapterError, nearest
+from ...families.names import PARTS, part_of
+from ...formats.tensors import TORCH, one_thread
+from ..adapter import Adapter
+from ..delta import Delta, Dense, LowRank, kind_name
+from ..lazy import mapped
+from . import linalg
+
+_NOISE = 1e-14  # of a squared norm: what fp32 factors cannot tell from nothing
+
+
+# ---------------------------------------------------------------- what was lost
+
+
+@dataclass(frozen=True, eq=False)
+class Line:
+    """One module: its rank before and after, the singular values of dW (fp64, falling) and the norm of what they leave out."""
+
+    path: str
+    old: int
+    new: int
+    known: Tensor | Callable[[], Tensor]  # the values, or how to find them: a merge that cuts nothing need not know
+    rest: float = 0.0
+
+    @cached_property
+    def values(self) -> Tensor:
+        return self.known() if callable(self.known) else self.known
+
+    @property
+    def cut(self) -> bool:
+        """Whether anything was lost."""
+        return self.new < self.old or self.rest > 0
+
+    @property
+    def norm(self) -> float:
+        return self.lost(0)
+
+    @property
+    def error(self) -> float:
+        """||dW - dW at the new rank|| / ||dW||."""
+        return self.lost(self.new) / self.norm if self.cut and self.norm else 0.0
+
+    def lost(self, rank: int) -> float:
+        """||dW - dW at a rank||: the norm of the singular values behind it (Eckart and Young)."""
+        return math.hypot(float(torch.linalg.norm(self.values[rank:])), self.rest)
+
+
+@dataclass(frozen=True, eq=False)
+class Report:
+    """What became of each module, and of all together."""
+
+    lines: tuple[Line, ...]
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        return tuple(part for part in PARTS if any(part_of(line.path) == part for line in self.lines))
+
+    def part(self, name: str) -> Report:
+        return Report(tuple(line for line in self.lines if part_of(line.path) == name))
+
+    @property
+    def error(self) -> float:
+        """The relative error of dW over all modules together."""
+        if not any(line.cut for line in self.lines):
+            return 0.0
+        norm = math.hypot(*(line.norm for line in self.lines))
+        return math.hypot(*(line.lost(line.new) for line in self.lines)) / norm if norm else 0.0
+
+    def rank_for(self, error: float = 0.01) -> int | None:
+        """The smallest rank, the same for every module, that keeps the relative error; None if the values known do not tell."""
+        squares = torch.zeros(max((len(line.values) for line in self.lines), default=0) + 1, dtype=torch.float64)
+        for line in self.lines:
+            squares[: len(line.values)] += _tails(line.values)
+        lost = squares + math.fsum(line.rest**2 for line in self.lines)
+        enough = (lost <= max(error**2, _NOISE) * lost[0]).nonzero()
+        return int(enough[0]) if len(enough) else None
+
+    def rows(self) -> Iterator[tuple[str, Report]]:
+        """What is worth printing: each part, then all of it as "total"."""
+        yield from ((name, self.part(name)) for name in self.parts)
+        yield "total", self
+
+
+# ---------------------------------------------------------------- rules
+
+
+@dataclass(frozen=True, eq=False)
+class Cut:
+    """A module before it is cut: the singular values of dW, and what one rank of it costs in a file."""
+
+    path: str
+    values: Tensor
+    old: int
+    floor: int  # the ranks that are kept at least
+    top: int  # ... and at most
+    cost: int  # bytes per rank
+
+    def line(self, rank: int) -> Line:
+        return Line(self.path, self.old, rank, self.values)
+
+
+Each = Callable[[Tensor, float], int]  # singular values of one module, the rule's number => rank
+Choice = Callable[[Sequence[Cut], float], list[int]]  # all modules => ranks, between floor and top
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How many ranks to keep. `low` and `high` bound its number, exclusively where `open`."""
+
+    what: str
+    choose: Choice
+    low: float
+    high: float = math.inf
+    open: str = ""  # "low", "high"
+
+    def allows(self, value: float) -> bool:
+        above = value > self.low if self.open == "low" else value >= self.low
+        below = value < self.high if self.open == "high" else value <= self.high
+        return math.isfinite(value) and above and below
+
+
+def _each(choose: Each) -> Choice:
+    """A rule that looks at one module at a time."""
+    return lambda cuts, value: [min(max(choose(cut.values, value), cut.floor), cut.top) for cut in cuts]
+
+
+def _fixed(values: Tensor, rank: float) -> int:
+    return min(int(rank), int((values > 0).sum()))
+
+
+def _sv_ratio(values: Tensor, ratio: float) -> int:
+    return int((values > values[0] / ratio).sum())
+
+
+def _sv_fro(values: Tensor, share: float) -> int:
+    tails = _tails(values)
+    return int((tails > (1 - share**2 + _NOISE) * tails[0]).sum())
+
+
+def _sv_cumulative(values: Tensor, share: float) -> int:
+    tails = values.flip(0).cumsum(0).flip(0)
+    return int((tails > (1 - share + math.sqrt(_NOISE)) * tails[0]).sum())
+
+
+def _error(cuts: Sequence[Cut], error: float) -> list[int]:
+    """The smallest singular values of all go first, so no other choice of as many ranks loses less."""
+    report = Report(tuple(cut.line(cut.top) for cut in cuts))
+    forced = math.fsum(line.lost(line.new) ** 2 for line in report.lines)
+    squares, owners = _pool(cuts)
+    order = squares.argsort()
+    allowed = max(error**2, _NOISE) * math.fsum(line.norm**2 for line in report.lines) - forced
+    dropped = owners[order[squares[order].cumsum(0) <= allowed]]
+    return [cut.top - count for cut, count in zip(cuts, dropped.bincount(minlength=len(cuts)).tolist(), strict=True)]
+
+
+def _size(cuts: Sequence[Cut], size: float) -> list[int]:
+    """The ranks that save most of dW per byte go in first, until no other fits."""
+    ranks = [cut.floor for cut in cuts]
+    left = size - sum(cut.cost * cut.floor for cut in cuts)
+    if left < 0:
+        raise AdapterError(
+            f"no ranks fit: one for each module needs {-left:.0f} bytes more", "drop the weakest (--drop), or store fp16"
+        )
+    squares, owners = _pool(cuts)
+    worth = squares / torch.tensor([float(cut.cost) for cut in cuts], dtype=torch.float64)[owners]
+    for i in owners[worth.argsort(descending=True, stable=True)].tolist():
+        if cuts[i].cost <= left:
+            ranks[i], left = ranks[i] + 1, left - cuts[i].cost
+    return ranks
+
+
+RULES = {
+    "rank": Rule("this many ranks per module", _each(_fixed), 1),
+    "sv_ratio": Rule("singular values above the module's largest divided by this (kohya)", _each(_sv_ratio), 1, open="low"),
+    "sv_fro": Rule("this share of each module's Frobenius norm, not of its square (kohya)", _each(_sv_fro), 0, 1, "low"),
+    "sv_cumulative": Rule("this share of the sum of each module's singular values (kohya)", _each(_sv_cumulative), 0, 1, "low"),
+    "error": Rule("as few ranks as keep the relative error of the whole adapter below this", _error, 0, 1, "high"),
+    "size": Rule("the best ranks that fit into a file of this many bytes", _size, 0, open="low"),
+}
+
+
+# ---------------------------------------------------------------- resize
+
+
+def resize(
+    adapter: Adapter, rule: str, value: float, *, max_rank: int | None = None, dtype: str = "fp16", drop: bool = False
+) -> tuple[Adapter, Report]:
+    """The adapter at fewer ranks by a row of RULES, and what was lost.
+
+    Ranks never grow. Every module keeps one rank at least, and `max_rank` at most; with `drop`, modules that the rule leaves
+    nothing of go away. Those that lose nothing stay as they are; LoHa and LoKr become LoRA; biases and norms are one indivisible
+    rank. `dtype` is that of the file that "size" is about. Metadata is kept.
+
+    Raises AdapterError for unknown rules and impossible numbers, and for updates that depend on the base, by name.
+    """
+    check_rule(rule, value, max_rank)
+    if dtype not in TORCH:
+        raise AdapterError(f"no storage dtype is called {dtype!r}", nearest(dtype, TORCH))
+    with one_thread():
+        cuts = [_cut(path, delta, max_rank, TORCH[dtype].itemsize, 0 if drop else 1) for path, delta in adapter.deltas.items()]
+        chosen = RULES[rule].choose(cuts, value - _overhead(adapter) if rule == "size" else value)
+        ranks = {cut.path: rank for cut, rank in zip(cuts, chosen, strict=True) if rank}
+        deltas = mapped(adapter.deltas, lambda path, delta: _at_rank(delta, ranks[path]), ranks)
+    return Adapter(deltas, adapter.metadata), Report(tuple(cut.line(rank) for cut, rank in zip(cuts, chosen, strict=True)))
+
+
+def shortened(path: str, delta: Delta, rank: int | None = None) -> tuple[Delta, Line]:
+    """One update at a rank at most, balanced and without the ranks that fp32 cannot tell from nothing; and what was lost."""
+    if not divisible(delta):
+        return untouched(path, delta)
+    parts = linalg.svd(delta, rank)
+    felt = int((parts.s.square() > _NOISE * parts.s[0].square()).sum())
+    new = max(1, min(rank or felt, felt))
+    return linalg.low_rank(parts, delta.shape, new), Line(path, rank_of(delta), new, parts.s, parts.rest)
+
+
+def untouched(path: str, delta: Delta) -> tuple[Delta, Line]:
+    """One update as it is."""
+    return delta, Line(path, rank_of(delta), rank_of(delta), lambda: _values(delta))
+
+
+def check_plain(path: str, delta: Delta) -> None:
+    """Raises AdapterError, by name, for an update whose dW is known only together with the base."""
+    if delta.needs_base:
+        raise AdapterError(f"{path}: {kind_name(delta)} depends on the base's weights", "name the base: --base")
+
+
+def check_rule(rule: str, value: float, max_rank: int | None) -> None:
+    """Raises AdapterError for rules that do not exist and numbers that make no sense."""
+    if rule not in RULES:
+        raise AdapterError(f"no rule for ranks is called {rule!r}", nearest(rule, RULES))
+    if not RULES[rule].allows(value):
+        raise AdapterError(f"{rule.replace('_', '-')} {value:g} makes no sense", f"it keeps {RULES[rule].what}")
+    if max_rank is not None and max_rank < 1:
+        raise AdapterError(f"a rank of at most {max_rank} leaves nothing", "1 is the smallest rank")
+
+
+def _cut(path: str, delta: Delta, max_rank: int | None, width: int, floor: int) -> Cut:
+    """Singular values only: those of all modules are held until the rule has seen them all."""
+    check_plain(path, delta)
+    values = _values(delta)
+    top = min(len(values), max_rank or len(values))
+    cost = width * (sum(linalg.sides(delta.shape)) if divisible(delta) else math.prod(delta.shape))
+    return Cut(path, values, rank_of(delta), min(floor, top), top, cost)
+
+
+def _values(delta: Delta) -> Tensor:
+    """The singular values of dW; of what is kept or dropped as one, its norm."""
+    return linalg.singular_values(delta) if divisible(delta) else torch.tensor([delta.norm()], dtype=torch.float64)
+
+
+def _at_rank(delta: Delta, rank: int) -> Delta:
+    delta = delta.low_rank() or delta
+    if not divisible(delta) or (rank >= rank_of(delta) and isinstance(delta, LowRank | Dense)):
+        return delta
+    return linalg.low_rank(linalg.svd(delta), delta.shape, rank)
+
+
+def divisible(delta: Delta) -> bool:
+    """Whether factors can hold it: [out, in] or [out, in, kh, kw]."""
+    return len(delta.shape) in (2, 4)
+
+
+def rank_of(delta: Delta) -> int:
+    """Of the factors that it has or, if it has none, the rank that dW can have."""
+    pair = delta.low_rank()
+    return pair.rank if pair else min(linalg.sides(delta.shape)) if divisible(delta) else 1
+
+
+def _tails(values: Tensor) -> Tensor:
+    """[i] = sum of squares from i on."""
+    return values.square().flip(0).cumsum(0).flip(0)
+
+
+def _pool(cuts: Iterable[Cut]) -> tuple[Tensor, Tensor]:
+    """The squares of all singular values that a rule may decide on, and the number of the module that each belongs to."""
+    free = [cut.values[cut.floor : cut.top].square() for cut in cuts]
+    owners = [torch.full((len(one),), i) for i, one in enumerate(free)]
+    return torch.cat([torch.empty(0, dtype=torch.float64), *free]), torch.cat([torch.empty(0, dtype=torch.long), *owners])
+
+
+def _overhead(adapter: Adapter) -> int:
+    """Bytes of a file beside its factors, rather too many: three entries and an alpha per module, metadata, our own facts."""
+    entries = sum(3 * (len(path) + 140) + 2 * (len(path) + 20) for path in adapter.deltas)
+    return entries + len(json.dumps(dict(adapter.metadata))) + 4096

@@ -1,0 +1,330 @@
+"""Commands that compute with adapter files: convert, resize, extract, bake, interpolate, diff, doctor; merge is in merging.py."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ..errors import OutputError, RecipeError
+from ..text import plain, readable
+from .values import PATH, Bytes, Strengthened
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..adapters.adapter import Adapter
+    from ..adapters.doctor.collisions import Collision
+    from ..adapters.doctor.prognosis import Prediction
+    from ..adapters.ops.resize import Report
+    from ..adapters.strengths.grammar import Weighting
+
+Files = Sequence[tuple[Path, "Weighting"]]
+
+# ---------------------------------------------------------------- what several commands share
+
+dialect = click.option("--dialect", default="kohya", show_default=True, metavar="kohya|diffusers|peft", help="naming scheme")
+dtype = click.option("--dtype", metavar="fp32|fp16|bf16", help="storage [default: that of the first file]")
+to = click.option("--output", "-o", type=PATH, required=True, help="the file to write")
+base_option = click.option(
+    "--base", type=PATH, help="'pocket', a diffusers folder or checkpoint, for what depends on its weights (DoRA, OFT)"
+)
+lenient = click.option(
+    "--allow-unmatched", is_flag=True, help="leave out keys that belong to no known layer, instead of stopping"
+)
+as_json = click.option("--json", "for_programs", is_flag=True, help="for programs")
+
+
+def rules(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options that say how many ranks to keep: rows of resizing.RULES."""
+    for option in (
+        click.option("--max-rank", type=click.IntRange(1), help="never more ranks than this"),
+        click.option("--size", type=Bytes(), metavar="SIZE", help="the best ranks for a file of this size, e.g. 20MB"),
+        click.option(
+            "--error", type=float, metavar="X", help="as few ranks as keep the relative error of dW below this, e.g. 0.01"
+        ),
+        click.option("--sv-cumulative", type=float, metavar="X", help="this share of the sum of singular values"),
+        click.option("--sv-fro", type=float, metavar="X", help="this share of the Frobenius norm"),
+        click.option("--sv-ratio", type=float, metavar="X", help="singular values above the largest divided by this"),
+        click.option("--rank", type=click.IntRange(1), metavar="N", help="this many ranks"),
+    ):
+        command = option(command)
+    return command
+
+
+def rule_of(options: Mapping[str, Any], default: tuple[str, float] | None = None) -> tuple[str, float]:
+    """The one rule that was given, and its number. Raises RecipeError for none or several."""
+    from ..adapters.ops.resize import RULES
+
+    given = [(rule, options[rule]) for rule in RULES if options.get(rule) is not None]
+    flags = ", ".join(f"--{rule.replace('_', '-')}" for rule in RULES)
+    if len(given) > 1:
+        raise RecipeError("two rules for ranks at once", f"choose one of {flags}")
+    if not given and default is None:
+        raise RecipeError("how many ranks?", f"choose one of {flags}")
+    return given[0] if given else default  # type: ignore[return-value]
+
+
+def loaded(files: Files, allow_unmatched: bool) -> list[Adapter]:
+    """Adapters, each as much as was asked for, read layer by layer when they are needed."""
+    from ..adapters.adapter import Adapter
+    from ..adapters.describe import describe
+
+    for path in dict.fromkeys(path for path, _ in files) if allow_unmatched else ():
+        if unmatched := describe(path).unmatched:
+            click.echo(f"warning: left out of {plain(str(path))}: {len(unmatched)} tensors, {plain(unmatched[0])} ...", err=True)
+    return [Adapter.open(path, allow_unmatched=allow_unmatched).weighted(weighting) for path, weighting in files]
+
+
+def target(output: Path, *read: Path) -> Path:
+    """The file to write. Raises OutputError for a folder's name, for another format's, and for a file that is read."""
+    from ..adapters.dialects import file_of
+    from ..families.checkpoint import overwrites
+    from ..formats.tensors import with_ending
+
+    path = with_ending(output)
+    if output.is_dir():
+        raise OutputError(f"{output} is a folder", "name a file in it")
+    if output.suffix.lower() in (".pt", ".pth", ".ckpt", ".bin"):
+        raise OutputError(f"{output} would be a pickle", "adapters are written as .safetensors")
+    if taken := [one for one in read if overwrites(path, file_of(one))]:
+        raise OutputError(f"{path} would overwrite {taken[0]}, which is read", "choose another name")
+    return path
+
+
+def without_base(adapters: Iterable[Adapter], base: Path | None) -> list[Adapter]:
+    """The same without what depends on the base, if one is named."""
+    find = weights_of(base)
+    return [adapter.resolve(find) if find else adapter for adapter in adapters]
+
+
+def weights_of(base: Path | None) -> Callable[[str], Tensor] | None:
+    """How to find a weight of the base; None without one."""
+    if base is None:
+        return None
+    from ..families.checkpoint import open_weights
+
+    return open_weights(located(base)).__getitem__
+
+
+def located(base: Path) -> Path:
+    """`pocket`, or a path as it is."""
+    from ..models.sources import NAMED
+
+    return NAMED.get(str(base), base)
+
+
+def stored_as(path: Path) -> str:
+    """The storage dtype of a file, as `--dtype` names it; fp32 for what cannot be written."""
+    from ..adapters.describe import describe
+
+    found = describe(path).dtype.split(", ")[0]
+    return found if found in ("fp16", "bf16") else "fp32"
+
+
+def written(path: Path, adapter: Adapter) -> None:
+    """Say what was written."""
+    from ..adapters.describe import describe
+
+    click.echo(f"{path}  {readable(path.stat().st_size)}, {describe(path).kind}, {len(adapter.deltas)} layers")
+
+
+def table(report: Report) -> None:
+    """Ranks by part, and what a cut of them has lost."""
+    lossy = any(line.cut for line in report.lines)
+    click.echo(f"{'part':<16}{'layers':>8}{'rank':>20}" + f"{'error':>10}  rank for 1 %" * lossy)
+    for name, part in report.rows():
+        old, new = span(line.old for line in part.lines), span(line.new for line in part.lines)
+        enough = part.rank_for(0.01) if lossy else None
+        told = f"{part.error:>10.2%}  {'-' if enough is None else enough}" if lossy else ""
+        click.echo(f"{name:<16}{len(part.lines):>8}{old if old == new else f'{old} -> {new}':>20}{told}")
+
+
+def span(values: Iterable[int]) -> str:
+    """`8`, or `4..16`."""
+    found = sorted(set(values))
+    return f"{found[0]}..{found[-1]}" if len(found) > 1 else "".join(map(str, found))
+
+
+# ---------------------------------------------------------------- convert, resize
+
+
+@click.command()
+@click.argument("file", type=Strengthened(), metavar="FILE[:STRENGTH]")
+@to
+@click.option(
+    "--to", "kind", type=click.Choice(["lora", "full"]), help="turn other kinds into LoRA, or everything into dW itself"
+)
+@click.option("--rank", type=click.IntRange(1), help="of what becomes LoRA [default: exact where the kind has factors, else 32]")
+@base_option
+@lenient
+@dialect
+@dtype
+def convert(file: tuple[Path, Weighting], output: Path, kind: str | None, rank: int | None, base: Path | None, **how: Any) -> int:
+    """Write an adapter in another dialect, dtype or kind. What cannot be held is refused by name; what is lost is told."""
+    from ..adapters.ops.convert import converted
+
+    path, _ = file
+    output = target(output, path)
+    (adapter,) = without_base(loaded([file], how["allow_unmatched"]), base)
+    made, report = converted(adapter, kind, rank)
+    made.save(output, how["dialect"], dtype=how["dtype"] or stored_as(path))
+    if report:
+        table(report)
+    written(output, made)
+    return 0
+
+
+@click.command()
+@click.argument("file", type=Strengthened(), metavar="FILE[:STRENGTH]")
+@to
+@rules
+@click.option("--drop", is_flag=True, help="drop layers that the rule leaves nothing of")
+@base_option
+@lenient
+@dialect
+@dtype
+def resize(file: tuple[Path, Weighting], output: Path, base: Path | None, **options: Any) -> int:
+    """Cut an adapter down to fewer ranks, exactly by the truncated SVD of dW, and tell what it cost."""
+    from ..adapters.ops import resize as resizing
+
+    output = target(output, file[0])
+    (adapter,) = without_base(loaded([file], options["allow_unmatched"]), base)
+    rule, value = rule_of(options)
+    kept = options["dtype"] or stored_as(file[0])
+    cut, report = resizing.resize(adapter, rule, value, max_rank=options["max_rank"], dtype=kept, drop=options["drop"])
+    path = cut.save(output, options["dialect"], dtype=kept)
+    table(report)
+    written(path, cut)
+    return 0
+
+
+# ---------------------------------------------------------------- extract, bake, interpolate
+
+
+@click.command()
+@click.argument("tuned", type=PATH)
+@click.argument("base", type=PATH)
+@to
+@rules
+@click.option("--part", "parts", multiple=True, help="unet, text_encoder or text_encoder_2 [default: all]")
+@click.option("--target", "targets", multiple=True, default=("*",), help="layers whose path matches, can be repeated")
+@click.option("--full", is_flag=True, help="biases and norms too, as they are")
+@click.option("--clamp", type=float, metavar="X", help="cut factors off at this quantile of their entries (kohya's tool: 0.99)")
+@dialect
+@click.option("--dtype", default="fp16", show_default=True, metavar="fp32|fp16|bf16", help="storage")
+def extract(tuned: Path, base: Path, output: Path, **options: Any) -> int:
+    """Make an adapter of what the checkpoint TUNED learned beyond BASE; without a rule, of rank 32."""
+    from ..adapters.ops import checkpoints as surgery
+
+    rule, value = rule_of(options, ("rank", 32))
+    picked = {name: options[name] for name in ("max_rank", "parts", "targets", "full")}
+    output = target(output)
+    found, report = surgery.extract(located(tuned), located(base), rule, value, clamp_quantile=options["clamp"], **picked)
+    path = found.save(output, options["dialect"], dtype=options["dtype"])
+    for part in found.parts:
+        click.echo(f"{part:<16}{len(found.part(part).deltas):>6} layers, relative error {report.part(part).error:.2%}")
+    if report.left_out:
+        hint = "" if options["full"] else ", --full keeps biases and norms"
+        click.echo(f"left out: {len(report.left_out)} other changed weights ({next(iter(report.left_out))}, ...){hint}")
+    written(path, found)
+    return 0
+
+
+@click.command()
+@click.argument("base", type=PATH)
+@click.argument("files", nargs=-1, required=True, type=Strengthened(), metavar="FILE[:STRENGTH]...")
+@click.option("--output", "-o", type=PATH, required=True, help="the checkpoint or folder to write")
+@lenient
+def bake(base: Path, files: Files, output: Path, allow_unmatched: bool) -> int:
+    """Write the checkpoint BASE with adapters in its weights. BASE stays as it is: keep it, to go back."""
+    from ..adapters.ops import checkpoints as surgery
+    from ..families.checkpoint import open_weights
+
+    into = open_weights(located(base))
+    report = surgery.bake(into, [(adapter, 1.0) for adapter in loaded(files, allow_unmatched)], output)
+    changed = f"{len(report.changes)} weights changed"
+    click.echo(f"{report.path}  {changed}; rounding to the checkpoint's dtype loses {report.error:.2%} of it")
+    return 0
+
+
+@click.command()
+@click.argument("base", type=PATH)
+@click.argument("tuned", type=PATH)
+@click.option("--alpha", type=float, default=0.5, show_default=True, help="0 is BASE, 1 is TUNED; outside it goes beyond")
+@click.option("--output", "-o", type=PATH, required=True, help="the checkpoint or folder to write")
+def interpolate(base: Path, tuned: Path, alpha: float, output: Path) -> int:
+    """Write a checkpoint between two others (WiSE-FT): often better than both on what the base knew."""
+    from ..adapters.ops import checkpoints as surgery
+
+    report = surgery.interpolate(located(base), located(tuned), alpha, output)
+    click.echo(f"{report.path}  {len(report.changes)} weights")
+    return 0
+
+
+# ---------------------------------------------------------------- diff, doctor
+
+
+@click.command()
+@click.argument("one", type=Strengthened())
+@click.argument("other", type=Strengthened())
+@base_option
+@lenient
+@as_json
+def diff(
+    one: tuple[Path, Weighting], other: tuple[Path, Weighting], base: Path | None, allow_unmatched: bool, for_programs: bool
+) -> int:
+    """Tell how far apart two adapters are as updates, whatever their kinds, ranks and dialects."""
+    from ..adapters.ops.compare import compared
+
+    a, b = without_base(loaded([one, other], allow_unmatched), base)
+    rows = compared(a, b)
+    if for_programs:
+        click.echo(json.dumps([vars(row) for row in rows]))
+        return 0
+    click.echo(f"{'':<28}{'|A|':>11}{'|B|':>11}{'|A-B|':>11}{'apart':>9}{'cosine':>9}")
+    for row in rows:
+        cosine = "-" if row.cosine is None else f"{row.cosine:.3f}"
+        numbers = f"{row.a:>11.4g}{row.b:>11.4g}{row.difference:>11.4g}{row.apart:>9.2%}{cosine:>9}"
+        click.echo(f"{plain(row.name)[:27]:<28}{numbers}")
+    return 0
+
+
+@click.command()
+@click.argument("files", nargs=-1, required=True, type=Strengthened(), metavar="FILE[:STRENGTH]...")
+@click.option("--picture", type=PATH, metavar="FILE.png", help="strengths, cosines and overlaps by block, as a heat map")
+@base_option
+@lenient
+@as_json
+def doctor(files: Files, picture: Path | None, base: Path | None, allow_unmatched: bool, for_programs: bool) -> int:
+    """Tell what adapters are, what ails them, how much they collide, which block weights help, and what a merge would lose."""
+    from ..adapters.doctor.collisions import collide
+    from ..adapters.doctor.exam import examine
+    from ..adapters.doctor.prognosis import predict
+    from ..reports.adapter import doctor as checkup
+
+    if picture and (picture.suffix.lower() != ".png" or picture.is_dir()):
+        raise OutputError(f"--picture writes a .png, not {picture}", "e.g. doctor.png")
+
+    find = weights_of(base)
+    checkups = [examine(path, find) for path, _ in files]
+    collision: Collision | None = None
+    predictions: Sequence[Prediction] = ()
+    if len(files) > 1 and all(found.loads for found in checkups):
+        adapters = loaded(files, allow_unmatched)
+        ones = [1.0] * len(files)
+        collision = collide(adapters, ones, base=find)
+        predictions = predict([adapter.resolve(find) if find else adapter for adapter in adapters], ones)
+    click.echo((checkup.as_json if for_programs else checkup.table)(checkups, collision, predictions))
+    if picture:
+        from ..inference.sampling import save_sheet
+
+        save_sheet(checkup.heat_map(checkups, collision), picture)
+        click.echo(picture, err=for_programs)
+    return 0
+
+
+COMMANDS: tuple[click.Command, ...] = (convert, resize, extract, bake, interpolate, diff, doctor)

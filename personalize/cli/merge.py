@@ -1,0 +1,134 @@
+"""The command that adds adapters up, and how a merged file is made again."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..errors import AdapterError, RecipeError
+from ..io import weights_hash
+from .adapters import Files, base_option, dialect, dtype, lenient, loaded, stored_as, table, target, to, without_base, written
+from .values import PATH, Strengthened
+
+RECIPE = "personalize.merge"  # metadata: the arguments that repeat a merge
+
+OPTIONS: dict[str, tuple[Any, str]] = {  # those of methods.OPTIONS
+    "density": (float, "share of the entries that is kept"),
+    "outliers": (float, "share of the entries, the largest, that is dropped"),
+    "epsilon": (float, "how much likelier the largest entries are kept than the smallest"),
+    "mean": (bool, "average the adapters that agree, as the paper does, instead of adding them up"),
+    "seed": (int, "of the random numbers"),
+    "mu": (float, "how strongly the later adapters make room: 0 not at all, inf wholly"),
+    "energy": (float, "share of an adapter's squared norm whose directions are its own"),
+    "straight": (float, "above this cosine two updates are one direction and are added up"),
+}
+
+
+def tuned(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options that only some methods take."""
+    for name, (kind, text) in reversed(OPTIONS.items()):
+        flag = f"--{name}/--no-{name}" if kind is bool else f"--{name}"
+        command = click.option(flag, name, type=None if kind is bool else kind, default=None, help=text)(command)
+    return command
+
+
+def list_methods(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
+    """The table of methods, and nothing else."""
+    if not wanted:
+        return
+    from ..adapters.ops.methods import METHODS
+
+    for name, row in METHODS.items():
+        paper = f" (arXiv {row.paper})" if row.paper else ""
+        takes = f" [{', '.join(f'--{option} {value}' for option, value in row.options.items())}]" if row.options else ""
+        click.echo(f"{name:<14}{row.what}{paper}{takes}")
+    ctx.exit(0)
+
+
+@click.command()
+@click.argument("files", nargs=-1, type=Strengthened(), metavar="FILE[:STRENGTH]...")
+@to
+@click.option("--method", default="concat", show_default=True, help="see `personalize merge --list`")
+@click.option("--rank", type=click.IntRange(1), help="at most this many ranks per layer")
+@tuned
+@base_option
+@lenient
+@dialect
+@dtype
+@click.option("--replay", type=PATH, metavar="FILE", help="repeat the merge that made this file")
+@click.option("--list", is_flag=True, expose_value=False, is_eager=True, callback=list_methods, help="list the methods and stop")
+@click.pass_context
+def merge(ctx: click.Context, files: Files, output: Path, replay: Path | None, **options: Any) -> int:
+    """Add adapters up into one file, exactly: A.safetensors:0.7 B.safetensors:-0.3.
+
+    Strengths can be told by part, block and pattern: A.safetensors:0.8:0.5, A.safetensors:lbw=OUTD, A.safetensors:*attn2*=0.5.
+    """
+    if replay:
+        files, options = again(ctx, replay, output)
+    if not files:
+        raise RecipeError("which adapters?", "personalize merge A.safetensors:0.7 B.safetensors:-0.3 -o C.safetensors")
+    output = target(output, *(path for path, _ in files))
+    with ThreadPoolExecutor() as threads:  # the inputs are hashed while torch is being loaded
+        return merged(files, output, options, threads.map(content, [path for path, _ in files]))
+
+
+def merged(files: Files, output: Path, options: dict[str, Any], hashes: Iterator[str]) -> int:
+    """Write the merge of some files and tell of it."""
+    from ..adapters.ops import merge as merging
+    from ..adapters.ops.resize import Report
+
+    chosen = {name: options[name] for name in OPTIONS if options[name] is not None}
+    adapters = without_base(loaded(files, options["allow_unmatched"]), options["base"])
+    whole, lines = merging.on_demand(adapters, [1.0] * len(adapters), options["method"], options["rank"], **chosen)
+    said = {RECIPE: arguments(files, options), "modelspec.merged_from": ", ".join(path.stem for path, _ in files)}
+    said["personalize.merge_hashes"] = json.dumps(list(hashes))
+    if triggers := [told for one in adapters if (told := one.metadata.get("modelspec.trigger_phrase"))]:
+        said["modelspec.trigger_phrase"] = ", ".join(dict.fromkeys(triggers))
+    path = whole.save(output, options["dialect"], said, options["dtype"] or stored_as(files[0][0]))
+    table(Report(tuple(lines.values())))
+    written(path, whole)
+    return 0
+
+
+def arguments(files: Files, options: Mapping[str, Any]) -> str:
+    """A merge as the words that repeat it."""
+    words = [f"{path}:{weighting}" for path, weighting in files] + ["--method", options["method"]]
+    words += ["--allow-unmatched"] * options["allow_unmatched"]
+    for name in ("rank", "base", *OPTIONS):
+        if (value := options[name]) is not None:
+            words += [f"--{name}" if value else f"--no-{name}"] if isinstance(value, bool) else [f"--{name}", str(value)]
+    return shlex.join(words)
+
+
+def content(path: Path) -> str:
+    """What tells an adapter's weights, also of a folder of peft's."""
+    from ..adapters.dialects import file_of
+
+    return weights_hash(file_of(path))
+
+
+def again(ctx: click.Context, made: Path, output: Path) -> tuple[Files, dict[str, Any]]:
+    """The files and options that made a merged file. Raises AdapterError if it tells none, or if a file has changed since."""
+    from ..adapters.describe import describe
+
+    metadata = describe(made).metadata
+    if RECIPE not in metadata:
+        raise AdapterError(f"{made} does not say how it was merged", "only files merged by personalize can be repeated")
+    words = [*shlex.split(metadata[RECIPE]), "--output", str(output)]
+    try:
+        parsed = merge.make_context("merge", words, parent=ctx.parent).params
+    except AdapterError as error:
+        raise AdapterError(
+            f"{made} was merged from files that are not here: {error.what}", "go to the folder it was made in"
+        ) from None
+    files, options = parsed["files"], {**parsed, "dialect": ctx.params["dialect"], "dtype": ctx.params["dtype"]}
+    for (path, _), known in zip(files, json.loads(metadata.get("personalize.merge_hashes", "[]")), strict=False):
+        if content(path) != known:
+            raise AdapterError(f"{path} is not the file that {made} was merged from", "its contents have changed")
+    return files, options

@@ -1,0 +1,116 @@
+"""Drawing over a picture (img2img): where to begin along the sampler's timesteps, and with which latents.
+
+SDEdit (Meng et al. 2021, https://arxiv.org/abs/2108.01073): the picture is noised `denoise` of the way,
+and drawn from there.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from ..errors import RecipeError
+from ..models.model import Base
+
+DENOISE = 0.75  # A1111's denoising strength, when nothing is said
+LARGE = 4  # of the base's own area: twice its side is what people draw over to add detail
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """A picture's latents [1, c, h, w] in the UNet's units, and how much of the way is drawn anew: 0 nothing, 1 all of it."""
+
+    latents: Tensor
+    denoise: float = DENOISE
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.denoise <= 1:
+            raise RecipeError(f"--denoise must be 0 to 1, not {self.denoise:g}", "0 keeps the picture, 1 draws a new one")
+
+    def enter(self, sampler: Any, steps: int, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """The timesteps that are left of a sampler set to `steps` steps, and the latents [b, c, h, w] to begin with.
+
+        At 1 these are all, and the picture is noised to the first: with zero-terminal SNR nothing of it is left.
+        """
+        if not hasattr(sampler, "add_noise"):
+            raise RecipeError(f"{type(sampler).__name__} cannot begin with a picture", "leave out --image")
+        timesteps = remaining(sampler, steps, self.kept(steps))
+        start = self.latents.to(noise).expand_as(noise)
+        return timesteps, sampler.add_noise(start, noise, timesteps[:1].expand(len(noise))) if len(timesteps) else start.clone()
+
+    def kept(self, steps: int) -> int:
+        """How many of `steps` steps are drawn: none at 0 only."""
+        return max(round(steps * self.denoise), int(self.denoise > 0))
+
+
+def remaining(sampler: Any, steps: int, kept: int) -> Tensor:
+    """The timesteps of the last `kept` of `steps` steps; the sampler is told to begin there."""
+    if kept == steps:
+        return sampler.timesteps
+    if type(sampler).__name__ == "PNDMScheduler":  # takes its second timestep twice, and Runge-Kutta steps only from the top
+        sampler.register_to_config(skip_prk_steps=True)
+        sampler.set_timesteps(steps)
+        left = torch.cat([sampler.timesteps[:1], sampler.timesteps[2:]])[steps - kept :]
+        return torch.cat([left[:2], left[1:2], left[2:]])
+    first = (steps - kept) * sampler.order
+    if type(sampler).__name__ == "LMSDiscreteScheduler":  # counts from the top how many steps it can look back to
+        sampler.sigmas, sampler.timesteps = sampler.sigmas[first:], sampler.timesteps[first:]
+        return sampler.timesteps
+    if hasattr(sampler, "set_begin_index"):
+        sampler.set_begin_index(first)
+    return sampler.timesteps[first:]
+
+
+def latents_of(base: Base, picture: Image.Image, size: int | tuple[int, int] | None = None) -> Tensor:
+    """A picture's latents [1, c, h, w], the posterior's mean, as `fitted` cuts it."""
+    pixels = torch.from_numpy(np.array(fitted(base, picture, size), dtype=np.float32)).permute(2, 0, 1)[None] / 127.5 - 1
+    with torch.no_grad():
+        return base.encode(pixels)[0].float()
+
+
+def fitted(base: Base, picture: Image.Image, size: int | tuple[int, int] | None = None) -> Image.Image:
+    """RGB that is cut to whole latents, or scaled and cut to `size`. One of more than LARGE areas of the base's own is made as
+    small as that area, and a warning tells so."""
+    if size:
+        return fit(picture, base.factor, (size, size) if isinstance(size, int) else size)
+    whole, area = fit(picture, base.factor), base.resolution**2
+    if whole.width * whole.height <= LARGE * area:
+        return whole
+    small = within(picture.size, area, base.factor)
+    sizes = f"{picture.width}x{picture.height} is drawn over at {small[0]}x{small[1]}"
+    told = f"the picture of {sizes}, as large as {base.name} draws"
+    warnings.warn(f"{told}: --size {whole.width}x{whole.height} keeps it large", stacklevel=2)
+    return fit(picture, base.factor, small)
+
+
+def within(size: tuple[int, int], area: int, factor: int) -> tuple[int, int]:
+    """The sides, multiples of `factor`, of about an area in the proportions of `size`.
+
+    >>> within((3000, 2000), 512 * 512, 8)
+    (624, 416)
+    """
+    scale = (area / (size[0] * size[1])) ** 0.5
+    width, height = (max(1, round(side * scale / factor)) * factor for side in size)
+    return width, height
+
+
+def fit(picture: Image.Image, factor: int, size: tuple[int, int] | None = None) -> Image.Image:
+    """RGB of `size`, scaled to cover it, the centre kept; without a size in its own, cut to multiples of `factor`.
+
+    >>> fit(Image.new("RGB", (67, 130)), 8).size
+    (64, 128)
+    """
+    picture = picture.convert("RGB")
+    if size:
+        return ImageOps.fit(picture, size, Image.Resampling.LANCZOS)
+    width, height = (side // factor * factor for side in picture.size)
+    if not (width and height):
+        raise RecipeError(f"a picture of {picture.width}x{picture.height} pixels is too small", f"give --size {8 * factor}")
+    left, top = (picture.width - width) // 2, (picture.height - height) // 2
+    return picture.crop((left, top, left + width, top + height))

@@ -1,0 +1,37 @@
+"""What reading a base gives, from wherever it was read, and the bases that are refused by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import BaseModelError
+from ..families.configs import Family, refusal
+
+
+@dataclass(frozen=True, eq=False)
+class Loaded:
+    """The models and configs of a base, on the CPU, in the dtype that was asked for."""
+
+    family: Family
+    scheduler: Mapping[str, Any]
+    tokenizers: Mapping[str, Any]  # text encoder's part => its tokenizer
+    unet: Any
+    vae: Any
+    texts: Mapping[str, Any]  # part => model
+    stored: Mapping[str, Mapping[str, int]] = field(default_factory=dict)  # part => bytes on the disk by dtype
+
+
+def vae_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What a VAE computes in: never float16, in which SDXL's own overflows."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
+def check_family(path: Path, family: Family, beside: int) -> None:
+    """Raise BaseModelError for a UNet that can neither be trained nor drawn with here."""
+    if why := refusal(family, beside):
+        raise BaseModelError(f"{path} is {why}", "use the text-to-image model that it was made from")

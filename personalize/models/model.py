@@ -1,0 +1,329 @@
+"""Base: a frozen diffusion model with four verbs: encode, embed, denoise, decode.
+
+Each verb brings the models that it needs to the base's device. Where memory is short (`lean`), the VAE and the text encoders
+leave it again, and nothing else changes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import BaseModelError, RecipeError
+from ..families.cond import Cond
+from ..families.configs import TITLES, Family
+from ..families.noise import Schedule
+from ..families.text import Chunks, TextEncoder
+from ..recipe.fields import Recipe
+from .folder import examine, load_folder
+from .loaded import Loaded
+from .quantized import Quantized
+from .single import ZERO_SNR, load_single, open_whole
+from .sources import locate
+from .vae import other_vae
+
+TILE = 512  # pixels
+SKIPPED = 2  # SDXL reads the last layer but one of both encoders, without their final norm (Podell et al. 2023, section 2)
+
+
+@dataclass(eq=False)
+class Base:
+    """A loaded base: frozen, in eval mode, computing on one device."""
+
+    name: str
+    path: Path  # its folder or file
+    family: Family
+    device: torch.device
+    dtype: torch.dtype
+    scheduler_config: dict[str, Any]
+    texts: tuple[TextEncoder, ...]
+    unet: Any
+    vae: Any
+    stored: dict[str, dict[str, int]]  # part => bytes on the disk by dtype
+    lean: bool = False  # encoders leave the device when they are done
+    tiled: bool = False  # pictures are decoded one by one, in tiles
+    _busy: Counter[int] = field(default_factory=Counter, repr=False)  # by model, how many hold it on the device
+
+    @classmethod
+    def load(
+        cls,
+        name: str | Path,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+        *,
+        prediction: str = "auto",
+        zero_snr: str = "auto",
+        clip_skip: int = 1,
+        vae: str | Path | None = None,
+    ) -> Base:
+        """Load 'pocket', a diffusers folder, a .safetensors checkpoint or a hub id.
+
+        Raises BaseModelError, which names what is missing, does not fit or is refused.
+
+        `prediction` (epsilon, v_prediction or sample) and `zero_snr` (yes or no) overrule what the base says of itself.
+        `clip_skip` counts text-encoder layers from the last, as A1111 does: 1 is the last. SDXL never reads its last.
+
+        >>> base = Base.load("pocket")
+        >>> base.family.name, base.resolution, base.embed(["a red cat"]).tokens.shape
+        ('pocket', 64, torch.Size([1, 77, 192]))
+        """
+        path, other = locate(name), locate_vae(vae)
+        with quiet():
+            found = load_folder(path, dtype) if path.is_dir() else load_single(path, dtype, other)
+            if other and path.is_dir():
+                found = Loaded(**vars(found) | {"vae": other_vae(other, found.family, dtype)})
+        for model in (found.unet, found.vae, *found.texts.values()):
+            model.requires_grad_(False).eval().to(device)
+        scheduler = overruled(found.scheduler, prediction, zero_snr)
+        stored = {part: dict(sizes) for part, sizes in found.stored.items()}
+        texts = encoders(found, clip_skip)
+        return cls(str(name), path, found.family, torch.device(device), dtype, scheduler, texts, found.unet, found.vae, stored)
+
+    @classmethod
+    def of(cls, recipe: Recipe, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Base:
+        """The base that a recipe names, read as it says. Raises BaseModelError."""
+        how = {name: getattr(recipe, name) for name in ("prediction", "zero_snr", "clip_skip", "vae")}
+        return cls.load(recipe.base, device, dtype, **how)
+
+    @property
+    def parts(self) -> dict[str, nn.Module]:
+        """The parts that an adapter can change, by the name that canonical module paths start with."""
+        return {"unet": self.unet} | {text.part: text.model for text in self.texts}
+
+    @property
+    def factor(self) -> int:
+        """Pixels per latent along one side."""
+        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    @property
+    def resolution(self) -> int:
+        """The side in pixels that the base was trained at."""
+        return int(self.unet.config.sample_size) * self.factor
+
+    @property
+    def sized(self) -> bool:
+        """Whether the UNet is told how large a picture was and how it was cropped (SDXL)."""
+        return bool(self.unet.config.get("addition_embed_type") == "text_time")
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What was loaded, for people: family, prediction, parameters, dtypes on disk and in memory, bytes."""
+        models = {**self.parts, "vae": self.vae}
+        stored: dict[str, int] = {}
+        for sizes in self.stored.values():
+            for dtype, size in sizes.items():
+                stored[dtype] = stored.get(dtype, 0) + size
+        return {
+            "family": self.family.name,
+            "title": TITLES.get(self.family.name, self.family.name),
+            "prediction": self.schedule.prediction,
+            "zero_snr": bool(self.schedule.alphas_cumprod[-1] == 0),
+            "resolution": self.resolution,
+            "parameters": {part: sum(map(numel, model.modules())) for part, model in models.items()},
+            "stored": stored,
+            "dtypes": {part: dtypes_of(model) for part, model in models.items()},
+            "bytes": sum(held(model) for model in models.values()),
+        }
+
+    def place(self, device: torch.device | None = None, *, lean: bool = False, tiled: bool = False) -> None:
+        """Compute on `device` from now on. With `lean`, encoders leave it when they are done, and come when they are needed."""
+        self.lean, self.tiled = lean, tiled
+        if device is not None and device != self.device:
+            self.device = device
+            self.__dict__.pop("schedule", None)
+        self._send_away()
+
+    @contextlib.contextmanager
+    def using(self, *models: Any) -> Iterator[None]:
+        """Inside, these models are on the base's device; behind it, those that are to leave it are gone."""
+        self._busy.update(map(id, models))
+        try:
+            for model in models:
+                if next(model.parameters()).device != self.device:
+                    model.to(self.device)
+            yield
+        finally:
+            self._busy.subtract(map(id, models))
+            self._send_away()
+
+    @contextlib.contextmanager
+    def keeping(self) -> Iterator[None]:
+        """Inside, what came to the device stays: for many calls in a row."""
+        models = (self.vae, *(text.model for text in self.texts))
+        self._busy.update(map(id, models))
+        try:
+            yield
+        finally:
+            self._busy.subtract(map(id, models))
+            self._send_away()
+
+    def _send_away(self) -> None:
+        """Encoders that nobody uses leave the device, where memory is short; those that learn stay."""
+        for model in (self.vae, *(text.model for text in self.texts)) if self.lean else ():
+            there = next(model.parameters()).device.type
+            if there != "cpu" and not self._busy[id(model)] and not any(p.requires_grad for p in model.parameters()):
+                model.to("cpu")
+
+    @functools.cached_property
+    def schedule(self) -> Schedule:
+        """The noise schedule and prediction type of the base's own scheduler config."""
+        schedule = Schedule.of(self.scheduler_config)
+        return Schedule(schedule.alphas_cumprod.to(self.device), schedule.prediction)
+
+    def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Pixels [b, 3, h, w] in [-1, 1] => posterior mean and std [b, c, h/f, w/f], scaled to the UNet's units."""
+        with self.using(self.vae):  # never in tiles: what is learned does not depend on memory
+            posterior = self.vae.encode(pixels.to(self.device, self.vae.dtype)).latent_dist
+        scale = self.vae.config.scaling_factor
+        return (posterior.mean - (self.vae.config.shift_factor or 0)) * scale, posterior.std * scale
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents [b, c, h/f, w/f] in the UNet's units => pixels [b, 3, h, w] in [-1, 1]."""
+        raw = latents / self.vae.config.scaling_factor + (self.vae.config.shift_factor or 0)
+        with self.using(self.vae), self._in_tiles():
+            pixels: Tensor = self.vae.decode(raw.to(self.device, self.vae.dtype), return_dict=False)[0]
+        return pixels.clamp(-1, 1)
+
+    @contextlib.contextmanager
+    def _in_tiles(self) -> Iterator[None]:
+        """Inside, the VAE decodes picture by picture, in tiles of TILE pixels or of half the base's own side, if that is less."""
+        if not self.tiled:
+            yield
+            return
+        side = min(TILE, self.resolution // 2)
+        self.vae.tile_sample_min_size, self.vae.tile_latent_min_size = side, side // self.factor
+        self.vae.use_slicing = self.vae.use_tiling = True
+        try:
+            yield
+        finally:
+            self.vae.use_slicing = self.vae.use_tiling = False
+
+    def windows(self, prompts: Sequence[str], *, weighted: bool = False, shuffled: bool = False) -> int:
+        """How many windows of 75 tokens the longest of these prompts fills, also in any other order; at least one."""
+        return max(text.windows(prompt, weighted, shuffled) for text in self.texts for prompt in prompts or [""])
+
+    def embed(self, prompts: Sequence[str], *, windows: int = 0, weighted: bool = False) -> Cond:
+        """Prompts => conditioning, in as many windows as the longest needs, or in `windows`: prompts of any length are read.
+
+        `weighted` reads `(word:1.2)`, `[word]` and BREAK as UIs do; else every character stands for itself, as in captions.
+        """
+        read = [[text.chunks(prompt, weighted) for prompt in prompts] for text in self.texts]
+        count = max([windows, *(len(chunks) for one in read for chunks in one)])
+        states, pooled = zip(*(self._read(text, one, count) for text, one in zip(self.texts, read, strict=True)), strict=True)
+        return Cond(torch.cat(states, dim=-1), pooled[-1] if self.sized else None)
+
+    def _read(self, text: TextEncoder, prompts: Sequence[Chunks], windows: int) -> tuple[Tensor, Tensor | None]:
+        with self.using(text.model):
+            return text.embed(prompts, windows)
+
+    def denoise(self, latents: Tensor, timesteps: Tensor, cond: Cond) -> Tensor:
+        """Noisy latents [b, c, h, w], timesteps [b], conditioning of b prompts => the UNet's prediction [b, c, h, w].
+
+        Where the base is told sizes and `cond` has none, pictures are as large as they are, and not cropped.
+        """
+        added = None
+        if self.sized:
+            assert cond.pooled is not None
+            sizes = self._whole(latents) if cond.sizes is None else cond.sizes
+            added = {"text_embeds": cond.pooled.to(self.dtype), "time_ids": sizes}
+        with self.using(self.unet):
+            predicted: Tensor = self.unet(
+                latents.to(self.dtype),
+                timesteps,
+                encoder_hidden_states=cond.tokens.to(self.dtype),
+                added_cond_kwargs=added,
+                return_dict=False,
+            )[0]
+        return predicted
+
+    def _whole(self, latents: Tensor) -> Tensor:
+        """Sizes [b, 6] of pictures that are as large as they are, and not cropped."""
+        height, width = (self.factor * side for side in latents.shape[-2:])
+        return latents.new_tensor([[height, width, 0, 0, height, width]]).expand(len(latents), 6)
+
+
+def family_at(name: str | Path, download: bool = True) -> Family:
+    """The family of a base, from configs and headers alone. Raises BaseModelError for what `Base.load` would refuse by those."""
+    path = locate(name, download)
+    family = examine(path) if path.is_dir() else open_whole(path).row
+    assert family
+    return family
+
+
+def numel(module: nn.Module) -> int:
+    """Frozen parameters of a module itself, without its children (others are adapters'); of a packed one, as they were."""
+    packed = module.in_features * module.out_features if isinstance(module, Quantized) else 0
+    return packed + sum(p.numel() for p in module.parameters(recurse=False) if not p.requires_grad)
+
+
+def dtypes_of(model: nn.Module) -> str:
+    """In what a model's weights are held: `float32`, `bfloat16 and int8`."""
+    packed = {module.format: None for module in model.modules() if isinstance(module, Quantized)}
+    return " and ".join([str(next(model.parameters()).dtype).removeprefix("torch."), *packed])
+
+
+def held(model: nn.Module) -> int:
+    """Bytes of a model's own weights, packed or not."""
+    packed = sum(b.nbytes for module in model.modules() if isinstance(module, Quantized) for b in module.buffers(recurse=False))
+    return packed + sum(p.nbytes for p in model.parameters() if not p.requires_grad)
+
+
+def encoders(found: Loaded, clip_skip: int) -> tuple[TextEncoder, ...]:
+    """The text encoders, each with the layer that the UNet listens to. Raises BaseModelError for a layer that is not there."""
+    double = found.unet.config.get("addition_embed_type") == "text_time"
+    layer = max(clip_skip, SKIPPED) if double else clip_skip
+    for model in found.texts.values():
+        if layer > model.config.num_hidden_layers:
+            raise BaseModelError(f"--clip-skip {clip_skip}, but the text encoder has {model.config.num_hidden_layers} layers")
+    return tuple(TextEncoder(part, found.tokenizers[part], model, layer, not double) for part, model in found.texts.items())
+
+
+def overruled(config: Any, prediction: str, zero_snr: str) -> dict[str, Any]:
+    """A scheduler's config with what the user knows better."""
+    told: dict[str, Any] = {} if prediction == "auto" else {"prediction_type": prediction}
+    if zero_snr == "yes":
+        told |= ZERO_SNR
+    if zero_snr == "no":
+        told |= {"rescale_betas_zero_snr": False}
+    return dict(config) | told
+
+
+def locate_vae(vae: str | Path | None) -> Path | None:
+    """Where another VAE is; None for the base's own."""
+    return None if vae is None else locate(vae)
+
+
+def device_of(device: str) -> str:
+    """`cpu` or `cuda`; `auto` is CUDA where there is one. Raises RecipeError for a GPU that is not there."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise RecipeError("--device cuda, but torch sees no GPU here", "try --device auto")
+    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without the loading bars and reports of transformers and diffusers: we say ourselves what is wrong."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    libraries = (diffusers_logging, transformers_logging)
+    before = [library.get_verbosity() for library in libraries]
+    bars = transformers_logging.is_progress_bar_enabled()
+    for library in libraries:
+        library.set_verbosity_error()
+        library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for library, level in zip(libraries, before, strict=True):
+            library.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()

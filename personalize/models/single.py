@@ -1,0 +1,164 @@
+"""A base in one .safetensors file, as model sites offer them: LDM's names, everything in it but tokenizer and configs.
+
+Tensors are mapped from the file and, where they have the dtype that is asked for already, never copied.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from ..errors import BaseModelError
+from ..families import names as keys
+from ..families.addresses import Address, addresses, text_prefix
+from ..families.checkpoint import Weights, open_weights
+from ..families.configs import Family, native, text_config, unet_config
+from ..families.recognition import channels_in
+from ..families.tokens import clip_tokenizer
+from ..formats.header import Header
+from .loaded import Loaded, check_family
+from .vae import PREFIX, other_vae
+
+SCHEDULER = {  # Stable Diffusion's noise, with the sampler that SDXL's own folder names
+    "_class_name": "EulerDiscreteScheduler",
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "steps_offset": 1,
+    "timestep_spacing": "leading",
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+}
+ZERO_SNR = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+SPREAD = 0.09  # of a norm's biases: SD 2's v-prediction model is above it, its epsilon model below (ComfyUI tells them so too)
+TELLING = "unet.up_blocks.3.attentions.2.transformer_blocks.0.norm1.bias"
+
+
+def load_single(path: Path, dtype: torch.dtype, vae: Path | None = None) -> Loaded:
+    """Read a single file. Raises BaseModelError, which names what is missing or does not fit.
+
+    The VAE may come from another file or folder: many checkpoints have none, and SDXL's own overflows in fp16.
+    """
+    weights = open_whole(path)
+    family, header = weights.row, weights.headers[0]
+    assert family
+    scheduler = scheduler_config(weights, header, family)
+    with safe_open(path, "pt") as file:
+        parts = ("unet", *(text.part for text in family.texts))
+        models: dict[str, Any] = {part: _model(part, weights, file, dtype) for part in parts}
+        if family.name == "sd2" and scheduler["prediction_type"] == "v_prediction":
+            models["unet"].register_to_config(sample_size=96)  # that model was trained at 768 pixels
+    openclip = {text.part: text_prefix(family, text.part)[1] for text in family.texts}
+    return Loaded(
+        family,
+        scheduler,
+        {part: clip_tokenizer("!") if pads else clip_tokenizer() for part, pads in openclip.items()},
+        models.pop("unet"),
+        other_vae(vae or path, family, dtype),
+        models,
+        stored=_stored(weights, header),
+    )
+
+
+def open_whole(path: Path) -> Weights:
+    """A file that holds every part of a family but the VAE. Reads the header alone. Raises BaseModelError."""
+    weights = open_weights(path)
+    assert weights.row
+    shapes = {key: entry.shape for key, entry in weights.headers[0].tensors.items()}
+    check_family(path, weights.row, channels_in(shapes) - weights.row.unet.latent)
+    check_whole(weights, weights.row)
+    return weights
+
+
+def check_whole(weights: Weights, family: Family) -> None:
+    """Raise BaseModelError unless every weight of the family is there, in its shape; names the part and one key."""
+    known = keys.weights(family)
+    for part in ("unet", *(text.part for text in family.texts)):
+        table = {path: at for path, at in addresses(family).items() if keys.part_of(path) == part}
+        lost = [at.key for path, at in table.items() if path not in weights.places]
+        if len(lost) == len(table):
+            raise BaseModelError(
+                f"{weights.path} has no {part}: none of its {len(table)} weights",
+                "take the full checkpoint, not a part of it",
+            )
+        if lost:
+            raise BaseModelError(
+                f"the {part} of {weights.path} lacks {len(lost)} weights, {lost[0]} for one", "download it again"
+            )
+        wrong = [path for path in table if path in known and not keys.same(weights.shape(path), known[path])]
+        if wrong:
+            here, there = list(weights.shape(wrong[0])), list(known[wrong[0]])
+            raise BaseModelError(
+                f"the {part} of {weights.path} does not fit: {table[wrong[0]].key} is {here}, and {family.name} has {there}",
+                f"{len(wrong)} weights differ",
+            )
+
+
+def _model(part: str, weights: Weights, file: Any, dtype: torch.dtype) -> nn.Module:
+    """One part, built without memory and filled from the file."""
+    family = weights.row
+    assert family
+    paths = [path for path in addresses(family) if keys.part_of(path) == part]
+    model = _empty(part, family, weights)
+    state = {}
+    for path in paths:
+        own = native(path, {part: model})[1]
+        name = own if own.endswith(".bias") else f"{own}.weight"
+        state[name] = _tensor(file, weights.places[path].address).to(dtype)
+    want = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    state = {name: tensor.reshape(want[name]) for name, tensor in state.items()}  # 1x1 convolutions are linear layers to some
+    model.load_state_dict(state, assign=True)
+    for name, buffer in model.named_buffers():
+        assert name.endswith("position_ids"), f"{name} is not in the file"
+        parent = model.get_submodule(name.rpartition(".")[0])
+        parent.register_buffer("position_ids", torch.arange(buffer.shape[-1])[None], persistent=False)
+    return model
+
+
+def _empty(part: str, family: Family, weights: Weights) -> nn.Module:
+    from diffusers import UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    with torch.device("meta"):
+        if part == "unet":
+            return UNet2DConditionModel(**unet_config(family))
+        text = next(text for text in family.texts if text.part == part)
+        tokens = weights.shape(f"{part}.text_model.embeddings.token_embedding")[0]
+        config = CLIPTextConfig(**text_config(text, tokens, text_prefix(family, part)[1]))
+        return (CLIPTextModelWithProjection if text.projection else CLIPTextModel)(config)
+
+
+def _tensor(file: Any, address: Address) -> Tensor:
+    """A parameter, still in the file."""
+    whole: Tensor = file.get_tensor(address.key)
+    one = whole if address.rows is None else whole[slice(*address.rows)]
+    return one.T.contiguous() if address.transposed else one
+
+
+def scheduler_config(weights: Weights, header: Header, family: Family) -> dict[str, Any]:
+    """The noise schedule of a single file: what it says of itself, else what its weights tell."""
+    said = f"{header.metadata.get('modelspec.prediction_type', '')} {header.metadata.get('modelspec.architecture', '')}".lower()
+    velocity = "v_pred" in header.tensors or said.startswith(("v ", "v_pred", "v-pred")) or "768-v" in said
+    if family.name == "sd2" and not said.strip() and TELLING in weights:
+        velocity = velocity or float(weights[TELLING].float().std()) > SPREAD
+    zero = ZERO_SNR if "ztsnr" in header.tensors else {}
+    return SCHEDULER | zero | {"prediction_type": "v_prediction" if velocity else "epsilon"}
+
+
+def _stored(weights: Weights, header: Header) -> dict[str, dict[str, int]]:
+    """Bytes on the disk by part and dtype."""
+    parts: dict[str, dict[str, int]] = {}
+    for path, place in weights.places.items():
+        mine = parts.setdefault(keys.part_of(path), {})
+        entry = place.entry
+        mine[entry.dtype] = mine.get(entry.dtype, 0) + entry.end - entry.start
+    vae = parts.setdefault("vae", {})
+    for key, entry in header.tensors.items():
+        if key.startswith(PREFIX):
+            vae[entry.dtype] = vae.get(entry.dtype, 0) + entry.end - entry.start
+    return parts

@@ -1,0 +1,76 @@
+"""Tables of what varies, name => row: adapter kinds, model families, objectives, optimizers, backends.
+
+A built-in row and one from another package come in by the same door: "module:attribute", imported when it is first used.
+Packages declare theirs as entry points of the group `personalize.TABLE`:
+
+    [project.entry-points."personalize.optimizers"]
+    lion = "my_package.lion:LION"
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Iterator, Mapping
+from importlib.metadata import entry_points
+from typing import Any
+
+from .errors import RecipeError, nearest
+
+BUILT_IN: dict[str, dict[str, str]] = {
+    "kinds": {},
+    "families": {},
+    "objectives": {
+        "none": "personalize.training.objectives.denoise:build",
+        "images": "personalize.training.objectives.denoise:build",
+        "output": "personalize.training.objectives.denoise:build",
+    },
+    "optimizers": {"adamw": "personalize.training.optimizers:Optimizer"},
+    "backends": {},
+}
+
+
+class Table(Mapping[str, Any]):
+    """A table: names cost nothing, a row is imported when it is asked for."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._rows: dict[str, Any] = dict(BUILT_IN[name])
+        self._rows |= {point.name: point.value for point in entry_points(group=f"personalize.{name}")}
+
+    def __getitem__(self, name: str) -> Any:
+        """A row. Raises RecipeError for a name that is none, naming the nearest."""
+        if name not in self._rows:
+            raise RecipeError(f"{self.name} has no row {name!r}", nearest(name, self._rows))
+        row = self._rows[name]
+        if isinstance(row, str):
+            module, _, attribute = row.partition(":")
+            row = self._rows[name] = getattr(importlib.import_module(module), attribute)
+        return row
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._rows
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._rows)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def add(self, name: str, row: Any) -> None:
+        """Put a row in, for this process: an object, or "module:attribute"."""
+        self._rows[name] = row
+
+    def remove(self, name: str) -> None:
+        """Take a row out again."""
+        del self._rows[name]
+
+
+@functools.cache
+def table(name: str) -> Table:
+    """A table by its name: kinds, families, objectives, optimizers or backends.
+
+    >>> sorted(table("optimizers"))[:1]
+    ['adamw']
+    """
+    return Table(name)

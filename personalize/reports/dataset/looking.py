@@ -1,0 +1,180 @@
+"""Every picture of a folder, measured as training will see it."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections import Counter
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from ...data.buckets import Grid, Shape, grid, kept
+from ...data.dataset import Dataset, Example
+from ...data.folder import read_folder
+from ...data.images import Unreadable, load_picture, opened
+from ...data.masks import load_mask
+from ...errors import BaseModelError, DataError, RecipeError
+from ...families.configs import NAMED, ROWS, Family, unet_config
+from ...families.recognition import family_in
+from ...formats.header import read_header
+from ...recipe.fields import Recipe
+
+HASH_SIDE = 8  # the hash has the square of it in bits
+HASHED = 256  # width of the picture that is hashed
+FLAT = 1e-4  # variance of grey (0..1) below which there is nothing to be sharp about
+FACTOR = 8  # pixels per latent of Stable Diffusion, which a single file does not say
+USUAL_MULTIPLE = 64  # of Stable Diffusion: VAE 8, UNet 8
+
+
+@dataclass(frozen=True)
+class Look:
+    """One picture: what it is stored as, where it goes, how sharp it is there, and what it looks like from afar."""
+
+    example: Example
+    format: str
+    shape: Shape
+    kept: float  # share of its area that is not cropped away
+    sharpness: float | None  # None where nothing is to be seen
+    hash: np.ndarray | None  # bool [HASH_SIDE ** 2], None without the library
+    mirrored: np.ndarray | None  # the same of its mirror image
+
+
+@dataclass(frozen=True)
+class Survey:
+    """A folder of pictures, looked at for a recipe."""
+
+    recipe: Recipe
+    dataset: Dataset
+    grid: Grid
+    multiple: int  # what the base's networks divide a side by
+    looks: tuple[Look, ...]
+    spoiled: tuple[tuple[Path, DataError], ...] = ()  # pictures whose mask is of no use
+    assumed: str = ""  # why the base's resolution is taken to be what it is, where that is not known
+
+    @property
+    def folder(self) -> Path:
+        return self.recipe.data.folder
+
+    @cached_property
+    def buckets(self) -> dict[Shape, list[Look]]:
+        """The pictures in each shape."""
+        return {shape: [one for one in self.looks if one.shape == shape] for shape in sorted({one.shape for one in self.looks})}
+
+    @cached_property
+    def formats(self) -> Counter[str]:
+        return Counter(one.format for one in self.looks)
+
+    def name(self, path: Path) -> str:
+        """A picture's path inside the folder."""
+        return path.relative_to(self.folder).as_posix()
+
+
+def look(recipe: Recipe) -> Survey:
+    """Look at every picture of the recipe's folder. Raises DataError and RecipeError as `read_folder` and `grid` do."""
+    side, multiple, why = native(recipe)
+    places = grid(recipe.data, side, multiple)
+    dataset = read_folder(recipe.data, lenient=True)
+    masked = [_masked(example, places) for example in dataset.examples]
+    looks = tuple(_look(example, places) for example, _ in masked)
+    spoiled = (*dataset.spoiled, *(lost for _, lost in masked if lost))
+    return Survey(recipe, dataset, places, multiple, looks, spoiled, "" if recipe.data.resolution else why)
+
+
+def native(recipe: Recipe) -> tuple[int, int, str]:
+    """(side, multiple, "") of the recipe's base, from configs or a header alone.
+
+    Of a base that only a download would tell, what its name makes likely, and why. Raises RecipeError where nothing says.
+    """
+    path = NAMED.get(recipe.base, Path(recipe.base).expanduser())
+    if not path.exists():
+        from ...models.sources import is_hub_id, locate  # with torch, which a look does not need otherwise
+
+        if is_hub_id(recipe.base):
+            try:
+                path = locate(recipe.base, download=False)
+            except BaseModelError:
+                return assumed(recipe.base)
+    if path.is_file() and (family := family_in({key: entry.shape for key, entry in read_header(path).tensors.items()})):
+        return *_sides(family), ""
+    try:
+        unet, vae = (json.loads((path / part / "config.json").read_text(encoding="utf-8")) for part in ("unet", "vae"))
+        factor = 2 ** (len(vae["block_out_channels"]) - 1)
+        return int(unet["sample_size"]) * factor, factor * 2 ** (len(unet["block_out_channels"]) - 1), ""
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        if recipe.data.resolution:
+            return recipe.data.resolution, USUAL_MULTIPLE, ""
+        what = f"the resolution of {recipe.base} is not known before it is loaded"
+        raise RecipeError(what, "say it: --resolution 512, or 1024 for SDXL") from error
+
+
+def assumed(base: str) -> tuple[int, int, str]:
+    """(side, multiple, why) of a base on the hub by its name: those of SDXL say so, and most others are SD 1.x.
+
+    >>> assumed("someone/anime-xl")
+    (1024, 32, 'that of SDXL, which its name speaks of')
+    """
+    if "xl" in base.lower():
+        return *_sides(ROWS["sdxl"]), "that of SDXL, which its name speaks of"
+    return *_sides(ROWS["sd1"]), "that of SD 1.x, as its name does not speak of SDXL"
+
+
+def _sides(family: Family) -> tuple[int, int]:
+    return unet_config(family)["sample_size"] * FACTOR, FACTOR * 2 ** (len(family.unet.channels) - 1)
+
+
+def can_hash() -> bool:
+    """Whether the library for perceptual hashes is installed."""
+    return importlib.util.find_spec("imagehash") is not None
+
+
+def _masked(example: Example, places: Grid) -> tuple[Example, tuple[Path, DataError] | None]:
+    """An example without a mask of which the crop leaves nothing, and what is wrong with that."""
+    try:
+        if example.mask:
+            load_mask(example, places.shape_of(example.size), 1)
+    except DataError as error:
+        return replace(example, mask=None, mask_sha256=""), (example.path, error)
+    return example, None
+
+
+def _look(example: Example, places: Grid) -> Look:
+    shape = places.shape_of(example.size)
+    sharp = sharpness(np.asarray(load_picture(example, shape).convert("L"), dtype=np.float64) / 255)
+    width, height = example.size
+    hashes: tuple[np.ndarray | None, ...] = (None, None)
+    if can_hash():
+        seen = load_picture(example, (HASHED, max(1, HASHED * height // width)))
+        hashes = _hash(seen), _hash(ImageOps.mirror(seen))
+    return Look(example, _format(example.path), shape, kept(example.size, shape), sharp, *hashes)
+
+
+def _format(path: Path) -> str:
+    try:
+        with opened(path) as (_, image):
+            return image.format or "?"
+    except Unreadable:  # gone since a moment ago
+        return "?"
+
+
+def sharpness(grey: np.ndarray) -> float | None:
+    """Variance of the Laplacian (Pech-Pacheco et al. 2000) of grey [h, w] in 0..1, by the variance of grey itself.
+
+    Measured at the size in which training sees a picture, where photographs have 0.2 to 3, and less than 0.02 when blurred
+    by a Gaussian of three pixels or more, whatever their contrast.
+    """
+    if grey.var() < FLAT or min(grey.shape) < 3:
+        return None
+    inner = grey[1:-1, 1:-1]
+    laplacian = grey[1:-1, :-2] + grey[1:-1, 2:] + grey[:-2, 1:-1] + grey[2:, 1:-1] - 4 * inner
+    return float(laplacian.var() / grey.var())
+
+
+def _hash(image: Image.Image) -> np.ndarray:
+    """The perceptual hash [bits] of a picture: the signs of the lowest frequencies of its lightness."""
+    library: Any = importlib.import_module("imagehash")
+    return np.asarray(library.phash(image, hash_size=HASH_SIDE).hash).ravel()

@@ -1,0 +1,236 @@
+"""A run folder read into values. Whatever is missing, torn or broken is left out; only a missing folder is an error."""
+
+from __future__ import annotations
+
+import json
+import math
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from ...errors import DataError
+
+Record = Mapping[str, Any]
+Key = tuple[str, int]  # (prompt, seed)
+
+Kinds = dict[str, type | tuple[type, ...]]
+SCORED: Kinds = {"step": int, "strength": (int, float)}
+SCORED |= dict.fromkeys(("fit", "validation", "drift", "contrast", "score"), (int, float, type(None)))  # null: not finite
+# A record that lacks one of these is skipped.
+NEEDED: dict[str, Kinds] = {
+    "started": {},
+    "step": {"step": int},
+    "sample": {"step": int, "prompt": str, "seed": int, "path": str},
+    "sweep": {"strength": (int, float), "prompt": str, "seed": int, "path": str},
+    "scored": SCORED,
+    "chosen": {"step": int, "best": int, "low": (int, float), "high": (int, float), "judged_by": str},
+    "saved": {"step": int, "path": str},
+    "steppeddown": {"step": int, "what": str, "why": str},
+    "warned": {"step": int, "text": str},
+    "finished": {},
+    "stopped": {},
+    "error": {"message": str},
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run folder says, in the order in which it was written."""
+
+    folder: Path
+    started: Record
+    steps: tuple[Record, ...]
+    samples: tuple[Record, ...]
+    sweeps: tuple[Record, ...]
+    scored: tuple[Record, ...]
+    chosen: Record | None
+    saved: tuple[Record, ...]
+    finished: Record | None
+    trouble: str
+    lives: int
+    remarks: tuple[str, ...]  # what was told on the way
+    recipe: Record  # flat names, as flags have them
+    toml: str
+    metrics: tuple[Record, ...]
+    sidecar: Record = field(default_factory=dict)
+
+    @cached_property
+    def adapter(self) -> Path | None:
+        """The finished adapter, or else the newest checkpoint that is there."""
+        named = [self.finished.get("path")] if self.finished else []
+        named += [record["path"] for record in reversed(self.saved)]
+        found = (inside(self.folder, path) for path in named if isinstance(path, str))
+        return next((path for path in found if path), None) or next(iter(sorted(self.folder.glob("*.safetensors"))), None)
+
+    @cached_property
+    def trigger(self) -> str:
+        """The word that calls the subject."""
+        said = self.started.get("trigger") or self.recipe.get("trigger")
+        return str(said or self.name)
+
+    @cached_property
+    def triggers(self) -> tuple[str, ...]:
+        """The words that call each of several concepts; a single one's is `trigger`."""
+        images = self.started.get("images")
+        told = [one.get("trigger") for one in images if isinstance(one, dict)] if isinstance(images, list) else []
+        return tuple(dict.fromkeys([self.trigger, *(str(word) for word in told if word)]))
+
+    @cached_property
+    def name(self) -> str:
+        """Stem of the adapter file; the run folder's own name before there is one."""
+        said = self.started.get("name") or self.recipe.get("name")
+        return str(said or (self.adapter.stem if self.adapter else self.folder.resolve().name))
+
+    @cached_property
+    def class_name(self) -> str:
+        return str(self.started.get("class_name") or self.recipe.get("class") or "")
+
+    @cached_property
+    def goal(self) -> int:
+        """Steps the run was meant to take; 0 if nothing says so."""
+        return int(number(self.recipe.get("steps")) or 0)
+
+    @cached_property
+    def done(self) -> int:
+        """Steps the run has taken."""
+        reached = [record["step"] for record in (*self.steps[-1:], *self.saved)]
+        return max(reached, default=0)
+
+
+def read_run(folder: Path) -> Run:
+    """Read a run folder.
+
+    Raises:
+        DataError: the folder does not exist.
+    """
+    if not folder.is_dir():
+        raise DataError(f"no run folder at {folder}", "give the folder that `personalize train` wrote, such as runs/NAME")
+    told = list(_records(_text(folder / "events.jsonl")))
+    starts, toml = _of(told, "started"), _text(folder / "recipe.toml")
+    recipe = _toml(toml) or (section(starts[-1], "recipe") if starts else {})
+    run = Run(
+        folder=folder,
+        started=starts[-1] if starts else {},
+        steps=_steps(told),
+        samples=_of(told, "sample"),
+        sweeps=_of(told, "sweep"),
+        scored=_of(told, "scored"),
+        chosen=next(iter(reversed(_of(told, "chosen"))), None),
+        saved=_of(told, "saved"),
+        finished=_finished(told),
+        trouble=_trouble(told),
+        lives=len(starts),
+        remarks=tuple(_remarks(told)),
+        recipe=_flat(recipe),
+        toml=toml,
+        metrics=_metrics(folder),
+    )
+    return replace(run, sidecar=_json(folder / f"{run.name}.json"))
+
+
+def inside(folder: Path, relative: str) -> Path | None:
+    """The file at a relative path, or None if it is not there or lies outside the folder."""
+    path = folder / relative
+    try:
+        return path if path.resolve().is_relative_to(folder.resolve()) and path.is_file() else None
+    except (OSError, ValueError):  # a loop of links, a NUL in the name
+        return None
+
+
+def section(record: Record, name: str) -> Record:
+    """A nested mapping; empty if it is missing or something else."""
+    found = record.get(name)
+    return found if isinstance(found, dict) else {}
+
+
+def number(value: object) -> float | None:
+    """A finite number, or None."""
+    good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return float(value) if good else None  # type: ignore[arg-type]
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+def _records(text: str) -> Iterator[Record]:
+    """The whole records of a .jsonl file: a killed run may leave a torn line."""
+    for line in text.split("\n"):
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        needed = NEEDED.get(str(record.get("event"))) if isinstance(record, dict) else None
+        if needed is not None and all(isinstance(record.get(key), kind) for key, kind in needed.items()):
+            yield record
+
+
+def _of(told: Sequence[Record], kind: str) -> tuple[Record, ...]:
+    return tuple(record for record in told if record["event"] == kind)
+
+
+def _steps(told: Sequence[Record]) -> tuple[Record, ...]:
+    """Step records by step; a resumed run repeats some, and the last one told wins."""
+    steps: dict[int, Record] = {}
+    for record in told:
+        if record["event"] == "step":
+            steps[record["step"]] = record
+        elif record["event"] == "started" and isinstance(record.get("resumed"), int):
+            steps = {step: kept for step, kept in steps.items() if step <= record["resumed"]}
+    return tuple(steps[step] for step in sorted(steps))
+
+
+def _finished(told: Sequence[Record]) -> Record | None:
+    """How the run ended, if it did after its last step. Asking for a finished run again tells less than the first telling."""
+    ends = [record for record in told if record["event"] == "finished"]
+    fresh = [record for record in ends if not record.get("again")]
+    taken = max((i for i, record in enumerate(told) if record["event"] == "step"), default=-1)
+    return (fresh or ends)[-1] if ends and told.index(ends[-1]) > taken else None
+
+
+def _trouble(told: Sequence[Record]) -> str:
+    """Why the run's last life ended early; empty if it did not say."""
+    last = told[-1] if told else {}
+    return str(last.get("message", "")) if last.get("event") == "error" else ""
+
+
+def _remarks(told: Sequence[Record]) -> Iterator[str]:
+    for record in told:
+        if record["event"] == "warned":
+            yield f"after step {record['step']}: {record['text']}"
+        if record["event"] == "steppeddown":
+            yield f"memory ran out ({record['why']}): {record['what']} gave way, and the run went on after step {record['step']}"
+
+
+def _toml(text: str) -> dict[str, Any]:
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError:
+        return {}
+
+
+def _flat(recipe: Record) -> Record:
+    """Settings by their flat names, which are unique over all sections."""
+    plain = {key: value for key, value in recipe.items() if not isinstance(value, dict)}
+    return plain | {key: value for part in recipe.values() if isinstance(part, dict) for key, value in part.items()}
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(_text(path) or "{}")
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _metrics(folder: Path) -> tuple[Record, ...]:
+    """Rows of metrics.json that have a name and a figure."""
+    rows = _json(folder / "metrics.json").get("rows")
+    rows = [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
+    return tuple(row for row in rows if isinstance(row.get("name"), str) and number(row.get("adapter")) is not None)

@@ -1,0 +1,147 @@
+"""How to use the adapter: here, in diffusers, A1111/Forge and ComfyUI."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+
+from ...recipe.settings import settings
+from .read import Run, number
+
+DEFAULT_BASE = settings()["base"].default
+DISPLAYED_BY_UIS = {"sd1", "sd2", "sdxl"}  # families whose base those UIs can load
+
+
+@dataclass(frozen=True)
+class Use:
+    """One program: its name, a line before each piece of code, and a remark."""
+
+    title: str
+    parts: tuple[tuple[str, str], ...]  # (what to do, code to copy)
+    remark: str = ""
+
+
+def uses(run: Run, prompt: str) -> list[Use]:
+    """Commands that use the run's adapter on a prompt; none before there is an adapter."""
+    if not run.adapter:
+        return []
+    return [_here(run, prompt), _diffusers(run, prompt), _a1111(run, prompt), _comfyui(run)]
+
+
+def strength(run: Run) -> float:
+    """The strength to recommend: the one in NAME.json, else 0.8."""
+    preferred = number(run.sidecar.get("preferred weight"))
+    return preferred if preferred and preferred > 0 else 0.8
+
+
+def generate(run: Run, prompt: str) -> str:
+    """The command that draws with this adapter."""
+    return shlex.join(["personalize", "generate", prompt, "--adapter", f"{_shown(_file(run))}:{strength(run):g}"])
+
+
+def repeat(run: Run) -> str:
+    """The command that trains the same adapter again."""
+    folder = str(run.recipe.get("folder") or "FOLDER")
+    recipe = str(_shown(run.folder / "recipe.toml"))
+    return shlex.join(["personalize", "train", folder, "--preset", recipe, "--output", f"{_shown(run.folder)}-again"])
+
+
+def _here(run: Run, prompt: str) -> Use:
+    return Use("personalize", (("Draw with it", generate(run, prompt)), ("Train the same adapter again", repeat(run))))
+
+
+def _diffusers(run: Run, prompt: str) -> Use:
+    name = run.trigger if run.trigger.isidentifier() else "mine"
+    pipeline = "StableDiffusionXLPipeline" if _family(run) == "sdxl" else "StableDiffusionPipeline"
+    reader = "from_single_file" if _base(run).endswith(".safetensors") else "from_pretrained"
+    lines = [
+        *(["from importlib.resources import files", ""] if _shipped(run) else []),
+        "import torch",
+        f"from diffusers import {pipeline}",
+        "",
+        f"base = {_folder_of_base(run)}",
+        f"adapter = {str(_shown(_file(run)))!r}",
+        f"pipe = {pipeline}.{reader}(base)",
+        f"pipe.load_lora_weights(adapter, adapter_name={name!r})",
+        f"pipe.set_adapters({name!r}, {strength(run):g})",
+        "image = pipe(",
+        f"    {prompt!r},",
+        f"    num_inference_steps={int(number(run.recipe.get('sample_steps')) or 20)},",
+        f"    guidance_scale={number(run.recipe.get('guidance')) or 3.0:g},",
+        "    generator=torch.Generator().manual_seed(0),",
+        ").images[0]",
+        'image.save("out.png")',
+    ]
+    return Use("diffusers", (("pip install diffusers peft transformers", "\n".join(lines)),))
+
+
+def _a1111(run: Run, prompt: str) -> Use:
+    folder = "stable-diffusion-webui/models/Lora/"
+    tag = f"<lora:{_file(run).stem}:{strength(run):g}> {prompt}"
+    parts = ((f"Put it into {folder}", _copy(run, folder)), ("Type this as the prompt", tag))
+    return Use("A1111 and Forge", (*_kohya_first(run), *parts), _remark(run))
+
+
+def _comfyui(run: Run) -> Use:
+    folder, weight = "ComfyUI/models/loras/", round(strength(run), 4)
+    node = f"""{{"class_type": "LoraLoader", "inputs": {{
+  "lora_name": {json.dumps(_file(run).name, ensure_ascii=False)},
+  "strength_model": {weight}, "strength_clip": {weight},
+  "model": ["4", 0], "clip": ["4", 1]}}}}"""
+    parts = ((f"Put it into {folder}", _copy(run, folder)), ("Add a Load LoRA node (as API json)", node))
+    return Use("ComfyUI", (*_kohya_first(run), *parts), _remark(run))
+
+
+def _kohya_first(run: Run) -> tuple[tuple[str, str], ...]:
+    """UIs take the kohya dialect only; other files are converted first."""
+    if run.recipe.get("dialect", "kohya") == "kohya":
+        return ()
+    path = str(_shown(_file(run)))
+    code = f"from personalize.adapters import Adapter; Adapter.load({path!r}).save({path!r}, dialect='kohya')"
+    what = f"This file is in the {run.recipe['dialect']} dialect: make it a kohya file first"
+    return ((what, shlex.join(["python", "-c", code])),)
+
+
+def _copy(run: Run, folder: str) -> str:
+    files = [_file(run).with_suffix(suffix) for suffix in (".safetensors", ".json", ".png")]
+    return shlex.join(["cp", *(str(_shown(path)) for path in files if path.is_file()), folder])
+
+
+def _remark(run: Run) -> str:
+    if _family(run) in DISPLAYED_BY_UIS or (not _family(run) and not _shipped(run)):
+        return ""
+    return (
+        f"These programs load Stable Diffusion checkpoints, and {Path(_base(run)).name} is not one: "
+        "for pictures there, train on a Stable Diffusion folder."
+    )
+
+
+def _file(run: Run) -> Path:
+    return run.adapter or run.folder / f"{run.name}.safetensors"
+
+
+def _base(run: Run) -> str:
+    return str(run.recipe.get("base") or DEFAULT_BASE)
+
+
+def _family(run: Run) -> str:
+    facts = run.started.get("base")
+    return str(facts.get("family") or "") if isinstance(facts, dict) else ""
+
+
+def _shipped(run: Run) -> bool:
+    """Whether the base's name means a folder inside this package."""
+    name = _base(run)
+    return name.isidentifier() and (Path(__file__).parents[2] / name).is_dir()
+
+
+def _folder_of_base(run: Run) -> str:
+    return f'str(files("personalize") / "{_base(run)}/weights")' if _shipped(run) else repr(_base(run))
+
+
+def _shown(path: Path) -> Path:
+    """A path as one would type it from here."""
+    here, there = Path.cwd(), path.resolve()
+    return there.relative_to(here) if there.is_relative_to(here) else path

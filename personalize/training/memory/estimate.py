@@ -1,0 +1,222 @@
+"""What a run will take, from shapes alone: a step, a sample and a save on tensors that hold nothing.
+
+The very code of a run goes over fake tensors (torch's FakeTensorMode), and every byte that they would hold is counted. What
+kernels take beside, fragments, and CUDA's own few hundred MB come on top.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from ...data import cache as store
+from ...families.cond import Cond
+from ...families.configs import UNKNOWN
+from ...families.text import TextEncoder
+from ...models.loaded import vae_dtype
+from ...models.model import Base, quiet
+from ...models.precision import dtype_of
+from ...models.single import SCHEDULER
+from ...recipe.fields import Recipe
+from ...tuning.attach import Attached, attach
+from ..objectives import denoise as objectives
+from ..objectives.denoise import Inputs
+from ..optimizers import Optimizer
+from ..step import gradients
+from .apply import place
+from .ladder import Fit, pieces
+from .meter import Count, bytes_of, counting, tensors_of
+
+DRAWN = 8  # pictures drawn at once, where memory is no matter
+
+
+@dataclass(frozen=True)
+class Configs:
+    """The shapes of a base."""
+
+    unet: Mapping[str, Any]
+    vae: Mapping[str, Any]
+    texts: Mapping[str, Mapping[str, Any]]
+
+    @staticmethod
+    def of(base: Base) -> Configs:
+        texts = {text.part: {**text.model.config.to_dict(), "kind": type(text.model).__name__} for text in base.texts}
+        return Configs(dict(base.unet.config), dict(base.vae.config), texts)
+
+
+@dataclass(frozen=True)
+class Load:
+    """What a run asks of a base: everything that decides a step's shapes."""
+
+    recipe: Recipe
+    height: int  # of the largest latents
+    width: int
+    windows: int = 1
+    drawn: int = DRAWN  # sample pictures at once
+    prompts: int = 1  # that the prior 'output' holds, where there is one
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes of tensors, at the worst moment of a step and of a sample."""
+
+    weights: int  # on the device while it learns
+    adapter: int  # parameters, gradients and moments
+    activations: int  # at most, in a step
+    sampling: int  # everything, at most, while a picture is drawn
+
+    @property
+    def peak(self) -> int:
+        return max(self.weights + self.adapter + self.activations, self.sampling)
+
+
+def estimate(configs: Configs, load: Load, fit: Fit, parts: tuple[str, ...]) -> Estimate:
+    """What a run will take. A few seconds the first time, for a true base; then it is remembered on disk."""
+    asked = load.recipe.model_dump(mode="json", include={"adapter", "objective", "optim", "batch_size"})
+    shapes = [load.height, load.width, load.windows, load.drawn, load.prompts]
+    configured = json.loads(json.dumps(asdict(configs), default=str))
+    name = store.key(kind="estimate", configs=configured, asked=asked, shapes=shapes, fit=asdict(fit), parts=parts, code=_code())
+
+    def compute() -> dict[str, torch.Tensor]:
+        return {"bytes": torch.tensor(list(asdict(_estimate(configs, load, fit, parts)).values()))}
+
+    return Estimate(*store.recall(name, compute, [])["bytes"].tolist())
+
+
+def _code() -> str:
+    """What decides an estimate beside its arguments."""
+    here = Path(__file__).parent
+    return store.key(
+        sources=[path.read_text(encoding="utf-8") for path in (*sorted(here.glob("*.py")), here.parent / "objectives.py")],
+        torch=torch.__version__,
+    )
+
+
+def _estimate(configs: Configs, load: Load, fit: Fit, parts: tuple[str, ...]) -> Estimate:
+    with quiet():
+        base = ghost(configs, fit)
+        attached = attach(base, load.recipe.adapter, parts=parts)
+    with FakeTensorMode(), torch.random.fork_rng(devices=[]):
+        models = [base.unet, base.vae, *(text.model for text in base.texts)]
+        base.device = torch.device("cpu")  # of shapes: kernels are chosen by device
+        solidify(models)
+        opt = Optimizer(attached.groups(), load.recipe.optim, load.recipe.steps, scaled=fit.precision == "float16")
+        learned = list(opt.parameters.values())
+        moments = [torch.zeros_like(p) for p in learned for _ in range(2)]
+        leaving = [model for model in models[1:] if fit.lean and not any(p.requires_grad for p in model.parameters())]
+        sizes = [bytes_of(tensors_of([model])) for model in leaving]
+        with counting(tensors_of(models), moments) as count:
+            adapter = 4 * bytes_of(learned)  # parameters, gradients, two moments
+            weights = count.now - sum(sizes) - 3 * bytes_of(learned)
+            learn(base, load, fit, attached, opt, largest(base, load, parts))
+            step = count.peak - sum(sizes)
+            opt.skip()
+            with attached.lowered():
+                sampling = draw(base, load, fit, count, sum(sizes))
+    return Estimate(weights, adapter, step - weights - adapter, sampling)
+
+
+def learn(base: Base, load: Load, fit: Fit, attached: Attached, opt: Optimizer, inputs: Inputs) -> Tensor:
+    """Forward and backward of one step; the losses and the gradient's norm."""
+    loss = objectives.build(load.recipe.objective, base.schedule, attached.off)
+    generator = torch.Generator().manual_seed(0)
+    batch = (inputs, lambda _: generator, lambda _: 0)
+    return gradients(base.denoise, loss, attached, opt, pieces(fit, load.recipe.batch_size), [batch])
+
+
+def largest(base: Base, load: Load, parts: tuple[str, ...]) -> Inputs:
+    """The largest batch, all of zeros."""
+    recipe, b = load.recipe, load.recipe.batch_size
+    k = recipe.prior_rows if recipe.objective.prior != "none" else 0
+    images, output = (k if recipe.objective.prior == kind else 0 for kind in ("images", "output"))
+    latents = torch.zeros(b + images, base.unet.config["in_channels"], load.height, load.width)
+    held = [cond_of(base, load, parts, output) for _ in range(2)] if output else [None, None]
+    return Inputs(latents, latents, cond_of(base, load, parts, b + images), images, *held)
+
+
+@torch.no_grad()
+def draw(base: Base, load: Load, fit: Fit, count: Count, away: int) -> int:
+    """Bytes at most while pictures are drawn: reading, one guided step, decoding. `away` bytes of encoders come in turn."""
+    rows, here = 1 if fit.tiled else load.drawn, count.now - away
+    latents = torch.zeros(rows, base.unet.config["in_channels"], load.height, load.width)
+    cond = cond_of(base, load, (), 2 * rows)
+    count.peak = count.now
+    base.denoise(torch.cat([latents, latents]), torch.zeros(2 * rows, dtype=torch.long), cond)
+    steps, count.peak = count.peak - away, count.now
+    base.decode(latents)
+    decoding = count.peak - away + (bytes_of(tensors_of([base.vae])) if fit.lean else 0)
+    reading = here + max((bytes_of(tensors_of([text.model])) for text in base.texts if fit.lean), default=0)
+    return max(reading, steps, decoding)
+
+
+def cond_of(base: Base, load: Load, parts: tuple[str, ...], rows: int) -> Cond:
+    """Conditioning of so many captions: what text encoders that learn make of them, else only its shape."""
+    tokens, width, pooled = 77 * load.windows, base.unet.config["cross_attention_dim"], None
+    if base.sized:
+        size = base.unet.config["projection_class_embeddings_input_dim"] - 6 * base.unet.config["addition_time_embed_dim"]
+        pooled = torch.zeros(rows, size, dtype=base.dtype)
+    if not any(text.part in parts for text in base.texts):
+        return Cond(torch.zeros(rows, tokens, width, dtype=base.dtype), pooled)
+    ids = torch.zeros(rows * load.windows, 77, dtype=torch.long)
+    states = [text.model(ids, output_hidden_states=True).hidden_states[-1] for text in base.texts]
+    return Cond(torch.cat(states, dim=-1).reshape(rows, tokens, width), pooled)
+
+
+def ghost(configs: Configs, fit: Fit) -> Base:
+    """A base of these shapes that holds nothing, as a Fit makes it compute."""
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+
+    dtype, meta = dtype_of(fit.precision), torch.device("meta")
+    with meta, default_dtype(dtype):
+        unet = UNet2DConditionModel(**configs.unet)
+        texts = tuple(TextEncoder(part, None, text_model(config)) for part, config in configs.texts.items())
+    with meta, default_dtype(vae_dtype(dtype)):
+        vae = AutoencoderKL(**configs.vae)
+    for model in (unet, vae, *(text.model for text in texts)):
+        model.requires_grad_(False).eval()
+    base = Base("shapes", Path(), UNKNOWN, meta, dtype, SCHEDULER, texts, unet, vae, {})
+    place(base, replace(fit, compile=False, lean=False), meta)
+    return base
+
+
+def solidify(models: Iterable[Any]) -> None:
+    """Inside FakeTensorMode, bring what is nowhere to a CPU of shapes."""
+    for module in (module for model in models for module in model.modules()):
+        for name, old in module._parameters.items():
+            if old is not None:
+                module._parameters[name] = nn.Parameter(like(old), requires_grad=old.requires_grad)
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = like(buffer)
+
+
+def like(old: Tensor) -> Tensor:
+    """The same shape, strides and dtype."""
+    return torch.empty_strided(old.shape, old.stride(), dtype=old.dtype)
+
+
+def text_model(config: Mapping[str, Any]) -> Any:
+    """A text encoder of a config."""
+    import transformers
+
+    settings = {name: value for name, value in config.items() if name != "kind"}
+    return getattr(transformers, config["kind"])(transformers.CLIPTextConfig.from_dict(settings))
+
+
+@contextlib.contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Inside, new models are in this dtype."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)

@@ -1,0 +1,224 @@
+"""What an adapter file says about itself: kohya's `ss_*` and Stability's `modelspec.*` keys, the recipe, a thumbnail.
+
+Nothing here depends on the clock: the same recipe gives the same bytes. Times are in events.jsonl.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import json
+from collections import Counter
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from ..data.captions import tags
+from ..data.dataset import Dataset
+from ..data.latents import grid_of
+from ..families.configs import A1111
+from ..models.model import Base
+from ..recipe.fields import Recipe
+from ..recipe.resolve import to_json
+from .memory.ladder import Fit
+
+MIXED = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}  # kohya's words
+PREDICTION = {"epsilon": "epsilon", "v_prediction": "v", "sample": "sample"}  # modelspec's words
+
+
+def describe_run(
+    recipe: Recipe,
+    base: Base,
+    dataset: Dataset,
+    name: str,
+    step: int,
+    sample: Path | None,
+    fit: Fit,
+    estimate: Any = None,
+    classes: Dataset | None = None,
+    peak: int | None = None,
+) -> dict[str, str]:
+    """The whole metadata of an adapter saved after `step` steps; `sample` is the picture for its thumbnail.
+
+    `classes` are the class images that somebody brought. Of memory, what the shapes tell (`estimate`), and on a GPU the bytes
+    that were held at most (`peak`); a CPU's process may not repeat them, and its files must repeat to the byte.
+    """
+    memory = {"estimate": estimate, "dtypes": dtypes(base)} | ({} if peak is None else {"peak": peak})
+    return {
+        **kohya_keys(recipe, base, dataset, name, step),
+        **dataset_keys(recipe, base, dataset, classes),
+        "ss_mixed_precision": MIXED[fit.precision],
+        "ss_full_fp16": "False",
+        "ss_gradient_checkpointing": str(fit.checkpointing),
+        "personalize.fit": json.dumps(asdict(fit) | memory, sort_keys=True),
+        **modelspec_keys(recipe, base, dataset, name, sample),
+        "personalize.recipe": to_json(recipe),
+        "personalize.step": str(step),
+        "personalize.images": json.dumps([example.sha256 for example in dataset.examples]),
+        "personalize.versions": json.dumps(versions(), sort_keys=True),
+    }
+
+
+def dtypes(base: Base) -> dict[str, str]:
+    """In what each part was held, the adapter as well."""
+    return {**base.facts["dtypes"], "adapter": "float32"}
+
+
+def kohya_keys(recipe: Recipe, base: Base, dataset: Dataset, name: str, step: int) -> dict[str, str]:
+    """What kohya's trainer would have written, as far as it has a meaning here; read by A1111, Forge and model sites."""
+    optim, spec, side = recipe.optim, recipe.adapter, recipe.data.resolution or base.resolution
+    seen, pictures = step * recipe.batch_size * optim.accumulate, sum(example.repeats for example in dataset.examples)
+    keys: dict[str, Any] = {
+        "ss_output_name": name,
+        "ss_base_model_version": base_version(base),
+        "ss_sd_model_name": Path(base.name).name,
+        "ss_v2": base.family.name == "sd2",
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": spec.rank,
+        "ss_network_alpha": f"{spec.alpha:g}",
+        "ss_network_args": json.dumps({"conv_dim": spec.rank, "conv_alpha": f"{spec.alpha:g}"} if "conv" in spec.targets else {}),
+        "ss_network_dropout": spec.dropout or None,
+        "ss_resolution": f"({side}, {side})",
+        "ss_clip_skip": recipe.clip_skip if recipe.clip_skip > 1 else None,
+        "ss_num_train_images": pictures,
+        "ss_num_epochs": -(-seen // pictures),
+        "ss_epoch": -(-seen // pictures),
+        "ss_steps": step,
+        "ss_max_train_steps": recipe.steps,
+        "ss_total_batch_size": recipe.batch_size * optim.accumulate,
+        "ss_gradient_accumulation_steps": optim.accumulate,
+        "ss_learning_rate": optim.lr,
+        "ss_unet_lr": optim.lr,
+        "ss_text_encoder_lr": optim.text_encoder_lr,
+        "ss_optimizer": f"torch.optim.adamw.AdamW(weight_decay={optim.weight_decay},betas=({optim.beta1}, {optim.beta2}))",
+        "ss_lr_scheduler": optim.schedule,
+        "ss_lr_warmup_steps": optim.warmup,
+        "ss_max_grad_norm": optim.clip,
+        "ss_min_snr_gamma": recipe.objective.min_snr or None,
+        "ss_prior_loss_weight": recipe.objective.prior_weight,
+        "ss_noise_offset": None,
+        "ss_seed": recipe.seed,
+        "ss_session_id": int(hashlib.sha256(to_json(recipe).encode()).hexdigest()[:8], 16),
+        "ss_training_comment": f"made with personalize {versions()['personalize']}",
+    }
+    return {key: str(value) for key, value in keys.items()}
+
+
+def dataset_keys(recipe: Recipe, base: Base, dataset: Dataset, classes: Dataset | None) -> dict[str, str]:
+    """What kohya's trainer would have written about the pictures: folders, tags, buckets and what is done to captions."""
+    data, places = recipe.data, grid_of(base, recipe)
+    shapes = Counter(places.shape_of(example.size) for example in dataset.examples for _ in range(example.repeats))
+    found = {str(i): {"resolution": list(shape), "count": count} for i, (shape, count) in enumerate(sorted(shapes.items()))}
+    errors = [abs(e.size[0] / e.size[1] - shape[0] / shape[1]) for e in dataset.examples for shape in [places.shape_of(e.size)]]
+    drawn = recipe.objective.prior_images if recipe.objective.prior == "images" else 0
+    keys = {
+        "ss_num_reg_images": len(classes.examples) if classes else drawn,
+        "ss_dataset_dirs": _json(directories(dataset, data.folder)),
+        "ss_reg_dataset_dirs": _json(directories(classes, data.regularization) if classes and data.regularization else {}),
+        "ss_tag_frequency": _json(frequencies(dataset, data.folder)),
+        "ss_enable_bucket": data.buckets,
+        "ss_bucket_no_upscale": not data.upscale,
+        "ss_min_bucket_reso": min(min(shape) for shape in shapes),
+        "ss_max_bucket_reso": max(max(shape) for shape in shapes),
+        "ss_bucket_info": _json({"buckets": found, "mean_img_ar_error": sum(errors) / len(errors)} if data.buckets else None),
+        "ss_flip_aug": data.flip,
+        "ss_random_crop": False,
+        "ss_shuffle_caption": data.caption_shuffle,
+        "ss_keep_tokens": data.keep_tokens,
+        "ss_caption_dropout_rate": data.caption_dropout,
+        "ss_caption_tag_dropout_rate": data.tag_dropout,
+        "ss_caption_prefix": data.caption_prefix or None,
+    }
+    return {key: str(value) for key, value in keys.items()}
+
+
+def directories(dataset: Dataset, root: Path) -> dict[str, dict[str, int]]:
+    """Folders by name, with their repeats and numbers of pictures."""
+    counts = Counter(example.concept for example in dataset.examples)
+    return {_name(one.folder, root): {"n_repeats": one.repeats, "img_count": counts[i]} for i, one in enumerate(dataset.concepts)}
+
+
+def frequencies(dataset: Dataset, root: Path) -> dict[str, Counter[str]]:
+    """How many captions of each folder hold a tag, in lower case as kohya's trainer counts them."""
+    found: dict[str, Counter[str]] = {_name(one.folder, root): Counter() for one in dataset.concepts}
+    for example in dataset.examples:
+        found[_name(dataset.concepts[example.concept].folder, root)].update(tag.lower() for tag in tags(example.caption))
+    return found
+
+
+def _name(folder: str, root: Path) -> str:
+    return folder or root.absolute().name
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+def called(dataset: Dataset) -> list[str]:
+    """How a prompt asks for each concept: its trigger and class."""
+    return list(dict.fromkeys(f"{one.trigger} {one.class_name}".strip() for one in dataset.concepts))
+
+
+def modelspec_keys(recipe: Recipe, base: Base, dataset: Dataset, name: str, sample: Path | None) -> dict[str, str]:
+    """ModelSpec 1.0.1 (https://github.com/Stability-AI/ModelSpec)."""
+    side = recipe.data.resolution or base.resolution
+    words = called(dataset)
+    keys = {
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": architecture(base),
+        "modelspec.implementation": "diffusers",
+        "modelspec.title": name,
+        "modelspec.description": f"LoRA of {' and '.join(words)}, from {len(dataset.examples)} pictures",
+        "modelspec.resolution": f"{side}x{side}",
+        "modelspec.prediction_type": PREDICTION[base.schedule.prediction],
+        "modelspec.trigger_phrase": ", ".join(dataset.triggers),
+        "modelspec.usage_hint": f"write {' or '.join(_json(word) for word in words)} in the prompt",
+    }
+    return keys | ({"modelspec.thumbnail": thumbnail(sample)} if sample else {})
+
+
+def sidecar(recipe: Recipe, base: Base, dataset: Dataset, step: int, weight: float) -> str:
+    """NAME.json, which A1111 and Forge read beside the file: an adapter of `step` steps, and its best strength."""
+    words = ", ".join(called(dataset))
+    said = {
+        "description": f"{words}, trained on {Path(base.name).name}",
+        "sd version": A1111.get(base.family.name, "Unknown"),
+        "activation text": words,
+        "preferred weight": weight,
+        "negative text": "",
+        "notes": f"{len(dataset.examples)} pictures, {step} steps; made with personalize {versions()['personalize']}",
+    }
+    return json.dumps(said, indent=4, ensure_ascii=False) + "\n"
+
+
+def thumbnail(picture: Path, side: int = 256) -> str:
+    """A small JPEG of a picture as a data URL."""
+    with Image.open(picture) as opened:
+        small = opened.convert("RGB")
+    small.thumbnail((side, side))
+    buffer = io.BytesIO()
+    small.save(buffer, "JPEG", quality=90)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def base_version(base: Base) -> str:
+    """Kohya's word for the base's family: `sd_v1`, `sd_v2`, ...; with v-prediction `sd_v1_v` and `sd_v2_v`, but SDXL's own."""
+    velocity = base.family.name in ("sd1", "sd2") and base.schedule.prediction == "v_prediction"
+    return base.family.base_version + ("_v" if velocity else "")
+
+
+def architecture(base: Base) -> str:
+    """ModelSpec's word for the base's family; SD 2 with v-prediction has its own."""
+    velocity = base.family.name == "sd2" and base.schedule.prediction == "v_prediction"
+    return "stable-diffusion-v2-768-v/lora" if velocity else base.family.architecture
+
+
+def versions() -> dict[str, str]:
+    """The versions that decide what a run gives."""
+    from .. import __version__
+
+    return {"personalize": __version__} | {name: version(name) for name in ("torch", "diffusers", "transformers", "peft")}

@@ -1,0 +1,245 @@
+"""Everything that can be known to be wrong before anything expensive is done."""
+
+from __future__ import annotations
+
+import functools
+import json
+import shutil
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..adapters.adapter import Adapter
+from ..data.batches import generator
+from ..data.cache import fingerprint
+from ..data.captions import fill, safe_trigger, without
+from ..data.dataset import Concept, Dataset, Example
+from ..data.folder import read_folder, regularization
+from ..data.latents import grid_of
+from ..errors import OutputError, RecipeError, nearest
+from ..inference import sampling as sample
+from ..models.model import Base, device_of
+from ..models.precision import dtype_of, precision_of
+from ..recipe.fields import Recipe
+from ..recipe.resolve import to_toml
+from ..recipe.settings import flatten
+from ..tuning.targets import fresh as fresh_deltas
+from .events import Finished
+from .rundir import Run, State
+
+# Settings that change nothing about the training itself: a run may go on with other ones.
+HARMLESS = {"preset", "output", "name", "dialect", "checkpoint_every", "folder", "regularization", "device"}
+HARMLESS |= {"choose", "leave_one_out"}
+# How a run fits into memory rounds its results, no more; precision and what is quantized are compared as they came out.
+HARMLESS |= {"precision", "quantize", "memory", "checkpointing", "free_encoders", "tile_vae", "micro_batch", "compile"}
+SAMPLING = {"sample_every", "sample_prompts", "sample_seeds", "sample_steps", "guidance", "sampler"}
+MARGIN = 64 * 2**20  # bytes of disk for everything small
+
+
+@dataclass(frozen=True)
+class Job:
+    """A checked run: its recipe with every default filled in, its base and pictures, and where it stands."""
+
+    recipe: Recipe
+    base: Base  # on the CPU, until the run is placed
+    device: torch.device  # where it is to train
+    dataset: Dataset  # what is trained on
+    held: tuple[Example, ...]  # what is not
+    run: Run
+    about: dict[str, Any]  # what the state must agree with to go on
+    state: State | None  # None: start at the beginning
+    finished: Finished | None  # not None: there is nothing to do
+    regularization: Dataset | None = None  # class images that somebody brought
+
+    @property
+    def side(self) -> int:
+        """Of the pictures, in pixels."""
+        return self.recipe.data.resolution or self.base.resolution
+
+    @functools.cached_property
+    def windows(self) -> int:
+        """Windows of the text encoder that every caption is brought to, so that they fit into one batch."""
+        captions = [*(example.caption for example in (*self.dataset.examples, *self.held)), *self.class_captions]
+        return self.base.windows(captions, shuffled=self.recipe.data.varies)
+
+    @property
+    def folds(self) -> list[Run]:
+        """The runs that leave a picture out, if the recipe wants such."""
+        wanted = min(self.recipe.choosing.leave_one_out, len(self.dataset.examples))
+        return [self.run.fold(number) for number in range(1, wanted + 1)]
+
+    @property
+    def prompts(self) -> list[str]:
+        """The sample prompts, filled in: all of them for the first concept, and the first with a trigger for each other one."""
+        templates = self.recipe.sampling.sample_prompts
+        called = [template for template in templates if "{trigger}" in template][:1]
+        others = [self._filled(template, one) for one in self.dataset.concepts[1:] for template in called]
+        own = [self._filled(template) for template in templates]
+        return [*own, *(prompt for prompt in dict.fromkeys(others) if prompt not in own)]
+
+    @property
+    def class_prompts(self) -> list[str]:
+        """The prompts that tell how the class, or each of several, is without the trigger, filled in."""
+        concepts, templates = self.dataset.concepts, self.recipe.objective.prior_prompts
+        fitting = [(text, one) for one in concepts for text in templates if one.class_name or "{class}" not in text]
+        return list(dict.fromkeys(self._filled(text, one) for text, one in fitting))
+
+    @property
+    def class_captions(self) -> list[str]:
+        """The pictures' captions without the triggers, then the class prompts: what prior 'output' holds."""
+        triggers = self.dataset.triggers
+        return [*(without(triggers, example.caption)[0] for example in self.dataset.examples), *self.class_prompts]
+
+    def parameters(self, prompt: str, seed: int) -> sample.Parameters:
+        """What a sample picture carries in its file."""
+        size = (self.side, self.side)
+        return sample.settings_of(self.base, prompt=prompt, seed=seed, size=size, **self.recipe.sampling.how)
+
+    def _filled(self, template: str, concept: Concept | None = None) -> str:
+        """Filled in for a concept, by default the first."""
+        concept = concept or self.dataset.concepts[0]
+        return fill(template, concept.trigger, concept.class_name)
+
+
+def check(recipe: Recipe, *, fresh: bool = False, base: Base | None = None) -> Job:
+    """Check a recipe against the world: pictures, base, targets, prompts, dialect, what the output holds, disk.
+
+    Raises PersonalizeError for the first thing that is wrong. Changes nothing but for making the run folder. `base` is the one
+    that the recipe names, if it was loaded before.
+    """
+    whole = read_folder(recipe.data)
+    recipe = settled(recipe, whole)
+    dataset, held = split(whole, recipe)
+    assert recipe.output and recipe.name
+    if recipe.output.suffix == ".safetensors":
+        raise RecipeError(f"--output is the run's folder, and {recipe.output} a file's name", "name the adapter with --name")
+    device = torch.device(device_of(recipe.device))
+    precision = precision_of(recipe.fitting, device)
+    base = base or Base.of(recipe, "cpu", dtype_of(precision))
+    sample.make_sampler(base, recipe.sampling.sample_steps, recipe.sampling.sampler)
+    sample.latent_shape(base, recipe.data.resolution or None)
+    grid_of(base, recipe)
+    brought = class_folder(recipe)
+    run = Run(recipe.output, recipe.name)
+    about = {
+        "settings": compared(recipe) | held_as(recipe, precision),
+        "pictures": [identity(e) for e in (*dataset.examples, *(brought.examples if brought else ()))],
+        "weights": weights(base),
+    }
+    state = None if fresh else run.load_state()
+    if state:
+        check_same(run, state.about, about)
+    finished = run.finished() if state and state.done == recipe.steps and run.recipe_text() == to_toml(recipe) else None
+    job = Job(recipe, base, device, dataset, held, run, about, state, finished, brought)
+    if not finished:
+        rehearse(job)
+    return job
+
+
+def class_folder(recipe: Recipe) -> Dataset | None:
+    """The class images that somebody brought, if any."""
+    if recipe.data.regularization is None:
+        return None
+    return regularization(recipe.data.regularization, recipe.objective.prior_prompts[0], recipe.data.class_name)
+
+
+def identity(example: Example) -> list[str | int]:
+    """What must stay as it is about a picture for a run to go on."""
+    return [example.sha256, example.caption, example.repeats, example.mask_sha256]
+
+
+def settled(recipe: Recipe, dataset: Dataset) -> Recipe:
+    """The recipe with those defaults filled in that depend on the pictures: trigger, class, name, output, which are held back."""
+    name = recipe.name or safe_trigger(dataset.trigger)
+    data = recipe.data.model_copy(update={"trigger": dataset.trigger, "class_name": dataset.concepts[0].class_name})
+    choosing = recipe.choosing.model_copy(update={"holdout": tuple(kept_back(recipe, dataset))})
+    told = {"data": data, "name": name, "output": recipe.output or Path("runs") / name, "choosing": choosing}
+    return recipe.model_copy(update=told)
+
+
+def kept_back(recipe: Recipe, dataset: Dataset) -> list[str]:
+    """Names of the pictures that are held back; a number draws so many. Raises RecipeError for a name that is none."""
+    names, asked = names_of(recipe, dataset), recipe.choosing.holdout
+    if len(asked) == 1 and asked[0].isdecimal() and asked[0] not in names:
+        order = torch.randperm(len(names), generator=generator(recipe.seed, "holdout")).tolist()
+        asked = tuple(names[i] for i in sorted(order[: int(asked[0])]))
+    for name in asked:
+        if name not in names:
+            raise RecipeError(f"--holdout: there is no picture {name} in {recipe.data.folder}", nearest(name, names))
+    if len(set(asked)) == len(names) or (recipe.choosing.leave_one_out and len(names) == 1):
+        raise RecipeError(f"nothing is left to train on: there are {len(names)} pictures", "hold fewer back")
+    return list(asked)
+
+
+def names_of(recipe: Recipe, dataset: Dataset) -> list[str]:
+    """The pictures' names below the folder."""
+    return [example.path.relative_to(recipe.data.folder).as_posix() for example in dataset.examples]
+
+
+def split(dataset: Dataset, recipe: Recipe) -> tuple[Dataset, tuple[Example, ...]]:
+    """What is trained on, and what is held back."""
+    pairs = list(zip(names_of(recipe, dataset), dataset.examples, strict=True))
+    kept = tuple(example for name, example in pairs if name not in recipe.choosing.holdout)
+    return replace(dataset, examples=kept), tuple(example for name, example in pairs if name in recipe.choosing.holdout)
+
+
+def parts(recipe: Recipe, base: Base) -> tuple[str, ...]:
+    """The parts of the base that the recipe trains: those with a learning rate."""
+    texts = [text.part for text in base.texts] if recipe.optim.text_encoder_lr else []
+    return (*(["unet"] if recipe.optim.lr else []), *texts)
+
+
+def compared(recipe: Recipe) -> dict[str, Any]:
+    """The settings that must not change when a run goes on. Class images depend on how pictures are sampled."""
+    free = HARMLESS | (SAMPLING if recipe.objective.prior != "images" else set())
+    return {name: value for name, value in flatten(recipe).items() if name not in free}
+
+
+def held_as(recipe: Recipe, precision: str) -> dict[str, Any]:
+    """In what the base is held, where the recipe decides it."""
+    return {"precision": precision, "quantize": recipe.fitting.quantize}
+
+
+def weights(base: Base) -> str:
+    """sha256 over the weights of everything that an adapter is trained through, as they were when it was first asked for."""
+    kept: dict[str, Any] = vars(base)
+    if "weights" not in kept:
+        named = {f"{part}.{name}": p for part, model in base.parts.items() for name, p in model.state_dict().items()}
+        kept["weights"] = fingerprint(named)
+    return str(kept["weights"])
+
+
+def check_same(run: Run, before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raise RecipeError, naming the differences, if a state belongs to another run than the one that is asked for."""
+    old, new = before["settings"], now["settings"]
+    changed = [
+        f"--{n.replace('_', '-')} was {old.get(n)}, now {new.get(n)}" for n in sorted({*old, *new}) if old.get(n) != new.get(n)
+    ]
+    changed += ["the pictures or captions changed"] if before["pictures"] != now["pictures"] else []
+    changed += ["the weights of the base changed"] if before["weights"] != now["weights"] else []
+    if changed:
+        what = f"{run.folder} holds a run that cannot go on like this: {'; '.join(changed[:5])}"
+        raise RecipeError(what, "start over with --fresh, choose another --output, or set it back")
+
+
+def rehearse(job: Job) -> None:
+    """Save the adapter as it will be, still empty, read it back and remove it: targets, dialect, output and disk are sound."""
+    deltas = fresh_deltas(job.base, job.recipe.adapter, parts(job.recipe, job.base), job.recipe.seed)
+    job.run.make()
+    path = job.run.folder / ".rehearsal.safetensors"
+    Adapter(deltas).save(path, job.recipe.dialect)
+    size, free = path.stat().st_size, shutil.disk_usage(job.run.folder).free
+    path.unlink()
+    saves = 2 + (job.recipe.steps // job.recipe.checkpoint_every if job.recipe.checkpoint_every else 0)
+    need = size * (saves + 6) + MARGIN  # the state is three adapters, and a new one is written before the old one goes
+    if free < need:
+        what = f"{job.run.folder} has {free / 2**20:.0f} MiB free and the run needs about {need / 2**20:.0f} MiB"
+        raise OutputError(what, "free some space, choose another --output, or a larger --checkpoint-every")
+
+
+def is_drawn(path: Path, parameters: sample.Parameters) -> bool:
+    """Whether a picture is there that was drawn with just these parameters."""
+    wanted = json.loads(json.dumps(asdict(parameters)))  # tuples become lists
+    return path.is_file() and wanted == {key: sample.read_parameters(path).get(key) for key in wanted}

@@ -1,0 +1,193 @@
+"""The run folder: what lies where, the diary of events, and the state that a run goes on from.
+
+NAME.safetensors, .png, .json     the adapter, its preview, its sidecar for UIs
+checkpoints/NAME-000050...        adapters on the way and the last;  checkpoints/state.safetensors: what the run goes on from
+folds/01/                         runs that left a picture out
+samples/000050-p0-s0.png          pictures by step, prompt and seed; those of step 0 are the base's own
+samples/sweep-p0-s0-0.50.png      pictures by strength of the finished adapter
+class_images/                     drawn by the base, for prior preservation
+recipe.toml, events.jsonl, report.html
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from ..errors import OutputError
+from ..io import atomic, write_text
+from .events import Event, Finished, event_record
+
+OURS = ("checkpoints", "samples", "class_images", "folds", "events.jsonl", "recipe.toml", "metrics.json", "report.html")
+
+
+@dataclass(frozen=True)
+class State:
+    """Where a run stands after `done` steps: everything that its remaining steps depend on."""
+
+    done: int
+    about: dict[str, Any]  # the recipe's settings and the pictures, to tell whether the run may go on
+    tensors: dict[str, Tensor]
+    more: dict[str, Any] = field(default_factory=dict)  # how the run fits into memory, and which steps failed
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder. Paths in events are relative to it."""
+
+    folder: Path
+    name: str
+
+    @property
+    def adapter(self) -> Path:
+        return self.folder / f"{self.name}.safetensors"
+
+    @property
+    def events(self) -> Path:
+        return self.folder / "events.jsonl"
+
+    @property
+    def state(self) -> Path:
+        return self.folder / "checkpoints" / "state.safetensors"
+
+    @property
+    def class_images(self) -> Path:
+        return self.folder / "class_images"
+
+    def checkpoint(self, step: int) -> Path:
+        return self.folder / "checkpoints" / f"{self.name}-{step:06}.safetensors"
+
+    def checkpoints(self) -> dict[int, Path]:
+        """The checkpoints that are there, by step."""
+        pattern = re.compile(rf"{re.escape(self.name)}-(\d{{6,}})\.safetensors")
+        found = [(match, path) for path in (self.folder / "checkpoints").glob("*") if (match := pattern.fullmatch(path.name))]
+        return {int(match[1]): path for match, path in sorted(found, key=lambda pair: int(pair[0][1]))}
+
+    def fold(self, number: int) -> Run:
+        """The run that leaves a picture out."""
+        return Run(self.folder / "folds" / f"{number:02}", self.name)
+
+    def scores(self) -> dict[int, float]:
+        """What the diary tells of each checkpoint's validation."""
+        return {r["step"]: r["validation"] for r in self.history() if r["event"] == "scored" and r["strength"] == 1}
+
+    def sample(self, step: int, prompt: int, seed: int) -> Path:
+        return self.folder / "samples" / f"{step:06}-p{prompt}-s{seed}.png"
+
+    def sweep(self, strength: float, prompt: int, seed: int) -> Path:
+        return self.folder / "samples" / f"sweep-p{prompt}-s{seed}-{strength:.2f}.png"
+
+    def relative(self, path: Path) -> str:
+        return path.relative_to(self.folder).as_posix()
+
+    def make(self) -> None:
+        """Make the folder. Raises OutputError where that is not possible."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise refused(self.folder, error) from error
+
+    def record(self, event: Event) -> Event:
+        """Append an event to the diary, and pass it on."""
+        self._append(event_record(event))
+        return event
+
+    def note(self, kind: str, **about: Any) -> None:
+        """Write into the diary what is not an event of `train`: how a run ended that did not finish."""
+        self._append({"event": kind, **about})
+
+    def _append(self, record: Mapping[str, Any]) -> None:
+        try:
+            with self.events.open("a", encoding="utf-8") as diary:
+                diary.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
+        except OSError as error:
+            raise refused(self.events, error) from error
+
+    def history(self) -> list[dict[str, Any]]:
+        """The diary's records, oldest first, without a last line that was cut short."""
+        if not self.events.is_file():
+            return []
+        records = []
+        for line in self.events.read_text(encoding="utf-8").splitlines():
+            try:
+                records.append(json.loads(line))
+            except ValueError:  # killed in the middle of writing it
+                break
+        return records
+
+    def recipe_text(self) -> str:
+        """The recipe.toml that is there; empty if there is none."""
+        path = self.folder / "recipe.toml"
+        return path.read_text(encoding="utf-8") if path.is_file() else ""
+
+    def open(self, recipe: str, done: int) -> float:
+        """Begin, or go on after `done` steps, with `recipe` as the new recipe.toml; returns the seconds of the steps so far."""
+        for path in self.folder.rglob(".*.tmp"):  # left behind by a killed run
+            path.unlink(missing_ok=True)
+        if done:
+            self.rewind(done)
+        else:
+            write_text(self.events, "")
+        write_text(self.folder / "recipe.toml", recipe)
+        return float(sum(record["seconds"] for record in self.history() if record["event"] == "step"))
+
+    def rewind(self, done: int) -> None:
+        """Forget what the diary says about anything after step `done`: its pictures, files and scores are made anew."""
+        history = self.history()
+        reached = max((i for i, r in enumerate(history) if r["event"] == "step" and r["step"] <= done), default=-1)
+        kept = [record for i, record in enumerate(history) if is_settled(record, i <= reached)]
+        write_text(self.events, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept))
+
+    def finished(self) -> Finished | None:
+        """How the run ended, if it did and its adapter is still there."""
+        last = (self.history() or [{}])[-1]
+        if last.pop("event", "") != "finished" or not self.adapter.is_file():
+            return None
+        return Finished(**last | {"again": True})
+
+    def save_state(self, state: State) -> None:
+        """Write the state as ONE file, so that its tensors and its step can never disagree."""
+        header = {"done": str(state.done), "about": json.dumps(state.about, ensure_ascii=False, sort_keys=True)}
+        header["more"] = json.dumps(state.more, sort_keys=True)
+        with atomic(self.state) as temporary:
+            temporary.write_bytes(save(state.tensors, header))  # not save_file: a full disk must be an OSError
+
+    def load_state(self) -> State | None:
+        """The state that the run goes on from, if there is one. Raises OutputError for a damaged one."""
+        if not self.state.is_file():
+            return None
+        try:
+            with safe_open(self.state, "pt") as file:
+                header = file.metadata()
+                about, more = json.loads(header["about"]), json.loads(header.get("more", "{}"))
+                return State(int(header["done"]), about, {key: file.get_tensor(key) for key in file.keys()}, more)  # noqa: SIM118
+        except (SafetensorError, KeyError, ValueError, TypeError, OSError) as error:
+            raise OutputError(f"cannot go on from {self.state}: {error}", "start over with --fresh") from error
+
+    def clear(self) -> None:
+        """Remove what an earlier run left here, and nothing else. Its adapter stays until a new one takes its place."""
+        try:
+            for path in [self.folder / name for name in OURS]:
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        except OSError as error:
+            raise refused(self.folder, error) from error
+
+
+def is_settled(record: Mapping[str, Any], before: bool) -> bool:
+    """Whether a record stays true when a run goes on: starts and lowered rungs, and the steps, pictures and files of `before`."""
+    kept = ("step", "sample", "saved", "warned")
+    return record["event"] in ("started", "steppeddown") or (before and record["event"] in kept)
+
+
+def refused(path: Path, error: OSError) -> OutputError:
+    """The disk said no."""
+    return OutputError(f"cannot write {path}: {error.strerror or error}", "free some space or choose another --output")

@@ -1,0 +1,108 @@
+"""Which layers of a base carry an adapter, by names and patterns, and how a new one starts there."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor, nn
+
+from ..adapters.delta import LowRank
+from ..errors import RecipeError, nearest
+from ..families.configs import canonical
+from ..models.model import Base
+from ..recipe.fields import AdapterSpec
+
+# Kohya's choice of layers; conv_in, conv_out and the time embedding are left out, UIs stumble over them (only a glob finds them).
+TARGETS = {
+    "unet": {
+        "attention": r".*\.attn[12]\.to_(q|k|v|out\.0)",
+        "self-attention": r".*\.attn1\.to_(q|k|v|out\.0)",
+        "cross-attention": r".*\.attn2\.to_(q|k|v|out\.0)",
+        "feedforward": r".*\.ff\.net\.(0\.proj|2)",
+        "projection": r".*\.attentions\.\d+\.proj_(in|out)",
+        "conv": r".*\.(resnets\.\d+\.(conv1|conv2|conv_shortcut|time_emb_proj)|(down|up)samplers\.0\.conv)",
+    },
+    "text_encoder": {
+        "attention": r".*\.self_attn\.(q|k|v|out)_proj",
+        "feedforward": r".*\.mlp\.fc[12]",
+    },
+}
+
+
+def fresh(base: Base, spec: AdapterSpec, parts: Sequence[str], seed: int) -> dict[str, LowRank]:
+    """New LowRanks for what a spec targets: path -> identity. The text encoder keeps the UNet's alpha-to-rank ratio."""
+    generator = torch.Generator().manual_seed(seed)
+    deltas = {}
+    for part in parts:
+        rank, names = (spec.rank, spec.targets) if part == "unet" else (spec.text_rank, spec.text_targets)
+        for path, module in select(base, part, names).items():
+            deltas[path] = identity(module, rank, rank * spec.alpha / spec.rank, generator)
+    return deltas
+
+
+def identity(module: nn.Module, rank: int, alpha: float, generator: torch.Generator) -> LowRank:
+    """A LowRank for `module` with dW = 0: down ~ U(-1/sqrt(fan_in), 1/sqrt(fan_in)), which is peft's and kohya's; up = 0."""
+    out, *fan_in = weight_of(module).shape
+    bound = 1 / math.sqrt(math.prod(fan_in))
+    down = torch.empty(rank, *fan_in).uniform_(-bound, bound, generator=generator)
+    return LowRank(torch.zeros(out, rank, *[1] * (len(fan_in) - 1)), down, alpha)
+
+
+def select(base: Base, part: str, targets: Sequence[str]) -> dict[str, nn.Module]:
+    """The modules of a part that any target names, in the model's order. Raises RecipeError for one that matches nothing."""
+    modules = {path: module for path, module in adaptable(base).items() if path.startswith(f"{part}.")}
+    chosen: set[str] = set()
+    for target in targets:
+        found = {path for path in modules if matches(part, target, path)}
+        if not found:
+            raise RecipeError(
+                f"no layer of the {part} of {base.name} matches the target {target!r}", hint_for(part, target, modules)
+            )
+        chosen |= found
+    return {path: module for path, module in modules.items() if path in chosen}
+
+
+def matches(part: str, target: str, path: str) -> bool:
+    """Whether a target, a name of TARGETS or a glob over module paths (with or without the part's name), names a path."""
+    if pattern := TARGETS[kind_of(part)].get(target):
+        return re.fullmatch(pattern, path) is not None
+    return fnmatchcase(path, target) or fnmatchcase(path.removeprefix(f"{part}."), target)
+
+
+def kind_of(part: str) -> str:
+    """`unet`, or `text_encoder` for both of SDXL's."""
+    return part.removesuffix("_2")
+
+
+def hint_for(part: str, target: str, paths: Iterable[str]) -> str:
+    """The nearest thing to a target that matched nothing."""
+    if not re.search(r"[.*?\[]", target):
+        return nearest(target, TARGETS[kind_of(part)])
+    literal = target.replace("*", "")
+
+    def found(path: str) -> int:
+        return sum(block.size for block in difflib.SequenceMatcher(None, literal, path, autojunk=False).get_matching_blocks())
+
+    return f"the nearest layer is {max(paths, key=found)}"
+
+
+def adaptable(base: Base) -> dict[str, nn.Module]:
+    """Every layer that can carry an adapter: canonical path -> Linear or (ungrouped) Conv2d."""
+    return {
+        canonical(part, path): module
+        for part, model in base.parts.items()
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1)
+    }
+
+
+def weight_of(module: nn.Module) -> Tensor:
+    """The weight of a linear or convolution layer."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight

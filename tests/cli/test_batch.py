@@ -1,0 +1,88 @@
+"""`personalize batch`: many folders, an adapter for each, whatever is wrong with some of them."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from personalize.adapters.describe import describe
+from personalize.cli import run
+from personalize.recipe.resolve import from_json
+
+
+@pytest.fixture
+def photos(pictures: Path, tmp_path: Path) -> Path:
+    """Three folders of pictures, one of them with settings of its own, and one without a picture that can be read."""
+    for name in ("rex", "tom", "vase"):
+        shutil.copytree(pictures, tmp_path / "photos" / name)
+    (tmp_path / "photos" / "vase" / "personalize.toml").write_text('class = "vase"\ntrigger = "vzx"\nlr = 2e-3\n')
+    (tmp_path / "photos" / "broken").mkdir()
+    (tmp_path / "photos" / "broken" / "a.png").write_bytes(b"no picture")
+    (tmp_path / "photos" / "empty").mkdir()
+    return tmp_path / "photos"
+
+
+def command(photos: Path, tiny_base: Path, *more: str) -> list[str]:
+    small = ["--steps", "2", "--batch-size", "1", "--rank", "2", "--sample-prompts", "{trigger}", "--sample-steps", "1"]
+    where = ["--base", str(tiny_base), "--output", str(photos.parent / "runs"), "--preset", "pocket-subject", "--choose", "none"]
+    return ["batch", str(photos), "--class", "dog", *where, *small, *more]
+
+
+def test_every_folder_gets_its_adapter_and_the_broken_one_is_told(
+    photos: Path, tiny_base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(command(photos, tiny_base)) == 2
+    told, runs = capsys.readouterr().out, photos.parent / "runs"
+    assert "broken: failed: none of the 1 pictures" in told and "3 of 4 adapters are there; 1 failed: broken" in told
+    for name, trigger, class_name in (("rex", "rex", "dog"), ("tom", "tom", "dog"), ("vase", "vzx", "vase")):
+        recipe = from_json(describe(runs / name / f"{trigger}.safetensors").metadata["personalize.recipe"])
+        assert (recipe.data.trigger, recipe.data.class_name, recipe.steps) == (trigger, class_name, 2)
+        assert recipe.optim.lr == (2e-3 if name == "vase" else 4e-3)  # the folder's own, and the preset's
+        assert (runs / name / "report.html").is_file()
+    with Image.open(runs / "batch.png") as sheet:
+        assert sheet.height > 3 * 128  # a row for each
+    shutil.rmtree(photos / "broken")
+    assert run(command(photos, tiny_base)) == 0
+    assert capsys.readouterr().out.count("done before") == 3
+
+
+def test_a_dry_run_says_what_would_be_trained(photos: Path, tiny_base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(command(photos, tiny_base, "--dry-run")) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" => ")[0] for line in lines] == [str(photos / name) for name in ("broken", "rex", "tom", "vase")]
+    assert "class vase" in lines[-1] and not (photos.parent / "runs").exists()
+
+
+def test_a_folder_of_pictures_is_one_of_them(photos: Path, tiny_base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = command(photos, tiny_base, "--dry-run")
+    assert run([*words[:1], str(photos / "rex"), f"{photos}/rex/", *words[2:]]) == 0  # named twice
+    assert len(capsys.readouterr().out.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("toml", "told"),
+    [("rank = = 3", "vase: preset {file} is not TOML"), ("rnak = 3", "rnak"), ("folder = 'x'", "vase: the folder of pictures")],
+)
+def test_wrong_settings_of_a_folder_are_told_and_the_others_go_on(
+    photos: Path, tiny_base: Path, capsys: pytest.CaptureFixture[str], toml: str, told: str
+) -> None:
+    file = photos / "vase" / "personalize.toml"
+    file.write_text(toml)
+    assert run(command(photos, tiny_base, "--dry-run")) == 2
+    out, err = capsys.readouterr()
+    assert told.format(file=file) in err and len(out.splitlines()) == 3
+
+
+def test_what_is_wrong_for_all_is_told_once(photos: Path, tiny_base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([*command(photos, tiny_base), "--preset", "nope"]) == 2
+    assert capsys.readouterr().err.count("unknown preset 'nope'") == 1
+
+
+def test_nothing_to_train_is_an_error(photos: Path, tiny_base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = command(photos, tiny_base)
+    for folder, told in ((photos / "empty", "there are no pictures in"), (photos / "nowhere", "there is no folder")):
+        assert run([*words[:1], str(folder), *words[2:]]) == 2
+        assert told in capsys.readouterr().err

@@ -1,0 +1,417 @@
+"""Pictures with adapters: each prompt its own stack, equal to baking, schedules step by step, and nothing left behind."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from personalize.adapters.adapter import Adapter
+from personalize.adapters.delta import Decomposed, Dense, LowRank, Structured
+from personalize.adapters.ops.checkpoints import bake
+from personalize.adapters.strengths.grammar import read
+from personalize.errors import AdapterError, PersonalizeError, RecipeError
+from personalize.inference import img2img as beginning
+from personalize.inference import sampling as sample
+from personalize.inference.pipeline import Job, draw, drawn
+from personalize.models.model import Base
+from personalize.tuning.attach import attach
+from personalize.tuning.targets import adaptable
+
+STEPS = 4
+NORM, BIAS = "unet.conv_norm_out", "unet.mid_block.attentions.0.proj_in.bias"
+
+
+@pytest.fixture(scope="module")
+def base(tiny_base: Path) -> Base:
+    return Base.load(tiny_base)
+
+
+def adapter_of(base: Base, seed: int, rank: int = 2, every: int = 3) -> Adapter:
+    """LoRA on every third layer, a full update of one, and updates of a norm and a bias."""
+    generator = torch.Generator().manual_seed(seed)
+    deltas: dict[str, Any] = {}
+    for path, module in list(adaptable(base).items())[seed % every :: every]:
+        out, *fan_in = module.weight.shape  # type: ignore[union-attr, misc]
+        up = torch.randn(out, rank, *[1] * (len(fan_in) - 1), generator=generator)
+        deltas[path] = LowRank(up, 0.03 * torch.randn(rank, *fan_in, generator=generator), 1.5)
+    deltas["unet.mid_block.attentions.0.proj_in"] = Dense(0.02 * torch.randn(192, 192, 1, 1, generator=generator))
+    deltas[NORM] = Dense(0.3 * torch.randn(96, generator=generator))
+    deltas[BIAS] = Dense(0.3 * torch.randn(192, generator=generator))
+    return Adapter(deltas, {"ss_output_name": f"a{seed}"})
+
+
+@pytest.fixture(scope="module")
+def shelf(base: Base) -> dict[str, Adapter]:
+    return {"rex": adapter_of(base, 0), "ink": adapter_of(base, 1, rank=3)}
+
+
+def latents(base: Base, stack: Any = (), steps: int = STEPS, **how: Any) -> Tensor:
+    """[1, c, h, w] in fp32, with a stack attached."""
+    prompts = ["a zwx cat"]
+    options = {"steps": steps, "guidance": 3.0, "negative": "fog"} | how
+    seeds, shape = [0], sample.latent_shape(base, None)
+    if not stack:
+        return sample.diffuse(base, prompts, seeds, shape, **options)
+    with attach(base, stack):
+        return sample.diffuse(base, prompts, seeds, shape, **options)
+
+
+def apart(a: Tensor, b: Tensor) -> float:
+    return float((a - b).abs().max())
+
+
+def everything(base: Base) -> dict[str, Any]:
+    """All that a call could leave behind in a base: modules, hooks, parameters and buffers to the bit, and where they lie."""
+    kept: dict[str, Any] = {"rng": torch.get_rng_state().tolist()}
+    for part, model in {**base.parts, "vae": base.vae}.items():
+        for name, module in model.named_modules():
+            hooks = [len(value) for key, value in vars(module).items() if key.endswith("hooks") and value is not None]
+            kept[f"{part}.{name}"] = (type(module), module.training, sorted(vars(module)), hooks)
+        for name, value in [*model.named_parameters(), *model.named_buffers()]:
+            kept[f"{part}:{name}"] = (value.data_ptr(), value.requires_grad, value.detach().numpy().tobytes())
+    return kept
+
+
+# ---------------------------------------------------------------- equal to baking
+
+
+@pytest.mark.parametrize("typed", ["0.8:0.3", "-0.5:lbw=BASE+MID+OUT00", "1:*attn2*=0.25:unet.conv_*=2", "0.6@0:stop=1"])
+def test_pictures_are_those_of_the_baked_checkpoint(base: Base, shelf: dict[str, Adapter], typed: str, tmp_path: Path) -> None:
+    first, second = read(typed.split(":")), read(["0.4"])
+    seen = latents(base, [(shelf["rex"], first), (shelf["ink"], second)])
+    fixed = [(shelf["rex"].weighted(first.at(0, 1)), 1.0), (shelf["ink"].weighted(second), 1.0)]
+    bake(base.path, fixed, tmp_path / "baked")
+    baked = Base.load(tmp_path / "baked")
+    assert apart(seen, latents(baked)) < 1e-4 < 0.05 < apart(seen, latents(base))
+    job = Job("a zwx cat", 0, steps=STEPS)
+    tags = replace(job, uses=(("rex", first), ("ink", second)))  # type: ignore[arg-type]
+    one, two = (np.asarray(next(drawn(where, [what], shelf)), dtype=int) for where, what in ((base, tags), (baked, job)))
+    assert abs(one - two).max() <= 1
+
+
+# ---------------------------------------------------------------- schedules
+
+
+def by_hand(base: Base, strengths: list[list[tuple[Adapter, Any]]]) -> Tensor:
+    """The sampler's loop written out, with another stack attached at every step."""
+    sampler = sample.make_sampler(base, len(strengths))
+    noise = [torch.randn(sample.latent_shape(base, None), generator=torch.Generator().manual_seed(0))]
+    now = torch.stack(noise) * sampler.init_noise_sigma
+    with torch.no_grad():
+        for stack, t in zip(strengths, sampler.timesteps, strict=True):
+            with attach(base, stack):
+                cond = sample.conditioning(base, ["a zwx cat"], "fog", 3.0)
+                now = sampler.step(sample.predict(base, now, t, cond, 3.0), t, now).prev_sample
+    return now
+
+
+@pytest.mark.parametrize(
+    ("typed", "levels"),
+    [
+        ("1:stop=0.5", [(1, 1), (1, 1), (0, 0), (0, 0)]),
+        ("0.8:start=2", [(0, 0), (0, 0), (0.8, 0.8), (0.8, 0.8)]),
+        ("1@0,0@1", [(1, 1), (2 / 3, 2 / 3), (1 / 3, 1 / 3), (0, 0)]),
+        ("unet=0@0,1@3:te=0.5", [(0, 0.5), (1 / 3, 0.5), (2 / 3, 0.5), (1, 0.5)]),
+        ("unet=0.5:te=1@0,-1@2", [(0.5, 1), (0.5, 0), (0.5, -1), (0.5, -1)]),
+    ],
+)
+def test_a_schedule_is_another_strength_at_every_step(
+    base: Base, shelf: dict[str, Adapter], typed: str, levels: list[tuple[float, float]]
+) -> None:
+    wanted = by_hand(base, [[(shelf["rex"], {"unet": unet, "text_encoder": te}), (shelf["ink"], 0.4)] for unet, te in levels])
+    seen = latents(base, [(shelf["rex"], typed), (shelf["ink"], 0.4)])
+    assert apart(seen, wanted) < 1e-4
+    assert apart(seen, latents(base, [(shelf["rex"], 1.0), (shelf["ink"], 0.4)])) > 0.02
+
+
+def test_two_schedules_at_once(base: Base, shelf: dict[str, Adapter]) -> None:
+    seen = latents(base, [(shelf["rex"], "1:stop=2"), (shelf["ink"], "1:start=2")])
+    assert apart(seen, by_hand(base, [[(shelf["rex"], 1.0)]] * 2 + [[(shelf["ink"], 1.0)]] * 2)) < 1e-4
+
+
+def test_prompts_are_read_anew_only_where_the_text_encoder_changes(
+    base: Base, shelf: dict[str, Adapter], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, embed = [], Base.embed
+    monkeypatch.setattr(Base, "embed", lambda self, prompts, **how: read.append(prompts) or embed(self, prompts, **how))
+    counts = {}
+    for name, adapter, typed in [
+        ("all", shelf["rex"], "0@0,1@1"),
+        ("text at rest", shelf["rex"], "unet=0@0,1@1:te=1"),
+        ("no text", shelf["rex"].part("unet"), "0@0,1@1"),
+        ("one turn", shelf["rex"], "1:stop=2"),
+    ]:
+        latents(base, [(adapter, typed)], guidance=1)
+        counts[name] = len(read)
+        read.clear()
+    assert counts == {"all": STEPS, "text at rest": 1, "no text": 1, "one turn": 2}
+
+
+def test_a_schedule_that_stays_is_the_constant(base: Base, shelf: dict[str, Adapter]) -> None:
+    constant = latents(base, [(shelf["rex"], 0.7)])
+    for typed in ("0.7@0,0.7@1", "0.7:start=0:stop=1", "0.7@0:stop=99"):
+        assert apart(latents(base, [(shelf["rex"], typed)]), constant) < 1e-5
+    assert torch.equal(latents(base, [(shelf["rex"], "0@0,0@1")]), latents(base))
+
+
+def test_steps_are_steps_where_the_sampler_asks_twice_for_each(base: Base, shelf: dict[str, Adapter]) -> None:
+    """Heun's method calls the model 2 n - 1 times: a schedule counts n steps."""
+    heun = replace(base, scheduler_config={**base.scheduler_config, "_class_name": "HeunDiscreteScheduler"})
+    turns: list[tuple[int, int]] = []
+    with attach(heun, shelf["rex"]) as attached:
+        attached.turn = lambda step, steps: turns.append((step, steps)) or set()  # type: ignore[method-assign, func-returns-value]
+        latents(heun)
+    assert turns == [*((step, STEPS) for step in (0, 0, 1, 1, 2, 2, 3)), (0, 1)]
+
+
+# ---------------------------------------------------------------- tags, batches
+
+
+def test_every_prompt_gets_its_own_stack(base: Base, shelf: dict[str, Adapter]) -> None:
+    prompts = ["a <lora:rex:0.5> cat", "a cat", "a cat <lora:ink:1><lora:REX:0.5>", "a <lora:rex:0.5> cat"]
+    seen = draw(base, prompts, [0, 0, 0, 1], adapters=shelf, steps=2)
+    stacks: list[list[tuple[Adapter, float]]] = [[(shelf["rex"], 0.5)], [], [(shelf["ink"], 1), (shelf["rex"], 0.5)]]
+    for picture, stack in zip(seen, stacks, strict=False):
+        with attach(base, stack):
+            (alone,) = draw(base, ["a cat"], [0], steps=2)
+        assert abs(np.asarray(picture, dtype=int) - np.asarray(alone, dtype=int)).max() <= 1
+    assert len({picture.tobytes() for picture in seen}) == 4
+
+
+def test_names_that_are_not_there_are_told_before_anything_is_drawn(base: Base, shelf: dict[str, Adapter]) -> None:
+    with pytest.raises(RecipeError, match=r"no adapter is called 'rexx' \(did you mean rex\?\)"):
+        draw(base, ["a <lora:rexx:1> cat"], [0], adapters=shelf)
+    with pytest.raises(RecipeError, match="no adapter is called 'rex'"):
+        draw(base, ["a <lora:rex:1> cat"], [0])
+    with pytest.warns(UserWarning, match="no prompt says <lora:ink:1>"):
+        draw(base, ["a <lora:rex:1> cat"], [0], adapters=shelf, steps=1)
+
+
+def test_attached_adapters_and_tags_do_not_mix(base: Base, shelf: dict[str, Adapter]) -> None:
+    with attach(base, shelf["rex"]), pytest.raises(AdapterError, match="already carries an adapter"):
+        draw(base, ["a <lora:rex:1> cat"], [0], adapters={"rex": shelf["rex"]}, steps=1)
+
+
+# ---------------------------------------------------------------- nothing leaks
+
+
+def test_a_call_leaves_nothing_behind(base: Base, shelf: dict[str, Adapter]) -> None:
+    before = everything(base)
+    prompts = ["a <lora:rex:1@0,0@1:te=1@0,0@1> cat", "a cat", "a <lora:ink:1:stop=1> cat"]
+    draw(base, prompts, [0, 1, 2], adapters=shelf, steps=2)
+    assert everything(base) == before
+
+
+def test_even_the_sign_of_a_zero_is_kept(base: Base) -> None:
+    bias = base.unet.mid_block.attentions[0].proj_in.bias
+    kept = bias.detach().clone()
+    bias.data.fill_(-0.0)
+    with attach(base, Adapter({BIAS: Dense(torch.ones(192))})) as attached, attached.off():
+        pass
+    assert bool(bias.signbit().all())
+    bias.data.copy_(kept)
+
+
+def test_nothing_is_attached_while_a_picture_is_handed_over(base: Base, shelf: dict[str, Adapter]) -> None:
+    before = everything(base)
+    jobs = [Job("a cat", seed, (("rex", read(["1", "stop=0.5"])),), steps=2) for seed in range(3)]  # type: ignore[arg-type]
+    pictures = drawn(base, jobs, shelf, batch_size=1)
+    next(pictures)
+    assert everything(base) == before
+    pictures.close()
+    assert everything(base) == before
+
+
+@pytest.mark.parametrize("failing", ["unet", "text_encoder", "vae"])
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_call_that_fails_half_way_leaves_nothing_behind(
+    base: Base, shelf: dict[str, Adapter], failing: str, error: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = everything(base)
+    verb = {"unet": "denoise", "text_encoder": "embed", "vae": "decode"}[failing]
+    calls, real = [], getattr(Base, verb)
+
+    def failed(self: Base, *arguments: Any, **how: Any) -> Any:
+        calls.append(verb)
+        if failing == "vae" or len(calls) == 3:
+            raise error
+        return real(self, *arguments, **how)
+
+    with monkeypatch.context() as patch, pytest.raises(error):
+        patch.setattr(Base, verb, failed)
+        draw(base, ["a <lora:rex:1@0,0@1> cat"], [0], adapters={"rex": shelf["rex"]}, steps=3)
+    assert everything(base) == before
+
+
+def test_an_attachment_that_fails_half_way_leaves_nothing_behind(
+    base: Base, shelf: dict[str, Adapter], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = sys.modules["personalize.tuning.attach"]
+    before, real, placed = everything(base), module.place, []
+
+    def place(*arguments: Any) -> Any:
+        placed.append(arguments)
+        if len(placed) > 5:
+            raise MemoryError
+        return real(*arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(module, "place", place)
+        attach(base, shelf["rex"])
+    assert everything(base) == before
+
+
+def test_a_schedule_on_a_held_base_begins_anew_with_every_call(base: Base, shelf: dict[str, Adapter]) -> None:
+    before = everything(base)
+    wanted = draw(base, ["a <lora:rex:1@0,0@1> cat"], [0], adapters={"rex": shelf["rex"]}, steps=3)
+    with attach(base, [(shelf["rex"], "1@0,0@1")]):
+        seen = predicted(base)
+        assert draw(base, ["a cat"], [0], steps=3) == draw(base, ["a cat"], [0], steps=3) == wanted
+        assert torch.equal(predicted(base), seen)
+    assert everything(base) == before and "attached" not in vars(base)
+
+
+def test_taking_off_twice_leaves_the_next_ones_alone(base: Base, shelf: dict[str, Adapter]) -> None:
+    before = everything(base)
+    with attach(base, shelf["rex"]) as first:
+        first.detach()
+        second = attach(base, shelf["ink"])
+        seen = predicted(base)
+    assert torch.equal(predicted(base), seen)
+    with pytest.raises(AdapterError, match="nothing of this is on"):
+        first.swap(shelf["rex"])
+    second.detach()
+    assert everything(base) == before
+
+
+# ---------------------------------------------------------------- swapping
+
+
+def predicted(base: Base) -> Tensor:
+    with torch.no_grad():
+        x = torch.randn(2, 16, 8, 8, generator=torch.Generator().manual_seed(1))
+        return base.denoise(x, torch.tensor([3, 700]), base.embed(["zwx", "a cat"]))
+
+
+def test_swapping_is_detaching_and_attaching(base: Base, shelf: dict[str, Adapter]) -> None:
+    before = everything(base)
+    rex, ink = (latents(base, [(shelf[name], "0.9@0,0@1")]) for name in ("rex", "ink"))
+    with attach(base, [(shelf["rex"], "0.9@0,0@1")]) as attached:
+        for name, wanted in (("ink", ink), ("rex", rex)):
+            attached.swap([(shelf[name], "0.9@0,0@1")])
+            seen = sample.diffuse(base, ["a zwx cat"], [0], sample.latent_shape(base, None),
+                                  steps=STEPS, guidance=3.0, negative="fog")  # fmt: skip
+            assert torch.equal(seen, wanted)
+        seen_before = predicted(base)
+        stranger = Adapter({"unet.nowhere": LowRank(torch.ones(4, 1), torch.ones(1, 4), 1)})
+        with pytest.raises(PersonalizeError, match="does not fit"):
+            attached.swap(stranger)
+        assert torch.equal(predicted(base), seen_before)
+    assert everything(base) == before
+
+
+def test_a_swap_reads_no_weights(base: Base, shelf: dict[str, Adapter], monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*_: Any, **__: Any) -> None:
+        raise AssertionError("a base was loaded")
+
+    monkeypatch.setattr(Base, "load", never)
+    kept = [parameter.data_ptr() for parameter in base.unet.parameters()]
+    with attach(base, shelf["rex"]) as attached:
+        attached.swap(shelf["ink"])
+    assert [parameter.data_ptr() for parameter in base.unet.parameters()] == kept
+
+
+# ---------------------------------------------------------------- pictures to begin with
+
+
+def photo(width: int = 64, height: int = 64) -> Image.Image:
+    picture = Image.linear_gradient("L").resize((width, height)).convert("RGB")
+    picture.paste((200, 40, 90), (10, 10, 40, 40))
+    return picture
+
+
+def test_all_of_the_way_is_a_new_picture(base: Base) -> None:
+    """At zero terminal SNR nothing of the picture is left in the first step."""
+    one = draw(base, ["a cat"], [3], steps=3)
+    assert one == draw(base, ["a cat"], [3], steps=3, image=photo(), denoise=1.0)
+
+
+def test_none_of_the_way_is_the_picture_through_the_vae(base: Base) -> None:
+    with torch.no_grad():
+        (wanted,) = sample.to_pictures(base.decode(beginning.latents_of(base, photo())))
+    assert draw(base, ["a cat"], [3], steps=3, image=photo(), denoise=0.0) == [wanted]
+
+
+def test_the_size_follows_the_picture(base: Base, tmp_path: Path) -> None:
+    photo(70, 49).save(tmp_path / "a.png")
+    (one,) = draw(base, ["a cat"], [0], steps=2, image=tmp_path / "a.png", denoise=0.5)
+    assert one.size == (64, 48)
+    (two,) = draw(base, ["a cat"], [0], steps=2, image=photo(70, 49), denoise=0.5, size=(32, 64))
+    assert two.size == (32, 64)
+    with pytest.raises(RecipeError, match="too small"):
+        draw(base, ["a cat"], [0], image=photo(70, 4))
+    with pytest.raises(RecipeError, match="--denoise must be 0 to 1"):
+        draw(base, ["a cat"], [0], steps=1, image=photo(), denoise=1.5)
+
+
+def test_a_very_large_picture_is_shrunk_to_the_bases_area(base: Base) -> None:
+    how: dict[str, Any] = {"steps": 1, "guidance": 1.0, "denoise": 0.1}
+    large, said = photo(3000, 2000), "3000x2000 is drawn over at 80x56, as large as .* draws: --size 3000x2000 keeps it large"
+    with pytest.warns(UserWarning, match=said):
+        (small,) = draw(base, ["a cat"], [0], image=large, **how)
+    assert small.size == (80, 56)
+    assert draw(base, ["a cat"], [0], image=large, size=(80, 56), **how) == [small]
+    with pytest.warns(UserWarning, match="--size 1000x2008 keeps"):
+        assert beginning.fitted(base, photo(1007, 2015)).size == (48, 88)
+    for size in ((128, 128), (160, 100)):  # up to four times the base's area is kept, whatever the shape
+        assert beginning.fitted(base, photo(*size)).size == (size[0], size[1] // 8 * 8)
+    for asked in (64, (96, 200)):
+        assert beginning.fitted(base, large, asked).size == ((64, 64) if asked == 64 else asked)
+
+
+def test_the_picture_and_how_much_of_it_matter(base: Base) -> None:
+    def seen(**how: Any) -> bytes:
+        return draw(base, ["a cat"], [0], steps=4, **how)[0].tobytes()
+
+    different = [seen(), seen(image=photo()), seen(image=photo(), denoise=0.25), seen(image=photo().rotate(90))]
+    assert len(set(different)) == 4
+
+
+# ---------------------------------------------------------------- every kind
+
+
+def kinds(base: Base) -> dict[str, Any]:
+    """One update of each kind that is not LoRA, on layers of different shapes."""
+    draw = torch.Generator().manual_seed(7)
+
+    def some(*shape: int) -> Tensor:
+        return 0.3 * torch.randn(*shape, generator=draw)
+
+    query, conv = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q", "unet.mid_block.resnets.0.conv1"
+    text = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"
+    halves = {f"hada_w{i}_{side}": some(*shape) for i in (1, 2) for side, shape in (("a", (192, 3)), ("b", (3, 192)))}
+    return {
+        "LoHa": {query: Structured("LoHa", halves, 3.0, (192, 192))},
+        "LoKr": {query: Structured("LoKr", {"lokr_w1": some(4, 4), "lokr_w2": some(48, 48)}, None, (192, 192))},
+        "OFT": {query: Structured("OFT", {"oft_blocks": some(4, 48, 48)}, None, (192, 192))},
+        "DoRA": {text: Decomposed(LowRank(some(192, 2), some(2, 192), 2), 1 + some(1, 192).abs())},
+        "full": {conv: Dense(0.2 * some(192, 192, 3, 3)), query: Dense(some(192, 192))},
+        "norm and bias": {NORM: Dense(some(96)), BIAS: Dense(some(192))},
+    }
+
+
+@pytest.mark.parametrize("kind", ["LoHa", "LoKr", "OFT", "DoRA", "full", "norm and bias"])
+def test_every_kind_can_change_from_step_to_step(base: Base, shelf: dict[str, Adapter], kind: str) -> None:
+    before, adapter = everything(base), Adapter(kinds(base)[kind])
+    seen = latents(base, [(adapter, "1@0,0@0.7"), (shelf["rex"], 0.5)], steps=3)
+    wanted = by_hand(base, [[(adapter, level), (shelf["rex"], 0.5)] for level in (1.0, 1 - 0.5 / 0.7, 0.0)])
+    assert apart(seen, wanted) < 1e-4 < apart(seen, latents(base, [(shelf["rex"], 0.5)], steps=3))
+    assert everything(base) == before

@@ -1,0 +1,309 @@
+"""Fleets: many adapters trained in the same passes are those that runs of their own give, and each run stays its own."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from personalize.adapters.adapter import Adapter, distance
+from personalize.errors import TrainingError
+from personalize.models.model import Base
+from personalize.recipe.fields import AdapterSpec, Recipe
+from personalize.recipe.resolve import resolve
+from personalize.training.events import Event, Failed, Finished, Started, Step, Warned
+from personalize.training.fleet import train_fleet
+from personalize.training.loop import train
+from personalize.training.memory.apply import place
+from personalize.training.memory.ladder import Fit
+from personalize.training.rundir import Run
+from personalize.tuning.attach import attach
+from personalize.tuning.crew import Crew
+from personalize.tuning.targets import fresh
+
+Make = Callable[..., Recipe]
+EVERYTHING = ("attention", "feedforward", "conv")
+CLOSE = 2e-4  # of dW: sums in another order, through a few steps of AdamW, whose first ones go by the gradient's sign
+
+
+@pytest.fixture
+def make(tiny_base: Path, pictures: Path, tmp_path: Path) -> Make:
+    """A small recipe with a run folder of its own: 3 steps of 2 pictures, nothing drawn."""
+
+    def build(name: str, **flags: Any) -> Recipe:
+        small = {"base": str(tiny_base), "folder": pictures, "output": tmp_path / name, "steps": 3, "batch_size": 2, "rank": 2}
+        quiet = {"sample_prompts": [], "sample_steps": 1, "checkpoint_every": 2, "class": "cat", "choose": "none", "warmup": 0}
+        return resolve(flags={**small, **quiet, **flags})
+
+    return build
+
+
+def fleet(recipes: list[Recipe], **options: Any) -> dict[int, list[Event]]:
+    told: dict[int, list[Event]] = {i: [] for i in range(len(recipes))}
+    for i, event in train_fleet(recipes, **options):
+        told[i].append(event)
+    return told
+
+
+def adapter(recipe: Recipe) -> Adapter:
+    assert recipe.output
+    return Adapter.load(recipe.output / "zwx.safetensors")
+
+
+def same(a: Recipe, b: Recipe) -> bool:
+    """To the bit."""
+    first, second = (adapter(one).deltas for one in (a, b))
+    return all(
+        torch.equal(tensor, second[path].stored()[role])
+        for path, delta in first.items()
+        for role, tensor in delta.stored().items()
+    )
+
+
+def losses(events: list[Event]) -> list[float]:
+    return [loss for event in events if isinstance(event, Step) for loss in event.losses]
+
+
+# ---------------------------------------------------------------- the layers
+
+
+@pytest.mark.parametrize("b", [1, 3])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_rows_meet_their_own_factors_forward_and_backward(tiny_base: Path, b: int, checkpointing: bool) -> None:
+    base, spec, n = Base.load(tiny_base), AdapterSpec(rank=3, alpha=1.5, targets=EVERYTHING), 3
+    if checkpointing:
+        place(base, Fit("float32", checkpointing=True), base.device)
+        base.unet.train()  # diffusers checkpoints nothing outside of training
+    starts = [fresh(base, spec, ("unet",), seed) for seed in range(n)]
+    for start in starts:
+        for delta in start.values():
+            delta.up.normal_(std=0.1)
+    x, t, cond = torch.randn(n * b, 16, 8, 8), torch.arange(n * b) * 100, base.embed(["a", "b", "c"] * b)
+    wanted, gradients = [], []
+    for m, start in enumerate(starts):
+        rows = slice(m * b, (m + 1) * b)
+        with attach(base, Adapter(start)) as attached:
+            y = base.denoise(x[rows], t[rows], cond[rows])
+            y.square().mean().backward()
+            wanted.append(y.detach())
+            gradients.append({name: p.grad for group in attached.groups().values() for name, p in group.items()})
+    with torch.no_grad():
+        plain = base.denoise(x, t, cond)
+    with Crew(base, starts) as crew:
+        with crew.rows.of(0, 1, 2):
+            y = base.denoise(x, t, cond)
+            y.square().mean(dim=(1, 2, 3)).view(n, b).mean(1).sum().backward()
+        crew.share_out()
+        assert torch.allclose(y, torch.cat(wanted), atol=1e-4 * float(plain.abs().max()))
+        assert not torch.allclose(y, plain, atol=1e-3)
+        for member, theirs in zip(crew.members, gradients, strict=True):
+            own = {name: p.grad for group in member.groups().values() for name, p in group.items()}
+            assert own.keys() == theirs.keys()
+            for name, gradient in own.items():
+                assert gradient is not None and theirs[name] is not None
+                assert (gradient - theirs[name]).norm() <= 1e-3 * theirs[name].norm(), name
+        with torch.no_grad(), crew.rows.of(2, 0):
+            order = [*range(2 * b, 3 * b), *range(b)]
+            some = base.denoise(x[order], t[order], cond[order])
+        assert torch.allclose(some, torch.cat([wanted[2], wanted[0]]), atol=1e-4 * float(plain.abs().max()))
+        with torch.no_grad():
+            assert torch.equal(base.denoise(x, t, cond), plain)  # nobody's rows are the base's
+    with torch.no_grad():
+        assert torch.equal(base.denoise(x, t, cond), plain)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_in_other_dtypes_factors_are_cast_all_at_once(tiny_base: Path, dtype: torch.dtype) -> None:
+    base, spec = Base.load(tiny_base, dtype=dtype), AdapterSpec(rank=2, alpha=1, targets=EVERYTHING)
+    starts = [fresh(base, spec, ("unet",), seed) for seed in range(2)]
+    for start in starts:
+        for delta in start.values():
+            delta.up.normal_(std=0.1)
+    x, t, cond = torch.randn(2, 16, 8, 8, dtype=dtype), torch.tensor([200, 800]), base.embed(["a", "b"])
+    found = []
+    with Crew(base, starts) as crew:
+        for lower in (contextlib.nullcontext, crew.lowered):
+            with crew.rows.of(0, 1), lower():
+                base.denoise(x, t, cond).float().square().mean().backward()
+            crew.share_out()
+            learned = [p for one in crew.members for group in one.groups().values() for p in group.values()]
+            found.append([p.grad.clone() for p in learned if p.grad is not None])
+            crew.forget()
+        layer = crew.layers["unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"]
+        assert layer.down.weight.dtype == torch.float32 and layer.down.low is None
+    assert all(torch.equal(a, b) and a.dtype == torch.float32 for a, b in zip(*found, strict=True)) and len(found[0]) > 100
+
+
+def test_a_member_is_an_adapter_that_is_attached(tiny_base: Path) -> None:
+    base, spec = Base.load(tiny_base), AdapterSpec(rank=2, targets=EVERYTHING)
+    starts = [fresh(base, spec, ("unet", "text_encoder"), seed) for seed in range(2)]
+    other = {path: delta.with_alpha(1.0) for path, delta in fresh(base, spec, ("unet", "text_encoder"), 7).items()}
+    for delta in other.values():
+        delta.up.normal_(std=0.1)
+    x, t = torch.randn(2, 16, 8, 8), torch.tensor([300, 700])
+
+    def seen() -> torch.Tensor:
+        with torch.no_grad():
+            return base.denoise(x, t, base.embed(["a cat", "a dog"]))
+
+    plain = seen()
+    with attach(base, [(Adapter(other), 0.5)]):
+        half = seen()
+    with Crew(base, starts) as crew:
+        one = crew.members[1]
+        assert distance(one.snapshot(), Adapter(starts[1])) == 0
+        with crew.rows.of(1):
+            one.put(Adapter(other))
+            assert distance(one.snapshot(), Adapter(other)) < 1e-6
+            with one.off():
+                assert torch.equal(seen(), plain)
+            with one.at(0.5):
+                assert torch.allclose(seen(), half, atol=1e-4)
+        with crew.rows.of(0):
+            assert torch.equal(seen(), plain)  # still nothing
+
+
+# ---------------------------------------------------------------- whole runs
+
+
+def test_a_fleet_gives_what_runs_of_their_own_give(make: Make) -> None:
+    differing = [
+        {"seed": 1, "lr": 1e-3, "steps": 3},
+        {"seed": 2, "lr": 3e-3, "steps": 5, "clip": 0.1, "schedule": "constant"},
+        {"seed": 3, "lr": 2e-3, "steps": 4, "alpha": 1.0, "min_snr": 0, "flip": False},
+        {"seed": 4, "batch_size": 1, "accumulate": 2},
+    ]
+    common = {"targets": EVERYTHING, "prior": "output", "prior_share": 0.5}
+    together = [make(f"fleet{i}", **common, **one) for i, one in enumerate(differing)]
+    told = fleet(together)
+    for i, one in enumerate(differing):
+        recipe = make(f"solo{i}", **common, **one)
+        events = list(train(recipe))
+        assert losses(told[i]) == pytest.approx(losses(events), rel=1e-4)
+        assert distance(adapter(together[i]), adapter(recipe)) < CLOSE
+        assert [type(event) for event in told[i]] == [type(event) for event in events]
+        ours, theirs = (next(e for e in side if isinstance(e, Started)) for side in (told[i], events))
+        assert (ours.parameters, ours.base) == (theirs.parameters, theirs.base)
+    assert distance(adapter(together[0]), adapter(together[1])) > 0.1
+
+
+@pytest.mark.parametrize("prior", ["output", "images"])
+def test_text_encoders_and_priors_learn_in_a_fleet_as_alone(make: Make, prior: str) -> None:
+    flags = {"text_encoder_lr": 1e-3, "prior": prior, "prior_images": 2, "caption_dropout": 0.3}
+    together = [make(f"fleet{i}", **flags, seed=i) for i in range(2)]
+    told = fleet(together)
+    for i in range(2):
+        events = list(train(recipe := make(f"solo{i}", **flags, seed=i)))
+        assert losses(told[i]) == pytest.approx(losses(events), rel=1e-4)
+        assert distance(adapter(together[i]), adapter(recipe)) < CLOSE
+        assert any(path.startswith("text_encoder") for path in adapter(recipe).deltas)
+
+
+def test_pictures_checkpoints_and_the_choice_are_each_members_own(make: Make) -> None:
+    flags = {"sample_prompts": ["{trigger} cat"], "sample_seeds": [3], "choose": "best", "steps": 4, "lr": 1e-2}
+    together = [make(f"fleet{i}", **flags, seed=i) for i in range(2)]
+    told = fleet(together)
+    events = list(train(recipe := make("solo", **flags, seed=1)))
+    assert [type(event) for event in told[1]] == [type(event) for event in events]
+    assert together[1].output and recipe.output
+    names = [sorted(path.name for path in folder.rglob("*") if path.is_file()) for folder in (together[1].output, recipe.output)]
+    assert names[0] == names[1]
+    sweeps = [(one.output or Path()) / "samples" / "sweep-p0-s0-0.75.png" for one in together]
+    assert sweeps[0].read_bytes() != sweeps[1].read_bytes()
+
+
+def test_a_stopped_fleet_goes_on_and_so_does_a_run_of_its_own(make: Make) -> None:
+    whole, broken = [make(f"{name}{i}", seed=i, steps=4) for name in ("whole", "broken") for i in range(2)], 2
+    fleet(whole[:2])
+    with closing(train_fleet(whole[broken:])) as events:
+        for _, event in events:
+            if isinstance(event, Step) and event.step == 2:
+                break
+    again = fleet(whole[broken:])
+    assert next(event for event in again[0] if isinstance(event, Started)).resumed in (1, 2)
+    for i in range(2):
+        assert same(whole[i], whole[broken + i])
+    with closing(train_fleet(short := [make(f"short{i}", seed=i, steps=4) for i in range(2)])) as events:
+        for _, event in events:
+            if isinstance(event, Step) and event.step == 3:
+                break
+    list(train(short[0]))
+    assert distance(adapter(short[0]), adapter(whole[0])) < CLOSE
+    assert [type(event) for event in fleet(whole[:2])[1]] == [Finished]  # nothing is left to do
+
+
+def test_fewer_at_once_change_nothing_but_rounding(make: Make) -> None:
+    all_of_them, one_by_one = ([make(f"{name}{i}", seed=i) for i in range(3)] for name in "ab")
+    fleet(all_of_them)
+    fleet(one_by_one, together=1)
+    for a, b in zip(all_of_them, one_by_one, strict=True):
+        assert distance(adapter(a), adapter(b)) < CLOSE
+
+
+def test_where_memory_runs_out_fewer_go_at_once(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    denoise, most = Base.denoise, 4
+
+    def scarce(self: Base, latents: torch.Tensor, *rest: Any) -> torch.Tensor:
+        if len(latents) > most:
+            raise torch.OutOfMemoryError("out of memory. Tried to allocate 2 GiB")
+        return denoise(self, latents, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Base, "denoise", scarce)
+        told = fleet(recipes := [make(f"scarce{i}", seed=i) for i in range(4)])
+    assert [event.text for event in told[3] if isinstance(event, Warned)] == [
+        "memory ran out (out of memory): 2 of 4 members at a time from now on"
+    ]
+    list(train(alone := make("alone", seed=3)))
+    assert distance(adapter(recipes[3]), adapter(alone)) < CLOSE
+    most = 1
+    monkeypatch.setattr(Base, "denoise", scarce)
+    with pytest.raises(TrainingError, match="not even one member"):
+        fleet([make(f"none{i}", seed=i) for i in range(2)])
+
+
+def test_a_budget_limits_how_many_go_at_once(make: Make) -> None:
+    told = fleet([make(f"{i}", seed=i, memory="400MB") for i in range(2)])
+    assert all(isinstance(events[-1], Finished) for events in told.values())
+
+
+def test_what_differs_in_shape_is_trained_all_the_same(make: Make) -> None:
+    recipes = [make("a"), make("b", rank=4), make("c", targets=["attention"]), make("d", dropout=0.1), make("e", seed=2)]
+    told = fleet(recipes)
+    assert all(isinstance(events[-1], Finished) for events in told.values())
+    list(train(alone := make("alone", dropout=0.1)))
+    assert same(recipes[3], alone)  # trained by itself
+
+
+def test_a_run_that_fails_leaves_the_others_alone(make: Make) -> None:
+    recipes = [make("good", steps=6), make("wild", steps=6, lr=1e30, clip=0)]
+    told = fleet(recipes)
+    assert isinstance(told[0][-1], Finished)
+    assert isinstance(told[1][-1], Failed) and "not finite" in told[1][-1].message
+    assert recipes[1].output
+    assert Run(recipes[1].output, "zwx").history()[-1]["event"] == "error"
+    list(train(alone := make("alone", steps=6)))
+    assert distance(adapter(recipes[0]), adapter(alone)) < CLOSE
+
+
+def test_what_is_wrong_with_a_recipe_is_told_before_any_is_trained(make: Make, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    recipes = [make("good"), make("bad", folder=tmp_path / "empty"), make("good")]
+    told = list(train_fleet(recipes))
+    assert [(i, type(event)) for i, event in told[:2]] == [(1, Failed), (2, Failed)]
+    assert "empty" in told[0][1].message and "two recipes" in told[1][1].message  # type: ignore[union-attr]
+    assert told[-1][0] == 0 and isinstance(told[-1][1], Finished)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Sums in one order."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -1,0 +1,653 @@
+"""Whole runs on real models with random weights: what they leave, that they go on, and that every setting does something."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import itertools
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from personalize.adapters.adapter import Adapter
+from personalize.adapters.describe import describe
+from personalize.data.folder import class_images
+from personalize.errors import BaseModelError, DataError, OutputError, PersonalizeError, RecipeError, TrainingError
+from personalize.inference import sampling as sample
+from personalize.inference.pipeline import draw
+from personalize.models.model import Base
+from personalize.recipe.fields import Recipe
+from personalize.recipe.resolve import from_json, resolve
+from personalize.recipe.settings import settings
+from personalize.training.events import Event, Finished, Sample, Saved, Started, Step, Sweep, event_record
+from personalize.training.loop import feed, is_due, prepare, train, unbroken
+from personalize.training.preflight import check
+from personalize.training.rundir import Run
+from personalize.training.selection import STRENGTHS
+
+Make = Callable[..., Recipe]
+
+
+@pytest.fixture
+def make(tiny_base: Path, pictures: Path, tmp_path: Path) -> Make:
+    """A small recipe: 4 steps of 2 pictures, no sample pictures unless asked for."""
+
+    def build(**flags: Any) -> Recipe:
+        small = {"base": str(tiny_base), "folder": pictures, "output": tmp_path / "run", "steps": 4, "batch_size": 2, "rank": 2}
+        quiet = {"sample_prompts": [], "sample_seeds": [0], "sample_steps": 1, "checkpoint_every": 2, "class": "cat"}
+        return resolve(flags={**small, **quiet, "choose": "none", **flags})
+
+    return build
+
+
+def run(recipe: Recipe, **options: Any) -> list[Event]:
+    return list(train(recipe, **options))
+
+
+def digest(recipe: Recipe, name: str = "zwx") -> str:
+    assert recipe.output
+    return hashlib.sha256((recipe.output / f"{name}.safetensors").read_bytes()).hexdigest()
+
+
+def diary(recipe: Recipe) -> list[dict[str, Any]]:
+    assert recipe.output
+
+    def strict(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    return [json.loads(line, parse_constant=strict) for line in (recipe.output / "events.jsonl").read_text().splitlines()]
+
+
+# ---------------------------------------------------------------- what a run tells and leaves
+
+
+@pytest.fixture(scope="module")
+def done(tiny_base: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, list[Event]]:
+    """One whole run with everything: pictures, checkpoints, both parts."""
+    recipe = resolve(
+        flags={
+            "base": str(tiny_base), "folder": pictures, "output": tmp_path_factory.mktemp("done"), "steps": 4, "batch_size": 2,
+            "rank": 2, "class": "cat", "sample_prompts": ["{trigger} {class}", "a {class}"], "sample_seeds": [0, 5],
+            "sample_steps": 2, "sample_every": 2, "checkpoint_every": 2, "text_encoder_lr": 1e-3,
+        }
+    )  # fmt: skip
+    return recipe, run(recipe)
+
+
+def test_events_come_in_order(done: tuple[Recipe, list[Event]]) -> None:
+    recipe, events = done
+    kinds = [type(event).__name__ for event in events]
+    pictures, sweep = ["Sample"] * 4, ["Sweep"] * 12
+    choice = ["Scored"] * (2 + len(STRENGTHS)) + ["Chosen"]
+    assert kinds == [
+        "Started",
+        *pictures,
+        "Step",
+        "Step",
+        *pictures,
+        "Saved",
+        "Step",
+        "Step",
+        *pictures,
+        "Saved",
+        *choice,
+        *sweep,
+        "Saved",
+        "Finished",
+    ]
+    assert diary(recipe) == [json.loads(json.dumps(event_record(event))) for event in events]
+    assert [event.step for event in events if isinstance(event, Step)] == [1, 2, 3, 4]
+    assert all(event.base == (event.step == 0) for event in events if isinstance(event, Sample))
+
+
+def test_started_says_what_is_trained(done: tuple[Recipe, list[Event]], pictures: Path) -> None:
+    recipe, events = done
+    started = events[0]
+    assert isinstance(started, Started)
+    assert started.recipe["trigger"] == "zwx" and started.recipe["output"] == str(recipe.output)
+    assert [image["caption"] for image in started.images] == ["zwx cat"] * 4
+    assert started.images[0]["sha256"] == hashlib.sha256((pictures / "0.png").read_bytes()).hexdigest()
+    assert (started.device, started.dtype, started.resumed) == ("cpu", "float32", 0)
+    assert started.parameters == sum(d.up.numel() + d.down.numel() for d in Adapter.load(adapter_of(recipe)).deltas.values())
+
+
+def test_steps_tell_the_loss_of_each_picture(done: tuple[Recipe, list[Event]]) -> None:
+    for event in done[1]:
+        if isinstance(event, Step):
+            assert len(event.losses) == len(event.timesteps) == 2
+            assert event.loss == pytest.approx(sum(event.losses) / 2)
+            assert event.grad_norm > 0 and event.lr > 0 and event.text_encoder_lr == pytest.approx(event.lr)
+            assert not event.skipped
+
+
+def adapter_of(recipe: Recipe) -> Path:
+    assert recipe.output
+    return recipe.output / "zwx.safetensors"
+
+
+def test_the_folder_holds_what_it_should(done: tuple[Recipe, list[Event]]) -> None:
+    folder = done[0].output
+    assert folder
+    samples = {f"{step:06}-p{p}-s{s}.png" for step in (0, 2, 4) for p in (0, 1) for s in (0, 1)}
+    sweep = {f"sweep-p{p}-s0-{strength}.png" for p in (0, 1) for strength in ("0.25", "0.50", "0.75", "1.25")}
+    assert {path.name for path in (folder / "samples").iterdir()} == samples | sweep
+    names = {"zwx-000002.safetensors", "zwx-000004.safetensors", "state.safetensors"}
+    assert {path.name for path in (folder / "checkpoints").iterdir()} == names
+    own = {"zwx.safetensors", "zwx.png", "zwx.json", "recipe.toml", "events.jsonl", "samples", "checkpoints"}
+    assert {path.name for path in folder.iterdir()} == own
+    for event in done[1]:
+        if isinstance(event, Sample | Sweep | Saved | Finished):
+            assert (folder / event.path).is_file()
+
+
+def test_the_first_pictures_are_the_bases_own(done: tuple[Recipe, list[Event]]) -> None:
+    recipe, events = done
+    base = Base.load(recipe.base)
+    first = [event for event in events if isinstance(event, Sample) and event.base]
+    drawn = draw(base, [e.prompt for e in first], [e.seed for e in first], steps=2, guidance=recipe.sampling.guidance)
+    assert recipe.output
+    for event, picture in zip(first, drawn, strict=True):
+        with Image.open(recipe.output / event.path) as saved:
+            assert saved.tobytes() == picture.tobytes()
+    assert [(e.prompt, e.seed) for e in first] == [("zwx cat", 0), ("zwx cat", 5), ("a cat", 0), ("a cat", 5)]
+
+
+def test_the_sweep_runs_from_the_base_to_beyond_the_adapter(done: tuple[Recipe, list[Event]]) -> None:
+    sweep = [event for event in done[1] if isinstance(event, Sweep) and event.prompt == "zwx cat"]
+    assert [event.strength for event in sweep] == [0.0, 0.25, 0.5, 0.75, 1.25, 1.0]
+    paths = {event.strength: event.path for event in sweep}
+    assert paths[0.0] == "samples/000000-p0-s0.png" and paths[1.0] == "samples/000004-p0-s0.png"
+    assert done[0].output
+    assert len({(done[0].output / path).read_bytes() for path in paths.values()}) > 2
+
+
+def test_the_adapter_says_what_it_is(done: tuple[Recipe, list[Event]]) -> None:
+    recipe, _ = done
+    path = adapter_of(recipe)
+    about = describe(path)
+    said = Adapter.load(path).metadata
+    assert (about.family, about.trigger) == ("pocket", "zwx")
+    assert said["ss_output_name"] == "zwx" and said["ss_base_model_version"] == "pocket" and said["ss_steps"] == "4"
+    assert said["modelspec.prediction_type"] == "v" and said["modelspec.resolution"] == "64x64"
+    assert json.loads(said["ss_tag_frequency"]) == {"zwx": {"zwx cat": 4}}
+    picture = Image.open(io.BytesIO(base64.b64decode(said["modelspec.thumbnail"].partition(",")[2])))
+    assert (picture.format, picture.size) == ("JPEG", (64, 64))
+    assert json.loads((path.with_suffix(".json")).read_text())["activation text"] == "zwx cat"
+    with Image.open(path.with_suffix(".png")) as preview:
+        assert preview.size == (256, 256)
+
+
+def test_the_adapter_carries_the_recipe_that_repeats_it(done: tuple[Recipe, list[Event]], tmp_path: Path) -> None:
+    recipe, _ = done
+    again = resolve(
+        start=from_json(Adapter.load(adapter_of(recipe)).metadata["personalize.recipe"]), flags={"output": tmp_path / "again"}
+    )
+    run(again)
+    assert digest(again) == digest(recipe)
+
+
+def test_the_resolved_recipe_is_a_preset_that_repeats_the_run(done: tuple[Recipe, list[Event]], tmp_path: Path) -> None:
+    recipe, _ = done
+    assert recipe.output
+    again = resolve(flags={"preset": recipe.output / "recipe.toml", "output": tmp_path / "again"})
+    assert (again.data, again.adapter, again.objective, again.optim, again.sampling, again.steps) == (
+        recipe.data.model_copy(update={"trigger": "zwx"}), recipe.adapter, recipe.objective, recipe.optim, recipe.sampling, 4,
+    )  # fmt: skip
+
+
+def test_training_lowers_the_loss(make: Make) -> None:
+    events = run(make(steps=40, batch_size=4, lr=5e-3, flip=False, checkpoint_every=0, rank=8, min_snr=0))
+    losses = [event.loss for event in events if isinstance(event, Step)]
+    assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
+
+
+# ---------------------------------------------------------------- stopping and going on
+
+
+EVERYTHING = {
+    "text_encoder_lr": 1e-3, "text_encoder_share": 0.5, "dropout": 0.2, "accumulate": 2, "caption_dropout": 0.3,
+    "prior": "output", "prior_share": 0.5, "steps": 6,
+    "sample_prompts": ["{trigger}", "a {class}"], "sample_every": 3, "choose": "best", "holdout": "1",
+}  # fmt: skip
+
+KILLED = """
+import os, signal, sys
+from personalize.training.events import Saved, Step
+from personalize.recipe import resolve
+from personalize.train import train
+output, start, kind, step = sys.argv[1:]
+for event in train(resolve(flags={"preset": start, "output": output})):
+    if type(event).__name__ == kind and event.step == int(step):
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_killed_runs_end_with_the_same_bytes(make: Make, tmp_path: Path) -> None:
+    whole, broken = make(**EVERYTHING, output=tmp_path / "whole"), make(**EVERYTHING, output=tmp_path / "broken")
+    run(whole)
+    preset = str(tmp_path / "whole" / "recipe.toml")
+    here = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    for kind, step in (("Step", 3), ("Saved", 4)):
+        command = [sys.executable, "-c", KILLED, str(tmp_path / "broken"), preset, kind, str(step)]
+        ended = subprocess.run(command, env=here, capture_output=True, text=True, timeout=300)
+        assert ended.returncode == -signal.SIGKILL, ended.stderr
+    with (tmp_path / "broken" / "events.jsonl").open("a") as torn:
+        torn.write('{"event": "step", "st')
+    resumed = run(broken)[0]
+    assert isinstance(resumed, Started) and resumed.resumed == 2
+    assert digest(broken) == digest(whole)
+    told = {
+        name: [record["step"] for record in diary(broken) if record["event"] == name]
+        for name in ("step", "sample", "saved", "sweep")
+    }
+    assert told == {name: [r["step"] for r in diary(whole) if r["event"] == name] for name in told}
+    assert told["step"] == [1, 2, 3, 4, 5, 6]
+    assert not list((tmp_path / "broken").rglob(".*.tmp"))
+    for name in ("samples", "checkpoints"):
+        files = [sorted((path / name).glob("*[0-9]*")) for path in (tmp_path / "whole", tmp_path / "broken")]
+        assert [path.read_bytes() for path in files[0]] == [path.read_bytes() for path in files[1]]
+
+
+@pytest.mark.parametrize("stop", [1, 2, 3, 4, 6, 7])
+def test_closed_or_interrupted_anywhere_it_goes_on(make: Make, done_quiet: str, stop: int) -> None:
+    """`stop` counts events: Started, two steps, a checkpoint, two steps, the adapter."""
+    recipe = make()
+    events = train(recipe)
+    seen = [next(events) for _ in range(stop)]
+    if stop % 2:
+        events.close()
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            events.throw(KeyboardInterrupt())
+    steps = max((event.step for event in seen if isinstance(event, Step)), default=0)
+    assert diary(recipe)[-1] == {"event": "stopped", "step": steps}
+    first, *rest = run(recipe)
+    assert isinstance(first, Started) and first.resumed == steps
+    assert [event.step for event in rest if isinstance(event, Step)] == list(range(steps + 1, 5))
+    assert digest(recipe) == done_quiet
+    assert [record["step"] for record in diary(recipe) if record["event"] == "step"] == [1, 2, 3, 4]
+
+
+@pytest.fixture(scope="module")
+def done_quiet(tiny_base: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The digest of the unbroken run of `make()`."""
+    output = tmp_path_factory.mktemp("quiet")
+    recipe = resolve(
+        flags={
+            "base": str(tiny_base), "folder": pictures, "output": output, "steps": 4, "batch_size": 2, "rank": 2,
+            "sample_prompts": [], "sample_seeds": [0], "sample_steps": 1, "checkpoint_every": 2, "class": "cat", "choose": "none",
+        }
+    )  # fmt: skip
+    run(recipe)
+    return digest(recipe)
+
+
+def test_ctrl_c_waits_for_the_end_of_a_step() -> None:
+    reached = []
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background is born deaf to it
+    with pytest.raises(KeyboardInterrupt), unbroken():
+        signal.raise_signal(signal.SIGINT)
+        reached.append("the end")
+    assert reached == ["the end"]
+    assert signal.signal(signal.SIGINT, before) is signal.default_int_handler
+
+
+def test_a_finished_run_does_nothing_again(make: Make) -> None:
+    recipe = make()
+    first = run(recipe)[-1]
+    assert recipe.output
+    before = {path: path.stat().st_mtime_ns for path in recipe.output.rglob("*")}
+    (again,) = run(recipe)
+    assert isinstance(again, Finished) and isinstance(first, Finished) and again.again and not first.again
+    assert (again.step, again.path, again.seconds) == (first.step, first.path, pytest.approx(first.seconds))
+    assert {path: path.stat().st_mtime_ns for path in recipe.output.rglob("*")} == before
+
+
+def test_a_finished_run_whose_adapter_was_lost_writes_it_again(make: Make, done_quiet: str) -> None:
+    recipe = make()
+    run(recipe)
+    adapter_of(recipe).unlink()
+    assert not any(isinstance(event, Step) for event in run(recipe))
+    assert digest(recipe) == done_quiet
+
+
+def test_another_dialect_is_exported_without_training_again(make: Make) -> None:
+    recipe = make()
+    run(recipe)
+    kohya = Adapter.load(adapter_of(recipe))
+    assert not any(isinstance(event, Step) for event in run(make(dialect="peft")))
+    assert describe(adapter_of(recipe)).dialect == "peft"
+    peft = Adapter.load(adapter_of(recipe))
+    assert all(torch.equal(peft.deltas[path].delta(), delta.delta()) for path, delta in kohya.deltas.items())
+
+
+def test_a_changed_recipe_does_not_go_on(make: Make) -> None:
+    run(make())
+    before = digest(make())
+    with pytest.raises(RecipeError, match=r"--rank was 2, now 4; --steps was 4, now 8.*--fresh") as caught:
+        run(make(rank=4, alpha=2, steps=8))
+    assert "\n" not in str(caught.value)
+    assert digest(make()) == before
+    fresh = run(make(rank=4, alpha=2, steps=8), fresh=True)
+    assert isinstance(fresh[-1], Finished) and digest(make()) != before
+    assert [record["step"] for record in diary(make()) if record["event"] == "step"] == list(range(1, 9))
+
+
+def test_changed_pictures_do_not_go_on(make: Make, pictures: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(pictures, tmp_path / "zwx"))
+    run(make(folder=folder))
+    (folder / "0.txt").write_text("zwx cat on a chair")
+    with pytest.raises(RecipeError, match="the pictures or captions changed"):
+        run(make(folder=folder))
+
+
+def test_another_base_does_not_go_on(make: Make, base_builder: Callable[..., Path], tmp_path: Path) -> None:
+    base = base_builder(tmp_path / "base", seed=1)
+    run(make(base=str(base)))
+    base_builder(base, seed=2)
+    with pytest.raises(RecipeError, match="the weights of the base changed"):
+        run(make(base=str(base)))
+
+
+def test_a_damaged_state_is_named(make: Make) -> None:
+    recipe = make()
+    run(recipe)
+    assert recipe.output
+    state = recipe.output / "checkpoints" / "state.safetensors"
+    state.write_bytes(state.read_bytes()[:-100])
+    with pytest.raises(OutputError, match=r"cannot go on from .*state.safetensors.*--fresh"):
+        run(recipe)
+
+
+def test_fresh_removes_only_what_is_ours(make: Make) -> None:
+    recipe = make()
+    run(recipe)
+    assert recipe.output
+    (recipe.output / "notes.txt").write_text("mine")
+    run(recipe, fresh=True)
+    assert (recipe.output / "notes.txt").read_text() == "mine"
+
+
+def test_the_state_holds_no_pickle(make: Make) -> None:
+    recipe = make(text_encoder_lr=1e-3)
+    run(recipe)
+    assert recipe.output and recipe.name is None
+    state = Run(recipe.output, "zwx").load_state()
+    assert state and state.done == 4
+    assert {name.rpartition(".")[2] for name in state.tensors} == {"up", "down", "step", "exp_avg", "exp_avg_sq"}
+    assert {tensor.dtype for tensor in state.tensors.values()} == {torch.float32}
+    assert not [path for path in recipe.output.rglob("*") if path.suffix in (".pt", ".bin", ".pth", ".pkl", ".ckpt")]
+
+
+@pytest.mark.parametrize(("every", "steps", "expected"), [(2, 5, [2, 4, 5]), (0, 3, [3]), (3, 3, [3]), (10, 4, [4])])
+def test_what_is_due(every: int, steps: int, expected: list[int]) -> None:
+    assert [done for done in range(steps + 1) if is_due(done, every, steps)] == expected
+
+
+# ---------------------------------------------------------------- when it goes wrong
+
+
+def test_three_steps_that_are_not_finite_are_rolled_back_and_then_end_the_run(make: Make) -> None:
+    recipe = make(lr=1e30, clip=0, warmup=0, steps=8, checkpoint_every=0)
+    assert recipe.output
+    recipe.output.mkdir()
+    adapter_of(recipe).write_bytes(b"a good file")
+    events = []
+    with pytest.raises(TrainingError, match=r"steps 2, 4, 6 were not finite .*the loss of \d.png at timestep") as caught:
+        events.extend(train(recipe))
+    steps = [record for record in diary(recipe) if record["event"] == "step"]
+    assert [step["skipped"] for step in steps] == [False, True, False, True, False, True]  # each is taken back
+    assert steps[1]["loss"] is None or steps[1]["grad_norm"] is None
+    assert "at timestep" in steps[1]["cause"] and not steps[0]["cause"]
+    assert diary(recipe)[-1] == {"event": "error", "step": 6, "message": str(caught.value)}
+    assert adapter_of(recipe).read_bytes() == b"a good file"
+    assert "--lr" in str(caught.value)
+
+
+def test_an_adapter_that_is_not_finite_is_not_written(make: Make) -> None:
+    recipe = make(lr=3e38, clip=0, warmup=0, steps=1, schedule="constant", weight_decay=1e3)
+    assert recipe.output
+    recipe.output.mkdir()
+    adapter_of(recipe).write_bytes(b"a good file")
+    with pytest.raises(TrainingError, match="not finite after 1 steps; nothing was overwritten"):
+        run(recipe)
+    assert adapter_of(recipe).read_bytes() == b"a good file"
+
+
+def under_a_file(make: Make, tmp_path: Path) -> Recipe:
+    (tmp_path / "file").write_text("")
+    return make(output=tmp_path / "file" / "run")
+
+
+WRONG: dict[str, tuple[type[PersonalizeError], str, Callable[[Make, Path], Recipe]]] = {
+    "no folder": (DataError, "there is no folder", lambda make, tmp: make(folder=tmp / "nowhere")),
+    "no base": (BaseModelError, "no base called", lambda make, tmp: make(base=str(tmp / "nowhere"))),
+    "no such target": (RecipeError, "did you mean conv", lambda make, tmp: make(targets=["convv"])),
+    "no such text target": (
+        RecipeError,
+        "matches the target",
+        lambda make, tmp: make(text_targets=["conv"], text_encoder_lr=1e-3),
+    ),
+    "output under a file": (OutputError, "cannot write .*file/run: Not a directory", under_a_file),
+    "odd resolution": (RecipeError, "multiple of 8", lambda make, tmp: make(resolution=60)),
+    "no GPU": (RecipeError, "torch sees no GPU", lambda make, tmp: make(device="cuda")),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_can_be_checked_is_checked_first(make: Make, tmp_path: Path, case: str) -> None:
+    if case == "no GPU" and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    error, message, broken = WRONG[case]
+    with pytest.raises(error, match=message) as caught:
+        check(broken(make, tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_disk_that_refuses_is_one_error_and_leaves_nothing_half_written(make: Make) -> None:
+    recipe = make()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        with pytest.raises(OutputError, match="cannot write"):
+            run(recipe)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert recipe.output and list(recipe.output.iterdir()) == []
+    assert isinstance(run(recipe)[-1], Finished)
+
+
+def test_check_changes_nothing(make: Make) -> None:
+    recipe = make()
+    job = check(recipe)
+    assert recipe.output and list(recipe.output.iterdir()) == []
+    assert (job.recipe.name, job.recipe.data.trigger, job.class_prompts[0]) == ("zwx", "zwx", "a cat")
+
+
+# ---------------------------------------------------------------- every setting does something
+
+
+# How each setting that decides the weights is changed; the run it is compared with has the same other settings.
+TAGS = {"caption": "{trigger}, a mat, asleep, by night, ink"}
+CHANGES: dict[str, tuple[Any, dict[str, Any]]] = {
+    "steps": (3, {}), "batch_size": (3, {}), "seed": (1, {}), "trigger": ("vok", {}), "class": ("dog", {}),
+    "caption": ("{trigger}", {}), "resolution": (48, {}), "flip": (False, {}), "caption_dropout": (0.9, {}),
+    "caption_prefix": ("photo of", {}), "caption_shuffle": (True, TAGS), "tag_dropout": (0.5, TAGS),
+    "keep_tokens": (3, TAGS | {"caption_shuffle": True}),
+    "buckets": (False, {}), "bucket_step": (32, {}), "upscale": (True, {"resolution": 96}),
+    "rank": (3, {}), "alpha": (1.0, {}), "dropout": (0.5, {}), "targets": (["conv"], {}),
+    "text_rank": (2, {"text_encoder_lr": 1e-3}), "text_targets": (["feedforward"], {"text_encoder_lr": 1e-3}),
+    "text_encoder_share": (0.5, {"text_encoder_lr": 1e-3}),
+    "min_snr": (1.0, {}), "prior": ("output", {}), "prior_weight": (3.0, {"prior": "output"}),
+    "prior_share": (0.5, {"prior": "output"}),
+    "prior_images": (3, {"prior": "images"}), "prior_prompts": (["the {class}", "an {class}"], {"prior": "images"}),
+    "lr": (2e-3, {}), "text_encoder_lr": (1e-3, {}), "schedule": ("constant", {"warmup": 0}), "warmup": (1, {}),
+    "weight_decay": (0.5, {}), "beta1": (0.5, {}), "beta2": (0.9, {}), "clip": (0.01, {}), "accumulate": (2, {}),
+    "precision": ("bfloat16", {}), "quantize": ("nf4", {}),
+    "prediction": ("epsilon", {}), "zero_snr": ("no", {}), "clip_skip": (2, {}),
+    "holdout": ("1", {}),
+}  # fmt: skip
+ELSEWHERE = {
+    "kind",
+    "folder",
+    "base",
+    "vae",
+    "preset",
+    "name",
+    "output",
+    "dialect",
+    "checkpoint_every",
+    "device",
+    "balance",
+    "alpha_mask",
+    "mask_outside",
+    "regularization",
+    "choose",
+    "leave_one_out",
+    "memory",
+    "checkpointing",
+    "free_encoders",
+    "tile_vae",
+    "micro_batch",
+    "compile",
+}  # tested above or below, in test_choose.py and test_fit.py, or with one value
+
+
+def test_the_table_of_changes_is_complete() -> None:
+    sampling = {name for name, setting in settings().items() if setting.section == "sampling"}
+    assert set(CHANGES) | ELSEWHERE | sampling == set(settings())
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_every_setting_changes_the_adapter(
+    make: Make, tmp_path: Path, weights_of: Callable[[Recipe], dict[str, torch.Tensor]], name: str
+) -> None:
+    value, given = CHANGES[name]
+    small = {"steps": 2, "prior_images": 2, "trigger": "zwx", **given}
+    before = weights_of(make(**small, output=tmp_path / "before"))
+    after = weights_of(make(**{**small, name: value}, output=tmp_path / "after"))
+    assert set(before) != set(after) or any(not torch.equal(before[path], after[path]) for path in before)
+
+
+def test_another_vae_changes_the_adapter(
+    make: Make, tmp_path: Path, base_builder: Callable[..., Path], weights_of: Callable[[Recipe], dict[str, torch.Tensor]]
+) -> None:
+    other = base_builder(tmp_path / "other", seed=5)
+    before = weights_of(make(steps=2, output=tmp_path / "before"))
+    after = weights_of(make(steps=2, vae=str(other), output=tmp_path / "after"))
+    assert any(not torch.equal(before[path], after[path]) for path in before)
+
+
+@pytest.fixture(scope="module")
+def weights_of() -> Callable[[Recipe], dict[str, torch.Tensor]]:
+    """dW of a run, remembered by its settings: many changes are compared with the same run."""
+    known: dict[str, dict[str, torch.Tensor]] = {}
+
+    def weights(recipe: Recipe) -> dict[str, torch.Tensor]:
+        key = recipe.model_dump_json(exclude={"output"})
+        if key not in known:
+            run(recipe)
+            assert recipe.output
+            adapter = Adapter.load(next(recipe.output.glob("*.safetensors")))
+            known[key] = {path: delta.delta() for path, delta in adapter.deltas.items()}
+        return known[key]
+
+    return weights
+
+
+@pytest.mark.parametrize(("rates", "parts"), [({}, ("unet",)), ({"lr": 0, "text_encoder_lr": 1e-3}, ("text_encoder",))])
+def test_a_part_is_trained_if_it_has_a_learning_rate(make: Make, rates: dict[str, float], parts: tuple[str, ...]) -> None:
+    recipe = make(**rates, steps=2)
+    run(recipe)
+    adapter = Adapter.load(adapter_of(recipe))
+    assert adapter.parts == parts
+    assert all(delta.norm() > 0 for delta in adapter.deltas.values())
+
+
+def test_the_text_encoder_stays_as_it_is_after_its_share(make: Make, tmp_path: Path) -> None:
+    recipe = make(steps=6, text_encoder_lr=1e-3, text_encoder_share=0.5, checkpoint_every=1, prior="output")
+    steps = [event for event in run(recipe) if isinstance(event, Step)]
+    assert [event.text_encoder_lr > 0 for event in steps] == [True] * 3 + [False] * 3
+    assert recipe.output
+    files = sorted((recipe.output / "checkpoints").glob("*[0-9].safetensors"))
+    assert files[-1].read_bytes() == adapter_of(recipe).read_bytes()
+    for part, last in (("text_encoder", 3), ("unet", 6)):
+        deltas = [Adapter.load(file).part(part).deltas for file in files]
+        changes = [any(not torch.equal(a[path].up, b[path].up) for path in a) for a, b in itertools.pairwise(deltas)]
+        assert changes == [step <= last for step in range(2, 7)]
+
+
+@pytest.mark.parametrize(("share", "rows"), [(1.0, 4), (0.5, 2), (0.1, 1)])
+@pytest.mark.parametrize("prior", ["images", "output"])
+def test_the_prior_holds_its_share_of_rows(make: Make, prior: str, share: float, rows: int) -> None:
+    job = check(make(prior=prior, prior_share=share, batch_size=4, prior_images=3, sample_steps=1))
+    inputs = next(feed(job, prepare(job), 0))
+    assert len(inputs.mean) == (4 + rows if prior == "images" else 4)
+    assert (inputs.class_images if prior == "images" else len(inputs.class_cond)) == rows
+
+
+def test_class_images_are_drawn_once_and_of_each_prompt_in_turn(make: Make) -> None:
+    recipe = make(prior="images", prior_images=3, prior_prompts=["a {class}", "a {class}, ink drawing"], steps=3)
+    events = train(recipe)
+    next(events)
+    assert recipe.output
+    drawn = sorted((recipe.output / "class_images").glob("*.png"))
+    prompts = ["a cat", "a cat, ink drawing", "a cat"]
+    assert [sample.read_parameters(path)["prompt"] for path in drawn] == prompts
+    assert [example.caption for example in class_images(recipe.output / "class_images", "").examples] == prompts
+    times = [path.stat().st_mtime_ns for path in drawn]
+    next(events)
+    events.close()
+    run(recipe)
+    assert [path.stat().st_mtime_ns for path in drawn] == times
+
+
+def test_prior_output_holds_the_class_prompts_too(make: Make, tmp_path: Path) -> None:
+    job = check(make(prior="output", prior_prompts=["a {class}, ink drawing", "a house"], output=tmp_path / "run"))
+    lesson = prepare(job)
+    captions = job.class_captions
+    assert captions[-2:] == ["a cat, ink drawing", "a house"] and len(captions) == len(job.dataset.examples) + 2
+    assert lesson.class_cond is not None
+    shown = [inputs.class_cond_off for inputs in islice(feed(job, lesson, 0), 6)]
+    held = {
+        i for cond in shown for row in cond.tokens for i in range(len(captions)) if torch.equal(row, lesson.class_cond.tokens[i])
+    }
+    assert {len(captions) - 2, len(captions) - 1} < held
+    again = next(feed(job, lesson, 5)).class_cond_off
+    assert torch.equal(again.tokens, shown[5].tokens)  # a run that goes on holds the same
+
+
+def test_without_a_class_only_prompts_that_need_none_are_held(make: Make) -> None:
+    assert check(make(**{"class": ""}, prior="output", prior_prompts=["a {class}", "a red cat"])).class_prompts == ["a red cat"]
+
+
+def test_class_images_need_a_prompt(make: Make) -> None:
+    with pytest.raises(RecipeError, match="--prior-prompts"):
+        make(prior="images", prior_prompts=[])
+
+
+def test_name_output_and_checkpoints(make: Make, tmp_path: Path) -> None:
+    recipe = make(name="rex", output=tmp_path / "elsewhere", checkpoint_every=1, steps=3)
+    run(recipe)
+    assert (tmp_path / "elsewhere" / "rex.safetensors").is_file()
+    names = {path.name for path in (tmp_path / "elsewhere" / "checkpoints").iterdir()}
+    assert names == {"rex-000001.safetensors", "rex-000002.safetensors", "rex-000003.safetensors", "state.safetensors"}
+
+
+def test_output_is_named_after_the_trigger(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    job = check(make().model_copy(update={"output": None}))
+    assert job.recipe.output == Path("runs/zwx")

@@ -1,0 +1,129 @@
+"""The pocket's UNet on standardised latents; as shipped, it predicts v with zero terminal SNR (Lin et al. 2023)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import DDIMScheduler, EulerAncestralDiscreteScheduler, SchedulerMixin, UNet2DConditionModel
+from torch import Tensor
+
+from personalize.families.noise import Schedule
+from personalize.training.objectives import denoise as objectives
+
+from .pool import shuffled
+from .running import Plan, run, team
+
+CONFIG = dict(
+    in_channels=16,
+    out_channels=16,
+    down_block_types=("CrossAttnDownBlock2D",) * 2,
+    up_block_types=("CrossAttnUpBlock2D",) * 2,
+    layers_per_block=1,
+    cross_attention_dim=192,
+    attention_head_dim=(4, 8),
+    norm_num_groups=16,
+)
+SCHEDULE = dict(
+    num_train_timesteps=1000,
+    beta_start=0.00085,
+    beta_end=0.012,
+    beta_schedule="scaled_linear",
+    timestep_spacing="trailing",
+    steps_offset=1,  # what StableDiffusionPipeline expects; trailing spacing does not read it
+)
+DROPOUT = 0.1  # of captions, so that guidance has an unconditional prediction
+
+
+DENSITIES: dict[str, Callable[[Tensor], Tensor]] = {  # uniform numbers in 0..1 => places in the schedule, 0..1
+    "uniform": lambda u: u,
+    "logit-normal": lambda u: torch.special.ndtri(u).sigmoid(),  # mostly the middle (Esser et al. 2024, arXiv 2403.03206, eq. 19)
+}
+
+
+@dataclass(frozen=True)
+class Teaching:
+    """What the UNet is, what it predicts, and what counts; the defaults are those of the base that ships."""
+
+    prediction: str = "v_prediction"
+    zero_snr: bool = True  # epsilon cannot be learned where nothing but noise is left
+    min_snr: float = 0.0
+    density: str = "uniform"
+    width: tuple[int, ...] = (96, 192)
+
+    def scheduler(self) -> SchedulerMixin:
+        """That of the base's folder. Fresh noise at every step mends what an early one got wrong: fish get eyes."""
+        told = {"prediction_type": self.prediction, "rescale_betas_zero_snr": self.zero_snr, **SCHEDULE}
+        if self.prediction == "sample":  # which Euler a cannot follow
+            return DDIMScheduler(clip_sample=False, **told)
+        return EulerAncestralDiscreteScheduler(**told)
+
+    def told(self) -> str:
+        """The objective in words."""
+        name = {"v_prediction": "v-prediction", "epsilon": "epsilon prediction", "sample": "sample prediction"}[self.prediction]
+        extras = ["zero terminal SNR"] * self.zero_snr + [f"min-SNR {self.min_snr:g}"] * bool(self.min_snr)
+        extras += [f"{self.density} timesteps"] * (self.density != "uniform")
+        return f"{name} with {', '.join(extras)}" if extras else name
+
+    def build(self, side: int) -> UNet2DConditionModel:
+        """A UNet with random weights for latents of `side`."""
+        torch.manual_seed(0)
+        return UNet2DConditionModel(sample_size=side, block_out_channels=self.width, **CONFIG)
+
+    def loss(self, unet: Callable, schedule: Schedule, latents: Tensor, cond: Tensor, generator: torch.Generator) -> Tensor:
+        """Mean squared error at one timestep per picture, weighted by `min_snr`."""
+        n = len(latents)
+        even = (torch.arange(n) + torch.rand(n, generator=generator)) / n  # stratified: less noise in the loss
+        places = DENSITIES[self.density](even).clamp(0, 1 - 1e-6)
+        t = (places * len(schedule.alphas_cumprod)).long().to(latents.device)
+        noise = torch.randn(latents.shape, generator=generator).to(latents.device)
+        predicted = unet(schedule.signal(t) * latents + schedule.noise(t) * noise, t, cond).sample.float()
+        wrong = (predicted - objectives.target(latents, noise, t, schedule)).square().mean((1, 2, 3))
+        return (objectives.weights(t, schedule, self.min_snr) * wrong).mean()
+
+
+def train(
+    folder: Path,
+    unet: UNet2DConditionModel,
+    teaching: Teaching,
+    latents: np.ndarray,
+    conditions: np.ndarray,
+    empty: Tensor,
+    plan: Plan,
+    device: str,
+    bf16: bool,
+    compiled: bool,
+    picture: Callable[[UNet2DConditionModel, int], None] | None = None,
+) -> UNet2DConditionModel:
+    """Train on encoded pictures `[n, 2, 16, h, w]` and embedded captions `[n, 77, d]`, resumably; return the averaged UNet.
+
+    In a team (`running.join_team`), each process takes its part of every batch.
+    """
+    unet, shown = unet.to(device).train(), teaching.build(latents.shape[-1]).to(device).eval()
+    forward = torch.compile(unet) if compiled else unet
+    schedule, (rank, count) = Schedule.of(teaching.scheduler().config), team()
+
+    def batches(start: int) -> Iterator[tuple[Tensor, Tensor]]:
+        for step, batch in enumerate(shuffled(len(latents), plan.batch, 3, start), start):
+            i, generator = batch[rank::count], torch.Generator().manual_seed(step * count + rank)
+            moments = torch.from_numpy(latents[i]).to(device).float()
+            drawn = moments[:, 0] + moments[:, 1] * torch.randn(moments[:, 0].shape, generator=generator).to(device)
+            cond = torch.from_numpy(conditions[i]).to(device).float()
+            dropped = (torch.rand(len(i), generator=generator) < DROPOUT).to(device)
+            yield drawn, torch.where(dropped[:, None, None], empty.to(device), cond)
+
+    def loss_of(batch: tuple[Tensor, Tensor], step: int) -> Tensor:
+        generator = torch.Generator().manual_seed(step * count + rank + 10**9)
+        with torch.autocast(device, torch.bfloat16, enabled=bf16):
+            return teaching.loss(forward, schedule, *batch, generator)
+
+    def show(weights: dict[str, Tensor], step: int) -> None:
+        shown.load_state_dict(weights)
+        if picture:
+            picture(shown, step)
+
+    unet.load_state_dict(run(folder, unet, plan, batches, loss_of, show))
+    return unet.eval()

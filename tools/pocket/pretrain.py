@@ -1,0 +1,392 @@
+"""Pretrain the pocket from nothing: `python -m tools.pocket.pretrain --work DIR`. Run again, it goes on where it stopped.
+
+Stages, each resumable: pool (pictures, captions), vae, clip, latents, decoder (sharper, same latents), conditions, unet, export.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import signal
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from torch import Tensor
+from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
+
+from personalize.io import write_text
+from personalize.reports.metrics import Clip
+
+from . import WEIGHTS, autoencoder, clip, diffusion
+from .autoencoder import save_picture
+from .diffusion import DENSITIES, Teaching
+from .pool import INDIVIDUALS, LOOKS, build_pool, build_tokenizer, open_pool, write_rows
+from .running import Plan, join_team, team
+from .world import BACKGROUNDS, COLOURS, OBJECTS, STYLES
+
+GRID = (
+    "a red cat on the beach",
+    "a large blue house in the snow, ink drawing",
+    "pixel art of a green car in the city",
+    "a small yellow bird at night",
+    "a watercolour of a purple flower in the forest",
+    "an orange fish in a room, pastel drawing",
+    "a pink umbrella in the desert",
+    "a brown dog in a meadow on the left",
+)
+
+
+def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line; the defaults are the CPU recipe."""
+    shipped = Teaching()
+    parser = argparse.ArgumentParser(prog="python -m tools.pocket.pretrain", description=__doc__)
+    add = parser.add_argument
+    add("--work", type=Path, required=True, help="folder of pools, states and logs")
+    add("--stage", default="all", choices=("all", *STAGES))
+    add("--size", type=int, default=64, help="side of the pictures, in pixels")
+    add("--pool", type=int, default=120_000, help="pictures drawn")
+    add("--seed", type=int, default=1, help="of the pool: another seed draws other pictures")
+    add("--start", type=Path, help="a finished base to train on from, e.g. the shipped weights")
+    add("--workers", type=int, default=2, help="processes that draw")
+    add("--vae-steps", type=int, default=3500)
+    add("--vae-lr", type=float, default=2e-3)
+    add("--decoder-steps", type=int, default=1700)
+    add("--clip-steps", type=int, default=640)
+    add("--clip-lr", type=float, default=2e-3)
+    add("--unet-steps", type=int, default=5000)
+    add("--unet-batch", type=int, default=64)
+    add("--processes", type=int, default=1, help="that train the UNet, each on a part of a batch: on a CPU, faster than threads")
+    add("--unet-lr", type=float, default=2e-3)
+    add("--unet-prediction", default=shipped.prediction, choices=("v_prediction", "epsilon", "sample"))
+    add(
+        "--unet-zero-snr", default=shipped.zero_snr, action=argparse.BooleanOptionalAction, help="the last timestep is pure noise"
+    )
+    add("--unet-min-snr", type=float, default=shipped.min_snr, help="min-SNR gamma; 0 counts all timesteps alike")
+    add("--unet-density", default=shipped.density, choices=tuple(DENSITIES), help="how often each timestep is trained")
+    add("--unet-width", type=int, nargs=2, default=shipped.width, help="channels of both levels")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--compile", action="store_true", help="compile the UNet (needs a C++ compiler)")
+    add("--muon", default=True, action=argparse.BooleanOptionalAction, help="it computes in bf16: not for a CPU without")
+    add("--bf16", default=None, action=argparse.BooleanOptionalAction, help="(default: where the device computes in it)")
+    add("--minutes", type=float, default=0, help="after which a call ends; the same one goes on (0: none)")
+    add("--to", type=Path, default=WEIGHTS, help="folder the finished base is written to")
+    told = parser.parse_args(words)
+    if told.unet_prediction == "epsilon" and told.unet_zero_snr:
+        parser.error("epsilon cannot be learned with zero terminal SNR: add --no-unet-zero-snr")
+    if told.unet_batch % told.processes:
+        parser.error(f"--processes {told.processes} cannot share batches of {told.unet_batch}; try --unet-batch 64")
+    fast = computes_bf16(told.device)
+    told.bf16 = fast if told.bf16 is None else told.bf16
+    if told.muon and not fast:
+        print(
+            "this CPU has no instructions for bf16, in which Muon computes: steps take many times longer; try --no-muon",
+            flush=True,
+        )
+    return told
+
+
+def computes_bf16(device: str) -> bool:
+    """Whether a device has instructions for bf16; a CPU without them is seventeen times slower in it."""
+    if device != "cpu":
+        return True
+    has: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.6 has none
+    return bool(has.get("amx_bf16") or has.get("avx512_bf16"))
+
+
+def teaching_of(options: argparse.Namespace) -> Teaching:
+    """What the command line says of the UNet."""
+    return Teaching(
+        options.unet_prediction, options.unet_zero_snr, options.unet_min_snr, options.unet_density, tuple(options.unet_width)
+    )
+
+
+def load_parts(work: Path) -> tuple[CLIPTokenizer, AutoencoderKL, CLIPModel]:
+    """The finished tokenizer, autoencoder and CLIP of a work folder."""
+    return (
+        CLIPTokenizer.from_pretrained(work / "tokenizer"),
+        AutoencoderKL.from_pretrained(sharpest(work)).eval(),
+        CLIPModel.from_pretrained(work / "clip/done").eval(),
+    )
+
+
+def sharpest(work: Path) -> Path:
+    """The autoencoder with the decoder that was trained on, once there is one."""
+    return done if (done := work / "decoder/done").exists() else work / "vae/done"
+
+
+@torch.no_grad()
+def embed(text: CLIPTextModel, ids: Tensor) -> Tensor:
+    """Token states `[n, 77, d]` of token numbers `[n, 77]`."""
+    return text(ids).last_hidden_state
+
+
+def text_encoder(model: CLIPModel) -> CLIPTextModel:
+    """The text tower of a CLIPModel as the CLIPTextModel that Stable Diffusion uses."""
+    text = CLIPTextModel(model.config.text_config)
+    have = model.text_model.state_dict()
+    want = text.state_dict()
+    text.load_state_dict({key: have[key.removeprefix("text_model.")] for key in want})
+    return text.eval()
+
+
+def stage_unpack(options: argparse.Namespace) -> None:
+    """With --start: the parts of a finished base, from which the stages go on (with 0 steps, they keep them)."""
+    if options.start is None or (options.work / "unet/start").exists():
+        return
+    AutoencoderKL.from_pretrained(options.start / "vae").save_pretrained(options.work / "vae/start")
+    old, tokenizer = (CLIPTokenizer.from_pretrained(folder / "tokenizer") for folder in (options.start, options.work))
+    whole = Clip.of(options.start)
+    assert whole, f"{options.start} has no clip folder"
+    clip.carry_over(whole.model, old, tokenizer).save_pretrained(options.work / "clip/start")
+    UNet2DConditionModel.from_pretrained(options.start / "unet").save_pretrained(options.work / "unet/start")
+
+
+def stage_pool(options: argparse.Namespace) -> None:
+    build_pool(options.work / "pool", options.pool, options.size, options.seed, options.workers)
+    if (tokenizer := options.work / "tokenizer").exists():
+        return
+    if options.start and not options.clip_steps:  # nobody would teach the text encoder other tokens
+        shutil.copytree(options.start / "tokenizer", tokenizer)
+    else:
+        build_tokenizer(tokenizer, open_pool(options.work / "pool")[1])
+
+
+def stage_vae(options: argparse.Namespace) -> None:
+    if not (options.work / "vae/done").exists():
+        pictures, _ = open_pool(options.work / "pool")
+        start = options.work / "vae/start"
+        vae = AutoencoderKL.from_pretrained(start) if options.start else autoencoder.build()
+        plan = Plan(options.vae_steps, batch=16, lr=options.vae_lr, ema=0.995, muon=options.muon)
+        vae = autoencoder.train(options.work / "vae", vae, pictures, plan, options.device, options.bf16)
+        vae.save_pretrained(options.work / "vae/done")
+
+
+def stage_clip(options: argparse.Namespace) -> None:
+    if not (options.work / "clip/done").exists():
+        pictures, captions = open_pool(options.work / "pool")
+        tokenizer = CLIPTokenizer.from_pretrained(options.work / "tokenizer")
+        start = options.work / "clip/start"
+        fresh = CLIPModel.from_pretrained(start) if options.start else clip.build(tokenizer, pictures.shape[1])
+        plan = Plan(options.clip_steps, batch=128, lr=options.clip_lr, ema=0.98, muon=options.muon)
+        model = clip.train(
+            options.work / "clip",
+            fresh,
+            pictures,
+            clip.tokens(tokenizer, captions),
+            tokenizer,
+            plan,
+            options.device,
+            options.bf16,
+        )
+        model.save_pretrained(options.work / "clip/done")
+
+
+def stage_latents(options: argparse.Namespace) -> None:
+    """Encode all pictures, once."""
+    vae = AutoencoderKL.from_pretrained(options.work / "vae/done").eval().to(options.device)
+    autoencoder.encode_pool(vae, open_pool(options.work / "pool")[0], options.work / "latents.npy", options.device)
+
+
+def stage_decoder(options: argparse.Namespace) -> None:
+    if not (options.work / "decoder/done").exists():
+        vae = AutoencoderKL.from_pretrained(options.work / "vae/done")
+        pictures, latents = open_pool(options.work / "pool")[0], np.load(options.work / "latents.npy", mmap_mode="r")
+        plan = Plan(options.decoder_steps, batch=16, lr=1e-3, ema=0.998, decay=0.6, muon=options.muon)
+        vae = autoencoder.sharpen(options.work / "decoder", vae, latents, pictures, plan, options.device, options.bf16)
+        vae.save_pretrained(options.work / "decoder/done")
+
+
+@torch.no_grad()
+def stage_conditions(options: argparse.Namespace) -> None:
+    """Embed all captions, once: fp16 `[n, 77, d]`."""
+    tokenizer = CLIPTokenizer.from_pretrained(options.work / "tokenizer")
+    text = text_encoder(CLIPModel.from_pretrained(options.work / "clip/done")).to(options.device)
+    ids = clip.tokens(tokenizer, open_pool(options.work / "pool")[1]).to(options.device)
+    write_rows(options.work / "conditions.npy", len(ids), lambda rows: embed(text, ids[rows]).half().cpu().numpy())
+
+
+def assemble(options: argparse.Namespace, unet: UNet2DConditionModel) -> StableDiffusionPipeline:
+    """The ordinary pipeline around a UNet."""
+    tokenizer, vae, model = load_parts(options.work)
+    return StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text_encoder(model),
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=teaching_of(options).scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+    ).to(options.device)
+
+
+def stage_unet(options: argparse.Namespace) -> None:
+    if options.processes == 1:
+        return train_unet(options)
+    with TemporaryDirectory() as meeting:
+        torch.multiprocessing.spawn(train_in_team, (options, Path(meeting) / "team"), options.processes)
+
+
+def train_in_team(rank: int, options: argparse.Namespace, meeting: Path) -> None:
+    """One of the processes that train the UNet together."""
+    join_team(rank, options.processes, meeting)
+    train_unet(options)
+    torch.distributed.destroy_process_group()
+
+
+def train_unet(options: argparse.Namespace) -> None:
+    """Train the UNet to its end, alone or as one of a team."""
+    tokenizer, _, model = load_parts(options.work)
+    latents, conditions = (np.load(options.work / f"{name}.npy", mmap_mode="r") for name in ("latents", "conditions"))
+    empty = embed(text_encoder(model), clip.tokens(tokenizer, [""]))[0]
+
+    def picture(unet: UNet2DConditionModel, step: int) -> None:
+        if step % 1000:
+            return
+        pipe = assemble(options, unet)
+        pipe.set_progress_bar_config(disable=True)
+        generators = [torch.Generator().manual_seed(i) for i in range(len(GRID))]
+        drawn = pipe(list(GRID), num_inference_steps=20, guidance_scale=3.0, generator=generators, output_type="pt").images
+        save_picture(
+            torch.cat([torch.cat(list(drawn[:4]), -1), torch.cat(list(drawn[4:]), -1)], -2) * 2 - 1,
+            options.work / f"unet/sample-{step:06d}.png",
+            3,
+        )
+
+    plan = Plan(options.unet_steps, options.unet_batch, options.unet_lr, warmup=300, ema=0.9995, muon=options.muon)
+    teaching, start = teaching_of(options), options.work / "unet/start"
+    unet = diffusion.train(
+        options.work / "unet",
+        UNet2DConditionModel.from_pretrained(start) if options.start else teaching.build(latents.shape[-1]),
+        teaching,
+        latents,
+        conditions,
+        empty,
+        plan,
+        options.device,
+        options.bf16,
+        options.compile,
+        picture,
+    )
+    if team()[0] == 0:
+        unet.save_pretrained(options.work / "unet/done")
+
+
+def stage_export(options: argparse.Namespace) -> None:
+    """Write the diffusers folder, fp16, in files of at most 12 MB, with the CLIP and a model card beside it."""
+    done = options.work / "unet/done"
+    unet = UNet2DConditionModel.from_pretrained(done) if done.exists() else averaged_unet(options)
+    assemble(options, unet).to("cpu", torch.float16).save_pretrained(options.to, safe_serialization=True, max_shard_size="12MB")
+    whole = CLIPModel.from_pretrained(options.work / "clip/done").half()
+    own = {key: t for key, t in whole.state_dict().items() if not key.startswith("text_model.")}  # that is text_encoder/
+    whole.save_pretrained(options.to / "clip", state_dict=own)
+    for file in options.to.glob("*/config.json"):  # where a part was read from is nobody's business
+        told = {key: value for key, value in json.loads(file.read_text()).items() if key != "_name_or_path"}
+        write_text(file, json.dumps(told, indent=2, sort_keys=True) + "\n")
+    (options.to / "README.md").write_text(card(options))
+
+
+CARD = """---
+license: apache-2.0
+library_name: diffusers
+pipeline_tag: text-to-image
+---
+# pocket
+
+A Stable Diffusion in miniature: the same classes and folder layout as SD 1.5 at {size} px, trained from nothing on drawn scenes.
+
+- **Data**: {pool:,} pictures (in the last run) of the world in `personalize/pocket/world.py` ({objects} objects,
+  {colours} colours, {places} places, {styles} styles; some combinations held out), each with one caption.
+  {individuals:.0%} show an invented individual, {looks:.0%} an invented look; none of the benchmark's.
+  Nothing else: no photographs, no scraped pictures.
+- **Objective**: {objective}; 10 % of captions dropped; averaged weights.
+- **Made by** `python -m tools.pocket.pretrain --work DIR`, on {cores}{again}; stage by stage:
+
+| run | stage | steps | pictures seen | seconds | last loss |
+|---|---|---|---|---|---|
+{rows}
+
+How well it obeys prompts is measured by `python -m tools.pocket.proof base`: docs/figures/base.md.
+"""
+
+
+def card(options: argparse.Namespace) -> str:
+    """The model card: data, steps, losses, after those of the base that training started from."""
+    before = (options.start / "README.md").read_text().splitlines() if options.start else []
+    rows = [line for line in before if line.startswith("| ") and line[2].isdigit()]
+    this = 1 + max((int(row.split("|")[1]) for row in rows), default=0)
+    logs = {file.parent.name: json.loads(file.read_text().splitlines()[-1]) for file in sorted(options.work.glob("*/log.jsonl"))}
+    rows += [
+        f"| {this} | {name} | {log['step']:,} | {log['images']:,} | {log['seconds']:,} | {log['loss']} |"
+        for name, log in logs.items()
+    ]
+    counts = {"objects": len(OBJECTS), "colours": len(COLOURS), "places": len(BACKGROUNDS), "styles": len(STYLES)}
+    again = f", and again with `--start`: {this} runs" if before else ""
+    shares = {"individuals": INDIVIDUALS, "looks": LOOKS}
+    about = {"size": options.size, "pool": options.pool, "rows": "\n".join(rows), "objective": teaching_of(options).told()}
+    cores = "CPU cores" if options.device == "cpu" else f"a GPU, {torch.cuda.get_device_name(options.device)}"
+    return CARD.format(again=again, cores=cores, **about, **shares, **counts)
+
+
+def averaged_unet(options: argparse.Namespace) -> UNet2DConditionModel:
+    """The averaged UNet of an unfinished run."""
+    from safetensors.torch import load_file
+
+    unet = teaching_of(options).build(np.load(options.work / "latents.npy", mmap_mode="r").shape[-1])
+    tensors = load_file(options.work / "unet/state.safetensors")
+    unet.load_state_dict({key.removeprefix("ema/"): t for key, t in tensors.items() if key.startswith("ema/")})
+    return unet
+
+
+STAGES = {
+    "pool": stage_pool,
+    "unpack": stage_unpack,
+    "vae": stage_vae,
+    "clip": stage_clip,
+    "latents": stage_latents,
+    "decoder": stage_decoder,
+    "conditions": stage_conditions,
+    "unet": stage_unet,
+    "export": stage_export,
+}
+
+
+def run(options: argparse.Namespace, stages: Iterable[str] = STAGES) -> None:
+    """Some stages, in their order; what is done already is kept."""
+    for name in stages:
+        STAGES[name](options)
+
+
+class TimeOver(KeyboardInterrupt):
+    """The minutes of a call are over."""
+
+
+def end_after(minutes: float) -> None:
+    """Raise TimeOver in so many minutes, wherever the work is then: every stage goes on from its last state."""
+
+    def ring(*_: object) -> None:
+        raise TimeOver
+
+    signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, 60 * minutes)
+
+
+def main() -> int:
+    """Run what the command line asks for; exit code 130 after Ctrl-C, 0 when the time is over."""
+    chosen = arguments()
+    end_after(chosen.minutes)
+    try:
+        run(chosen, STAGES if chosen.stage == "all" else [chosen.stage])
+    except KeyboardInterrupt as end:
+        print("stopped; the same command goes on", flush=True)
+        return 0 if isinstance(end, TimeOver) else 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,229 @@
+"""Beside diffusers' `examples/dreambooth/train_dreambooth_lora.py`: same base, pictures, steps, batch size and rank.
+
+The script is not part of this project: give its path. It knows one prompt for all pictures and attention layers only, and its
+adapter is measured exactly as ours is. Where torchvision is missing, the script finds a stand-in for the transforms it uses.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from personalize.adapters.adapter import Adapter
+from personalize.errors import DataError, TrainingError
+from personalize.io import write_text
+from personalize.models.model import Base
+from personalize.models.sources import locate
+from personalize.recipe.fields import Recipe
+from personalize.recipe.resolve import to_toml
+from personalize.reports.metrics import Clip
+
+from ..judge import Judge
+from . import personalization
+from .drawing import Artist
+from .figures import Figure, closed, machine, publish
+from .measuring import draw, mean, measure
+from .personalization import brief, recipe_of
+from .tasks import Task, tasks
+
+SIX = "scarf cat,king fish,flag house,pirate boat,stained glass,blueprint"
+TRANSFORMS = '''"""Stand-in for torchvision.transforms: what train_dreambooth_lora.py and its sdxl sister use of it."""
+import enum, random, sys, types
+import numpy, torch
+from PIL import Image
+
+def crop(image, top, left, height, width): return image.crop((left, top, left + width, top + height))
+
+functional = sys.modules[__name__ + ".functional"] = types.ModuleType(__name__ + ".functional")
+functional.crop, __path__ = crop, []
+
+class InterpolationMode(enum.Enum):
+    NEAREST, BILINEAR, BICUBIC, LANCZOS, BOX, HAMMING = 0, 2, 3, 1, 4, 5
+
+class Compose:
+    def __init__(self, parts): self.parts = parts
+    def __call__(self, x):
+        for part in self.parts: x = part(x)
+        return x
+
+class Resize:
+    def __init__(self, size, interpolation): self.size, self.how = size, interpolation
+    def __call__(self, image):
+        scale = self.size / min(image.size)
+        return image.resize([max(self.size, int(side * scale)) for side in image.size], self.how.value)
+
+class RandomCrop:
+    def __init__(self, size): self.size = size
+    def at(self, room): return random.randint(0, room)
+    @staticmethod
+    def get_params(image, size):
+        return random.randint(0, image.height - size[0]), random.randint(0, image.width - size[1]), *size
+    def __call__(self, image):
+        left, top = (self.at(side - self.size) for side in image.size)
+        return image.crop((left, top, left + self.size, top + self.size))
+
+class CenterCrop(RandomCrop):
+    def at(self, room): return round(room / 2)
+
+class RandomHorizontalFlip:
+    def __init__(self, p): self.p = p
+    def __call__(self, image): return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if random.random() < self.p else image
+
+class ToTensor:
+    def __call__(self, image): return torch.from_numpy(numpy.array(image)).permute(2, 0, 1).float() / 255
+
+class Normalize:
+    def __init__(self, mean, std): self.mean, self.std = mean[0], std[0]
+    def __call__(self, x): return (x - self.mean) / self.std
+'''
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What this benchmark can be told: all that `personalization` can, and where the other script is."""
+    personalization.add_options(parser)
+    parser.add_argument("--script", type=Path, required=True, help="path of train_dreambooth_lora.py")
+    parser.add_argument("--peer-lr", type=float, action="append", default=[], help="its learning rates (default: 5e-4, and ours)")
+    parser.set_defaults(only=SIX)
+
+
+LAUNCH = """# Runs a script with the stand-in. transformers and diffusers ask for torchvision before they can see it.
+import pathlib, runpy, sys
+from diffusers.utils.import_utils import is_torchvision_available
+from transformers.utils import is_torchvision_available as is_available
+assert not is_available() and not is_torchvision_available()
+sys.path.insert(0, str(pathlib.Path(sys.argv.pop(0)).parent / "packages"))
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def launcher(folder: Path) -> list[str]:
+    """How to start the script: as it is, or, where there is no torchvision, with a stand-in that is written to `folder`."""
+    if importlib.util.find_spec("torchvision"):
+        return [sys.executable]
+    write_text(folder / "packages" / "torchvision" / "__init__.py", "from . import transforms\n")
+    write_text(folder / "packages" / "torchvision" / "transforms.py", TRANSFORMS)
+    return [sys.executable, str(write_text(folder / "launch.py", LAUNCH).resolve())]
+
+
+def prompt_of(task: Task) -> str:
+    """The one prompt that the script knows."""
+    return f"a {task.trigger} {task.class_name}" if task.class_name else f"a picture, {task.trigger} style"
+
+
+def their_command(options: argparse.Namespace, recipe: Recipe, task: Task, lr: float, folder: Path) -> list[str]:
+    """Their command line with our base, pictures, steps, batch size, rank and seed; the rest are its defaults."""
+    told: dict[str, Any] = {
+        "pretrained_model_name_or_path": locate(options.base).resolve(),
+        "instance_data_dir": (folder / "plain").resolve(),
+        "instance_prompt": prompt_of(task),
+        "output_dir": (folder / f"peer-{lr:g}").resolve(),
+        "resolution": recipe.data.resolution or options.side,
+        "train_batch_size": recipe.batch_size,
+        "max_train_steps": recipe.steps,
+        "rank": recipe.adapter.rank,
+        "learning_rate": lr,
+        "lr_warmup_steps": recipe.optim.warmup,
+        "seed": recipe.seed,
+    }
+    flags = [text for name, value in told.items() for text in (f"--{name}", str(value))]
+    return [*launcher(folder.parent / "stand-in"), str(options.script.resolve()), *flags]
+
+
+def our_command(recipe: Recipe, folder: Path) -> list[str]:
+    """Our command line for a recipe."""
+    preset = write_text(folder / "recipe.toml", to_toml(recipe))
+    return [sys.executable, "-m", "personalize", "train", str(recipe.data.folder), "--preset", str(preset), "--fresh"]
+
+
+def timed(command: Sequence[str], adapter: Path, log: Path) -> dict[str, Any]:
+    """Run a command and time it to its end; the adapter that it left. Raises TrainingError if there is none."""
+    began = time.perf_counter()
+    with log.open("w") as out:
+        done = subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, check=False)
+    seconds = time.perf_counter() - began
+    if done.returncode or not adapter.is_file():
+        raise TrainingError(f"{log.stem} ended with {done.returncode}", f"its output is in {log}")
+    return {"seconds": seconds, "adapter": str(adapter)}
+
+
+def compared(task: Task, options: argparse.Namespace, judge: Judge, clip: Clip | None, artist: Artist) -> dict[str, Any]:
+    """Both trainers on one task: read, or run and measured now, one after the other."""
+    folder = personalization.place_of(task, options, artist)
+    recipe = recipe_of(task, options, folder)
+    file, found = folder / "figures.json", {}
+    key = [judge.identity, options.pictures, options.seed, artist.how]
+    if file.is_file() and (before := json.loads(file.read_text()))["key"] == key and not options.fresh:
+        found = before["runs"]
+    task.write(folder / "pictures", artist.base.resolution, not options.no_captions)
+    task.write(folder / "plain", artist.base.resolution, captions=False)
+    assert recipe.output
+    ours = recipe.output / f"{task.trigger}.safetensors"
+    jobs = {"personalize": (our_command(recipe, folder), ours)}
+    for lr in dict.fromkeys(options.peer_lr or (5e-4, recipe.optim.lr)):
+        left = folder / f"peer-{lr:g}" / "pytorch_lora_weights.safetensors"
+        jobs[f"diffusers, lr {lr:g}"] = (their_command(options, recipe, task, lr, folder), left)
+    for name, (command, adapter) in jobs.items():
+        if name not in found:
+            about = timed(command, adapter, folder / f"{name.split(',')[0]}.log") | {"machine": machine()}
+            found[name] = about | measure(judge, clip, task, draw(artist, task, Adapter.load(adapter)))
+            write_text(file, json.dumps({"key": key, "runs": found}, indent=1) + "\n")
+        print(f"{task.name}, {name}: {brief(found[name])}", flush=True)
+    return {"name": task.name, "kind": task.kind, "runs": found}
+
+
+HEADS = ("figure", "diffusers", "personalize", "ceiling", "goal", "met")
+READ = {  # figure -> (how to read it from a run, whether more is better)
+    "gap closed": (lambda run: closed(*(run["identity"][key] for key in ("floor", "value", "ceiling"))), True),
+    "prompt fidelity (of ceiling)": (lambda run: run["fidelity"]["value"], True),
+    "leak without the trigger": (lambda run: run["leak"]["value"], False),
+    "unrelated prompts obeyed": (lambda run: run["drift"]["value"], True),
+    "unrelated verdicts changed": (lambda run: run["drift"]["changed"], False),
+    "seconds from command to adapter": (lambda run: run["seconds"], False),
+}
+
+
+def table(records: Sequence[dict[str, Any]], ours: str, theirs: str) -> list[Figure]:
+    """Their means, and ours, figure by figure."""
+    figures = []
+    for name, (read, more) in READ.items():
+        us, them = (mean(read(record["runs"][which]) for record in records) for which in (ours, theirs))
+        if "seconds" in name:
+            figures.append(Figure(name, them, us, None, f"{them / us:.1f}x faster; >= 2x", them >= 2 * us, "s"))
+        else:
+            figures.append(Figure(name, them, us, None, "at least as good", us >= them if more else us <= them))
+    return figures
+
+
+def tables(records: Sequence[dict[str, Any]]) -> dict[str, list[Figure]]:
+    """One for each kind and each of their rates: subjects and styles have rates of their own."""
+    found = {}
+    for kind in ("subject", "style"):
+        rows = [record for record in records if record["kind"] == kind]
+        for theirs in [name for name in (rows[0]["runs"] if rows else ()) if name != "personalize"]:
+            found[f"{kind.capitalize()}s ({len(rows)}), beside {theirs}"] = table(rows, "personalize", theirs)
+    return found
+
+
+def main(options: argparse.Namespace) -> None:
+    """Run both, measure both, publish."""
+    if not options.script.is_file():
+        raise DataError(f"there is no script {options.script}", "examples/dreambooth/train_dreambooth_lora.py of diffusers")
+    judge, base = Judge.load(), Base.load(options.base)
+    options.side = base.resolution
+    artist = Artist(base, options.work / "base-pictures", options)
+    clip = Clip.of(base.path)
+    records = [compared(task, options, judge, clip, artist) for task in tasks(options.only, options.pictures, options.seed)]
+    about = {
+        "base": f"{options.base} ({artist.identity}), on {machine()}",
+        "torchvision": "installed" if importlib.util.find_spec("torchvision") else "a stand-in for the transforms in use",
+        "captions": "one prompt for all, for both" if options.no_captions else "read by personalize; the script has one prompt",
+        "pictures": f"{options.pictures} per figure and task, {artist.told}",
+    }
+    publish(options.to, options.name, "Beside diffusers' train_dreambooth_lora.py", about, tables(records), records, HEADS)
