@@ -196,13 +196,14 @@ def test_examples_in_docstrings(path: Path) -> None:
 
 
 def test_kinds_methods_and_presets_of_adapters_are_in_the_docs() -> None:
-    from personalize.adapters.kinds.kind import KINDS
     from personalize.adapters.ops.methods import METHODS
     from personalize.adapters.strengths.grammar import PRESETS
+    from personalize.registry import table
 
     docs = (ROOT / "docs" / "adapters.md").read_text(encoding="utf-8")
-    roles = {role for kind in KINDS.values() for role in kind.roles}
-    assert [word for word in (*KINDS, *roles, *METHODS, *PRESETS) if word not in docs] == []
+    kinds = table("kinds").values()
+    words = {word for kind in kinds for word in (kind.title, *kind.roles)}
+    assert [word for word in (*words, *METHODS, *PRESETS) if word not in docs] == []
 
 
 def test_samplers_are_in_the_docs() -> None:

@@ -12,7 +12,7 @@ from typing import TypeVar
 from ..families import names as keys
 from ..formats.header import Header, opened, read_header, read_scalar
 from . import dialects
-from .kinds.kind import ALPHA, NUMBERS
+from .kinds import ALPHA, NUMBERS
 
 T = TypeVar("T")
 _PRECISIONS = {"F64": "fp64", "F32": "fp32", "F16": "fp16", "BF16": "bf16", "F8_E4M3": "fp8", "F8_E5M2": "fp8"}

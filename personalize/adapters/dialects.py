@@ -27,7 +27,7 @@ from typing import Any, Literal, get_args
 from ..errors import AdapterError, HostileFileError, UnmatchedKeysError, nearest
 from ..families import names as keys
 from ..formats.header import Header, short
-from .kinds import kind as kinds
+from . import kinds
 
 DialectName = Literal["kohya", "diffusers", "peft"]
 DIALECTS: tuple[str, ...] = get_args(DialectName)
@@ -50,9 +50,9 @@ EMBEDDINGS = ("emb_params", "clip_l", "clip_g", "string_to_param", "t5xxl")  # k
 
 @dataclass(frozen=True)
 class Slot:
-    """Where a file keeps the tensors of one module: their keys, by role (kinds.py)."""
+    """Where a file keeps the tensors of one module: their keys, by role."""
 
-    kind: str  # a name of KINDS; "" if only the bias is changed
+    kind: str  # a row of kinds, such as "loha"; "" if only the bias is changed
     keys: Mapping[str, str]
 
     @property
@@ -80,7 +80,8 @@ def file_of(path: Path) -> Path:
 
 def read(header: Header) -> Reading:
     """Understand all keys of a file. Those that belong to another dialect than most, or to no module, are unmatched."""
-    parsed = {key: address for key in header.tensors if (address := _parse(key))}
+    known = kinds.roles()
+    parsed = {key: address for key in header.tensors if (address := _parse(key, known))}
     votes = Counter(dialect for dialect, _, _ in parsed.values())
     dialect = max(DIALECTS, key=lambda name: votes[name]) if votes else ""
     found: dict[str, dict[str, str]] = {}
@@ -89,19 +90,19 @@ def read(header: Header) -> Reading:
             found.setdefault(name, {}).setdefault(role, key)
     slots = {name: Slot(kinds.kind_of(roles), roles) for name, roles in found.items()}
     slots = {name: slot for name, slot in slots.items() if slot.kind or slot.keys.keys() & set(kinds.BIASES)}
-    known = {name: shape(header, slot) for name, slot in slots.items()}
+    shapes = {name: shape(header, slot) for name, slot in slots.items()}
     if dialect == "kohya":
-        paths = keys.find_kohya(known, header.metadata)
-        known = {paths[name]: shape for name, shape in known.items() if name in paths}
+        paths = keys.find_kohya(shapes, header.metadata)
+        shapes = {paths[name]: shape for name, shape in shapes.items() if name in paths}
         slots = {paths[name]: slot for name, slot in slots.items() if name in paths}
-    shapes = {path: shape for path, shape in known.items() if slots[path].kind}
+    shapes = {path: shape for path, shape in shapes.items() if slots[path].kind}
     matched = {key for slot in slots.values() for role, key in slot.keys.items() if _is_read(slot, role)}
     unmatched = tuple(key for key in header.tensors if key not in matched)
     return Reading(dialect, _kind(slots, unmatched), slots, shapes, unmatched)
 
 
 def _is_read(slot: Slot, role: str) -> bool:
-    return role in kinds.BIASES or (slot.kind != "" and role in kinds.KINDS[slot.kind].roles)
+    return role in kinds.BIASES or (slot.kind != "" and role in kinds.row(slot.kind).roles)
 
 
 def shapes(header: Header, slot: Slot) -> dict[str, keys.Shape]:
@@ -111,13 +112,13 @@ def shapes(header: Header, slot: Slot) -> dict[str, keys.Shape]:
 
 def rank(header: Header, slot: Slot) -> int:
     """The rank of the update that a slot holds; 0 for a full one."""
-    return kinds.KINDS[slot.kind].rank(shapes(header, slot)) if slot.kind else 0
+    return kinds.row(slot.kind).rank(shapes(header, slot)) if slot.kind else 0
 
 
 def shape(header: Header, slot: Slot) -> tuple[int, ...]:
-    """The shape of the dW that a slot holds, as far as it tells (kinds.py). HostileFileError if its tensors do not fit."""
+    """The shape of the dW that a slot holds, as far as it tells. HostileFileError if its tensors do not fit."""
     try:
-        return kinds.shape(slot.kind, shapes(header, slot))
+        return kinds.shape_of(slot.kind, shapes(header, slot))
     except kinds.MisfitError as error:
         raise HostileFileError(f"{header.path}: {short(next(iter(slot.keys.values())))}: {error}") from None
 
@@ -196,11 +197,11 @@ def lora_configs(ranks: Mapping[str, int]) -> dict[str, dict[str, Any]]:
     return configs
 
 
-def _parse(key: str) -> tuple[str, str, str] | None:
-    """A file key => (dialect, kohya name or canonical path, role); None if no dialect has such a key."""
+def _parse(key: str, roles: Collection[str]) -> tuple[str, str, str] | None:
+    """A file key => (dialect, kohya name or canonical path, role); None if no dialect has it. `roles` are those of kohya's keys."""
     if key.startswith(keys.KOHYA_PREFIXES):
         name, _, role = key.partition(".")
-        return ("kohya", name, role) if role in kinds.ROLES else None
+        return ("kohya", name, role) if role in roles else None
     for pattern in _LEAVES:
         if found := pattern.fullmatch(key):
             path = found["path"]
@@ -227,7 +228,8 @@ def _kind(slots: Mapping[str, Slot], unmatched: Iterable[str]) -> str:
     """What most modules hold, the rest behind a plus sign."""
     counts = Counter(slot.name or "bias" for slot in slots.values())
     if not counts:
-        lone = [hint for key in unmatched if (address := _parse(key)) and (hint := kinds.hinted(address[2]))]
+        known = kinds.roles()
+        lone = [hint for key in unmatched if (address := _parse(key, known)) and (hint := kinds.hint_of(address[2]))]
         return "textual inversion" if any(key in EMBEDDINGS for key in unmatched) else (*lone, "unknown")[0]
     return " + ".join(name for name, _ in counts.most_common())
 

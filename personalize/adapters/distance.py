@@ -40,7 +40,7 @@ def within(a: Delta, b: Delta, limit: float) -> bool:
             far += other.norm(dim=0) * down.norm(dim=1)
         if abs(a.scale) * float(far.sum()) <= limit:
             return True
-    if isinstance(a, Structured) and isinstance(b, Structured) and a.kind == b.kind and (halves := a.form.halves):
+    if isinstance(a, Structured) and isinstance(b, Structured) and a.kind == b.kind and (halves := a.row.halves):
         (one, two), (other, another) = halves(a.tensors), halves(b.tensors)
         if one.shape == other.shape and two.shape == another.shape:
             moved = frobenius(one * a.scale - other * b.scale), frobenius(two - another)

@@ -23,11 +23,11 @@ from ..families import names as keys
 from ..formats.header import Header, opened, read_header, read_scalar, short
 from ..formats.tensors import HASHES, TORCH, Writer, one_thread, read_tensor
 from ..io import atomic, weights_hash, write_text
-from . import dialects, hosts
+from . import dialects, hosts, kinds
 from .build import build
 from .delta import Decomposed, Delta, Dense, LowRank, kind_name
 from .distance import apart, roughly, within
-from .kinds import kind as kinds
+from .kinds.kind import shapes_of as shapes_of_tensors
 from .lazy import OnDemand, ahead, shapes_of
 
 # Relative error of dW that a storage dtype may cause: a few of its rounding steps; more means it cannot hold the weights.
@@ -107,7 +107,7 @@ def _built(
 ) -> Delta:
     """The update that tensors and numbers of a file make, by role. Its alpha is the file's own, else what the config's scale
     says, else there is none."""
-    rank = kinds.KINDS[kind].rank({role: tuple(value.shape) for role, value in tensors.items()})
+    rank = kinds.row(kind).rank(shapes_of_tensors(tensors))
     alpha = numbers.get(kinds.ALPHA, None if scale is None or not rank else scale * rank)
     flags = {role: torch.tensor(value) for role, value in numbers.items() if role != kinds.ALPHA}
     delta = build(kind, {**tensors, **flags}, alpha, shape)

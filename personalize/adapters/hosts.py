@@ -22,7 +22,7 @@ from typing import NamedTuple
 from ..families.family import PARTS, Family, UNet, modules
 from ..families.names import part_of
 from .dialects import Slot
-from .kinds.kind import BIASES
+from .kinds import BIASES
 
 Where = Callable[[str, Family], str]  # what stands before a tensor's role, family => canonical path; "" if it is ignored
 

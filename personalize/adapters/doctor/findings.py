@@ -15,7 +15,7 @@ from ...families import names as keys
 from ...families.family import A1111
 from ...findings import Finding
 from .. import dialects, hosts
-from ..kinds.kind import ALPHA, DORA, MAGNITUDE
+from ..kinds import ALPHA, DORA, MAGNITUDE, row
 from .measures import SHARE, Exam, Module
 
 Check = Callable[[Exam], Iterator[Finding]]
@@ -102,8 +102,8 @@ def unmatched(exam: Exam) -> Iterator[Finding]:
 
 def alpha_missing(exam: Exam) -> Iterator[Finding]:
     """Without alpha and config, readers take alpha = rank."""
-    slots = {path: slot for path, slot in exam.reading.slots.items() if dialects.rank(exam.header, slot) and slot.kind != "OFT"}
-    lacking = [path for path, slot in slots.items() if ALPHA not in slot.keys]
+    slots = {path: slot for path, slot in exam.reading.slots.items() if dialects.rank(exam.header, slot)}
+    lacking = [path for path, slot in slots.items() if ALPHA not in slot.keys and row(slot.kind).alpha_scales]
     lacking = [path for path in lacking if path not in dialects.configured_scales(exam.header, exam.reading)] if lacking else []
     if lacking:
         peft = exam.reading.dialect != "kohya"
@@ -111,7 +111,7 @@ def alpha_missing(exam: Exam) -> Iterator[Finding]:
         what = f"no alpha in {_count(lacking, 'layer')}{origin}: taken for the rank"
         hint = "if it was trained with another alpha, use it at the strength alpha / rank"
         yield Finding("warning" if peft else "info", "alpha-missing", what, tuple(lacking), hint)
-    if 0 in exam.about.alphas and not any(slot.kind == "OFT" for slot in exam.reading.slots.values()):  # there it is a bound
+    if 0 in exam.about.alphas and all(row(slot.kind).alpha_scales for slot in slots.values()):  # in OFT it is a bound
         what = f"alpha is 0 in {_count(range(exam.about.alphas[0]), 'layer')}, which some tools take for alpha = rank"
         yield Finding("warning", "alpha-zero", what, (), "save it again: strengths are kept and alphas are not 0")
 
@@ -168,9 +168,9 @@ def unread(exam: Exam) -> Iterator[Finding]:
     """Kinds and names that some UIs do not know."""
     slots = exam.reading.slots
     for kind in dict.fromkeys(slot.kind for slot in slots.values() if slot.kind):
-        own = tuple(path for path, slot in slots.items() if slot.kind == kind)
-        if deaf := [ui.name for ui in UIS if kind not in ui.kinds] + ["InvokeAI"] * (kind in INVOKEAI):
-            what = f"{kind} in {_count(own, 'layer')}: not read by {' and '.join(deaf)}"
+        own, title = tuple(path for path, slot in slots.items() if slot.kind == kind), row(kind).title
+        if deaf := [ui.name for ui in UIS if title not in ui.kinds] + ["InvokeAI"] * (title in INVOKEAI):
+            what = f"{title} in {_count(own, 'layer')}: not read by {' and '.join(deaf)}"
             yield Finding("warning", "kind-unread", what, own, "name the --base and save it as a full update, or extract LoRA")
     if exam.reading.dialect in ("peft", "diffusers"):
         what = f"{exam.reading.dialect}'s names: A1111 and Forge do not read them, and ComfyUI reads a part"

@@ -15,11 +15,10 @@ from ...families import names as keys
 from ...formats.header import Header, opened
 from ...formats.tensors import read_tensor
 from .. import delta as deltas
-from .. import dialects
+from .. import dialects, kinds
 from .. import files as storage
 from ..delta import Decomposed, Delta
 from ..describe import Description
-from ..kinds import kind as kinds
 from ..ops import linalg
 from ..ops import resize as resizing
 from ..strengths import grammar as weighting
