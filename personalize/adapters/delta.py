@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from ..errors import AdapterError
-from ..families.names import Shape, same
+from ..families.family import Shape
+from ..families.names import same
 from .kinds import ALPHA, DORA, DOWN, UP, Kind, MisfitError, dora, lora, row
 from .kinds.kind import largest, shapes_of
 
@@ -63,7 +64,7 @@ class Delta(Protocol):
     def __add__(self, other: Delta) -> Delta: ...
 
 
-def summed(a: Delta, b: Delta) -> Delta:
+def add(a: Delta, b: Delta) -> Delta:
     """The exact sum. Factors are put side by side while that is smaller than dW; else dW is made.
 
     Raises AdapterError for shapes that differ, and for updates that depend on the base (Adapter.resolve makes them plain).
@@ -98,8 +99,8 @@ class LowRank:
         except MisfitError:
             what = f"low-rank factors {list(self.up.shape)} and {list(self.down.shape)} do not fit each other"
             raise AdapterError(what) from None
-        object.__setattr__(self, "up", _own(self.up))
-        object.__setattr__(self, "down", _own(self.down))
+        object.__setattr__(self, "up", _fp32_copy(self.up))
+        object.__setattr__(self, "down", _fp32_copy(self.down))
         object.__setattr__(self, "alpha", float(self.alpha))
 
     @classmethod
@@ -138,7 +139,7 @@ class LowRank:
 
     def finite(self) -> bool:
         """Judged by the largest entry of each factor, so that no product on the way overflows."""
-        return _bounded(self.alpha, self.rank, largest(self.up), largest(self.down))
+        return _within_fp32(self.alpha, self.rank, largest(self.up), largest(self.down))
 
     def stored(self) -> dict[str, Tensor]:
         return {UP: self.up, DOWN: self.down, ALPHA: torch.tensor(self.alpha)}
@@ -153,7 +154,7 @@ class LowRank:
         return LowRank.of(self.up * weight, self.down, self.alpha)  # not into alpha: tools read alpha 0 as "alpha = rank"
 
     def __add__(self, other: Delta) -> Delta:
-        return summed(self, other)
+        return add(self, other)
 
     def norm(self) -> float:
         """In fp64, from the triangles of both factors: exact, and dW is never formed."""
@@ -167,7 +168,7 @@ class Dense:
     weight: Tensor
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "weight", _own(self.weight))
+        object.__setattr__(self, "weight", _fp32_copy(self.weight))
 
     @property
     def shape(self) -> Shape:
@@ -199,7 +200,7 @@ class Dense:
         return Dense(self.weight * weight)
 
     def __add__(self, other: Delta) -> Delta:
-        return summed(self, other)
+        return add(self, other)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -214,7 +215,7 @@ class Structured:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "kind", self.kind.lower())
-        object.__setattr__(self, "tensors", MappingProxyType({role: _own(value) for role, value in self.tensors.items()}))
+        object.__setattr__(self, "tensors", MappingProxyType({role: _fp32_copy(value) for role, value in self.tensors.items()}))
 
     @property
     def row(self) -> Kind:
@@ -235,7 +236,7 @@ class Structured:
     def delta(self, weight: Tensor | None = None) -> Tensor:
         if self.needs_base and weight is None:
             raise AdapterError(f"{self!r} depends on the base's weights", "name the base: --base")
-        base = _fitting(weight, self.shape) if self.needs_base and weight is not None else None
+        base = _matching_weight(weight, self.shape) if self.needs_base and weight is not None else None
         update = self.row.delta(self.tensors, base, self.alpha).reshape(self.shape if base is None else base.shape)
         return update if self.strength == 1 else self.strength * update
 
@@ -260,7 +261,7 @@ class Structured:
     def finite(self) -> bool:
         """Judged by the largest entry of each tensor: dW is not made."""
         whole = all(bool(value.isfinite().all()) for value in self.tensors.values())
-        return whole and _bounded(self.scale, self.row.bound(self.tensors) if self.row.bound else 1.0)
+        return whole and _within_fp32(self.scale, self.row.bound(self.tensors) if self.row.bound else 1.0)
 
     def stored(self) -> dict[str, Tensor]:
         if self.strength != 1:
@@ -275,7 +276,7 @@ class Structured:
         return Structured(self.kind, scaled, self.alpha, self.shape)
 
     def __add__(self, other: Delta) -> Delta:
-        return summed(self, other)
+        return add(self, other)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -291,7 +292,7 @@ class Decomposed:
     needs_base: bool = field(default=True, init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "magnitude", _own(self.magnitude))
+        object.__setattr__(self, "magnitude", _fp32_copy(self.magnitude))
         out, inside = self.inner.shape[:2]
         if tuple(self.magnitude.shape[:2]) not in ((1, inside), (out, 1)) or set(self.magnitude.shape[2:]) - {1}:
             raise AdapterError(
@@ -308,7 +309,7 @@ class Decomposed:
     def delta(self, weight: Tensor | None = None) -> Tensor:
         if weight is None:
             raise AdapterError(f"{self!r} depends on the base's weights", "name the base: --base")
-        base = _fitting(weight, self.shape)
+        base = _matching_weight(weight, self.shape)
         return self.strength * dora.decompose(base, self.inner.delta(base).reshape(base.shape), self.magnitude)
 
     def low_rank(self) -> None:
@@ -333,7 +334,7 @@ class Decomposed:
         return Decomposed(self.inner, self.magnitude, self.strength * weight)
 
     def __add__(self, other: Delta) -> Delta:
-        return summed(self, other)
+        return add(self, other)
 
 
 def kind_name(delta: Delta) -> str:
@@ -353,14 +354,14 @@ def as_low_rank(delta: Delta) -> LowRank:
     return LowRank(full.reshape(out, inside, *ones), torch.eye(inside).reshape(inside, *delta.shape[1:]), inside)
 
 
-def _fitting(weight: Tensor, shape: Shape) -> Tensor:
+def _matching_weight(weight: Tensor, shape: Shape) -> Tensor:
     """The base's weight in fp32. Raises AdapterError if it is of another shape than dW."""
     if not same(shape, tuple(weight.shape)):
         raise AdapterError(f"an update of {list(shape)} does not fit a weight of {list(weight.shape)}", "name the right base")
     return weight.detach().to("cpu", torch.float32)
 
 
-def _own(value: Tensor) -> Tensor:
+def _fp32_copy(value: Tensor) -> Tensor:
     return value.detach().to("cpu", torch.float32, copy=True).contiguous()
 
 
@@ -369,7 +370,7 @@ def sides(shape: Shape) -> tuple[int, int]:
     return shape[0], math.prod(shape[1:])
 
 
-def _bounded(*factors: float) -> bool:
+def _within_fp32(*factors: float) -> bool:
     """Whether no product of some of these is beyond fp32, or NaN."""
     return math.prod(1.0 if abs(one) < 1 else abs(one) for one in factors) < torch.finfo(torch.float32).max
 

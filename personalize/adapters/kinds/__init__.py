@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from ...families.names import Shape
+from ...families.family import Shape
 from ...registry import table
 from .kind import ALPHA as ALPHA
 from .kind import BIASES as BIASES

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ...families.names import Shape
+from ...families.family import Shape
 from . import kind_of, row
 from .kind import DORA, MAGNITUDE, Kind, Shapes
 

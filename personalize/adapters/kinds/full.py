@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from ...families.names import Shape
+from ...families.family import Shape
 from .kind import Kind, Shapes, check, no_rank
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ...families.names import Shape
+from ...families.family import Shape
 from .kind import DORA, DOWN, MID, SCALED, UP, Kind, Shapes, check, product, ratio, shapes_of
 from .lora import shape as lora_shape
 

@@ -9,7 +9,7 @@ import math
 from typing import TYPE_CHECKING
 
 from ...errors import AdapterError
-from ...families.names import Shape
+from ...families.family import Shape
 from .kind import Kind, Shapes, check, no_rank
 
 if TYPE_CHECKING:

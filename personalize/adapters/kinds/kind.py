@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
-from ...families.names import Shape
+from ...families.family import Shape
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor, nn
@@ -49,9 +49,7 @@ class Kind:
     title: str  # as people call it
     needs: tuple[str, ...]  # of each, one of the roles that `|` parts
     may: tuple[str, ...]
-    shape: Callable[
-        [Shapes], Shape
-    ]  # of dW: -1 where the file does not tell, flat over a kernel if stored so
+    shape: Callable[[Shapes], Shape]  # of dW: -1 where the file does not tell, flat over a kernel if stored so
     rank: Callable[[Shapes], int]  # 0: full
     delta: Callable[[Tensors, Tensor | None, float | None], Tensor]
     linear_in: tuple[str, ...] = ()  # roles that carry a strength: all of them times s is dW times s; none if no tensors do that
@@ -60,14 +58,10 @@ class Kind:
     alpha_scales: bool = True  # alpha / rank multiplies dW; False: alpha means something else, and so does no alpha
     unset_alpha: float | None = None  # what is written for an alpha that is not set
     on_top: bool = False  # changes what another kind makes, whose tensors stand beside its own
-    factors: Callable[[Tensors], tuple[Tensor, Tensor] | None] | None = (
-        None  # [out, r] @ [r, in * kh * kw] = dW / scale
-    )
+    factors: Callable[[Tensors], tuple[Tensor, Tensor] | None] | None = None  # [out, r] @ [r, in * kh * kw] = dW / scale
     bound: Callable[[Tensors], float] | None = None  # what no entry of dW / scale, nor of any product on the way, exceeds
     halves: Callable[[Tensors], tuple[Tensor, Tensor]] | None = None  # whose Kronecker product dW / scale is
-    start: Callable[[Shape, int, float, Generator], dict[str, Tensor]] | None = (
-        None  # W's shape, rank, alpha => dW = 0
-    )
+    start: Callable[[Shape, int, float, Generator], dict[str, Tensor]] | None = None  # W's shape, rank, alpha => dW = 0
     forward: Forward | None = None  # where that is cheaper than a layer with W + dW
 
     @property

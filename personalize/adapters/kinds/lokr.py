@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ...families.names import Shape
+from ...families.family import Shape
 from .kind import DORA, SCALED, Kind, Shapes, bound_of, check, half, half_shape, ratio, shapes_of
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from ...families.names import Shape
+from ...families.family import Shape
 from .kind import DORA, DOWN, MAGNITUDE, MID, SCALED, UP, Kind, MisfitError, Shapes, check, inner, product, ratio, tucker_shape
 
 if TYPE_CHECKING:

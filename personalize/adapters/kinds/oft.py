@@ -1,8 +1,8 @@
 """OFT (Qiu et al. 2023, https://arxiv.org/abs/2306.07280) and BOFT (Liu et al. 2023, https://arxiv.org/abs/2311.06243).
 
-dW = R W - W, as LyCORIS (https://github.com/KohakuBlueleaf/LyCORIS) writes and applies them: R is a rotation of blocks of rows, made from
-`oft_blocks` [blocks, size, size]; of butterflies [stages, blocks, size, size]. `rescale` multiplies each row. alpha * out limits
-how far R turns; 0 or none is no limit.
+dW = R W - W, as LyCORIS (https://github.com/KohakuBlueleaf/LyCORIS) writes and applies them. R is a rotation of blocks of rows,
+made from `oft_blocks` [blocks, size, size]; of butterflies [stages, blocks, size, size]. `rescale` multiplies each row.
+alpha * out limits how far R turns; 0 or none is no limit.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import math
 from typing import TYPE_CHECKING
 
 from ...errors import AdapterError
-from ...families.names import Shape
+from ...families.family import Shape
 from .kind import ALPHA, Kind, MisfitError, Shapes, check
 
 if TYPE_CHECKING:
