@@ -18,7 +18,17 @@ from typing import Any
 from .errors import RecipeError, nearest
 
 BUILT_IN: dict[str, dict[str, str]] = {
-    "kinds": {},
+    "kinds": {
+        "lora": "personalize.adapters.kinds.lora:LORA",
+        "loha": "personalize.adapters.kinds.loha:LOHA",
+        "lokr": "personalize.adapters.kinds.lokr:LOKR",
+        "oft": "personalize.adapters.kinds.oft:OFT",
+        "glora": "personalize.adapters.kinds.glora:GLORA",
+        "ia3": "personalize.adapters.kinds.ia3:IA3",
+        "full": "personalize.adapters.kinds.full:FULL",
+        "norm": "personalize.adapters.kinds.full:NORM",
+        "dora": "personalize.adapters.kinds.dora:DORA_KIND",
+    },
     "families": {},
     "objectives": {
         "none": "personalize.training.objectives.denoise:build",

@@ -26,7 +26,7 @@ HOUSE = ROOT / "personalize"
 
 # A file imports only from lower floors, or its own folder.
 FLOORS = (
-    *("errors", "lazy", "registry", "text", "io", "formats", "families", "adapters", "recipe", "models", "data"),
+    *("errors", "lazy", "registry", "text", "findings", "io", "formats", "families", "adapters", "recipe", "models", "data"),
     *("tuning", "inference", "training", "backends", "reports", "cli", "__init__", "__main__"),
 )
 LIGHT = {"torch", "safetensors"}  # all that adapters/ may need, so that it works inside any host
@@ -82,7 +82,7 @@ def test_adapters_need_torch_and_safetensors_only(path: Path) -> None:
     outside = {name.split(".")[0] for name in named} - set(sys.stdlib_module_names) - LIGHT - {"personalize"}
     assert not outside
     inside = {name.split(".")[1] for name in imports(path) if name.startswith("personalize.")}
-    assert inside <= {"adapters", "families", "formats", "errors", "io", "lazy", "text"}
+    assert inside <= {"adapters", "families", "formats", "errors", "findings", "io", "lazy", "registry", "text"}
 
 
 def test_numbers_to_live_by(capsys: pytest.CaptureFixture[str]) -> None:
@@ -196,13 +196,14 @@ def test_examples_in_docstrings(path: Path) -> None:
 
 
 def test_kinds_methods_and_presets_of_adapters_are_in_the_docs() -> None:
-    from personalize.adapters.kinds.kind import KINDS
     from personalize.adapters.ops.methods import METHODS
     from personalize.adapters.strengths.grammar import PRESETS
+    from personalize.registry import table
 
     docs = (ROOT / "docs" / "adapters.md").read_text(encoding="utf-8")
-    roles = {role for kind in KINDS.values() for role in kind.roles}
-    assert [word for word in (*KINDS, *roles, *METHODS, *PRESETS) if word not in docs] == []
+    kinds = table("kinds").values()
+    words = {word for kind in kinds for word in (kind.title, *kind.roles)}
+    assert [word for word in (*words, *METHODS, *PRESETS) if word not in docs] == []
 
 
 def test_samplers_are_in_the_docs() -> None:

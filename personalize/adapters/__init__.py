@@ -12,7 +12,8 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING
 
-from ..families.names import FAMILIES, PARTS, Family, canonical, family_of
+from ..families.family import FAMILIES, PARTS, Family
+from ..families.names import canonical, family_of
 from ..lazy import Lazy
 from .describe import Description, describe
 
@@ -21,9 +22,10 @@ if TYPE_CHECKING:
     from .adapter import Adapter, distance
     from .delta import Delta, Dense, LowRank
     from .embedding import Embedding
-    from .ops.checkpoints import bake, extract, interpolate
-    from .ops.compare import compared
-    from .ops.convert import converted
+    from .ops.bake import bake, interpolate
+    from .ops.compare import compare, compared
+    from .ops.convert import convert, converted
+    from .ops.extract import extract
     from .ops.merge import merge
     from .ops.resize import resize
 
@@ -33,12 +35,14 @@ _HOMES = {
     "Dense": "delta",
     "Embedding": "embedding",
     "LowRank": "delta",
-    "bake": "ops.checkpoints",
+    "bake": "ops.bake",
+    "compare": "ops.compare",
     "compared": "ops.compare",
+    "convert": "ops.convert",
     "converted": "ops.convert",
     "distance": "adapter",
-    "extract": "ops.checkpoints",
-    "interpolate": "ops.checkpoints",
+    "extract": "ops.extract",
+    "interpolate": "ops.bake",
     "merge": "ops.merge",
     "open_weights": "..families.checkpoint",
     "resize": "ops.resize",
@@ -56,7 +60,9 @@ __all__ = [
     "LowRank",
     "bake",
     "canonical",
+    "compare",
     "compared",
+    "convert",
     "converted",
     "describe",
     "distance",

@@ -13,13 +13,14 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import AdapterError, FamilyMismatchError, nearest
-from ..families import names as keys
+from ..families.family import PARTS, Family, Shape
+from ..families.names import canonical, family_of, kin, part_of
 from ..formats.header import short
 from ..formats.tensors import one_thread, with_ending
-from . import files as storage
+from . import files
 from .delta import Delta, Dense
-from .distance import apart
-from .lazy import OnDemand, mapped, shapes_of
+from .distance import difference_norm
+from .lazy import OnDemand, map_deltas, shapes_of
 from .strengths.grammar import Weighting
 
 
@@ -38,9 +39,9 @@ class Adapter:
         object.__setattr__(self, "metadata", MappingProxyType({str(key): str(value) for key, value in self.metadata.items()}))
         if isinstance(self.deltas, OnDemand):  # its paths come from an adapter or a file that was read
             return
-        deltas = {keys.canonical(path): delta for path, delta in self.deltas.items()}
+        deltas = {canonical(path): delta for path, delta in self.deltas.items()}
         for path in deltas:
-            _check_part(keys.part_of(path))
+            _check_part(part_of(path))
         if len(deltas) < len(self.deltas):
             raise AdapterError("two updates of one module: text encoders are the same with and without text_model")
         object.__setattr__(self, "deltas", MappingProxyType(dict(sorted(deltas.items()))))
@@ -59,7 +60,7 @@ class Adapter:
         `allow_unmatched` they are left out), AdapterError for a missing file or weights that are not finite.
         """
         with one_thread():
-            return cls(*storage.read(Path(path).expanduser(), allow_unmatched))
+            return cls(*files.read(Path(path).expanduser(), allow_unmatched))
 
     @classmethod
     def open(cls, path: str | Path, *, allow_unmatched: bool = False) -> Adapter:
@@ -68,7 +69,7 @@ class Adapter:
 
         Raises what `load` does, for weights that are not finite only when they are read; AdapterError if the file has changed.
         """
-        return cls(*storage.on_demand(Path(path).expanduser(), allow_unmatched))
+        return cls(*files.on_demand(Path(path).expanduser(), allow_unmatched))
 
     def save(
         self,
@@ -89,7 +90,7 @@ class Adapter:
         Raises AdapterError if dialect or dtype cannot carry the adapter, OutputError if the disk refuses.
         """
         said = {key: str(value) for key, value in (metadata or {}).items()}
-        return storage.write(with_ending(path), self.deltas, self.model, self.metadata, dialect, said, dtype)
+        return files.write(with_ending(path), self.deltas, self.model, self.metadata, dialect, said, dtype)
 
     def resolve(self, weights: Mapping[str, Tensor] | Callable[[str], Tensor]) -> Adapter:
         """The same update without what depends on the base: DoRA, OFT, GLoRA and IA3 become full updates of these weights.
@@ -106,7 +107,7 @@ class Adapter:
             except KeyError:
                 raise AdapterError(f"the base has no {path}", "name the base that the adapter was made for") from None
 
-        return Adapter(mapped(self.deltas, plain), self.metadata)
+        return Adapter(map_deltas(self.deltas, plain), self.metadata)
 
     @property
     def family(self) -> str:
@@ -116,20 +117,20 @@ class Adapter:
     @property
     def parts(self) -> tuple[str, ...]:
         """The parts of the model that it changes, such as ("unet", "text_encoder")."""
-        return tuple(part for part in keys.PARTS if any(keys.part_of(path) == part for path in self.deltas))
+        return tuple(part for part in PARTS if any(part_of(path) == part for path in self.deltas))
 
     def part(self, name: str) -> Adapter:
         """What it adds to one part of the model; empty if nothing."""
         _check_part(name)
-        own = [path for path in self.deltas if keys.part_of(path) == name]
-        return Adapter(mapped(self.deltas, lambda _, delta: delta, own), self.metadata)
+        own = [path for path in self.deltas if part_of(path) == name]
+        return Adapter(map_deltas(self.deltas, lambda _, delta: delta, own), self.metadata)
 
     def scaled(self, weights: Mapping[str, float]) -> Adapter:
         """Each part times its own strength; parts that are not named stay as they are."""
         for name, weight in weights.items():
             _check_part(name)
             _check_weight(weight)
-        return Adapter(mapped(self.deltas, lambda path, delta: delta * weights.get(keys.part_of(path), 1.0)), self.metadata)
+        return Adapter(map_deltas(self.deltas, lambda path, delta: delta * weights.get(part_of(path), 1.0)), self.metadata)
 
     def weighted(self, weighting: Weighting) -> Adapter:
         """As much of it as a weighting says, by part, block and pattern; updates at 0 are left out.
@@ -139,11 +140,11 @@ class Adapter:
         kept = {path: strength for path, strength in weighting.of(self.deltas, self.model).items() if strength}
         for strength in set(kept.values()):
             _check_weight(strength)
-        return Adapter(mapped(self.deltas, lambda path, delta: _times(delta, kept[path]), kept), self.metadata)
+        return Adapter(map_deltas(self.deltas, lambda path, delta: _times(delta, kept[path]), kept), self.metadata)
 
     def __mul__(self, weight: float) -> Adapter:
         _check_weight(weight)
-        return Adapter(mapped(self.deltas, lambda _, delta: delta * weight), self.metadata)
+        return Adapter(map_deltas(self.deltas, lambda _, delta: delta * weight), self.metadata)
 
     __rmul__ = __mul__
 
@@ -165,19 +166,19 @@ class Adapter:
         return self + -other
 
     @cached_property
-    def model(self) -> keys.Family | None:
+    def model(self) -> Family | None:
         """The row of its family; None if it is unknown."""
-        return keys.family_of(self.shapes, self.metadata)
+        return family_of(self.shapes, self.metadata)
 
     @property
-    def shapes(self) -> Mapping[str, keys.Shape]:
+    def shapes(self) -> Mapping[str, Shape]:
         """Path => the shape of its dW."""
         return shapes_of(self.deltas)
 
 
 def check_kin(adapters: Sequence[Adapter]) -> None:
     """Raises FamilyMismatchError, with the names of all, for adapters that no one family can have."""
-    if not keys.kin(adapter.shapes for adapter in adapters):
+    if not kin(adapter.shapes for adapter in adapters):
         names = [short(one.metadata.get("ss_output_name", f"number {i}")) for i, one in enumerate(adapters, 1)]
         told = ", ".join(f"{name} is for {one.family}" for name, one in zip(names, adapters, strict=True))
         raise FamilyMismatchError(f"adapters of different families do not go together: {told}", "leave the strangers out")
@@ -188,7 +189,8 @@ def distance(a: Adapter, b: Adapter) -> float:
 
     Factors, alphas and dialects do not matter, only what is added to the weights. In fp64: equal ones are 1e-15 apart.
     """
-    difference = math.hypot(*(apart(a.deltas.get(path), b.deltas.get(path)) for path in a.deltas.keys() | b.deltas.keys()))
+    paths = a.deltas.keys() | b.deltas.keys()
+    difference = math.hypot(*(difference_norm(a.deltas.get(path), b.deltas.get(path)) for path in paths))
     largest = max(math.hypot(*(delta.norm() for delta in one.deltas.values())) for one in (a, b))
     return difference / largest if largest else 0.0
 
@@ -198,8 +200,8 @@ def _times(delta: Delta, weight: float) -> Delta:
 
 
 def _check_part(name: str) -> None:
-    if name not in keys.PARTS:
-        raise AdapterError(f"no part of a model is called {short(name)!r}", nearest(name, keys.PARTS))
+    if name not in PARTS:
+        raise AdapterError(f"no part of a model is called {short(name)!r}", nearest(name, PARTS))
 
 
 def _check_weight(weight: float) -> None:

@@ -2,8 +2,10 @@
 
 LowRank     LoRA, also from a convolution's Tucker core: two factors, which add up by concatenation
 Dense       dW itself: of full updates, norms, biases, and of sums that no small factors hold
-Structured  LoHa, LoKr, and OFT, GLoRA, IA3, which depend on the base's W: rows of `structured.FORMS`
+Structured  every other kind: LoHa, LoKr, and OFT, GLoRA, IA3, which depend on the base's W
 Decomposed  DoRA: any of these, brought to learned norms; depends on W
+
+How dW comes from tensors stands in kinds/, one file per kind; here is what can be done with it.
 """
 
 from __future__ import annotations
@@ -18,13 +20,10 @@ import torch
 from torch import Tensor
 
 from ..errors import AdapterError
-from ..families import names as keys
-from .kinds import forms as structured
-from .kinds import kind as kinds
-from .kinds.forms import largest
-from .kinds.kind import ALPHA, DORA, DOWN, UP, MisfitError
-
-Shape = tuple[int, ...]
+from ..families.family import Shape
+from ..families.names import same
+from .kinds import ALPHA, DORA, DOWN, UP, Kind, MisfitError, dora, lora, row
+from .kinds.kind import largest, shapes_of
 
 
 class Delta(Protocol):
@@ -57,7 +56,7 @@ class Delta(Protocol):
         ...
 
     def stored(self) -> dict[str, Tensor]:
-        """The tensors of a file, by role (kinds.py)."""
+        """The tensors of a file, by role."""
         ...
 
     def __mul__(self, weight: float) -> Delta: ...
@@ -65,7 +64,7 @@ class Delta(Protocol):
     def __add__(self, other: Delta) -> Delta: ...
 
 
-def summed(a: Delta, b: Delta) -> Delta:
+def add(a: Delta, b: Delta) -> Delta:
     """The exact sum. Factors are put side by side while that is smaller than dW; else dW is made.
 
     Raises AdapterError for shapes that differ, and for updates that depend on the base (Adapter.resolve makes them plain).
@@ -96,12 +95,12 @@ class LowRank:
 
     def __post_init__(self) -> None:
         try:
-            kinds.KINDS["LoRA"].shape({UP: tuple(self.up.shape), DOWN: tuple(self.down.shape)})
+            lora.shape({UP: tuple(self.up.shape), DOWN: tuple(self.down.shape)})
         except MisfitError:
             what = f"low-rank factors {list(self.up.shape)} and {list(self.down.shape)} do not fit each other"
             raise AdapterError(what) from None
-        object.__setattr__(self, "up", _own(self.up))
-        object.__setattr__(self, "down", _own(self.down))
+        object.__setattr__(self, "up", _fp32_copy(self.up))
+        object.__setattr__(self, "down", _fp32_copy(self.down))
         object.__setattr__(self, "alpha", float(self.alpha))
 
     @classmethod
@@ -133,14 +132,14 @@ class LowRank:
         return f"LowRank({list(self.shape)}, rank={self.rank}, alpha={self.alpha:g})"
 
     def delta(self, weight: Tensor | None = None) -> Tensor:
-        return (self.scale * self.up.flatten(1) @ self.down.flatten(1)).reshape(self.shape)
+        return lora.delta({UP: self.up, DOWN: self.down}, None, self.alpha)
 
     def low_rank(self) -> LowRank:
         return self
 
     def finite(self) -> bool:
         """Judged by the largest entry of each factor, so that no product on the way overflows."""
-        return _bounded(self.alpha, self.rank, largest(self.up), largest(self.down))
+        return _within_fp32(self.alpha, self.rank, largest(self.up), largest(self.down))
 
     def stored(self) -> dict[str, Tensor]:
         return {UP: self.up, DOWN: self.down, ALPHA: torch.tensor(self.alpha)}
@@ -155,7 +154,7 @@ class LowRank:
         return LowRank.of(self.up * weight, self.down, self.alpha)  # not into alpha: tools read alpha 0 as "alpha = rank"
 
     def __add__(self, other: Delta) -> Delta:
-        return summed(self, other)
+        return add(self, other)
 
     def norm(self) -> float:
         """In fp64, from the triangles of both factors: exact, and dW is never formed."""
@@ -169,7 +168,7 @@ class Dense:
     weight: Tensor
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "weight", _own(self.weight))
+        object.__setattr__(self, "weight", _fp32_copy(self.weight))
 
     @property
     def shape(self) -> Shape:
@@ -201,12 +200,12 @@ class Dense:
         return Dense(self.weight * weight)
 
     def __add__(self, other: Delta) -> Delta:
-        return summed(self, other)
+        return add(self, other)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Structured:
-    """LoHa, LoKr, OFT, GLoRA or IA3: named tensors, and the row of `structured.FORMS` that makes dW of them."""
+    """Named tensors, and the kind that makes dW of them: a row of `kinds`, such as "loha"."""
 
     kind: str
     tensors: Mapping[str, Tensor]  # by role
@@ -215,34 +214,34 @@ class Structured:
     strength: float = 1.0  # of kinds that are not linear in their tensors (OFT)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "tensors", MappingProxyType({role: _own(value) for role, value in self.tensors.items()}))
+        object.__setattr__(self, "kind", self.kind.lower())
+        object.__setattr__(self, "tensors", MappingProxyType({role: _fp32_copy(value) for role, value in self.tensors.items()}))
 
     @property
-    def form(self) -> structured.Form:
-        return structured.FORMS[self.kind]
+    def row(self) -> Kind:
+        return row(self.kind)
 
     @property
     def needs_base(self) -> bool:
-        return self.form.needs_base
+        return self.row.needs_base
 
     @property
     def scale(self) -> float:
-        return self.strength * kinds.scale(
-            self.kind, {role: tuple(value.shape) for role, value in self.tensors.items()}, self.alpha
-        )
+        """What multiplies what `factors`, `bound` and `halves` of the kind speak of."""
+        return self.strength * self.row.scale(shapes_of(self.tensors), self.alpha)
 
     def __repr__(self) -> str:
-        return f"{self.kind}({list(self.shape)})"
+        return f"{self.row.title}({list(self.shape)})"
 
     def delta(self, weight: Tensor | None = None) -> Tensor:
         if self.needs_base and weight is None:
             raise AdapterError(f"{self!r} depends on the base's weights", "name the base: --base")
-        base = _fitting(weight, self.shape) if self.needs_base and weight is not None else torch.empty(0)
-        shape = tuple(base.shape) if self.needs_base else self.shape
-        return (self.scale * self.form.dense(self.tensors, base, self.alpha)).reshape(shape)
+        base = _matching_weight(weight, self.shape) if self.needs_base and weight is not None else None
+        update = self.row.delta(self.tensors, base, self.alpha).reshape(self.shape if base is None else base.shape)
+        return update if self.strength == 1 else self.strength * update
 
     def low_rank(self) -> LowRank | None:
-        factors = self.form.factors(self.tensors) if self.form.factors else None
+        factors = self.row.factors(self.tensors) if self.row.factors else None
         if factors is None or factors[0].shape[1] >= min(sides(self.shape)):
             return None
         up, down = factors
@@ -255,29 +254,29 @@ class Structured:
             return abs(self.strength) * math.hypot(*(frobenius(value) for value in self.tensors.values()))
         if factored := self.low_rank():
             return factored.norm()
-        if self.form.halves:  # ||kron(a, b)|| = ||a|| ||b||
-            return abs(self.scale) * math.prod(map(frobenius, self.form.halves(self.tensors)))
+        if self.row.halves:  # ||kron(a, b)|| = ||a|| ||b||
+            return abs(self.scale) * math.prod(map(frobenius, self.row.halves(self.tensors)))
         return frobenius(self.delta())
 
     def finite(self) -> bool:
         """Judged by the largest entry of each tensor: dW is not made."""
         whole = all(bool(value.isfinite().all()) for value in self.tensors.values())
-        return whole and _bounded(self.scale, self.form.bound(self.tensors) if self.form.bound else 1.0)
+        return whole and _within_fp32(self.scale, self.row.bound(self.tensors) if self.row.bound else 1.0)
 
     def stored(self) -> dict[str, Tensor]:
         if self.strength != 1:
             raise AdapterError(f"{self!r} cannot be stored at a strength of {self.strength:g}", "name the base: --base")
-        alpha = 0.0 if self.alpha is None and self.kind == "OFT" else self.alpha  # no limit either way; ComfyUI wants it said
+        alpha = self.row.unset_alpha if self.alpha is None else self.alpha
         return dict(self.tensors) | ({} if alpha is None else {ALPHA: torch.tensor(float(alpha))})
 
     def __mul__(self, weight: float) -> Structured:
-        if not self.form.linear_in:
+        if not self.row.linear_in:
             return Structured(self.kind, self.tensors, self.alpha, self.shape, self.strength * weight)
-        scaled = {role: value * weight if role in self.form.linear_in else value for role, value in self.tensors.items()}
+        scaled = {role: value * weight if role in self.row.linear_in else value for role, value in self.tensors.items()}
         return Structured(self.kind, scaled, self.alpha, self.shape)
 
     def __add__(self, other: Delta) -> Delta:
-        return summed(self, other)
+        return add(self, other)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -293,7 +292,7 @@ class Decomposed:
     needs_base: bool = field(default=True, init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "magnitude", _own(self.magnitude))
+        object.__setattr__(self, "magnitude", _fp32_copy(self.magnitude))
         out, inside = self.inner.shape[:2]
         if tuple(self.magnitude.shape[:2]) not in ((1, inside), (out, 1)) or set(self.magnitude.shape[2:]) - {1}:
             raise AdapterError(
@@ -310,11 +309,8 @@ class Decomposed:
     def delta(self, weight: Tensor | None = None) -> Tensor:
         if weight is None:
             raise AdapterError(f"{self!r} depends on the base's weights", "name the base: --base")
-        base = _fitting(weight, self.shape)
-        tuned = base + self.inner.delta(base).reshape(base.shape)
-        axis = 1 if self.magnitude.shape[0] == 1 else 0
-        norms = torch.linalg.vector_norm(tuned, dim=[i for i in range(tuned.ndim) if i != axis], keepdim=True)
-        return self.strength * (tuned * (self.magnitude.reshape(norms.shape) / norms) - base)
+        base = _matching_weight(weight, self.shape)
+        return self.strength * dora.decompose(base, self.inner.delta(base).reshape(base.shape), self.magnitude)
 
     def low_rank(self) -> None:
         return None
@@ -338,13 +334,13 @@ class Decomposed:
         return Decomposed(self.inner, self.magnitude, self.strength * weight)
 
     def __add__(self, other: Delta) -> Delta:
-        return summed(self, other)
+        return add(self, other)
 
 
 def kind_name(delta: Delta) -> str:
     """A delta's kind, as people call it."""
     named = {LowRank: "a LoRA", Decomposed: "a DoRA"}
-    return delta.kind if isinstance(delta, Structured) else named.get(type(delta), "a full update")
+    return delta.row.title if isinstance(delta, Structured) else named.get(type(delta), "a full update")
 
 
 def as_low_rank(delta: Delta) -> LowRank:
@@ -358,14 +354,14 @@ def as_low_rank(delta: Delta) -> LowRank:
     return LowRank(full.reshape(out, inside, *ones), torch.eye(inside).reshape(inside, *delta.shape[1:]), inside)
 
 
-def _fitting(weight: Tensor, shape: Shape) -> Tensor:
+def _matching_weight(weight: Tensor, shape: Shape) -> Tensor:
     """The base's weight in fp32. Raises AdapterError if it is of another shape than dW."""
-    if not keys.same(shape, tuple(weight.shape)):
+    if not same(shape, tuple(weight.shape)):
         raise AdapterError(f"an update of {list(shape)} does not fit a weight of {list(weight.shape)}", "name the right base")
     return weight.detach().to("cpu", torch.float32)
 
 
-def _own(value: Tensor) -> Tensor:
+def _fp32_copy(value: Tensor) -> Tensor:
     return value.detach().to("cpu", torch.float32, copy=True).contiguous()
 
 
@@ -374,7 +370,7 @@ def sides(shape: Shape) -> tuple[int, int]:
     return shape[0], math.prod(shape[1:])
 
 
-def _bounded(*factors: float) -> bool:
+def _within_fp32(*factors: float) -> bool:
     """Whether no product of some of these is beyond fp32, or NaN."""
     return math.prod(1.0 if abs(one) < 1 else abs(one) for one in factors) < torch.finfo(torch.float32).max
 

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from ..families import names as keys
+from ..families.names import family_of, part_of
 from ..formats.header import Header, opened, read_header, read_scalar
 from . import dialects
-from .kinds.kind import ALPHA, NUMBERS
+from .kinds import ALPHA, NUMBERS
 
 T = TypeVar("T")
 _PRECISIONS = {"F64": "fp64", "F32": "fp32", "F16": "fp16", "BF16": "bf16", "F8_E4M3": "fp8", "F8_E5M2": "fp8"}
@@ -47,8 +47,8 @@ def describe(path: str | Path) -> Description:
     """
     path = dialects.file_of(Path(path).expanduser())
     header = read_header(path)
-    reading = dialects.read(header)
-    family = keys.family_of(reading.shapes, header.metadata)
+    reading = dialects.read_keys(header)
+    family = family_of(reading.shapes, header.metadata)
     stored = [(role, key) for slot in reading.slots.values() for role, key in slot.keys.items()]
     weights = [header.tensors[key] for role, key in stored if role not in NUMBERS]
     return Description(
@@ -56,7 +56,7 @@ def describe(path: str | Path) -> Description:
         dialect=reading.dialect,
         kind=reading.kind,
         family=family.name if family else "unknown",
-        parts=_count(map(keys.part_of, reading.slots)),
+        parts=_count(map(part_of, reading.slots)),
         ranks=_count(rank for slot in reading.slots.values() if (rank := dialects.rank(header, slot))),
         alphas=_count(_alphas(header, reading)),
         dtype=", ".join(_count(_PRECISIONS.get(entry.dtype, entry.dtype) for entry in weights)),

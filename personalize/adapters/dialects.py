@@ -25,9 +25,10 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from ..errors import AdapterError, HostileFileError, UnmatchedKeysError, nearest
-from ..families import names as keys
+from ..families.family import FAMILIES, PARTS, Shape
+from ..families.names import KOHYA_PREFIXES, canonical, find_kohya, part_of
 from ..formats.header import Header, short
-from .kinds import kind as kinds
+from . import kinds
 
 DialectName = Literal["kohya", "diffusers", "peft"]
 DIALECTS: tuple[str, ...] = get_args(DialectName)
@@ -50,9 +51,9 @@ EMBEDDINGS = ("emb_params", "clip_l", "clip_g", "string_to_param", "t5xxl")  # k
 
 @dataclass(frozen=True)
 class Slot:
-    """Where a file keeps the tensors of one module: their keys, by role (kinds.py)."""
+    """Where a file keeps the tensors of one module: their keys, by role."""
 
-    kind: str  # a name of KINDS; "" if only the bias is changed
+    kind: str  # a row of kinds, such as "loha"; "" if only the bias is changed
     keys: Mapping[str, str]
 
     @property
@@ -68,7 +69,7 @@ class Reading:
     dialect: str
     kind: str
     slots: Mapping[str, Slot]
-    shapes: Mapping[str, keys.Shape]  # of the dW that slots hold, as far as they tell; none of those that change a bias only
+    shapes: Mapping[str, Shape]  # of the dW that slots hold, as far as they tell; none of those that change a bias only
     unmatched: tuple[str, ...]
 
 
@@ -78,9 +79,10 @@ def file_of(path: Path) -> Path:
     return next((file for file in inside if file.is_file()), path)
 
 
-def read(header: Header) -> Reading:
+def read_keys(header: Header) -> Reading:
     """Understand all keys of a file. Those that belong to another dialect than most, or to no module, are unmatched."""
-    parsed = {key: address for key in header.tensors if (address := _parse(key))}
+    known = kinds.roles()
+    parsed = {key: address for key in header.tensors if (address := _parse(key, known))}
     votes = Counter(dialect for dialect, _, _ in parsed.values())
     dialect = max(DIALECTS, key=lambda name: votes[name]) if votes else ""
     found: dict[str, dict[str, str]] = {}
@@ -89,35 +91,35 @@ def read(header: Header) -> Reading:
             found.setdefault(name, {}).setdefault(role, key)
     slots = {name: Slot(kinds.kind_of(roles), roles) for name, roles in found.items()}
     slots = {name: slot for name, slot in slots.items() if slot.kind or slot.keys.keys() & set(kinds.BIASES)}
-    known = {name: shape(header, slot) for name, slot in slots.items()}
+    shapes = {name: shape(header, slot) for name, slot in slots.items()}
     if dialect == "kohya":
-        paths = keys.find_kohya(known, header.metadata)
-        known = {paths[name]: shape for name, shape in known.items() if name in paths}
+        paths = find_kohya(shapes, header.metadata)
+        shapes = {paths[name]: shape for name, shape in shapes.items() if name in paths}
         slots = {paths[name]: slot for name, slot in slots.items() if name in paths}
-    shapes = {path: shape for path, shape in known.items() if slots[path].kind}
+    shapes = {path: shape for path, shape in shapes.items() if slots[path].kind}
     matched = {key for slot in slots.values() for role, key in slot.keys.items() if _is_read(slot, role)}
     unmatched = tuple(key for key in header.tensors if key not in matched)
     return Reading(dialect, _kind(slots, unmatched), slots, shapes, unmatched)
 
 
 def _is_read(slot: Slot, role: str) -> bool:
-    return role in kinds.BIASES or (slot.kind != "" and role in kinds.KINDS[slot.kind].roles)
+    return role in kinds.BIASES or (slot.kind != "" and role in kinds.row(slot.kind).roles)
 
 
-def shapes(header: Header, slot: Slot) -> dict[str, keys.Shape]:
+def shapes(header: Header, slot: Slot) -> dict[str, Shape]:
     """The shapes of a slot's tensors, by role."""
     return {role: header.tensors[key].shape for role, key in slot.keys.items()}
 
 
 def rank(header: Header, slot: Slot) -> int:
     """The rank of the update that a slot holds; 0 for a full one."""
-    return kinds.KINDS[slot.kind].rank(shapes(header, slot)) if slot.kind else 0
+    return kinds.row(slot.kind).rank(shapes(header, slot)) if slot.kind else 0
 
 
 def shape(header: Header, slot: Slot) -> tuple[int, ...]:
-    """The shape of the dW that a slot holds, as far as it tells (kinds.py). HostileFileError if its tensors do not fit."""
+    """The shape of the dW that a slot holds, as far as it tells. HostileFileError if its tensors do not fit."""
     try:
-        return kinds.shape(slot.kind, shapes(header, slot))
+        return kinds.shape_of(slot.kind, shapes(header, slot))
     except kinds.MisfitError as error:
         raise HostileFileError(f"{header.path}: {short(next(iter(slot.keys.values())))}: {error}") from None
 
@@ -132,7 +134,7 @@ def unmatched_error(header: Header, reading: Reading) -> UnmatchedKeysError:
     if not reading.slots:
         holds = "no adapter: name another file" if reading.kind == "unknown" else f"parts of {reading.kind} updates, none whole"
         return UnmatchedKeysError(what, f"it holds {holds}")
-    families = ", ".join(family.name for family in keys.FAMILIES)
+    families = ", ".join(family.name for family in FAMILIES)
     return UnmatchedKeysError(what, f"known families: {families}; --allow-unmatched reads the rest")
 
 
@@ -141,8 +143,8 @@ def configured_scales(header: Header, reading: Reading) -> dict[str, float]:
 
     Raises AdapterError if the config cannot be honoured exactly.
     """
-    config = {} if reading.dialect == "kohya" else _config(header)
-    owns = {part: _own_config(header, config, part) for part in set(map(keys.part_of, reading.slots))}
+    config = {} if reading.dialect == "kohya" else _lora_config(header)
+    owns = {part: _own_config(header, config, part) for part in set(map(part_of, reading.slots))}
     scales = {}
     for module, slot in reading.slots.items():
         part, _, inside = module.partition(".")
@@ -151,8 +153,8 @@ def configured_scales(header: Header, reading: Reading) -> dict[str, float]:
             what = f"{header.path}: {short(own['init_lora_weights'])} has moved the base's weights, so the file does not tell dW"
             raise AdapterError(what, "convert it to plain LoRA with peft (path_initial_model_for_weight_conversion)")
         if named := [own[name] for name in ("lora_alpha", "alpha") if name in own]:  # peft's LoHa and LoKr say alpha
-            alpha = _patterned(header, own, "alpha_pattern", inside, named[0])
-            r = _patterned(header, own, "rank_pattern", inside, rank(header, slot) or own.get("r", 1))
+            alpha = _pattern_value(header, own, "alpha_pattern", inside, named[0])
+            r = _pattern_value(header, own, "rank_pattern", inside, rank(header, slot) or own.get("r", 1))
             scales[module] = alpha / (r**0.5 if own.get("use_rslora") else r)
     return scales
 
@@ -163,17 +165,17 @@ def stems(dialect: str, paths: Collection[str], names: Mapping[str, str]) -> dic
         return {path: names[path] for path in paths}
     if dialect == "diffusers":
         return {path: path for path in paths}
-    alone = set(map(keys.part_of, paths)) in ({"unet"}, {"text_encoder"})  # the part can be told from the path behind it
+    alone = set(map(part_of, paths)) in ({"unet"}, {"text_encoder"})  # the part can be told from the path behind it
     native = {path: path.replace("text_encoder.text_model.", "text_encoder.") for path in paths}
     return {path: f"base_model.model.{name.partition('.')[2] if alone else name}" for path, name in native.items()}
 
 
-def spelled(dialect: str, role: str) -> str:
+def spell_role(dialect: str, role: str) -> str:
     """A role behind a stem, in a dialect."""
     return role if dialect == "kohya" else {kinds.UP: "lora_B.weight", kinds.DOWN: "lora_A.weight"}[role]
 
 
-def check(dialect: str) -> str:
+def check_dialect(dialect: str) -> str:
     """The dialect's name, or an error with the nearest valid one."""
     if dialect not in DIALECTS:
         raise AdapterError(f"no dialect is called {dialect!r}", nearest(dialect, DIALECTS))
@@ -186,8 +188,8 @@ def lora_configs(ranks: Mapping[str, int]) -> dict[str, dict[str, Any]]:
     Text encoders are named without `text_model`, as a suffix that fits transformers before and after 5.6.
     """
     configs = {}
-    for part in dict.fromkeys(map(keys.part_of, ranks)):
-        own = {path: rank for path, rank in ranks.items() if keys.part_of(path) == part}
+    for part in dict.fromkeys(map(part_of, ranks)):
+        own = {path: rank for path, rank in ranks.items() if part_of(path) == part}
         inside = {path.partition(".")[2].removeprefix("text_model."): rank for path, rank in own.items()}
         usual = Counter(inside.values()).most_common(1)[0][0]
         unusual = {path: rank for path, rank in inside.items() if rank != usual}
@@ -196,15 +198,15 @@ def lora_configs(ranks: Mapping[str, int]) -> dict[str, dict[str, Any]]:
     return configs
 
 
-def _parse(key: str) -> tuple[str, str, str] | None:
-    """A file key => (dialect, kohya name or canonical path, role); None if no dialect has such a key."""
-    if key.startswith(keys.KOHYA_PREFIXES):
+def _parse(key: str, roles: Collection[str]) -> tuple[str, str, str] | None:
+    """A file key => (dialect, kohya name or canonical path, role); None if no dialect has it. `roles`: those of the kinds."""
+    if key.startswith(KOHYA_PREFIXES):
         name, _, role = key.partition(".")
-        return ("kohya", name, role) if role in kinds.ROLES else None
+        return ("kohya", name, role) if role in roles else None
     for pattern in _LEAVES:
         if found := pattern.fullmatch(key):
             path = found["path"]
-            dialect = "diffusers" if keys.part_of(path) in keys.PARTS else "peft"
+            dialect = "diffusers" if part_of(path) in PARTS else "peft"
             full = _explicit(path.removeprefix("base_model.model."))
             return (dialect, full, _ROLES.get(found["role"], found["role"])) if full else None
     return None
@@ -212,27 +214,28 @@ def _parse(key: str) -> tuple[str, str, str] | None:
 
 def _explicit(path: str) -> str:
     """The canonical path behind an explicit one, which may lack its part or use old attention names; "" if unknown."""
-    if keys.part_of(path) not in keys.PARTS:
+    if part_of(path) not in PARTS:
         homes = {"text_model": "text_encoder", "encoder": "text_encoder", "text_projection": "text_encoder_2"}
         unet = ("down_blocks", "mid_block", "up_blocks", "conv_in", "conv_out", "time_embedding", "add_embedding")
-        part = homes.get(keys.part_of(path)) or ("unet" if keys.part_of(path) in unet else "")
+        part = homes.get(part_of(path)) or ("unet" if part_of(path) in unet else "")
         path = f"{part}.{path}" if part else ""
     if old := _OLD_ATTENTION.search(path):
         leaf = f"to_{old[1]}" if path.startswith("unet.") else f"{old[1]}_proj"
         path = f"{path[: old.start()]}.{'to_out.0' if leaf == 'to_out' else leaf}"
-    return keys.canonical(path)
+    return canonical(path)
 
 
 def _kind(slots: Mapping[str, Slot], unmatched: Iterable[str]) -> str:
     """What most modules hold, the rest behind a plus sign."""
     counts = Counter(slot.name or "bias" for slot in slots.values())
     if not counts:
-        lone = [hint for key in unmatched if (address := _parse(key)) and (hint := kinds.hinted(address[2]))]
+        known = kinds.roles()
+        lone = [hint for key in unmatched if (address := _parse(key, known)) and (hint := kinds.hint_of(address[2]))]
         return "textual inversion" if any(key in EMBEDDINGS for key in unmatched) else (*lone, "unknown")[0]
     return " + ".join(name for name, _ in counts.most_common())
 
 
-def _config(header: Header) -> dict[str, Any]:
+def _lora_config(header: Header) -> dict[str, Any]:
     """The LoraConfig table of a file, from its header or from peft's file beside it; empty without one."""
     beside = header.path.with_name(PEFT_CONFIG)
     text = header.metadata.get(ADAPTER_METADATA, "")
@@ -264,7 +267,7 @@ def _plain_names(header: Header, table: str, patterns: Any) -> tuple[dict[str, t
     return found, set(map(len, found))
 
 
-def _patterned(header: Header, config: Mapping[str, Any], table: str, module: str, usual: Any) -> float:
+def _pattern_value(header: Header, config: Mapping[str, Any], table: str, module: str, usual: Any) -> float:
     """The number that a LoraConfig gives a module: that of the first pattern that names the end of its path, or the usual."""
     patterns, lengths = config[table]
     ends = {f".{module}"[-length:] for length in lengths}  # looked up: there may be many of both

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 
-from .delta import Delta, LowRank, Structured, frobenius, summed
+from .delta import Delta, LowRank, Structured, add, frobenius
 
 
-def apart(a: Delta | None, b: Delta | None) -> float:
+def difference_norm(a: Delta | None, b: Delta | None) -> float:
     """||dW_a - dW_b||, where a missing update is zero; of the stored tensors where dW depends on the base."""
     if a is None or b is None:
         return (a or b).norm()  # type: ignore[union-attr]
@@ -15,10 +15,10 @@ def apart(a: Delta | None, b: Delta | None) -> float:
         ours, theirs = a.stored(), b.stored()
         same = ours.keys() == theirs.keys() and all(ours[role].shape == theirs[role].shape for role in ours)
         return math.hypot(*(frobenius(ours[role] - theirs[role]) for role in ours)) if same else math.inf
-    return summed(a, b * -1.0).norm()
+    return add(a, b * -1.0).norm()
 
 
-def roughly(delta: Delta) -> float:
+def estimate_norm(delta: Delta) -> float:
     """||dW||, cheaply: of factors from their Gram matrices in fp32, so never below a few ten-thousandths of ||up|| ||down||."""
     if isinstance(delta, LowRank) and delta.rank <= min(delta.up.shape[0], math.prod(delta.shape[1:])):
         up, down = delta.up.flatten(1), delta.down.flatten(1)
@@ -28,7 +28,7 @@ def roughly(delta: Delta) -> float:
     return delta.norm()
 
 
-def within(a: Delta, b: Delta, limit: float) -> bool:
+def is_within(a: Delta, b: Delta, limit: float) -> bool:
     """Whether ||dW_a - dW_b|| <= limit: by a bound from the factors of each rank, or from both halves of Kronecker products, and
     exactly where that does not tell."""
     if isinstance(a, LowRank) and isinstance(b, LowRank) and a.shape == b.shape and a.rank == b.rank:
@@ -40,10 +40,10 @@ def within(a: Delta, b: Delta, limit: float) -> bool:
             far += other.norm(dim=0) * down.norm(dim=1)
         if abs(a.scale) * float(far.sum()) <= limit:
             return True
-    if isinstance(a, Structured) and isinstance(b, Structured) and a.kind == b.kind and (halves := a.form.halves):
+    if isinstance(a, Structured) and isinstance(b, Structured) and a.kind == b.kind and (halves := a.row.halves):
         (one, two), (other, another) = halves(a.tensors), halves(b.tensors)
         if one.shape == other.shape and two.shape == another.shape:
             moved = frobenius(one * a.scale - other * b.scale), frobenius(two - another)
             if moved[0] * frobenius(two) + frobenius(other) * abs(b.scale) * moved[1] <= limit:
                 return True
-    return apart(a, b) <= limit
+    return difference_norm(a, b) <= limit

@@ -19,16 +19,17 @@ import torch
 from torch import Tensor
 
 from ..errors import AdapterError, HostileFileError, nearest
-from ..families import names as keys
+from ..families.family import FAMILIES, Family, Shape, weights
+from ..families.names import canonical, family_of, kohya_names, part_of, resolve_shape, says
 from ..formats.header import Header, opened, read_header, read_scalar, short
 from ..formats.tensors import HASHES, TORCH, Writer, one_thread, read_tensor
 from ..io import atomic, weights_hash, write_text
-from . import dialects, hosts
+from . import dialects, hosts, kinds
 from .build import build
 from .delta import Decomposed, Delta, Dense, LowRank, kind_name
-from .distance import apart, roughly, within
-from .kinds import kind as kinds
-from .lazy import OnDemand, ahead, shapes_of
+from .distance import difference_norm, estimate_norm, is_within
+from .kinds.kind import shapes_of as shapes_of_tensors
+from .lazy import OnDemand, prefetch, shapes_of
 
 # Relative error of dW that a storage dtype may cause: a few of its rounding steps; more means it cannot hold the weights.
 _TOLERANCE = {"fp32": 1e-6, "fp16": 2e-3, "bf16": 1.6e-2}
@@ -49,7 +50,7 @@ def read(path: Path, allow_unmatched: bool) -> tuple[dict[str, Delta], Mapping[s
 def on_demand(path: Path, allow_unmatched: bool) -> tuple[OnDemand, Mapping[str, str]]:
     """As `read`, but each delta is read whenever it is asked for."""
     header = read_header(dialects.file_of(path))
-    reading = _reading(header, allow_unmatched)
+    reading = _read_keys(header, allow_unmatched)
     shapes, scales, stamp = _shapes(header, reading), dialects.configured_scales(header, reading), _stamp(os.stat(header.path))
 
     def make(path: str) -> Delta:
@@ -60,23 +61,23 @@ def on_demand(path: Path, allow_unmatched: bool) -> tuple[OnDemand, Mapping[str,
                 return read_delta(file, header, reading.slots[path], scales.get(path), shapes[path])
             key = _bias(reading, path)
             bias = read_tensor(file, key, header.tensors[key])
-            return _sound(file, {key: bias}, Dense(bias))
+            return _check_finite(file, {key: bias}, Dense(bias))
 
     return OnDemand(shapes, make), header.metadata
 
 
-def _reading(header: Header, allow_unmatched: bool) -> dialects.Reading:
-    reading = dialects.read(header)
+def _read_keys(header: Header, allow_unmatched: bool) -> dialects.Reading:
+    reading = dialects.read_keys(header)
     if not reading.slots or (reading.unmatched and not allow_unmatched):
         raise dialects.unmatched_error(header, reading)
     return reading
 
 
-def _shapes(header: Header, reading: dialects.Reading) -> dict[str, keys.Shape]:
+def _shapes(header: Header, reading: dialects.Reading) -> dict[str, Shape]:
     """Path => the true shape of dW, those of biases too."""
-    family = keys.family_of(reading.shapes, header.metadata)
+    family = family_of(reading.shapes, header.metadata)
     biases = [path + BIAS for path, slot in reading.slots.items() if slot.keys.keys() & set(kinds.BIASES)]
-    known = {path: keys.resolve_shape(path, shape, family) for path, shape in reading.shapes.items()}
+    known = {path: resolve_shape(path, shape, family) for path, shape in reading.shapes.items()}
     return known | {path: header.tensors[_bias(reading, path)].shape for path in biases}
 
 
@@ -90,31 +91,31 @@ def _stamp(stat: os.stat_result) -> tuple[int, ...]:
     return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
-def read_delta(file: BinaryIO, header: Header, slot: dialects.Slot, scale: float | None, shape: keys.Shape) -> Delta:
+def read_delta(file: BinaryIO, header: Header, slot: dialects.Slot, scale: float | None, shape: Shape) -> Delta:
     """One weight's update; `scale` is what a config says of it."""
     own = {role: key for role, key in slot.keys.items() if role not in kinds.BIASES}
     numbers = {role: read_scalar(file, own.pop(role), header.tensors[slot.keys[role]]) for role in kinds.NUMBERS if role in own}
     tensors = {role: read_tensor(file, key, header.tensors[key]) for role, key in own.items()}
     try:
-        delta = _built(slot.kind, tensors, numbers, scale, shape)
+        delta = _build_delta(slot.kind, tensors, numbers, scale, shape)
     except AdapterError as error:
         raise HostileFileError(f"{file.name}: {short(next(iter(own.values())))}: {error.what}") from None
-    return _sound(file, {own[role]: value for role, value in tensors.items()}, delta)
+    return _check_finite(file, {own[role]: value for role, value in tensors.items()}, delta)
 
 
-def _built(
-    kind: str, tensors: Mapping[str, Tensor], numbers: Mapping[str, float], scale: float | None, shape: keys.Shape
+def _build_delta(
+    kind: str, tensors: Mapping[str, Tensor], numbers: Mapping[str, float], scale: float | None, shape: Shape
 ) -> Delta:
     """The update that tensors and numbers of a file make, by role. Its alpha is the file's own, else what the config's scale
     says, else there is none."""
-    rank = kinds.KINDS[kind].rank({role: tuple(value.shape) for role, value in tensors.items()})
+    rank = kinds.row(kind).rank(shapes_of_tensors(tensors))
     alpha = numbers.get(kinds.ALPHA, None if scale is None or not rank else scale * rank)
     flags = {role: torch.tensor(value) for role, value in numbers.items() if role != kinds.ALPHA}
     delta = build(kind, {**tensors, **flags}, alpha, shape)
     return delta if scale is None or rank else delta * scale  # peft scales a LoKr of two whole halves too
 
 
-def _sound(file: BinaryIO, tensors: Mapping[str, Tensor], delta: Delta) -> Delta:
+def _check_finite(file: BinaryIO, tensors: Mapping[str, Tensor], delta: Delta) -> Delta:
     if not delta.finite():
         names = [key for key, value in tensors.items() if not value.float().isfinite().all()] or list(tensors)
         raise AdapterError(f"{file.name}: {' or '.join(names)[:300]} holds NaN or Inf", "the training that made it diverged")
@@ -127,7 +128,7 @@ def _sound(file: BinaryIO, tensors: Mapping[str, Tensor], delta: Delta) -> Delta
 def write(
     path: Path,
     deltas: Deltas,
-    family: keys.Family | None,
+    family: Family | None,
     carried: Mapping[str, str],
     dialect: str,
     extra: Mapping[str, str],
@@ -135,27 +136,27 @@ def write(
 ) -> Path:
     """Write deltas, each asked for once; raises and describes as `Adapter.save` does. `carried` is metadata of old, `extra`
     what to say above all."""
-    closest = family or _closest(deltas)
-    stems = _stems(path, deltas, dialects.check(dialect), keys.kohya_names(closest), dtype)
+    closest = family or _closest_family(deltas)
+    stems = _stems(path, deltas, dialects.check_dialect(dialect), kohya_names(closest), dtype)
     carried = {key: value for key, value in carried.items() if key not in (dialects.ADAPTER_METADATA, *HASHES)}
     with one_thread(), atomic(path) as temporary, temporary.open("w+b") as file:
         draft = _Draft(path, dialect, dtype, stems, shapes_of(deltas))
-        draft.writer = Writer(file, _room(draft, _described(draft, family, carried) | dict(extra)))
-        for module, delta in ahead(deltas.items()):
+        draft.writer = Writer(file, _room(draft, _metadata(draft, family, carried) | dict(extra)))
+        for module, delta in prefetch(deltas.items()):
             draft.add(module, delta)
         draft.judge()
-        draft.writer.finish(_described(draft, family, carried) | dict(extra))
+        draft.writer.finish(_metadata(draft, family, carried) | dict(extra))
         file.flush()
         _check_same(temporary, draft, closest)
-    if dialect == "peft" and path.name == dialects.PEFT_FILE and len(parts := {keys.part_of(module) for module in stems}) == 1:
+    if dialect == "peft" and path.name == dialects.PEFT_FILE and len(parts := {part_of(module) for module in stems}) == 1:
         config = dialects.lora_configs(draft.ranks)[parts.pop()]
         write_text(path.with_name(dialects.PEFT_CONFIG), json.dumps(config, indent=2) + "\n")
     return path
 
 
-def _closest(deltas: Deltas) -> keys.Family:
+def _closest_family(deltas: Deltas) -> Family:
     """The family that has most of the paths, when the widths are strange: whose names kohya's files use."""
-    return max(keys.FAMILIES, key=lambda one: len(deltas.keys() & keys.weights(one).keys()))
+    return max(FAMILIES, key=lambda one: len(deltas.keys() & weights(one).keys()))
 
 
 def _stems(path: Path, deltas: Deltas, dialect: str, names: Mapping[str, str], dtype: str) -> Mapping[str, str]:
@@ -166,7 +167,7 @@ def _stems(path: Path, deltas: Deltas, dialect: str, names: Mapping[str, str], d
     if not modules:
         raise AdapterError(f"{path} not written: the adapter changes nothing")
     if dialect == "kohya" and (strange := sorted(modules - names.keys())):
-        raise AdapterError(f"{path} not written: kohya has no name for {_some(strange)}", "save it in the diffusers dialect")
+        raise AdapterError(f"{path} not written: kohya has no name for {_first_of(strange)}", "save it in the diffusers dialect")
     return dialects.stems(dialect, modules, names)
 
 
@@ -183,7 +184,7 @@ class _Draft:
 
     writer: Writer
 
-    def __init__(self, path: Path, dialect: str, dtype: str, stems: Mapping[str, str], shapes: Mapping[str, keys.Shape]) -> None:
+    def __init__(self, path: Path, dialect: str, dtype: str, stems: Mapping[str, str], shapes: Mapping[str, Shape]) -> None:
         self.path, self.dialect, self.dtype, self.stems, self.shapes = path, dialect, dtype, stems, shapes
         self.roles: dict[str, tuple[str, str]] = {}  # key => module and role
         self.low: dict[str, tuple[int, float]] = {}  # path of a LoRA => rank and alpha
@@ -212,7 +213,7 @@ class _Draft:
                 numbers[role] = float(kept)
             else:
                 tensors[role] = kept
-            key = f"{self.stems[module]}.{dialects.spelled(self.dialect, role)}"
+            key = f"{self.stems[module]}.{dialects.spell_role(self.dialect, role)}"
             self.roles[key] = module, role
             self.writer.add(key, kept)
         self._compare(path, delta, tensors, numbers)
@@ -241,7 +242,7 @@ class _Draft:
         kohya: one positive alpha per part, that of its first layer. Tools take alpha 0 for alpha = rank, and diffusers drops
         the alphas of attention layers where they differ. Elsewhere: alpha = rank.
         """
-        usual = self._alphas.setdefault(keys.part_of(path), delta.alpha if delta.alpha > 0 else 1.0)
+        usual = self._alphas.setdefault(part_of(path), delta.alpha if delta.alpha > 0 else 1.0)
         return usual if self.dialect == "kohya" else delta.rank
 
     def _role(self, path: str, role: str, delta: Delta) -> str:
@@ -255,24 +256,24 @@ class _Draft:
     def _compare(self, path: str, wanted: Delta, tensors: Mapping[str, Tensor], numbers: Mapping[str, float]) -> None:
         bias = next((tensors[role] for role in kinds.BIASES if role in tensors), None)
         kind = kinds.kind_of({**tensors, **numbers})
-        found = Dense(bias) if bias is not None else _built(kind, tensors, numbers, None, wanted.shape)
-        self._norms[path] = norm = roughly(wanted)
+        found = Dense(bias) if bias is not None else _build_delta(kind, tensors, numbers, None, wanted.shape)
+        self._norms[path] = norm = estimate_norm(wanted)
         if not found.finite():
             self._far[path] = math.inf
-        elif not within(found, wanted, _TOLERANCE[self.dtype] * norm):
-            self._far[path] = apart(found, wanted)
+        elif not is_within(found, wanted, _TOLERANCE[self.dtype] * norm):
+            self._far[path] = difference_norm(found, wanted)
 
 
-def _described(draft: _Draft, family: keys.Family | None, carried: Mapping[str, str]) -> dict[str, str]:
+def _metadata(draft: _Draft, family: Family | None, carried: Mapping[str, str]) -> dict[str, str]:
     """The header's metadata: what was carried along, and on top facts about these tensors."""
     general = {"format": "pt", "modelspec.sai_model_spec": "1.0.1", "modelspec.title": draft.path.stem}
     facts = {
         "ss_output_name": draft.path.stem,
         "ss_network_module": "networks.lora" if len(draft.low) == len(draft.shapes) else "lycoris.kohya",
-        "ss_network_dim": _common(f"{rank}" for rank, _ in draft.low.values()),
-        "ss_network_alpha": _common(f"{alpha:g}" for _, alpha in draft.low.values()),
+        "ss_network_dim": _common_value(f"{rank}" for rank, _ in draft.low.values()),
+        "ss_network_alpha": _common_value(f"{alpha:g}" for _, alpha in draft.low.values()),
     }
-    if family and not keys.says(carried, family):
+    if family and not says(carried, family):
         facts |= {"ss_base_model_version": family.base_version, "modelspec.architecture": family.architecture}
         facts["ss_v2"] = str(family.base_version.startswith("sd_v2"))  # what A1111 asks
     if draft.dialect != "kohya":
@@ -282,42 +283,42 @@ def _described(draft: _Draft, family: keys.Family | None, carried: Mapping[str, 
     return general | dict(carried) | facts
 
 
-def _check_same(temporary: Path, draft: _Draft, family: keys.Family) -> None:
+def _check_same(temporary: Path, draft: _Draft, family: Family) -> None:
     """The export contract: the file holds these bytes, and its keys, shapes and scales mean what they were written for."""
     path = draft.path
     try:
         header = read_header(temporary)
-        reading = _reading(header, allow_unmatched=False)
+        reading = _read_keys(header, allow_unmatched=False)
         scales, shapes = dialects.configured_scales(header, reading), _shapes(header, reading)
     except AdapterError as error:
         raise AdapterError(f"{path} not written: it does not read back: {error.what}") from error
-    found = {key: (keys.canonical(module), role) for module, slot in reading.slots.items() for role, key in slot.keys.items()}
+    found = {key: (canonical(module), role) for module, slot in reading.slots.items() for role, key in slot.keys.items()}
     wrong = [module for _, (module, _) in found.items() ^ draft.roles.items()]
     wrong += [module for module in shapes.keys() | draft.shapes.keys() if shapes.get(module) != draft.shapes.get(module)]
     wrong += [module for module, scale in scales.items() if scale * draft.low[module][0] != draft.low[module][1]]
     if wrong:
-        raise AdapterError(f"{path} not written: {_some(sorted(set(wrong)))} does not read back")
+        raise AdapterError(f"{path} not written: {_first_of(sorted(set(wrong)))} does not read back")
     if weights_hash(temporary) != draft.writer.digest:
         raise AdapterError(f"{path} not written: the disk gives back other bytes", "try another disk")
     _check_hosts(draft, reading, family)
 
 
-def _check_hosts(draft: _Draft, reading: dialects.Reading, family: keys.Family) -> None:
+def _check_hosts(draft: _Draft, reading: dialects.Reading, family: Family) -> None:
     """The export contract, others' side: each host that should read the file finds the same dW at the same layers."""
     hint = f"save it in the {'diffusers' if reading.dialect == 'kohya' else 'kohya'} dialect"
-    for host, layer, at in hosts.misread(reading.dialect, family, reading.slots):
+    for host, layer, at in hosts.misread_layers(reading.dialect, family, reading.slots):
         missed = f"would take {layer} for {at}" if at else f"would not find {layer}"
         raise AdapterError(f"{draft.path} not written: {host.name} {missed}", hint)
     for host in hosts.readers(reading.dialect, family, reading.slots):
-        if off := hosts.mistaken(host, reading.dialect, draft.low):
+        if off := hosts.wrong_scales(host, reading.dialect, draft.low):
             raise AdapterError(f"{draft.path} not written: {host.name} would take {off[0]} at another strength", hint)
 
 
-def _common(values: Iterable[str]) -> str:
+def _common_value(values: Iterable[str]) -> str:
     """The one value that all share, or kohya's word for there being several."""
     distinct = set(values)
     return distinct.pop() if len(distinct) == 1 else "Dynamic"
 
 
-def _some(names: list[str]) -> str:
+def _first_of(names: list[str]) -> str:
     return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"

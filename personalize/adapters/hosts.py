@@ -22,7 +22,7 @@ from typing import NamedTuple
 from ..families.family import PARTS, Family, UNet, modules
 from ..families.names import part_of
 from .dialects import Slot
-from .kinds.kind import BIASES
+from .kinds import BIASES
 
 Where = Callable[[str, Family], str]  # what stands before a tensor's role, family => canonical path; "" if it is ignored
 
@@ -71,7 +71,7 @@ def readers(dialect: str, family: Family, slots: Mapping[str, Slot]) -> list[Hos
     return [host for host in hosts if not host.alone or all(_knows(host, slot) for slot in slots.values())]
 
 
-def misread(dialect: str, family: Family, slots: Mapping[str, Slot]) -> list[Misreading]:
+def misread_layers(dialect: str, family: Family, slots: Mapping[str, Slot]) -> list[Misreading]:
     """Where a host that knows the kind finds a layer (path => its tensors' keys) elsewhere, or not at all.
 
     Norms, biases, and what a host lacks a name for are not its fault: no other file would serve it better.
@@ -86,11 +86,11 @@ def misread(dialect: str, family: Family, slots: Mapping[str, Slot]) -> list[Mis
     return wrong
 
 
-def ignored(host: Host, dialect: str, family: Family, slots: Mapping[str, Slot]) -> list[str]:
+def ignored_layers(host: Host, dialect: str, family: Family, slots: Mapping[str, Slot]) -> list[str]:
     """The layers of a file that a host leaves out, whatever the reason: the dialect, the kind, or the name."""
     known = {path: slot for path, slot in slots.items() if slot.name in ("", *host.kinds)}
     heard = [path for path, slot in known.items() if host.where(_stem(dialect, slot), family) == path]
-    return [path for path in slots if path not in set(heard) - _torn(host, family, set(heard))]
+    return [path for path in slots if path not in set(heard) - _incomplete_attention(host, family, set(heard))]
 
 
 def departures(host: Host, slots: Mapping[str, Slot]) -> dict[str, list[str]]:
@@ -111,7 +111,7 @@ def scale(host: Host, rank: int, alpha: float | None, usual: float | None) -> fl
     return 1.0 if told is None else told / rank
 
 
-def mistaken(host: Host, dialect: str, low: Mapping[str, tuple[int, float]]) -> list[str]:
+def wrong_scales(host: Host, dialect: str, low: Mapping[str, tuple[int, float]]) -> list[str]:
     """The LoRA layers (path => rank, alpha) that a host makes stronger or weaker than alpha / rank says.
 
     Only kohya's files have alphas: elsewhere they are in `lora_B`, and a config that says so is for peft.
@@ -133,7 +133,7 @@ def _stem(dialect: str, slot: Slot) -> str:
     return key.partition(".")[0] if dialect == "kohya" else re.sub(r"\.lora_[AB]\.weight$", "", key.removesuffix(f".{role}"))
 
 
-def _torn(host: Host, family: Family, heard: set[str]) -> set[str]:
+def _incomplete_attention(host: Host, family: Family, heard: set[str]) -> set[str]:
     """Attention of OpenCLIP's encoders is one layer in A1111: it takes q, k, v and out together or not at all."""
     if host.name != "A1111":
         return set()
@@ -321,18 +321,18 @@ def _diffusers_where(stem: str, family: Family) -> str:
         return stem
     prefix, _, name = stem.removeprefix("lora_").partition("_")
     if prefix == "unet":
-        return f"unet.{_replaced(_renumbered(name, family.unet.layers + 1), _WORDS)}"
-    return f"{'text_encoder_2' if prefix == 'te2' else 'text_encoder'}.{_replaced(name, _TEXT_WORDS)}"
+        return f"unet.{_replace_words(_renumber(name, family.unet.layers + 1), _WORDS)}"
+    return f"{'text_encoder_2' if prefix == 'te2' else 'text_encoder'}.{_replace_words(name, _TEXT_WORDS)}"
 
 
-def _replaced(name: str, words: Mapping[str, str]) -> str:
+def _replace_words(name: str, words: Mapping[str, str]) -> str:
     name = name.replace("_", ".")
     for old, new in words.items():
         name = name.replace(old, new)
     return name
 
 
-def _renumbered(name: str, step: int) -> str:
+def _renumber(name: str, step: int) -> str:
     """LDM's blocks as diffusers counts them: its second place is always attention, its third an upsampler."""
     found = _SGM.fullmatch(name)
     if not found or name.startswith("input_blocks_0_0"):

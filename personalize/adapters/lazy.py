@@ -41,7 +41,7 @@ def shapes_of(deltas: Mapping[str, Delta]) -> Mapping[str, Shape]:
     return deltas.shapes if isinstance(deltas, OnDemand) else {path: delta.shape for path, delta in deltas.items()}
 
 
-def mapped(
+def map_deltas(
     deltas: Mapping[str, Delta], change: Callable[[str, Delta], Delta], paths: Iterable[str] | None = None
 ) -> Mapping[str, Delta]:
     """Each update, or those of `paths`, made into another of the same shape: at once, or on demand if `deltas` are."""
@@ -51,7 +51,7 @@ def mapped(
     return {path: change(path, deltas[path]) for path in chosen}
 
 
-def ahead(items: Iterable[T]) -> Iterator[T]:
+def prefetch(items: Iterable[T]) -> Iterator[T]:
     """The same items in the same order; another thread makes the next few while one is used."""
     rest, end = iter(items), object()
     with ThreadPoolExecutor(1) as thread:

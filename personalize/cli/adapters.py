@@ -165,12 +165,12 @@ def span(values: Iterable[int]) -> str:
 @dtype
 def convert(file: tuple[Path, Weighting], output: Path, kind: str | None, rank: int | None, base: Path | None, **how: Any) -> int:
     """Write an adapter in another dialect, dtype or kind. What cannot be held is refused by name; what is lost is told."""
-    from ..adapters.ops.convert import converted
+    from ..adapters.ops.convert import convert as to_kind
 
     path, _ = file
     output = target(output, path)
     (adapter,) = without_base(loaded([file], how["allow_unmatched"]), base)
-    made, report = converted(adapter, kind, rank)
+    made, report = to_kind(adapter, kind, rank)
     made.save(output, how["dialect"], dtype=how["dtype"] or stored_as(path))
     if report:
         table(report)
@@ -218,12 +218,12 @@ def resize(file: tuple[Path, Weighting], output: Path, base: Path | None, **opti
 @click.option("--dtype", default="fp16", show_default=True, metavar="fp32|fp16|bf16", help="storage")
 def extract(tuned: Path, base: Path, output: Path, **options: Any) -> int:
     """Make an adapter of what the checkpoint TUNED learned beyond BASE; without a rule, of rank 32."""
-    from ..adapters.ops import checkpoints as surgery
+    from ..adapters.ops.extract import extract as difference
 
     rule, value = rule_of(options, ("rank", 32))
     picked = {name: options[name] for name in ("max_rank", "parts", "targets", "full")}
     output = target(output)
-    found, report = surgery.extract(located(tuned), located(base), rule, value, clamp_quantile=options["clamp"], **picked)
+    found, report = difference(located(tuned), located(base), rule, value, clamp_quantile=options["clamp"], **picked)
     path = found.save(output, options["dialect"], dtype=options["dtype"])
     for part in found.parts:
         click.echo(f"{part:<16}{len(found.part(part).deltas):>6} layers, relative error {report.part(part).error:.2%}")
@@ -241,11 +241,11 @@ def extract(tuned: Path, base: Path, output: Path, **options: Any) -> int:
 @lenient
 def bake(base: Path, files: Files, output: Path, allow_unmatched: bool) -> int:
     """Write the checkpoint BASE with adapters in its weights. BASE stays as it is: keep it, to go back."""
-    from ..adapters.ops import checkpoints as surgery
+    from ..adapters.ops import bake as baking
     from ..families.checkpoint import open_weights
 
     into = open_weights(located(base))
-    report = surgery.bake(into, [(adapter, 1.0) for adapter in loaded(files, allow_unmatched)], output)
+    report = baking.bake(into, [(adapter, 1.0) for adapter in loaded(files, allow_unmatched)], output)
     changed = f"{len(report.changes)} weights changed"
     click.echo(f"{report.path}  {changed}; rounding to the checkpoint's dtype loses {report.error:.2%} of it")
     return 0
@@ -258,9 +258,9 @@ def bake(base: Path, files: Files, output: Path, allow_unmatched: bool) -> int:
 @click.option("--output", "-o", type=PATH, required=True, help="the checkpoint or folder to write")
 def interpolate(base: Path, tuned: Path, alpha: float, output: Path) -> int:
     """Write a checkpoint between two others (WiSE-FT): often better than both on what the base knew."""
-    from ..adapters.ops import checkpoints as surgery
+    from ..adapters.ops import bake as baking
 
-    report = surgery.interpolate(located(base), located(tuned), alpha, output)
+    report = baking.interpolate(located(base), located(tuned), alpha, output)
     click.echo(f"{report.path}  {len(report.changes)} weights")
     return 0
 
@@ -278,10 +278,10 @@ def diff(
     one: tuple[Path, Weighting], other: tuple[Path, Weighting], base: Path | None, allow_unmatched: bool, for_programs: bool
 ) -> int:
     """Tell how far apart two adapters are as updates, whatever their kinds, ranks and dialects."""
-    from ..adapters.ops.compare import compared
+    from ..adapters.ops.compare import compare
 
     a, b = without_base(loaded([one, other], allow_unmatched), base)
-    rows = compared(a, b)
+    rows = compare(a, b)
     if for_programs:
         click.echo(json.dumps([vars(row) for row in rows]))
         return 0

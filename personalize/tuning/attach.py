@@ -20,10 +20,11 @@ from torch import Tensor, nn
 
 from ..adapters.adapter import Adapter
 from ..adapters.delta import Delta, Dense, LowRank, as_low_rank
+from ..adapters.fit import check_fit as check_shapes
 from ..adapters.strengths.grammar import Weighting, read
-from ..errors import AdapterError, FamilyMismatchError
+from ..errors import AdapterError
 from ..families.configs import canonical, native
-from ..families.names import PARTS, same
+from ..families.names import PARTS
 from ..models.model import Base
 from ..recipe.fields import AdapterSpec
 from .layers import NAME, Following, follow, lowered
@@ -223,19 +224,8 @@ def weighting_of(strengths: Strengths) -> Weighting:
 
 def check_fit(base: Base, adapter: Adapter) -> None:
     """Raise FamilyMismatchError (AdapterError within the base's own family) unless every delta has its module, in its shape."""
-    there = {path: tuple(weight.shape) for path in adapter.deltas if (weight := find_weight(base, path)) is not None}
-    wrong = [path for path, delta in adapter.deltas.items() if path not in there or not same(delta.shape, there[path])]
-    if not wrong:
-        return
-    path = wrong[0]
-    theirs, ours = list(adapter.deltas[path].shape), f"is {list(there[path])}" if path in there else "does not exist"
-    name = f"{called} " if (called := adapter.metadata.get("ss_output_name")) else ""
-    kin = adapter.family in (base.family.name, "unknown")
-    raise (AdapterError if kin else FamilyMismatchError)(
-        f"the adapter {name}({adapter.family}) does not fit {base.name} ({base.family.name}): {len(wrong)} of "
-        f"{len(adapter.deltas)} layers differ, e.g. {path} is {theirs} there and here it {ours}",
-        "use the base it was trained on",
-    )
+    shapes = {path: tuple(weight.shape) for path in adapter.deltas if (weight := find_weight(base, path)) is not None}
+    check_shapes(adapter, shapes, base.name, base.family.name)
 
 
 def find_weight(base: Base, path: str) -> Tensor | None:

@@ -15,10 +15,10 @@ from test_kinds import CONV, LINEAR, POCKET, dora, loha, lokr
 from personalize.adapters.adapter import Adapter, distance
 from personalize.adapters.delta import Dense
 from personalize.adapters.describe import describe
-from personalize.adapters.ops.compare import compared
+from personalize.adapters.ops.compare import compare
 from personalize.adapters.ops.methods import OPTIONS
 from personalize.adapters.ops.resize import RULES
-from personalize.cli import merge as merging
+from personalize.cli.merge import OPTIONS as FLAGS
 from personalize.cli import run
 from personalize.cli.adapters import extract, resize
 from tools.pocket import WEIGHTS
@@ -65,8 +65,8 @@ def test_a_merge_can_be_repeated_from_its_file(files: dict[str, Adapter], capsys
 
 
 def test_options_of_methods_have_flags() -> None:
-    assert {name: text for name, (_, text) in merging.OPTIONS.items()} == {name: row.what for name, row in OPTIONS.items()}
-    assert {name: kind for name, (kind, _) in merging.OPTIONS.items()} == {name: row.kind for name, row in OPTIONS.items()}
+    assert {name: text for name, (_, text) in FLAGS.items()} == {name: row.what for name, row in OPTIONS.items()}
+    assert {name: kind for name, (kind, _) in FLAGS.items()} == {name: row.kind for name, row in OPTIONS.items()}
     assert RULES.keys() <= {option.name for option in resize.params} and RULES.keys() - {"size"} <= {
         o.name for o in extract.params
     }
@@ -174,10 +174,10 @@ def test_bake_extract_and_interpolate(files: dict[str, Adapter]) -> None:
 
 
 def test_two_adapters_beside_each_other(files: dict[str, Adapter]) -> None:
-    rows = {row.name: row for row in compared(files["a"], files["a"] * -2)}
+    rows = {row.name: row for row in compare(files["a"], files["a"] * -2)}
     assert rows["all"].cosine == pytest.approx(-1) and rows["all"].difference == pytest.approx(3 * rows["all"].a)
     assert rows["MID"].b == pytest.approx(2 * rows["MID"].a) and {"unet", "text_encoder"} & rows.keys()
-    apart = {row.name: row for row in compared(files["a"], files["c"])}["all"]
+    apart = {row.name: row for row in compare(files["a"], files["c"])}["all"]
     assert apart.cosine == 0 and apart.difference == pytest.approx(torch.tensor([apart.a, apart.b]).norm().item())
 
 

@@ -33,8 +33,8 @@ from torch import nn
 from personalize.adapters import dialects
 from personalize.adapters.adapter import Adapter
 from personalize.adapters.delta import LowRank
-from personalize.adapters.hosts import HOSTS, ignored
-from personalize.adapters.ops.checkpoints import bake
+from personalize.adapters.hosts import HOSTS, ignored_layers
+from personalize.adapters.ops.bake import bake
 from personalize.families.checkpoint import open_weights
 from personalize.families.configs import unet_config
 from personalize.families.names import modules, part_of
@@ -161,8 +161,8 @@ def test_a_run_leaves_what_uis_want(trained: Path, capsys: pytest.CaptureFixture
 
 
 def test_every_host_knows_every_layer(trained: Path) -> None:
-    slots = dialects.read(read_header(trained)).slots
-    assert [(host.name, lost) for host in HOSTS if (lost := ignored(host, "kohya", SD1, slots))] == []
+    slots = dialects.read_keys(read_header(trained)).slots
+    assert [(host.name, lost) for host in HOSTS if (lost := ignored_layers(host, "kohya", SD1, slots))] == []
 
 
 def test_kohyas_tool_would_write_these_keys(trained: Path) -> None:
@@ -258,23 +258,23 @@ def rendered(folder: Path) -> dict[str, Any]:
     return drawn
 
 
-def apart(a: Any, b: Any) -> float:
+def difference_norm(a: Any, b: Any) -> float:
     """Mean absolute difference of two pictures, in levels of 255."""
     return float(np.abs(a - b).mean())
 
 
-def compared(theirs: dict[str, Any], ours: dict[str, Any]) -> dict[str, float]:
+def compare(theirs: dict[str, Any], ours: dict[str, Any]) -> dict[str, float]:
     """How far pictures are from each other."""
     pairs = {
         "adapter from base": (theirs["adapter"], theirs["base"]),
         "adapter from baked": (theirs["adapter"], theirs["baked"]),
         **{f"their {name} from ours": (theirs[name], ours[name]) for name in ours},
     }
-    return {what: round(apart(*pair), 3) for what, pair in pairs.items()}
+    return {what: round(difference_norm(*pair), 3) for what, pair in pairs.items()}
 
 
 def test_we_draw_the_adapter_as_its_baked_checkpoint(ours: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
-    far = compared(ours, {})
+    far = compare(ours, {})
     tell(capsys, **far)
     assert far["adapter from base"] > 10 and far["adapter from baked"] < 0.5  # a baked weight is rounded to fp16
 
@@ -283,7 +283,7 @@ def test_stable_diffusion_cpp_draws_it(
     ours: dict[str, Any], loud: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     told = asked("sdcpp", "PERSONALIZE_SDCPP", loud, tmp_path)
-    far = compared(rendered(tmp_path), ours)
+    far = compare(rendered(tmp_path), ours)
     applied = [line for line in told["said"] if "LoRA tensors have been applied" in line]
     tell(capsys, version=told["version"], **far, applied=applied[-1].partition(" - ")[2])
     assert "(792 / 792)" in applied[-1]
@@ -295,7 +295,7 @@ def test_comfyui_draws_it(ours: dict[str, Any], loud: dict[str, Any], tmp_path: 
     paths = {key: path for key, path in comfy_paths(SD1).items() if path in Adapter.open(loud["adapter"]).deltas}
     job = loud | {"checkout": str(checkout("ComfyUI", "comfy/sd.py", "comfyui_version.py")), "task": "draw"}
     told = asked("comfyui", "PERSONALIZE_COMFYUI", job, tmp_path)
-    far = compared(rendered(tmp_path), ours)
+    far = compare(rendered(tmp_path), ours)
     weights, adapter, wrong = open_weights(loud["base"]), Adapter.load(loud["adapter"]), 0.0
     found = load_file(tmp_path / "patched.safetensors")
     for key, patched in found.items():

@@ -26,8 +26,7 @@ from safetensors.torch import load_file, save_file
 from test_kinds import KINDS, noise
 from torch import Tensor, nn
 
-from personalize.adapters import dialects, hosts
-from personalize.adapters import files as storage
+from personalize.adapters import dialects, files, hosts
 from personalize.adapters.adapter import Adapter
 from personalize.adapters.delta import Dense, LowRank, Structured
 from personalize.errors import AdapterError
@@ -62,7 +61,7 @@ def written(family: Family, blocks: str) -> dict[str, str]:
 
 
 def slots(adapter: Adapter, path: Path, dialect: str = "kohya") -> Mapping[str, dialects.Slot]:
-    return dialects.read(read_header(adapter.save(path, dialect))).slots
+    return dialects.read_keys(read_header(adapter.save(path, dialect))).slots
 
 
 # ---------------------------------------------------------------- our account
@@ -94,16 +93,16 @@ def test_what_a_host_leaves_out_is_told(tmp_path: Path) -> None:
     sdxl, comfy, a1111 = FAMILY["sdxl"], HOST["ComfyUI"], HOST["A1111"]
     attention = "text_encoder_2.text_model.encoder.layers.3.self_attn"
     every = [f"{attention}.{leaf}" for leaf in ("q_proj", "k_proj", "v_proj", "out_proj")]
-    assert hosts.ignored(a1111, "kohya", sdxl, slots(rank_one(sdxl, every), tmp_path / "a")) == []
+    assert hosts.ignored_layers(a1111, "kohya", sdxl, slots(rank_one(sdxl, every), tmp_path / "a")) == []
     part = slots(rank_one(sdxl, every[:3]), tmp_path / "b")  # it joins the four
-    assert hosts.ignored(a1111, "kohya", sdxl, part) == sorted(every[:3]) and hosts.ignored(comfy, "kohya", sdxl, part) == []
+    assert hosts.ignored_layers(a1111, "kohya", sdxl, part) == sorted(every[:3])
+    assert hosts.ignored_layers(comfy, "kohya", sdxl, part) == []
     mixed = slots(rank_one(FAMILY["sd1"], LAYERS), tmp_path / "c", "diffusers")
-    assert (
-        hosts.ignored(comfy, "diffusers", FAMILY["sd1"], mixed) == [path for path in sorted(LAYERS)[::-1] if ".to_" in path][::-1]
-    )
+    unheard = hosts.ignored_layers(comfy, "diffusers", FAMILY["sd1"], mixed)
+    assert unheard == [path for path in sorted(LAYERS)[::-1] if ".to_" in path][::-1]
     norm = "text_encoder.text_model.encoder.layers.0.layer_norm1"
     norms = slots(Adapter({norm: Dense(noise(768)), f"{norm}.bias": Dense(noise(768))}), tmp_path / "d")
-    assert hosts.ignored(comfy, "kohya", FAMILY["sd1"], norms) == [norm] and not hosts.ignored(
+    assert hosts.ignored_layers(comfy, "kohya", FAMILY["sd1"], norms) == [norm] and not hosts.ignored_layers(
         a1111, "kohya", FAMILY["sd1"], norms
     )
 
@@ -126,7 +125,7 @@ def test_alphas_that_a_host_would_lose_are_not_written(tmp_path: Path, monkeypat
     sd1 = FAMILY["sd1"]
     unlike = Adapter(dict(rank_one(sd1, LAYERS[:4]).deltas) | dict(rank_one(sd1, LAYERS[:1], alpha=0.5).deltas))
     unlike.save(tmp_path / "a")
-    monkeypatch.setattr(storage._Draft, "_alpha", lambda draft, path, delta: delta.alpha)
+    monkeypatch.setattr(files._Draft, "_alpha", lambda draft, path, delta: delta.alpha)
     with pytest.raises(AdapterError, match=r"diffusers would take unet.*to_q at another strength"):
         unlike.save(tmp_path / "b")
     assert not (tmp_path / "b.safetensors").exists()
@@ -503,7 +502,7 @@ def test_a1111_refuses_files_for_a_lone_bias(tmp_path: Path) -> None:
         path = Adapter(plain | {lone: Dense(noise(*weights(sd1)[lone]))}).save(tmp_path / "a")
         with pytest.raises(AssertionError, match="Could not find a module type"):
             a1111_network(path, sd1, {})
-        told = hosts.departures(HOST["A1111"], dialects.read(read_header(path)).slots)
+        told = hosts.departures(HOST["A1111"], dialects.read_keys(read_header(path)).slots)
         assert told == {"A1111 refuses the whole file for it": [lone.removesuffix(".bias")]}
     both = Adapter(plain | {norm: Dense(noise(*size)), f"{norm}.bias": Dense(noise(*size))}).save(tmp_path / "b")
     assert set(a1111_network(both, sd1, {})) == {LAYERS[0], norm}

@@ -14,7 +14,7 @@ from personalize.adapters.adapter import Adapter, distance
 from personalize.adapters.build import build
 from personalize.adapters.delta import Decomposed, Delta, Dense, LowRank, Structured, as_low_rank
 from personalize.adapters.describe import describe
-from personalize.adapters.distance import apart, within
+from personalize.adapters.distance import difference_norm, is_within
 from personalize.adapters.ops.merge import merge
 from personalize.errors import AdapterError
 from personalize.families.names import FAMILIES, weights
@@ -226,9 +226,9 @@ def test_rotations_keep_the_length_of_columns() -> None:
 
 
 def test_updates_of_one_weight_differ_by_what_they_add() -> None:
-    assert apart(lora((96, 96)), None) == pytest.approx(lora((96, 96)).norm())
-    assert apart(loha((96, 96)), Dense(loha((96, 96)).delta())) == pytest.approx(0, abs=1e-6)
-    assert apart(oft((96, 96)), glora((96, 96))) == math.inf
+    assert difference_norm(lora((96, 96)), None) == pytest.approx(lora((96, 96)).norm())
+    assert difference_norm(loha((96, 96)), Dense(loha((96, 96)).delta())) == pytest.approx(0, abs=1e-6)
+    assert difference_norm(oft((96, 96)), glora((96, 96))) == math.inf
 
 
 # ---------------------------------------------------------------- inside the real model
@@ -270,6 +270,6 @@ def test_norms_and_nearness_of_kronecker_products_need_no_dense_update(two: bool
     exact = float((moved.delta() - one.delta()).double().norm())
     monkeypatch.setattr(Structured, "delta", lambda *_: pytest.fail("dW was made"))
     assert one.norm() == pytest.approx(norm, rel=1e-6)
-    assert within(moved, one, 2 * exact) and within(one, one, 0)
+    assert is_within(moved, one, 2 * exact) and is_within(one, one, 0)
     monkeypatch.undo()
-    assert not within(moved, one, 0.5 * exact)
+    assert not is_within(moved, one, 0.5 * exact)

@@ -13,11 +13,11 @@ import torch
 from safetensors.torch import load_file
 from test_adapters import make
 
-from personalize.adapters import files as storage
+from personalize.adapters import files as adapter_files
 from personalize.adapters.adapter import Adapter, distance
 from personalize.adapters.delta import Delta, Dense, Structured
 from personalize.adapters.describe import describe
-from personalize.adapters.lazy import ahead
+from personalize.adapters.lazy import prefetch
 from personalize.adapters.ops import merge as merging
 from personalize.adapters.ops.methods import METHODS
 from personalize.adapters.strengths.grammar import split
@@ -77,7 +77,7 @@ def test_merges_on_demand_are_those_of_memory(tmp_path: Path, method: str) -> No
 
 def test_one_layer_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files = [make("sd1", "attn", rank=1).save(tmp_path / name) for name in "ab"]
-    alive, most, read = weakref.WeakSet[Any](), 0, storage.read_delta
+    alive, most, read = weakref.WeakSet[Any](), 0, files.read_delta
 
     def watched(*args: Any) -> Delta:
         nonlocal most
@@ -86,7 +86,7 @@ def test_one_layer_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         most = max(most, len(alive))
         return delta
 
-    monkeypatch.setattr(storage, "read_delta", watched)
+    monkeypatch.setattr(adapter_files, "read_delta", watched)
     merged, lines = merging.on_demand([Adapter.open(file) * 0.5 for file in files], [1, 1], "svd")
     merged.save(tmp_path / "c")
     assert len(lines) > 100 and most <= 4
@@ -121,7 +121,7 @@ def test_any_room_for_the_header_and_tensors_of_odd_size(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, room: int
 ) -> None:
     """Three numbers in fp16 would leave what follows unaligned."""
-    monkeypatch.setattr(storage, "_room", lambda *_: room)
+    monkeypatch.setattr(adapter_files, "_room", lambda *_: room)
     path = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
     roles = {"lokr_w1": (1, 1), "lokr_w2_a": (3, 1), "lokr_w2_b": (1, 3)}
     one = Structured("LoKr", {role: torch.ones(shape) for role, shape in roles.items()}, 1.0, (3, 3))
@@ -144,6 +144,6 @@ def test_items_come_in_order_and_errors_where_they_happen() -> None:
 
     seen = []
     with pytest.raises(AdapterError, match="no more"):
-        for item in ahead(made()):
+        for item in prefetch(made()):
             seen.append(item)
-    assert seen == list(range(7)) and list(ahead([])) == []
+    assert seen == list(range(7)) and list(prefetch([])) == []

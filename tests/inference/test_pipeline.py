@@ -15,7 +15,7 @@ from torch import Tensor
 
 from personalize.adapters.adapter import Adapter
 from personalize.adapters.delta import Decomposed, Dense, LowRank, Structured
-from personalize.adapters.ops.checkpoints import bake
+from personalize.adapters.ops.bake import bake
 from personalize.adapters.strengths.grammar import read
 from personalize.errors import AdapterError, PersonalizeError, RecipeError
 from personalize.inference import img2img as beginning

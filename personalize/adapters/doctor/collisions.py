@@ -26,12 +26,13 @@ from typing import NamedTuple
 from torch import Tensor
 
 from ...errors import AdapterError
-from ...families import names as keys
+from ...families.family import Family
+from ...families.names import family_of, part_of
 from ..adapter import Adapter, check_kin
 from ..delta import Delta
 from ..ops import linalg
-from ..ops import resize as resizing
-from .measures import Weights, block_of, ordered, plain, strengths
+from ..ops.resize import can_factor
+from .measures import Weights, block_norms, block_of, in_family_order, known_part
 
 MAIN = 0.9  # of ||A||^2: the directions that hold it are A's ground
 TWINS = 0.9  # cosine from which on two adapters are nearly one
@@ -68,7 +69,7 @@ class Collision:
     @property
     def blocks(self) -> tuple[str, ...]:
         """All blocks that some adapter changes, in the family's order."""
-        return ordered(self.family, {block for norms in self.norms for block in norms})
+        return in_family_order(self.family, {block for norms in self.norms for block in norms})
 
     @property
     def pairs(self) -> tuple[tuple[int, int], ...]:
@@ -130,30 +131,30 @@ def collide(adapters: Sequence[Adapter], weights: Sequence[float] | None = None,
         sides: dict[int, _Side] = {}
         for place, (adapter, weight) in enumerate(zip(adapters, weights, strict=True)):
             if delta := adapter.deltas.get(path):
-                known = plain(delta)
+                known = known_part(delta)
                 unknown += known is None
                 sides |= {place: _side(known, weight)} if known else {}
         check_shapes(path, [side.delta for side in sides.values()])
         for place, side in sides.items():
             norms[place][path] = side.norm
         for a, b in combinations(sides, 2):
-            met = _met(sides[a], sides[b]) if sides[a].norm and sides[b].norm else _Sums()
+            met = _overlap_of(sides[a], sides[b]) if sides[a].norm and sides[b].norm else _Sums()
             for block in (block_of(family, path), ALL):
                 sums[(a, b), block] = sums[(a, b), block].plus(met)
     name = family.name if family else "unknown"
-    blocks = tuple(strengths(name, one) for one in norms)
-    short = tuple(all(keys.part_of(path) != "unet" or "attentions" in path for path in one) for one in norms)
-    meetings = tuple(_meeting(pair, block, sums[pair, block], blocks) for pair, block in _ordered(sums, blocks))
+    blocks = tuple(block_norms(name, one) for one in norms)
+    short = tuple(all(part_of(path) != "unet" or "attentions" in path for path in one) for one in norms)
+    meetings = tuple(_meeting(pair, block, sums[pair, block], blocks) for pair, block in _meeting_order(sums, blocks))
     return Collision(name, tuple(map(float, weights)), blocks, short, meetings, unknown)
 
 
-def common_family(adapters: Sequence[Adapter]) -> keys.Family | None:
+def common_family(adapters: Sequence[Adapter]) -> Family | None:
     """The family that all adapters can be of; None if theirs are unknown. FamilyMismatchError if they differ."""
     check_kin(adapters)
     said: dict[str, str] = {}
     for adapter in adapters:
         said |= adapter.metadata
-    return keys.family_of({path: shape for adapter in adapters for path, shape in adapter.shapes.items()}, said)
+    return family_of({path: shape for adapter in adapters for path, shape in adapter.shapes.items()}, said)
 
 
 def check_shapes(path: str, found: Sequence[Delta]) -> None:
@@ -164,14 +165,14 @@ def check_shapes(path: str, found: Sequence[Delta]) -> None:
 
 
 def _side(delta: Delta, weight: float) -> _Side:
-    return _Side(delta, float(weight), linalg.svd(delta, _SKETCH) if resizing.divisible(delta) else None)
+    return _Side(delta, float(weight), linalg.svd(delta, _SKETCH) if can_factor(delta) else None)
 
 
-def _met(a: _Side, b: _Side) -> _Sums:
+def _overlap_of(a: _Side, b: _Side) -> _Sums:
     """Two updates of one layer, neither of them zero."""
     inner = a.weight * b.weight * linalg.inner(a.delta, b.delta)
     if a.svd is None or b.svd is None:
-        return _met_as_vectors(a, b, inner)
+        return _overlap_of_vectors(a, b, inner)
     right, left = (a.svd.v @ b.svd.v.T).square(), (a.svd.u.T @ b.svd.u).square()
     p, q = a.svd.s.square(), b.svd.s.square()
     flat, size = float(p.norm() * q.norm()), a.norm * b.norm
@@ -183,7 +184,7 @@ def _met(a: _Side, b: _Side) -> _Sums:
     return _Sums(inner, inputs * size, outputs * size, overlap * size, min(chance, 1.0) * size, on_first, on_second)
 
 
-def _met_as_vectors(a: _Side, b: _Side, inner: float) -> _Sums:
+def _overlap_of_vectors(a: _Side, b: _Side, inner: float) -> _Sums:
     """Biases and norms are one direction each."""
     size = a.norm * b.norm
     shared = (inner / size) ** 2
@@ -204,7 +205,7 @@ def _meeting(pair: tuple[int, int], block: str, sums: _Sums, blocks: Sequence[Ma
     return Meeting(pair, block, (a, b), cosine, inputs, outputs, overlap, chance, invaded)
 
 
-def _ordered(
+def _meeting_order(
     sums: Mapping[tuple[tuple[int, int], str], _Sums], blocks: Sequence[Mapping[str, float]]
 ) -> Iterator[tuple[tuple[int, int], str]]:
     for pair in sorted({pair for pair, _ in sums}):

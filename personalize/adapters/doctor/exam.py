@@ -10,15 +10,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from ...families import names as keys
+from ...families.names import family_of
+from ...findings import LEVELS, Finding, worst_first
 from ...formats.header import read_header
 from .. import dialects
 from ..describe import Description, describe
-from ..ops import resize as resizing
+from ..ops.resize import Line, Report
 from .findings import CHECKS
-from .measures import SHARE, Exam, Finding, Module, Weights, block_of, measured, strengths, updates
-
-_GRAVITY = ("error", "warning", "info")
+from .measures import SHARE, Exam, Module, Weights, block_norms, block_of, measure, read_updates
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ class Checkup:
     @cached_property
     def blocks(self) -> Mapping[str, float]:
         """Block => ||dW||, in the order of the family; parts where the family is unknown."""
-        return strengths(self.about.family, {module.path: module.norm for module in self.modules})
+        return block_norms(self.about.family, {module.path: module.norm for module in self.modules})
 
     @property
     def norm(self) -> float:
@@ -48,8 +47,8 @@ class Checkup:
 
     @property
     def worst(self) -> str:
-        """The gravest severity; "" for a sound file."""
-        return next((level for level in _GRAVITY if any(f.severity == level for f in self.findings)), "")
+        """The worst level of all findings; "" for a sound file."""
+        return next((level for level in LEVELS if any(one.level == level for one in self.findings)), "")
 
 
 def examine(path: str | Path, weights: Weights | None = None) -> Checkup:
@@ -60,20 +59,20 @@ def examine(path: str | Path, weights: Weights | None = None) -> Checkup:
     """
     about = describe(path)
     header = read_header(about.path)
-    reading = dialects.read(header)
-    family = keys.family_of(reading.shapes, header.metadata)
+    reading = dialects.read_keys(header)
+    family = family_of(reading.shapes, header.metadata)
     modules: list[Module] = []
-    lines: list[resizing.Line] = []
+    lines: list[Line] = []
     sick: list[str] = []
-    for update in updates(header, reading, family):
+    for update in read_updates(header, reading, family):
         sick += update.sick
         if update.delta:
-            module, line = measured(update, block_of(family, update.path), weights)
+            module, line = measure(update, block_of(family, update.path), weights)
             modules.append(module)
             lines += [line] if line else []
-    needed = resizing.Report(tuple(lines)).rank_for(math.sqrt(1 - SHARE)) if lines else None
+    needed = Report(tuple(lines)).rank_for(math.sqrt(1 - SHARE)) if lines else None
     exam = Exam(header, reading, about, family, modules, sick, needed, weights is not None)
-    found = sorted((finding for check in CHECKS for finding in check(exam)), key=lambda one: _GRAVITY.index(one.severity))
+    found = worst_first(finding for check in CHECKS for finding in check(exam))
     return Checkup(about, about.trigger or likely_trigger(header.metadata), tuple(modules), needed, tuple(found))
 
 

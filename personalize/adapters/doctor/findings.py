@@ -11,11 +11,12 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from statistics import median
 
-from ...families import names as keys
 from ...families.family import A1111
+from ...families.names import part_of, says
+from ...findings import Finding
 from .. import dialects, hosts
-from ..kinds.kind import ALPHA, DORA, MAGNITUDE
-from .measures import SHARE, Exam, Finding, Module
+from ..kinds import ALPHA, DORA, MAGNITUDE, row
+from .measures import SHARE, Exam, Module
 
 Check = Callable[[Exam], Iterator[Finding]]
 DEAD = 1e-6  # of the usual norm per entry
@@ -30,7 +31,7 @@ INVOKEAI = ("OFT", "GLoRA")  # kinds that it does not read
 # ---------------------------------------------------------------- numbers
 
 
-def not_finite(exam: Exam) -> Iterator[Finding]:
+def non_finite_tensors(exam: Exam) -> Iterator[Finding]:
     if exam.sick:
         what = f"{_count(exam.sick, 'tensor')} of {len(exam.header.tensors)} hold NaN or Inf: this file does not load"
         yield Finding(
@@ -38,7 +39,7 @@ def not_finite(exam: Exam) -> Iterator[Finding]:
         )
 
 
-def dead(exam: Exam) -> Iterator[Finding]:
+def dead_layers(exam: Exam) -> Iterator[Finding]:
     """Layers that change nothing, or a millionth of what is usual."""
     if exam.modules and not any(module.norm for module in exam.modules):
         yield Finding("error", "empty", "it changes nothing: every update is zero", (), "it was saved before it learned")
@@ -53,7 +54,7 @@ def dead(exam: Exam) -> Iterator[Finding]:
         yield Finding("warning", "dead", what, tuple(quiet), "they were not trained, or were pruned; resizing can drop them")
 
 
-def exploding(exam: Exam) -> Iterator[Finding]:
+def exploding_layers(exam: Exam) -> Iterator[Finding]:
     """Layers far above the others of their part, or, with a base, above their own weight."""
     wild: dict[str, float] = {}
     for group in _groups([module for module in exam.modules if module.norm]).values():
@@ -64,16 +65,16 @@ def exploding(exam: Exam) -> Iterator[Finding]:
             wild |= {m.path: math.exp(x - usual) for m, x in zip(group, logs, strict=True) if x - usual > limit}
     hint = "weaken them by a pattern (FILE:*name*=0.1), or train at a lower rate"
     if wild:
-        worst = max(wild, key=lambda path: wild[path])
-        what = f"{_count(wild, 'layer')} far above the others of their part, the worst {wild[worst]:,.0f} times the usual"
-        yield Finding("warning", "exploding", what, tuple(sorted(wild, key=lambda path: -wild[path])), hint)
+        worst = max(wild.values())
+        what = f"{_count(wild, 'layer')} far above the others of their part, the worst {worst:,.0f} times the usual"
+        yield Finding("warning", "exploding", what, _largest_first(wild), hint)
     over = {module.path: module.ratio for module in exam.modules if module.ratio and module.ratio > 1 and len(module.shape) > 1}
     if over:
         what = f"{_count(over, 'layer')} larger than the base's own weight, up to {max(over.values()):.3g} times"
-        yield Finding("warning", "overwhelming", what, tuple(sorted(over, key=lambda path: -over[path])), hint)
+        yield Finding("warning", "overwhelming", what, _largest_first(over), hint)
 
 
-def rank_unused(exam: Exam) -> Iterator[Finding]:
+def unused_rank(exam: Exam) -> Iterator[Finding]:
     usual = next(iter(exam.about.ranks), 0)
     if usual >= 8 and exam.needed is not None and 2 * exam.needed <= usual:
         what = f"rank {usual}, and {100 * SHARE:.0f} % of it lie in {exam.needed}"
@@ -81,7 +82,7 @@ def rank_unused(exam: Exam) -> Iterator[Finding]:
         yield Finding("info", "rank-unused", what, (), hint)
 
 
-def wide(exam: Exam) -> Iterator[Finding]:
+def fp32_weights(exam: Exam) -> Iterator[Finding]:
     if exam.about.dtype == "fp32" and exam.about.bytes >= LARGE:
         yield Finding("info", "fp32", "fp32: fp16 halves it at an error of about 3e-4", (), "save it as fp16")
 
@@ -89,7 +90,7 @@ def wide(exam: Exam) -> Iterator[Finding]:
 # ---------------------------------------------------------------- what it says
 
 
-def unmatched(exam: Exam) -> Iterator[Finding]:
+def unmatched_keys(exam: Exam) -> Iterator[Finding]:
     lost = exam.reading.unmatched
     if lost:
         whole = f"{_count(lost, 'tensor')} of {len(exam.header.tensors)}"
@@ -99,10 +100,10 @@ def unmatched(exam: Exam) -> Iterator[Finding]:
         yield Finding("error", "unmatched", what, lost, hint if exam.reading.slots or kind == "unknown" else f"it is a {kind}")
 
 
-def alpha_missing(exam: Exam) -> Iterator[Finding]:
+def missing_alpha(exam: Exam) -> Iterator[Finding]:
     """Without alpha and config, readers take alpha = rank."""
-    slots = {path: slot for path, slot in exam.reading.slots.items() if dialects.rank(exam.header, slot) and slot.kind != "OFT"}
-    lacking = [path for path, slot in slots.items() if ALPHA not in slot.keys]
+    slots = {path: slot for path, slot in exam.reading.slots.items() if dialects.rank(exam.header, slot)}
+    lacking = [path for path, slot in slots.items() if ALPHA not in slot.keys and row(slot.kind).alpha_scales]
     lacking = [path for path in lacking if path not in dialects.configured_scales(exam.header, exam.reading)] if lacking else []
     if lacking:
         peft = exam.reading.dialect != "kohya"
@@ -110,7 +111,7 @@ def alpha_missing(exam: Exam) -> Iterator[Finding]:
         what = f"no alpha in {_count(lacking, 'layer')}{origin}: taken for the rank"
         hint = "if it was trained with another alpha, use it at the strength alpha / rank"
         yield Finding("warning" if peft else "info", "alpha-missing", what, tuple(lacking), hint)
-    if 0 in exam.about.alphas and not any(slot.kind == "OFT" for slot in exam.reading.slots.values()):  # there it is a bound
+    if 0 in exam.about.alphas and all(row(slot.kind).alpha_scales for slot in slots.values()):  # in OFT it is a bound
         what = f"alpha is 0 in {_count(range(exam.about.alphas[0]), 'layer')}, which some tools take for alpha = rank"
         yield Finding("warning", "alpha-zero", what, (), "save it again: strengths are kept and alphas are not 0")
 
@@ -134,7 +135,7 @@ def metadata_family(exam: Exam) -> Iterator[Finding]:
             )
         return
     said, metadata = ("ss_base_model_version", "modelspec.architecture"), exam.header.metadata
-    wrong = {key: metadata[key] for key in said if metadata.get(key) and not keys.says({key: metadata[key]}, exam.family)}
+    wrong = {key: metadata[key] for key in said if metadata.get(key) and not says({key: metadata[key]}, exam.family)}
     taken, right = _a1111(metadata), A1111.get(exam.family.name)
     hidden = bool(right) and taken not in ("", right)
     effect = f": A1111 takes it for {taken} and hides it beside {right} models" if hidden else ""
@@ -163,13 +164,13 @@ def dora_axis(exam: Exam) -> Iterator[Finding]:
         yield Finding("error", "dora-axis", what, tuple(rows), "name the --base and save it as a full update")
 
 
-def unread(exam: Exam) -> Iterator[Finding]:
+def unread_kinds(exam: Exam) -> Iterator[Finding]:
     """Kinds and names that some UIs do not know."""
     slots = exam.reading.slots
     for kind in dict.fromkeys(slot.kind for slot in slots.values() if slot.kind):
-        own = tuple(path for path, slot in slots.items() if slot.kind == kind)
-        if deaf := [ui.name for ui in UIS if kind not in ui.kinds] + ["InvokeAI"] * (kind in INVOKEAI):
-            what = f"{kind} in {_count(own, 'layer')}: not read by {' and '.join(deaf)}"
+        own, title = tuple(path for path, slot in slots.items() if slot.kind == kind), row(kind).title
+        if deaf := [ui.name for ui in UIS if title not in ui.kinds] + ["InvokeAI"] * (title in INVOKEAI):
+            what = f"{title} in {_count(own, 'layer')}: not read by {' and '.join(deaf)}"
             yield Finding("warning", "kind-unread", what, own, "name the --base and save it as a full update, or extract LoRA")
     if exam.reading.dialect in ("peft", "diffusers"):
         what = f"{exam.reading.dialect}'s names: A1111 and Forge do not read them, and ComfyUI reads a part"
@@ -180,7 +181,7 @@ def unread(exam: Exam) -> Iterator[Finding]:
         yield Finding("info", "outer-layers", what, outer)
 
 
-def read_otherwise(exam: Exam) -> Iterator[Finding]:
+def misread_kinds(exam: Exam) -> Iterator[Finding]:
     """Kinds that a UI takes, and makes something else of."""
     for ui in UIS:
         if exam.family and exam.family.name in ui.families:
@@ -188,7 +189,7 @@ def read_otherwise(exam: Exam) -> Iterator[Finding]:
                 yield Finding("warning", "read-otherwise", what, tuple(own), "name the --base and save it as a full update")
 
 
-def names(exam: Exam) -> Iterator[Finding]:
+def unread_names(exam: Exam) -> Iterator[Finding]:
     """Blocks as LDM or as diffusers names them."""
     if exam.reading.dialect != "kohya" or exam.family is None or exam.family.name == "pocket":
         return
@@ -207,7 +208,7 @@ def names(exam: Exam) -> Iterator[Finding]:
         yield Finding("warning", "names-convolution", what, convolutions, hint)
 
 
-def needs_base(exam: Exam) -> Iterator[Finding]:
+def unknown_strengths(exam: Exam) -> Iterator[Finding]:
     shut = tuple(module.path for module in exam.modules if not module.exact)
     if shut and not exam.based:
         names = ", ".join(sorted({module.kind for module in exam.modules if not module.exact}))
@@ -216,20 +217,20 @@ def needs_base(exam: Exam) -> Iterator[Finding]:
 
 
 CHECKS: Sequence[Check] = (
-    not_finite,
-    unmatched,
-    dead,
-    exploding,
+    non_finite_tensors,
+    unmatched_keys,
+    dead_layers,
+    exploding_layers,
     dora_axis,
-    unread,
-    read_otherwise,
-    names,
-    alpha_missing,
+    unread_kinds,
+    misread_kinds,
+    unread_names,
+    missing_alpha,
     metadata_family,
     metadata_numbers,
-    needs_base,
-    rank_unused,
-    wide,
+    unknown_strengths,
+    unused_rank,
+    fp32_weights,
 )
 
 
@@ -241,13 +242,17 @@ def _groups(modules: Sequence[Module]) -> Mapping[tuple[str, str], Sequence[Modu
     groups: dict[tuple[str, str], list[Module]] = defaultdict(list)
     for module in modules:
         if len(module.shape) > 1:
-            groups[keys.part_of(module.path), module.kind].append(module)
+            groups[part_of(module.path), module.kind].append(module)
     return groups
 
 
 def _size(module: Module) -> float:
     """The root mean square of dW's entries."""
     return module.norm / math.sqrt(max(1, abs(math.prod(module.shape))))
+
+
+def _largest_first(sizes: Mapping[str, float]) -> tuple[str, ...]:
+    return tuple(sorted(sizes, key=lambda path: -sizes[path]))
 
 
 def _a1111(metadata: Mapping[str, str]) -> str:

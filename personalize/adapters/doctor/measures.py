@@ -11,33 +11,20 @@ import torch
 from torch import Tensor
 
 from ...errors import AdapterError, HostileFileError
-from ...families import names as keys
+from ...families.family import FAMILIES, PARTS, Family, Shape
+from ...families.names import part_of, resolve_shape
 from ...formats.header import Header, opened
 from ...formats.tensors import read_tensor
-from .. import delta as deltas
-from .. import dialects
-from .. import files as storage
-from ..delta import Decomposed, Delta
+from .. import dialects, files, kinds
+from ..delta import Decomposed, Delta, Dense
 from ..describe import Description
-from ..kinds import kind as kinds
 from ..ops import linalg
-from ..ops import resize as resizing
-from ..strengths import grammar as weighting
+from ..ops.resize import Line, can_factor
+from ..strengths import blocks
 
 Weights = Mapping[str, Tensor] | Callable[[str], Tensor]  # the base's, by canonical path
 SHARE = 0.99  # of ||dW||^2: what "needed" ranks hold
 _DENSE = 512  # singular values of full updates that are larger on both sides take too long to be worth it
-
-
-@dataclass(frozen=True)
-class Finding:
-    """What is wrong or odd: "error" will fail, "warning" may disappoint, "info" is good to know. `where`: layers or keys."""
-
-    severity: str
-    code: str
-    what: str
-    where: tuple[str, ...] = ()
-    hint: str = ""
 
 
 @dataclass(frozen=True)
@@ -62,7 +49,7 @@ class Exam(NamedTuple):
     header: Header
     reading: dialects.Reading
     about: Description
-    family: keys.Family | None
+    family: Family | None
     modules: Sequence[Module]
     sick: Sequence[str]  # keys of tensors that hold NaN or Inf
     needed: int | None
@@ -72,29 +59,29 @@ class Exam(NamedTuple):
 # ---------------------------------------------------------------- blocks
 
 
-def block_of(family: keys.Family | None, path: str) -> str:
-    """A layer's block as `weighting` names it, or its part where the family is unknown."""
-    return weighting.block_of(family, path) if family else keys.part_of(path)
+def block_of(family: Family | None, path: str) -> str:
+    """A layer's block as strengths/blocks.py names it, or its part where the family is unknown."""
+    return blocks.block_of(family, path) if family else part_of(path)
 
 
-def strengths(family: str, norms: Mapping[str, float]) -> dict[str, float]:
+def block_norms(family: str, norms: Mapping[str, float]) -> dict[str, float]:
     """Path => norm, summed up to block => norm in the family's order; blocks without layers are left out."""
-    row = row_of(family)
+    row = family_named(family)
     found: dict[str, list[float]] = {}
     for path, norm in norms.items():
         found.setdefault(block_of(row, path), []).append(norm)
-    return {block: math.hypot(*found[block]) for block in ordered(family, found)}
+    return {block: math.hypot(*found[block]) for block in in_family_order(family, found)}
 
 
-def ordered(family: str, blocks: Iterable[str]) -> tuple[str, ...]:
+def in_family_order(family: str, found: Iterable[str]) -> tuple[str, ...]:
     """Blocks as the family runs through them."""
-    row = row_of(family)
-    return tuple(block for block in (weighting.names(row) if row else keys.PARTS) if block in set(blocks))
+    row = family_named(family)
+    return tuple(block for block in (blocks.names(row) if row else PARTS) if block in set(found))
 
 
-def row_of(name: str) -> keys.Family | None:
+def family_named(name: str) -> Family | None:
     """The row of that name; None for "unknown"."""
-    return next((one for one in keys.FAMILIES if one.name == name), None)
+    return next((one for one in FAMILIES if one.name == name), None)
 
 
 # ---------------------------------------------------------------- reading
@@ -109,23 +96,23 @@ class Update(NamedTuple):
     sick: tuple[str, ...]
 
 
-def updates(header: Header, reading: dialects.Reading, family: keys.Family | None) -> Iterator[Update]:
-    """As storage.read, but NaN and Inf are passed on by name instead of refused."""
+def read_updates(header: Header, reading: dialects.Reading, family: Family | None) -> Iterator[Update]:
+    """As files.read, but NaN and Inf are passed on by name instead of refused."""
     with opened(header.path) as file:
         scales = dialects.configured_scales(header, reading)
         for path, slot in reading.slots.items():
             if slot.kind:
-                yield _update(file, header, path, slot, scales.get(path), keys.resolve_shape(path, reading.shapes[path], family))
+                yield _update(file, header, path, slot, scales.get(path), resolve_shape(path, reading.shapes[path], family))
             for key in (slot.keys[role] for role in slot.keys.keys() & set(kinds.BIASES)):
                 value = read_tensor(file, key, header.tensors[key]).float()
                 whole = bool(value.isfinite().all())
-                yield Update(path + storage.BIAS, "bias", deltas.Dense(value) if whole else None, () if whole else (key,))
+                yield Update(path + files.BIAS, "bias", Dense(value) if whole else None, () if whole else (key,))
 
 
-def _update(file: BinaryIO, header: Header, path: str, slot: dialects.Slot, scale: float | None, shape: keys.Shape) -> Update:
+def _update(file: BinaryIO, header: Header, path: str, slot: dialects.Slot, scale: float | None, shape: Shape) -> Update:
     """Raises as storage does for all but NaN, Inf and what is beyond fp32."""
     try:
-        return Update(path, slot.name, storage.read_delta(file, header, slot, scale, shape), ())
+        return Update(path, slot.name, files.read_delta(file, header, slot, scale, shape), ())
     except HostileFileError:
         raise
     except AdapterError as error:
@@ -139,13 +126,13 @@ def _update(file: BinaryIO, header: Header, path: str, slot: dialects.Slot, scal
 # ---------------------------------------------------------------- measuring
 
 
-def measured(update: Update, block: str, weights: Weights | None) -> tuple[Module, resizing.Line | None]:
+def measure(update: Update, block: str, weights: Weights | None) -> tuple[Module, Line | None]:
     """The facts of one update, and its singular values where a resize could use them."""
     stored = update.delta
     assert stored is not None
     base = _weight(weights, update.path)
-    delta = deltas.Dense(stored.delta(base)) if base is not None and stored.needs_base else stored
-    known = plain(delta)
+    delta = Dense(stored.delta(base)) if base is not None and stored.needs_base else stored
+    known = known_part(delta)
     values = _values(known) if known else None
     exact = not delta.needs_base
     norm = float(torch.linalg.norm(values)) if values is not None else (known or delta).norm()
@@ -155,10 +142,10 @@ def measured(update: Update, block: str, weights: Weights | None) -> tuple[Modul
     module = Module(
         update.path, block, update.kind, stored.shape, rank, norm, exact, effective, needed, norm / size if size else None
     )
-    return module, resizing.Line(update.path, rank, rank, values) if values is not None and exact else None
+    return module, Line(update.path, rank, rank, values) if values is not None and exact else None
 
 
-def plain(delta: Delta) -> Delta | None:
+def known_part(delta: Delta) -> Delta | None:
     """What of an update is known without the base: all of most, the direction that DoRA turns to, nothing of OFT, GLoRA, IA3."""
     if isinstance(delta, Decomposed):
         return None if delta.inner.needs_base else delta.inner * delta.strength
@@ -172,7 +159,7 @@ def inner_rank(delta: Delta) -> int:
 
 
 def _values(delta: Delta) -> Tensor | None:
-    cheap = resizing.divisible(delta) and (delta.low_rank() or min(linalg.sides(delta.shape)) <= _DENSE)
+    cheap = can_factor(delta) and (delta.low_rank() or min(linalg.sides(delta.shape)) <= _DENSE)
     return linalg.singular_values(delta) if cheap else None
 
 

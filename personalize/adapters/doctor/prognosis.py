@@ -9,14 +9,14 @@ from functools import reduce
 
 from ..adapter import Adapter
 from ..delta import Delta
-from ..distance import apart
+from ..distance import difference_norm
 from ..ops import linalg
-from ..ops import merge as merging
-from ..ops import resize as resizing
+from ..ops.merge import merge
 from ..ops.methods import METHODS
-from ..strengths import grammar as weighting
+from ..ops.resize import can_factor, keep_as_is
+from ..strengths import blocks
 from .collisions import ALL, Collision, check_shapes, common_family
-from .measures import row_of
+from .measures import family_named
 
 RANKS = (4, 8, 16, 32, 64, 128)
 THRESHOLD = 0.25  # overlap from which on one of two should step back
@@ -74,8 +74,8 @@ def _suggestion(collision: Collision, place: int, factors: Mapping[str, float]) 
     norms = collision.norms[place]
     total = math.hypot(*norms.values())
     kept = math.hypot(*(norm * factors.get(block, 1.0) for block, norm in norms.items())) / total if total else 1.0
-    family = row_of(collision.family)
-    order = weighting.names(family, attention=collision.short[place]) if family and factors else ()
+    family = family_named(collision.family)
+    order = blocks.names(family, attention=collision.short[place]) if family and factors else ()
     return Suggestion(place, factors, ",".join(f"{factors.get(block, 1.0):g}" for block in order), kept)
 
 
@@ -129,7 +129,7 @@ def predict(
         return ()
     cuts = _cuts(sums, ranks, sample)
     fit = [method for method, row in METHODS.items() if method not in EXACT and len(adapters) <= row.most]
-    tried = _tried(adapters, weights, [method for method in fit if method in methods], sums, sample)
+    tried = _try_methods(adapters, weights, [method for method in fit if method in methods], sums, sample)
     rest = [Prediction(method, None, None, 0, len(sums)) for method in fit if method not in methods]
     return (Prediction("concat", None, 0.0, len(sums), len(sums)), *cuts, *tried, *rest)
 
@@ -151,9 +151,9 @@ def _sum(terms: Sequence[Delta]) -> Delta:
 
 def _cuts(terms: Mapping[str, Sequence[Delta]], ranks: Sequence[int], sample: int) -> list[Prediction]:
     """Eckart and Young: the best rank r loses what the singular values behind r hold."""
-    chosen = list(terms) if all(map(_cheap, terms.values())) else _picked(list(terms), sample)
-    lines = [resizing.untouched(path, _sum(terms[path]))[1] for path in chosen]
-    divisible = [resizing.divisible(terms[path][0]) for path in chosen]
+    chosen = list(terms) if all(map(_cheap, terms.values())) else _sample_of(list(terms), sample)
+    lines = [keep_as_is(path, _sum(terms[path]))[1] for path in chosen]
+    divisible = [can_factor(terms[path][0]) for path in chosen]
     most = max(line.new for line in lines)
     whole = math.hypot(*(line.norm for line in lines))
     found = []
@@ -165,10 +165,10 @@ def _cuts(terms: Mapping[str, Sequence[Delta]], ranks: Sequence[int], sample: in
 
 def _cheap(terms: Sequence[Delta]) -> bool:
     small = min(linalg.sides(terms[0].shape)) <= _DENSE
-    return small or not resizing.divisible(terms[0]) or all(term.low_rank() for term in terms)
+    return small or not can_factor(terms[0]) or all(term.low_rank() for term in terms)
 
 
-def _tried(
+def _try_methods(
     adapters: Sequence[Adapter],
     weights: Sequence[float],
     methods: Sequence[str],
@@ -176,18 +176,18 @@ def _tried(
     sample: int,
 ) -> list[Prediction]:
     """Merges of a few layers, held against their sums."""
-    chosen = _picked(list(terms), sample)
+    chosen = _sample_of(list(terms), sample)
     sums = {path: _sum(terms[path]) for path in chosen}
     whole = math.hypot(*(one.norm() for one in sums.values()))
     few = [Adapter({path: one.deltas[path] for path in chosen if path in one.deltas}, one.metadata) for one in adapters]
     found = []
     for method in methods:
-        merged = merging.merge(few, weights, method).deltas
-        lost = math.hypot(*(apart(merged.get(path), wanted) for path, wanted in sums.items()))
+        merged = merge(few, weights, method).deltas
+        lost = math.hypot(*(difference_norm(merged.get(path), wanted) for path, wanted in sums.items()))
         found.append(Prediction(method, None, lost / whole if whole else 0.0, len(chosen), len(terms)))
     return found
 
 
-def _picked(paths: Sequence[str], count: int) -> list[str]:
+def _sample_of(paths: Sequence[str], count: int) -> list[str]:
     """Evenly spread over all layers."""
     return list(paths) if len(paths) <= count else [paths[i * len(paths) // count] for i in range(count)]

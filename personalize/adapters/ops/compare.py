@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from ...families import names as keys
+from ...families.names import part_of
 from ..adapter import Adapter, check_kin
 from ..strengths.grammar import block_of, names
 from . import linalg
@@ -24,12 +24,12 @@ class Row:
     cosine: float | None
 
     @property
-    def apart(self) -> float:
+    def difference_norm(self) -> float:
         """||A - B|| over the larger of both norms: 0 for equal ones, 1 where one is nothing, up to 2 for opposites."""
         return self.difference / max(self.a, self.b) if max(self.a, self.b) else 0.0
 
 
-def compared(a: Adapter, b: Adapter) -> list[Row]:
+def compare(a: Adapter, b: Adapter) -> list[Row]:
     """A row for all, then for each part, then for each block of the UNet. Exact: from factors where there are some.
 
     Raises AdapterError for updates that depend on the base, FamilyMismatchError for adapters of different families.
@@ -39,13 +39,16 @@ def compared(a: Adapter, b: Adapter) -> list[Row]:
     products = {path: _products(path, a, b) for path in paths}
     groups: dict[str, list[str]] = {"all": paths}
     for path in paths:
-        groups.setdefault(keys.part_of(path), []).append(path)
+        groups.setdefault(part_of(path), []).append(path)
     if family := a.model or b.model:
-        own = [path for path in paths if keys.part_of(path) == "unet"]
+        own = [path for path in paths if part_of(path) == "unet"]
         groups |= {
             block: members for block in names(family) if (members := [path for path in own if block_of(family, path) == block])
         }
     return [_row(name, [products[path] for path in members]) for name, members in groups.items()]
+
+
+compared = compare  # its name until 0.2
 
 
 def _products(path: str, a: Adapter, b: Adapter) -> tuple[float, float, float]:

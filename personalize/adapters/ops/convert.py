@@ -5,13 +5,13 @@ from __future__ import annotations
 from ...errors import AdapterError
 from ..adapter import Adapter
 from ..delta import Delta, Dense
-from ..lazy import mapped
-from .resize import Line, Report, check_plain, divisible, shortened, untouched
+from ..lazy import map_deltas
+from .resize import Line, Report, can_factor, check_plain, cut_to_rank, keep_as_is
 
 USUAL = 32  # the rank of what has no factors of its own
 
 
-def converted(adapter: Adapter, kind: str | None = None, rank: int | None = None) -> tuple[Adapter, Report | None]:
+def convert(adapter: Adapter, kind: str | None = None, rank: int | None = None) -> tuple[Adapter, Report | None]:
     """The adapter with all its matrices and convolutions as `kind`, and what that lost; no kind and no rank leaves it as it is.
 
     lora: LoHa and LoKr become factors exactly where those are smaller than dW and no `rank` is given; the rest is cut by SVD.
@@ -22,22 +22,25 @@ def converted(adapter: Adapter, kind: str | None = None, rank: int | None = None
     if kind == "full":
         if rank:
             raise AdapterError("a full update has no rank", "leave --rank out, or convert --to lora")
-        return Adapter(mapped(adapter.deltas, _dense), adapter.metadata), None
-    done = {path: _factored(path, delta, rank) for path, delta in adapter.deltas.items()}
+        return Adapter(map_deltas(adapter.deltas, _as_full), adapter.metadata), None
+    done = {path: _as_lora(path, delta, rank) for path, delta in adapter.deltas.items()}
     lines = tuple(line for _, line in done.values())
     return Adapter({path: delta for path, (delta, _) in done.items()}, adapter.metadata), Report(lines)
 
 
-def _dense(path: str, delta: Delta) -> Dense:
+converted = convert  # its name until 0.2
+
+
+def _as_full(path: str, delta: Delta) -> Dense:
     check_plain(path, delta)
     return Dense(delta.delta())
 
 
-def _factored(path: str, delta: Delta, rank: int | None) -> tuple[Delta, Line]:
+def _as_lora(path: str, delta: Delta, rank: int | None) -> tuple[Delta, Line]:
     check_plain(path, delta)
-    if not divisible(delta):
-        return untouched(path, delta)
+    if not can_factor(delta):
+        return keep_as_is(path, delta)
     exact = delta.low_rank()
     if exact and (rank is None or exact.rank <= rank):
-        return untouched(path, exact)
-    return shortened(path, exact or delta, rank or USUAL)
+        return keep_as_is(path, exact)
+    return cut_to_rank(path, exact or delta, rank or USUAL)

@@ -17,7 +17,7 @@ from ..delta import sides as sides
 
 # From here on a matrix is sketched if the wanted rank is an eighth of it or less. With as many spare columns as wanted ones and
 # four power iterations the error of merges at rank 64 was 1.0003 (TIES) to 1.001 (DARE: noise has no few directions) of the
-# smallest possible, in a half to a sixth of the time of `leading`.
+# smallest possible, in a half to a sixth of the time of `leading_svd`.
 _LARGE, _FEW, _SPARE, _ITERATIONS = 512, 8, 16, 4
 
 
@@ -53,39 +53,39 @@ def of_matrix(matrix: Tensor, rank: int | None = None) -> Svd:
     """Of a dense matrix: all of it, or the first `rank` by the cheapest way that is good enough, with the rest measured."""
     small = min(matrix.shape)
     if rank is None or 2 * rank > small:
-        return full(matrix)
-    return sketched(matrix, rank) if small > _LARGE and _FEW * rank <= small else leading(matrix, rank)
+        return full_svd(matrix)
+    return sketch(matrix, rank) if small > _LARGE and _FEW * rank <= small else leading_svd(matrix, rank)
 
 
-def full(matrix: Tensor) -> Svd:
+def full_svd(matrix: Tensor) -> Svd:
     """All singular values of a matrix, by LAPACK."""
     if matrix.shape[0] < matrix.shape[1]:
-        return _turned(full(matrix.T))  # wide ones take LAPACK four times as long
+        return _transpose(full_svd(matrix.T))  # wide ones take LAPACK four times as long
     return Svd(*torch.linalg.svd(matrix.double(), full_matrices=False))
 
 
-def leading(matrix: Tensor, rank: int) -> Svd:
+def leading_svd(matrix: Tensor, rank: int) -> Svd:
     """The first `rank` through the eigenvectors of A A^T: right to 1e-8 of the largest value, in a fraction of the time."""
     if matrix.shape[0] > matrix.shape[1]:
-        return _turned(leading(matrix.T, rank))
+        return _transpose(leading_svd(matrix.T, rank))
     matrix = matrix.double()
     vectors = torch.linalg.eigh(matrix @ matrix.T).eigenvectors  # rising
-    return _within(matrix, vectors[:, -rank:], rank)
+    return _project(matrix, vectors[:, -rank:], rank)
 
 
-def sketched(matrix: Tensor, rank: int, iterations: int = _ITERATIONS) -> Svd:
+def sketch(matrix: Tensor, rank: int, iterations: int = _ITERATIONS) -> Svd:
     """The first `rank`, nearly, by randomized subspace iteration (Halko et al. 2009, https://arxiv.org/abs/0909.4061).
 
     Draws the same numbers each time. `rest` is what it really left out, not an estimate.
     """
     if matrix.shape[0] > matrix.shape[1]:
-        return _turned(sketched(matrix.T, rank, iterations))
+        return _transpose(sketch(matrix.T, rank, iterations))
     width = min(rank + max(rank, _SPARE), *matrix.shape)
     draw = torch.Generator().manual_seed(0)
     basis = matrix @ torch.randn(matrix.shape[1], width, generator=draw, dtype=matrix.dtype)
     for _ in range(iterations):
         basis = matrix @ _orthonormal(matrix.T @ _orthonormal(basis))
-    return _within(matrix.double(), _orthonormal(basis.double()), rank)
+    return _project(matrix.double(), _orthonormal(basis.double()), rank)
 
 
 def singular_values(delta: Delta) -> Tensor:
@@ -122,12 +122,12 @@ def _orthonormal(matrix: Tensor) -> Tensor:
     return torch.linalg.qr(matrix).Q
 
 
-def _within(matrix: Tensor, basis: Tensor, rank: int) -> Svd:
+def _project(matrix: Tensor, basis: Tensor, rank: int) -> Svd:
     """What of a matrix lies in the span of an orthonormal basis [out, >= rank], cut to `rank`; the rest by Pythagoras."""
     u, s, v = torch.linalg.svd(basis.T @ matrix, full_matrices=False)
     rest = float((matrix.square().sum() - s[:rank].square().sum()).clamp(min=0).sqrt())
     return Svd(basis @ u[:, :rank], s[:rank], v[:rank], rest)
 
 
-def _turned(parts: Svd) -> Svd:
+def _transpose(parts: Svd) -> Svd:
     return Svd(parts.v.T, parts.s, parts.u.T, parts.rest)

@@ -9,13 +9,13 @@ from dataclasses import replace
 from typing import Any
 
 from ...errors import AdapterError, nearest
-from ...families import names as keys
+from ...families.family import Shape
 from ...formats.tensors import one_thread
 from ..adapter import Adapter, check_kin
 from ..delta import Delta, Dense
 from ..lazy import OnDemand
 from .methods import METHODS, OPTIONS, Method, Module, Options, Term
-from .resize import Line, Report, check_plain, rank_of, shortened, untouched
+from .resize import Line, Report, check_plain, cut_to_rank, keep_as_is, rank_of
 
 
 def merge(
@@ -55,14 +55,16 @@ def on_demand(
     paths = sorted(path for path in shapes if not row.shared or counts[path] == len(given))
     lines: dict[str, Line] = {}
 
-    def merged(path: str) -> tuple[Delta, Line]:
+    def merge_at(path: str) -> tuple[Delta, Line]:
         with one_thread():
             module = Module(path, _terms(path, adapters, weights))
-            return _fitted(module, row.merge(module, chosen), rank, row.refactor)
+            return _cut(module, row.merge(module, chosen), rank, row.refactor)
 
     def make(path: str) -> Delta:
-        delta, line = merged(path)
-        lines[path] = replace(line, known=lambda: merged(path)[1].values) if callable(line.known) else line  # it holds the delta
+        delta, line = merge_at(path)
+        if callable(line.known):  # it holds the delta
+            line = replace(line, known=lambda: merge_at(path)[1].values)
+        lines[path] = line
         return delta
 
     shared = set.intersection(*(set(adapter.metadata.items()) for adapter in adapters))
@@ -78,13 +80,13 @@ def _terms(path: str, adapters: Sequence[Adapter], weights: Sequence[float]) -> 
     return tuple(terms)
 
 
-def _fitted(module: Module, delta: Delta, rank: int | None, refactor: bool) -> tuple[Delta, Line]:
+def _cut(module: Module, delta: Delta, rank: int | None, refactor: bool) -> tuple[Delta, Line]:
     """Cut to `rank`; without one, to the sum of the ranks where all went in as factors and came out as dW."""
     factored = all(term.delta.low_rank() for term in module.terms)
     cap = rank or (sum(rank_of(term.delta) for term in module.terms) if factored else None)
     if refactor or (cap and isinstance(delta, Dense)) or (rank and rank_of(delta) > rank):
-        return shortened(module.path, delta, cap)
-    return untouched(module.path, delta)
+        return cut_to_rank(module.path, delta, cap)
+    return keep_as_is(module.path, delta)
 
 
 def _row(method: str, options: Options) -> tuple[Method, Options]:
@@ -110,7 +112,7 @@ def _check(adapters: Sequence[Adapter], weights: Sequence[float], method: str, r
     if rank is not None and rank < 1:
         raise AdapterError(f"rank {rank} leaves nothing", "1 is the smallest")
     check_kin(adapters)
-    known: dict[str, keys.Shape] = {}
+    known: dict[str, Shape] = {}
     for path, shape in ((path, shape) for adapter in adapters for path, shape in adapter.shapes.items()):
         if known.setdefault(path, shape) != shape:
             what = f"{path}: updates of shapes {list(known[path])} and {list(shape)} cannot be merged"

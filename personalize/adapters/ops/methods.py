@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..delta import Delta, Dense, LowRank
 from . import linalg
-from .resize import divisible
+from .resize import can_factor
 
 Options = Mapping[str, Any]
 _FELT = 1e-7  # of the largest singular value: less is rounding
@@ -84,15 +84,15 @@ def _orthogonal(module: Module, options: Options) -> Delta:
     first, *others = module.terms
     total, share = first.weighted(), 1.0 if math.isinf(options["mu"]) else options["mu"] / (1 + options["mu"])
     basis = _principal(first.delta, options["energy"])
-    for term in others if divisible(first.delta) else ():
+    for term in others if can_factor(first.delta) else ():
         total = total + _without(term.weighted(), basis, share)
         basis = torch.linalg.qr(torch.cat([basis, _principal(term.delta, options["energy"])], 1)).Q
-    return total if divisible(first.delta) else module.plain_sum()
+    return total if can_factor(first.delta) else module.plain_sum()
 
 
 def _principal(delta: Delta, energy: float) -> Tensor:
     """The input directions [in * kh * kw, k] that hold this share of ||dW||^2."""
-    if not divisible(delta):
+    if not can_factor(delta):
         return torch.empty(0)
     parts = linalg.svd(delta)
     squares = parts.s.square()
@@ -111,7 +111,7 @@ def _without(delta: Delta, basis: Tensor, share: float) -> Delta:
 
 def _knots(module: Module, options: Options) -> Delta:
     """[dW_1 ... dW_n] = U S [V_1 ... V_n], then TIES of the V_i: entries in the same row mean the same direction of output."""
-    if not divisible(module.terms[0].delta):
+    if not can_factor(module.terms[0].delta):
         return _ties(module, options)
     each = [linalg.svd(term.delta) for term in module.terms]
     u, s, mixing = torch.linalg.svd(torch.cat([one.u * one.s for one in each], 1), full_matrices=False)
@@ -122,7 +122,7 @@ def _knots(module: Module, options: Options) -> Delta:
 
 def _tsv(module: Module, options: Options) -> Delta:
     """U and V of all side by side, each replaced by the nearest orthonormal matrix, so that no two adapters share a direction."""
-    if not divisible(module.terms[0].delta):
+    if not can_factor(module.terms[0].delta):
         return module.plain_sum()
     room = max(1, min(linalg.sides(module.shape)) // len(module.terms))
     each = [linalg.svd(term.delta) for term in module.terms]
@@ -134,7 +134,7 @@ def _tsv(module: Module, options: Options) -> Delta:
 
 def _common(module: Module, options: Options) -> Delta:
     """P_u dW P_v of each, P projecting onto what every other writes to (u) and listens to (v)."""
-    if len(module.terms) == 1 or not divisible(module.terms[0].delta):
+    if len(module.terms) == 1 or not can_factor(module.terms[0].delta):
         return module.plain_sum()
     each = [linalg.svd(term.delta) for term in module.terms]
     spans = [(one.u[:, felt], one.v[felt]) for one in each for felt in [one.s > _FELT * one.s[0]]]

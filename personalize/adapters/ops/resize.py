@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from ...errors import AdapterError, nearest
-from ...families.names import PARTS, part_of
+from ...families.family import PARTS
+from ...families.names import part_of
 from ...formats.tensors import TORCH, one_thread
 from ..adapter import Adapter
 from ..delta import Delta, Dense, LowRank, kind_name
-from ..lazy import mapped
+from ..lazy import map_deltas
 from . import linalg
 
 _NOISE = 1e-14  # of a squared norm: what fp32 factors cannot tell from nothing
@@ -213,21 +214,21 @@ def resize(
         cuts = [_cut(path, delta, max_rank, TORCH[dtype].itemsize, 0 if drop else 1) for path, delta in adapter.deltas.items()]
         chosen = RULES[rule].choose(cuts, value - _overhead(adapter) if rule == "size" else value)
         ranks = {cut.path: rank for cut, rank in zip(cuts, chosen, strict=True) if rank}
-        deltas = mapped(adapter.deltas, lambda path, delta: _at_rank(delta, ranks[path]), ranks)
+        deltas = map_deltas(adapter.deltas, lambda path, delta: _at_rank(delta, ranks[path]), ranks)
     return Adapter(deltas, adapter.metadata), Report(tuple(cut.line(rank) for cut, rank in zip(cuts, chosen, strict=True)))
 
 
-def shortened(path: str, delta: Delta, rank: int | None = None) -> tuple[Delta, Line]:
+def cut_to_rank(path: str, delta: Delta, rank: int | None = None) -> tuple[Delta, Line]:
     """One update at a rank at most, balanced and without the ranks that fp32 cannot tell from nothing; and what was lost."""
-    if not divisible(delta):
-        return untouched(path, delta)
+    if not can_factor(delta):
+        return keep_as_is(path, delta)
     parts = linalg.svd(delta, rank)
     felt = int((parts.s.square() > _NOISE * parts.s[0].square()).sum())
     new = max(1, min(rank or felt, felt))
     return linalg.low_rank(parts, delta.shape, new), Line(path, rank_of(delta), new, parts.s, parts.rest)
 
 
-def untouched(path: str, delta: Delta) -> tuple[Delta, Line]:
+def keep_as_is(path: str, delta: Delta) -> tuple[Delta, Line]:
     """One update as it is."""
     return delta, Line(path, rank_of(delta), rank_of(delta), lambda: _values(delta))
 
@@ -253,23 +254,23 @@ def _cut(path: str, delta: Delta, max_rank: int | None, width: int, floor: int) 
     check_plain(path, delta)
     values = _values(delta)
     top = min(len(values), max_rank or len(values))
-    cost = width * (sum(linalg.sides(delta.shape)) if divisible(delta) else math.prod(delta.shape))
+    cost = width * (sum(linalg.sides(delta.shape)) if can_factor(delta) else math.prod(delta.shape))
     return Cut(path, values, rank_of(delta), min(floor, top), top, cost)
 
 
 def _values(delta: Delta) -> Tensor:
     """The singular values of dW; of what is kept or dropped as one, its norm."""
-    return linalg.singular_values(delta) if divisible(delta) else torch.tensor([delta.norm()], dtype=torch.float64)
+    return linalg.singular_values(delta) if can_factor(delta) else torch.tensor([delta.norm()], dtype=torch.float64)
 
 
 def _at_rank(delta: Delta, rank: int) -> Delta:
     delta = delta.low_rank() or delta
-    if not divisible(delta) or (rank >= rank_of(delta) and isinstance(delta, LowRank | Dense)):
+    if not can_factor(delta) or (rank >= rank_of(delta) and isinstance(delta, LowRank | Dense)):
         return delta
     return linalg.low_rank(linalg.svd(delta), delta.shape, rank)
 
 
-def divisible(delta: Delta) -> bool:
+def can_factor(delta: Delta) -> bool:
     """Whether factors can hold it: [out, in] or [out, in, kh, kw]."""
     return len(delta.shape) in (2, 4)
 
@@ -277,7 +278,7 @@ def divisible(delta: Delta) -> bool:
 def rank_of(delta: Delta) -> int:
     """Of the factors that it has or, if it has none, the rank that dW can have."""
     pair = delta.low_rank()
-    return pair.rank if pair else min(linalg.sides(delta.shape)) if divisible(delta) else 1
+    return pair.rank if pair else min(linalg.sides(delta.shape)) if can_factor(delta) else 1
 
 
 def _tails(values: Tensor) -> Tensor:

@@ -1,15 +1,12 @@
 """How much of an adapter, and when: by part, block, pattern and step, as people type it behind a file's name. No torch.
 
-    rex.safetensors:0.8                     all of it at 0.8
-    rex.safetensors:0.8:0.5                 UNet, text encoders (A1111's <lora:NAME:TE:UNET> is the other way round)
-    rex.safetensors:unet=0.8:te=0.5:te2=0   part by part
-    rex.safetensors:0.8:lbw=OUTD            by block: a preset, a list of 12/17/20/26 numbers, or blocks (MID+OUT03)
-    rex.safetensors:*attn2*=0.5             layers whose path matches a pattern
-    rex.safetensors:0@0,1@0.5:te=1          by step: a curve wherever a strength stands (schedule.py)
-    rex.safetensors:0.8:start=5:stop=10     only in these steps; step=5-10 says the same
-
-Block names and lists are those of sd-webui-lora-block-weight: BASE is what is no block (text encoders, embeddings); the long list
-has every LDM block, the short one those with attention. What a short list leaves out is 0, as there.
+rex.safetensors:0.8                     all of it at 0.8
+rex.safetensors:0.8:0.5                 UNet, text encoders (A1111's <lora:NAME:TE:UNET> is the other way round)
+rex.safetensors:unet=0.8:te=0.5:te2=0   part by part
+rex.safetensors:0.8:lbw=OUTD            by block: a preset, a list of 12/17/20/26 numbers, or blocks (MID+OUT03)
+rex.safetensors:*attn2*=0.5             layers whose path matches a pattern
+rex.safetensors:0@0,1@0.5:te=1          by step: a curve wherever a strength stands (curves.py)
+rex.safetensors:0.8:start=5:stop=10     only in these steps; step=5-10 says the same
 """
 
 from __future__ import annotations
@@ -19,10 +16,13 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from functools import cache
 
-from ...errors import AdapterError, nearest
-from ...families import names as keys
+from ...errors import AdapterError
+from ...families.family import Family
+from ...families.names import part_of
+from .blocks import PRESETS as PRESETS
+from .blocks import block_of, blocks
+from .blocks import names as names
 from .curves import ALWAYS, CURVE, NUMBER, Curve, Strength, Window, level, number, spelled, strength
 
 STRENGTH = rf"(?:{CURVE}|{NUMBER})"
@@ -39,17 +39,6 @@ PIECES = (  # what may stand between colons
 PIECE = re.compile("|".join(PIECES), re.IGNORECASE)
 SUFFIX = re.compile(rf"(?P<path>.+?)(?P<rest>(?::(?:{re.sub('[?]P<[a-z]+>', '?:', PIECE.pattern)}))+)", re.IGNORECASE)
 PARTS = {"unet": "unet", "te": "text_encoder", "te2": "text_encoder_2"}
-PRESETS = {  # of SD's 17 blocks: BASE, IN01 02 04 05 07 08, MID, OUT03 .. OUT11
-    "NONE": (0,) * 17,
-    "ALL": (1,) * 17,
-    "INS": (1, 1, 1) + (0,) * 14,
-    "IND": (1, 0, 0, 0, 1, 1, 1) + (0,) * 10,
-    "INALL": (1,) * 7 + (0,) * 10,
-    "MIDD": (1, 0, 0, 0) + (1,) * 8 + (0,) * 5,
-    "OUTD": (1,) + (0,) * 7 + (1,) * 4 + (0,) * 5,
-    "OUTS": (1,) + (0,) * 11 + (1,) * 5,
-    "OUTALL": (1,) + (0,) * 7 + (1,) * 9,
-}
 
 
 @dataclass(frozen=True)
@@ -95,12 +84,12 @@ class Weighting:
         """Blocks and patterns alone, with every part at 1."""
         return replace(self, parts=dict.fromkeys(self.parts, 1.0), window=ALWAYS)
 
-    def of(self, paths: Iterable[str], family: keys.Family | None) -> dict[str, float]:
+    def of(self, paths: Iterable[str], family: Family | None) -> dict[str, float]:
         """Path => strength. Raises AdapterError for blocks that the family does not have, patterns that match nothing, and
         strengths that change from step to step."""
         paths = list(paths)
         table = blocks(self.blocks, family) if self.blocks else {}
-        found = {path: self._fixed(keys.part_of(path)) for path in paths}
+        found = {path: self._fixed(part_of(path)) for path in paths}
         for path in found if table and family else ():
             found[path] *= table[block_of(family, path)]  # type: ignore[arg-type]
         for pattern, weight in self.patterns:
@@ -175,50 +164,3 @@ def by_part(bare: Sequence[Strength], named: Mapping[str, Strength], text_first:
     else:
         unet, te = (bare[0], bare[-1]) if bare else (named.get("unet", 1.0), named.get("text_encoder", 1.0))
     return {"unet": unet, "text_encoder": te, "text_encoder_2": named.get("text_encoder_2", te)}
-
-
-@cache
-def names(family: keys.Family, attention: bool = False) -> tuple[str, ...]:
-    """The blocks of a family's UNet in LBW's order, or those with attention; BASE first."""
-    found = {block_of(family, path) for path in keys.ldm_names(family) if not attention or "attentions" in path}
-    order = {"B": 0, "I": 1, "M": 2, "O": 3}
-    return tuple(sorted({"BASE", *found}, key=lambda block: (order[block[0]], block)))
-
-
-def block_of(family: keys.Family, path: str) -> str:
-    """The block of a layer: IN04, MID, OUT11, or BASE.
-
-    >>> block_of(keys.FAMILIES[1], "unet.mid_block.resnets.0.conv1")
-    'MID'
-    """
-    name = keys.ldm_names(family).get(path.removesuffix(".bias"), "")
-    kind, _, rest = name.partition(".")
-    number = int(rest.partition(".")[0]) if kind in ("input_blocks", "output_blocks") else 0
-    return {"input_blocks": f"IN{number:02}", "middle_block": "MID", "output_blocks": f"OUT{number:02}"}.get(kind, "BASE")
-
-
-def blocks(text: str, family: keys.Family | None) -> dict[str, float]:
-    """Block => strength, from a list of numbers, a preset or some blocks' names."""
-    if family is None:
-        raise AdapterError(f"lbw={text} needs a known family", "this adapter's layers belong to none")
-    long, short = names(family), names(family, attention=True)
-    if "," in text or re.fullmatch(NUMBER, text):
-        values = [float(piece) for piece in text.split(",") if re.fullmatch(NUMBER, piece)]
-        order = {len(long): long, len(short): short}.get(len(values))
-        if order is None or len(values) != len(text.split(",")):
-            counts = f"{len(short)} or {len(long)} numbers"
-            raise AdapterError(
-                f"lbw={text} is no list for {family.name}", f"it takes {counts}: {', '.join(short)}, or all blocks"
-            )
-        return dict.fromkeys(long, 0.0) | dict(zip(order, values, strict=True))
-    if (preset := PRESETS.get(text.upper())) and len(short) == len(preset):
-        return dict.fromkeys(long, 0.0) | dict(zip(short, map(float, preset), strict=True))
-    if text.upper() in PRESETS:
-        raise AdapterError(
-            f"lbw={text} is a preset for SD 1 and 2, and this is {family.name}", f"it has blocks {', '.join(short)}"
-        )
-    chosen = [re.sub(r"^(IN|OUT)(\d)$", r"\g<1>0\2", piece.upper()) for piece in text.split("+")]
-    if unknown := [block for block in chosen if block not in long]:
-        known = [*long, *(PRESETS if len(short) == 17 else ())]
-        raise AdapterError(f"{family.name} has no block {unknown[0]}", nearest(unknown[0], known))
-    return dict.fromkeys(long, 0.0) | dict.fromkeys(chosen, 1.0)

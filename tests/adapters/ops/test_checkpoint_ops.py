@@ -18,7 +18,8 @@ from torch import Tensor
 
 from personalize.adapters.adapter import Adapter, distance
 from personalize.adapters.delta import Decomposed, Dense, LowRank, Structured
-from personalize.adapters.ops.checkpoints import STORY, bake, extract, interpolate
+from personalize.adapters.ops.bake import STORY, bake, interpolate
+from personalize.adapters.ops.extract import extract
 from personalize.errors import AdapterError, BaseModelError, FamilyMismatchError, OutputError
 from personalize.families.checkpoint import Weights, open_weights, rewrite
 from personalize.models.model import Base
@@ -312,10 +313,10 @@ def test_extracting_needs_the_memory_of_a_layer(tmp_path: Path) -> None:
         file.write(torch.ones(64, 2048, dtype=torch.float16).numpy().tobytes())
     code = """if True:
         import json, resource, sys
-        from personalize.adapters import surgery
+        from personalize.adapters.ops.extract import extract
         def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
         before = peak()
-        adapter, report = surgery.extract(sys.argv[1] + "/tuned", sys.argv[1] + "/base", "rank", 2)
+        adapter, report = extract(sys.argv[1] + "/tuned", sys.argv[1] + "/base", "rank", 2)
         print(json.dumps([peak() - before, {path: delta.rank for path, delta in adapter.deltas.items()}, report.error]))
     """
     done = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=True)

@@ -99,21 +99,21 @@ def noisy(out: int, inside: int) -> Tensor:
 @pytest.mark.parametrize("shape", [(600, 700), (700, 600)])
 def test_the_quick_ways_for_dense_matrices_are_as_good_as_they_say(shape: tuple[int, int]) -> None:
     matrix = noisy(*shape)
-    best = linalg.full(matrix)
+    best = linalg.full_svd(matrix)
     smallest = float(best.s[40:].norm())
     for parts, excess in [
-        (linalg.leading(matrix, 40), 1e-8),
-        (linalg.sketched(matrix, 40), 2e-3),
-        (linalg.sketched(matrix, 40, 12), 5e-5),
+        (linalg.leading_svd(matrix, 40), 1e-8),
+        (linalg.sketch(matrix, 40), 2e-3),
+        (linalg.sketch(matrix, 40, 12), 5e-5),
         (linalg.of_matrix(matrix, 40), 2e-3),
         (linalg.of_matrix(matrix, 200), None),
     ]:
         left_out = float((matrix.double() - parts.u * parts.s @ parts.v).norm())
         assert parts.rest == pytest.approx(left_out, rel=1e-7)
         assert left_out <= (smallest * (1 + excess) if excess else smallest)
-    assert torch.equal(linalg.sketched(matrix, 40).s, linalg.sketched(matrix, 40).s)
+    assert torch.equal(linalg.sketch(matrix, 40).s, linalg.sketch(matrix, 40).s)
     fits = exact(low_rank(shape, 24))
-    assert max(linalg.sketched(fits, 24).rest, linalg.leading(fits, 24).rest) < 1e-7 * float(fits.norm())
+    assert max(linalg.sketch(fits, 24).rest, linalg.leading_svd(fits, 24).rest) < 1e-7 * float(fits.norm())
 
 
 # ---------------------------------------------------------------- rules

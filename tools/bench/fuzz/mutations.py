@@ -8,7 +8,7 @@ import random
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from personalize.adapters.kinds.kind import BIASES, ROLES
+from personalize.adapters import kinds
 from personalize.formats.header import ITEM_SIZES
 
 from .sources import FLOATS, Draft, Stored, filled, number, packed, size_of
@@ -88,7 +88,7 @@ def roles(draw: random.Random, draft: Draft) -> None:
     """A key takes another role, module, prefix or spelling; or it goes; or it stands twice, under two names."""
     key = _key(draw, draft)
     stem, _, role = key.partition(".")
-    other = draw.choice(sorted(ROLES | set(BIASES)))
+    other = draw.choice(sorted(kinds.roles()))
     made = draw.choice([
         *(f"{stem}.{other}", f"{_key(draw, draft).partition('.')[0]}.{role}", f"{stem}.{role}.weight", f"unet.x.{role}"),
         *(key.replace("lora_unet", "lora_te2"), key.replace("_0_", "_9_"), key + "x", key[1:], "", ".", f"..{key}", f"{key}\n"),

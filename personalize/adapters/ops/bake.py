@@ -1,0 +1,113 @@
+"""Checkpoints out of checkpoints: an adapter into a base's weights, and a blend of two."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ...errors import AdapterError, nearest
+from ...families.checkpoint import Weights, check_destination, rewrite
+from ...families.family import PARTS
+from ...families.names import part_of
+from ...formats.header import short
+from ..adapter import Adapter
+from ..delta import frobenius
+from ..fit import check_fit
+from .checkpoints import Change, Report, Source, check_same_shapes, in_fp32, open_source, shared_paths
+
+Strengths = float | Mapping[str, float]  # one for all, or per part; parts that are not named count 1.0
+STORY = "personalize.merged"  # metadata: what a checkpoint was made of
+
+
+def bake(base: Source, adapters: Iterable[tuple[Adapter, Strengths]], destination: str | Path) -> Report:
+    """Write the base with adapters in its weights, W + sum of strength * dW, in its own layout and dtype.
+
+    Computed in fp32; an adapter that depends on the base (DoRA, OFT) is given the base's W. The report tells what the dtype
+    rounded off: bf16 loses small updates. To go back, keep the base.
+
+    Raises FamilyMismatchError or AdapterError for an adapter that does not fit, and what `rewrite` raises.
+    """
+    base = open_source(base)
+    updates: dict[str, list[tuple[float, Adapter]]] = {}
+    story = []
+    for adapter, strengths in adapters:
+        check_fit(adapter, {path: base.shape(path) for path in adapter.shapes if path in base}, str(base.path), base.family)
+        by_part = _strengths_by_part(adapter, strengths)
+        story.append(f"{_name(adapter)} ({', '.join(f'{part} {strength:g}' for part, strength in by_part.items())})")
+        for path in adapter.deltas:
+            if strength := by_part[part_of(path)]:
+                updates.setdefault(path, []).append((strength, adapter))
+    changes: dict[str, Change] = {}
+
+    def with_updates(path: str) -> Tensor | None:
+        if path not in updates:
+            return None
+        stored = base[path]
+        weight = in_fp32(stored)
+        total = weight.clone()
+        for strength, adapter in updates[path]:
+            total += strength * adapter.deltas[path].delta(weight).reshape(weight.shape)
+        changes[path] = _rounding(weight, total, stored.dtype)
+        return total
+
+    made = rewrite(base, destination, with_updates, _metadata(base, " + ".join([base.path.name, *story])))
+    return Report(changes, path=made)
+
+
+def _strengths_by_part(adapter: Adapter, strengths: Strengths) -> dict[str, float]:
+    """The strength of each part of an adapter. Raises AdapterError for parts that are none, and for NaN and infinity."""
+    named = strengths if isinstance(strengths, Mapping) else dict.fromkeys(PARTS, strengths)
+    for part, strength in named.items():
+        if part not in PARTS:
+            raise AdapterError(f"no part of a model is called {short(part)!r}", nearest(part, PARTS))
+        if not math.isfinite(strength):
+            raise AdapterError(f"a strength of {strength} makes no sense", "use a finite number")
+    return {part: named.get(part, 1.0) for part in adapter.parts}
+
+
+def _name(adapter: Adapter) -> str:
+    return short(adapter.metadata.get("ss_output_name", "an adapter"))
+
+
+def interpolate(base: Source, tuned: Source, alpha: float, destination: str | Path) -> Report:
+    """Write (1 - alpha) base + alpha tuned, of every parameter (Wortsman et al. 2021, https://arxiv.org/abs/2109.01903).
+
+    Layout, dtype and all files beside the weights are the base's; so is a part that only the base has. `alpha` 0 is the base,
+    1 is `tuned`; outside of them it extrapolates. Raises as `extract` and `rewrite` do.
+    """
+    base, tuned = open_source(base), open_source(tuned)
+    if not math.isfinite(alpha):
+        raise AdapterError(f"an alpha of {alpha} makes no sense", "use a finite number, such as 0.5")
+    check_destination(destination, base, tuned)
+    paths = shared_paths(tuned, base, ())
+    check_same_shapes(tuned, base, paths)
+    shared, changes = set(paths), dict[str, Change]()
+
+    def blend(path: str) -> Tensor | None:
+        if path not in shared:
+            return None
+        stored = base[path]
+        ours = in_fp32(stored)
+        total = torch.lerp(ours, in_fp32(tuned[path]).to(ours.dtype).reshape(ours.shape), alpha)  # exact at 0 and at 1
+        changes[path] = _rounding(ours, total, stored.dtype)
+        return total
+
+    story = f"{1 - alpha:g} x {base.path.name} + {alpha:g} x {tuned.path.name}"
+    made = rewrite(base, destination, blend, _metadata(base, story))
+    return Report(changes, path=made)
+
+
+def _rounding(before: Tensor, after: Tensor, dtype: torch.dtype) -> Change:
+    """The change of a parameter, and what its dtype rounds off."""
+    return Change(
+        frobenius(after - before), frobenius(after.to(dtype).to(after.dtype).sub_(after)) if after.dtype != dtype else 0.0
+    )
+
+
+def _metadata(base: Weights, story: str) -> dict[str, str]:
+    """A line about what was made, behind what the base tells of itself."""
+    return {STORY: "; ".join(filter(None, (base.metadata.get(STORY), story)))}

@@ -1,0 +1,127 @@
+"""An adapter out of two checkpoints: the truncated SVD of what one learned beyond the other, layer by layer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor
+
+from ...errors import AdapterError
+from ...families.checkpoint import Weights, close
+from ...families.names import same
+from ..adapter import Adapter
+from ..delta import Delta, Dense, LowRank, frobenius
+from . import linalg
+from .checkpoints import Change, Report, Source, check_same_shapes, in_fp32, open_source, shared_paths
+from .resize import RULES, Cut, check_rule
+
+_NOTHING = 1e-7  # of the largest singular value: what factors in fp32 cannot tell from nothing
+
+
+def extract(
+    tuned: Source,
+    base: Source,
+    rule: str = "rank",
+    value: float = 32,
+    *,
+    max_rank: int | None = None,
+    parts: Sequence[str] = (),
+    targets: Sequence[str] = ("*",),
+    full: bool = False,
+    clamp_quantile: float | None = None,
+) -> tuple[Adapter, Report]:
+    """What `tuned` learned beyond `base`, as LoRA: the truncated SVD of W_tuned - W_base per layer; what is equal is left out.
+
+    `rule` and `value` are those of `resize`, applied to each layer by itself. `parts` none: all that both have. `targets` are
+    globs over canonical paths, with or without the part. `full` adds biases and norms as they are; embedding tables never are.
+    `clamp_quantile` cuts factors off at that quantile of their entries, as kohya's tool does at 0.99; by default nothing is cut.
+    The report measures what truncation lost, and tells what changed and is not in the adapter.
+
+    Raises FamilyMismatchError for two families, BaseModelError for what one lacks, AdapterError for shapes, rules or targets
+    that do not fit, and if nothing differs.
+    """
+    _check_rule(rule, value, max_rank, clamp_quantile)
+    tuned, base = open_source(tuned), open_source(base)
+    paths = shared_paths(tuned, base, parts)
+    check_same_shapes(tuned, base, [path for path in paths if not _is_embedding(path)])
+    chosen = {path for path in _matching_paths(paths, targets) if not _is_embedding(path)}
+    deltas: dict[str, Delta] = {}
+    changes, left_out = {}, {}
+    for path in paths:
+        update = _difference(tuned, base, path)
+        if update is None:
+            continue
+        if path not in chosen or not (full or update.ndim > 1):
+            left_out[path] = frobenius(update)
+            continue
+        deltas[path] = _compress(update, rule, value, max_rank, clamp_quantile) if update.ndim > 1 else Dense(update)
+        changes[path] = _truncation(update, deltas[path])
+    if not deltas:
+        differ = f"what differs was not asked for: {next(iter(left_out))} and {len(left_out) - 1} more" if left_out else ""
+        raise AdapterError(f"{tuned.path} and {base.path} are the same in every layer that was asked for", differ)
+    said = {"ss_sd_model_name": base.path.name, "ss_training_comment": f"{tuned.path.name} minus {base.path.name}"}
+    return Adapter(deltas, said), Report(changes, left_out)
+
+
+def _check_rule(rule: str, value: float, max_rank: int | None, clamp_quantile: float | None) -> None:
+    if rule == "size":
+        raise AdapterError("size weighs all layers against each other", "extract at a rank, then resize")
+    check_rule(rule, value, max_rank)
+    if clamp_quantile is not None and not 0.5 < clamp_quantile <= 1:
+        raise AdapterError(f"a quantile of {clamp_quantile:g} makes no sense", "kohya's tool takes 0.99")
+
+
+def _is_embedding(path: str) -> bool:
+    return ".embeddings." in path
+
+
+def _difference(tuned: Weights, base: Weights, path: str) -> Tensor | None:
+    """W_tuned - W_base in fp32, in the base's shape; None if they are equal. Tables may differ in length: then inf."""
+    if not same(tuned.shape(path), base.shape(path)):
+        return torch.tensor([math.inf])
+    ours = in_fp32(base[path])
+    update = (in_fp32(tuned[path]).reshape(ours.shape) - ours).float()
+    if not update.isfinite().all():
+        raise AdapterError(f"{path} holds NaN or Inf in {tuned.path} or {base.path}", "is the download complete?")
+    return update if update.any() else None
+
+
+def _compress(update: Tensor, rule: str, value: float, max_rank: int | None, clamp_quantile: float | None) -> LowRank:
+    """dW as two factors of the rank wanted, with alpha = rank."""
+    most = min(int(value) if rule == "rank" else update.numel(), max_rank or update.numel())
+    svd = linalg.of_matrix(update.flatten(1), most if rule == "rank" else None)
+    top = min(most, int((svd.s > _NOTHING * svd.s[0]).sum()))
+    cut = Cut("", svd.s, top, 1, top, 1)
+    (rank,) = RULES[rule].choose([cut], value)
+    pair = linalg.low_rank(svd, tuple(update.shape), rank)
+    return pair if clamp_quantile is None else _clamp(pair, svd.s[:rank], clamp_quantile)
+
+
+def _clamp(pair: LowRank, values: Tensor, quantile: float) -> LowRank:
+    """Factors U S and V, cut off at a quantile of all their entries (kohya's extract_lora_from_models).
+
+    Of signed entries there; here of sizes, for the signs of singular vectors are an accident: the same if both are as frequent.
+    """
+    root = values.sqrt().float()
+    up, down = pair.up.flatten(1) * root, pair.down.flatten(1) / root[:, None]
+    sizes = torch.cat([up.flatten(), down.flatten()]).abs()
+    limit = float(sizes.kthvalue(max(1, round((2 * quantile - 1) * len(sizes)))).values)
+    return LowRank(up.clamp(-limit, limit).reshape_as(pair.up), down.clamp(-limit, limit).reshape_as(pair.down), pair.alpha)
+
+
+def _truncation(update: Tensor, delta: Delta) -> Change:
+    return Change(frobenius(update), frobenius(update - delta.delta()), delta.rank if isinstance(delta, LowRank) else 0)
+
+
+def _matching_paths(paths: Sequence[str], targets: Sequence[str]) -> set[str]:
+    """The paths that any glob names. Raises AdapterError for a glob that names none."""
+    chosen: set[str] = set()
+    for target in targets:
+        found = {path for path in paths if fnmatchcase(path, target) or fnmatchcase(path.partition(".")[2], target)}
+        if not found:
+            raise AdapterError(f"no layer matches the target {target!r}", close(target.replace("*", ""), paths))
+        chosen |= found
+    return chosen
