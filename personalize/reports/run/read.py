@@ -12,28 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import DataError
+from ...training.events import read_events
 
 Record = Mapping[str, Any]
 Key = tuple[str, int]  # (prompt, seed)
-
-Kinds = dict[str, type | tuple[type, ...]]
-SCORED: Kinds = {"step": int, "strength": (int, float)}
-SCORED |= dict.fromkeys(("fit", "validation", "drift", "contrast", "score"), (int, float, type(None)))  # null: not finite
-# A record that lacks one of these is skipped.
-NEEDED: dict[str, Kinds] = {
-    "started": {},
-    "step": {"step": int},
-    "sample": {"step": int, "prompt": str, "seed": int, "path": str},
-    "sweep": {"strength": (int, float), "prompt": str, "seed": int, "path": str},
-    "scored": SCORED,
-    "chosen": {"step": int, "best": int, "low": (int, float), "high": (int, float), "judged_by": str},
-    "saved": {"step": int, "path": str},
-    "steppeddown": {"step": int, "what": str, "why": str},
-    "warned": {"step": int, "text": str},
-    "finished": {},
-    "stopped": {},
-    "error": {"message": str},
-}
 
 
 @dataclass(frozen=True)
@@ -108,7 +90,7 @@ def read_run(folder: Path) -> Run:
     """
     if not folder.is_dir():
         raise DataError(f"no run folder at {folder}", "give the folder that `personalize train` wrote, such as runs/NAME")
-    told = list(_records(_text(folder / "events.jsonl")))
+    told = read_events(folder / "events.jsonl")
     starts, toml = _of(told, "started"), _text(folder / "recipe.toml")
     recipe = _toml(toml) or (section(starts[-1], "recipe") if starts else {})
     run = Run(
@@ -157,18 +139,6 @@ def _text(path: Path) -> str:
         return path.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return ""
-
-
-def _records(text: str) -> Iterator[Record]:
-    """The whole records of a .jsonl file: a killed run may leave a torn line."""
-    for line in text.split("\n"):
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        needed = NEEDED.get(str(record.get("event"))) if isinstance(record, dict) else None
-        if needed is not None and all(isinstance(record.get(key), kind) for key, kind in needed.items()):
-            yield record
 
 
 def _of(told: Sequence[Record], kind: str) -> tuple[Record, ...]:
