@@ -6,9 +6,10 @@
 Nothing is changed and no low-rank dW is multiplied out. `personalize/checkup.py` shows it: table, JSON, picture.
 """
 
+from ...findings import Finding
 from .collisions import Collision, Meeting, collide
 from .exam import Checkup, examine
-from .measures import Finding, Module
+from .measures import Module
 from .prognosis import Prediction, Suggestion, predict, suggest
 
 __all__ = [

@@ -11,14 +11,13 @@ from functools import cached_property
 from pathlib import Path
 
 from ...families import names as keys
+from ...findings import LEVELS, Finding, worst_first
 from ...formats.header import read_header
 from .. import dialects
 from ..describe import Description, describe
 from ..ops import resize as resizing
 from .findings import CHECKS
-from .measures import SHARE, Exam, Finding, Module, Weights, block_of, measured, strengths, updates
-
-_GRAVITY = ("error", "warning", "info")
+from .measures import SHARE, Exam, Module, Weights, block_of, measured, strengths, updates
 
 
 @dataclass(frozen=True)
@@ -48,8 +47,8 @@ class Checkup:
 
     @property
     def worst(self) -> str:
-        """The gravest severity; "" for a sound file."""
-        return next((level for level in _GRAVITY if any(f.severity == level for f in self.findings)), "")
+        """The worst level of all findings; "" for a sound file."""
+        return next((level for level in LEVELS if any(one.level == level for one in self.findings)), "")
 
 
 def examine(path: str | Path, weights: Weights | None = None) -> Checkup:
@@ -73,7 +72,7 @@ def examine(path: str | Path, weights: Weights | None = None) -> Checkup:
             lines += [line] if line else []
     needed = resizing.Report(tuple(lines)).rank_for(math.sqrt(1 - SHARE)) if lines else None
     exam = Exam(header, reading, about, family, modules, sick, needed, weights is not None)
-    found = sorted((finding for check in CHECKS for finding in check(exam)), key=lambda one: _GRAVITY.index(one.severity))
+    found = worst_first(finding for check in CHECKS for finding in check(exam))
     return Checkup(about, about.trigger or likely_trigger(header.metadata), tuple(modules), needed, tuple(found))
 
 

@@ -13,9 +13,10 @@ from statistics import median
 
 from ...families import names as keys
 from ...families.family import A1111
+from ...findings import Finding
 from .. import dialects, hosts
 from ..kinds.kind import ALPHA, DORA, MAGNITUDE
-from .measures import SHARE, Exam, Finding, Module
+from .measures import SHARE, Exam, Module
 
 Check = Callable[[Exam], Iterator[Finding]]
 DEAD = 1e-6  # of the usual norm per entry

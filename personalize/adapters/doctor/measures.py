@@ -30,17 +30,6 @@ _DENSE = 512  # singular values of full updates that are larger on both sides ta
 
 
 @dataclass(frozen=True)
-class Finding:
-    """What is wrong or odd: "error" will fail, "warning" may disappoint, "info" is good to know. `where`: layers or keys."""
-
-    severity: str
-    code: str
-    what: str
-    where: tuple[str, ...] = ()
-    hint: str = ""
-
-
-@dataclass(frozen=True)
 class Module:
     """One weight's update, measured. What is unknown is None."""
 

@@ -21,8 +21,8 @@ from ...text import plain, readable
 if TYPE_CHECKING:
     from ...adapters.doctor.collisions import Collision, Meeting
     from ...adapters.doctor.exam import Checkup
-    from ...adapters.doctor.measures import Finding
     from ...adapters.doctor.prognosis import Prediction
+    from ...findings import Finding
 
 WIDTH = 100  # columns
 NAMED = 3  # layers or keys that a finding names
@@ -82,7 +82,7 @@ def _counted(values: Mapping[int, int] | Mapping[float, int]) -> str:
 
 
 def _health(checkup: Checkup) -> str:
-    counts = {level: sum(one.severity == level for one in checkup.findings) for level in ("error", "warning")}
+    counts = {level: sum(one.level == level for one in checkup.findings) for level in ("error", "warning")}
     told = [f"{count} {level}{'' if count == 1 else 's'}" for level, count in counts.items() if count]
     return ", ".join(told) or "sound"
 
@@ -91,10 +91,10 @@ def _finding(finding: Finding) -> Iterator[str]:
     text = plain(finding.what, 300)
     if finding.where:
         more = f" and {len(finding.where) - NAMED} more" if len(finding.where) > NAMED else ""
-        text += ": " + ", ".join(plain(name, 90) for name in finding.where[:NAMED]) + more
+        text += ": " + ", ".join(plain(str(name), 90) for name in finding.where[:NAMED]) + more
     indent = " " * 15
     yield from textwrap.wrap(
-        f"{finding.severity:<10}[{finding.code}] {text}", WIDTH, initial_indent=" " * 5, subsequent_indent=indent
+        f"{finding.level:<10}[{finding.code}] {text}", WIDTH, initial_indent=" " * 5, subsequent_indent=indent
     )
     if finding.hint:
         yield from textwrap.wrap(f"-> {plain(finding.hint)}", WIDTH, initial_indent=indent, subsequent_indent=indent + "   ")
@@ -227,7 +227,10 @@ def _as_values(checkup: Checkup) -> dict[str, object]:
         "norm": checkup.norm,
         "needed": checkup.needed,
         "blocks": dict(checkup.blocks),
-        "findings": [asdict(finding) for finding in checkup.findings],
+        "findings": [
+            {"severity": one.level, "code": one.code, "what": one.what, "where": one.where, "hint": one.hint}
+            for one in checkup.findings
+        ],
         "modules": [asdict(module) for module in checkup.modules],
     }
 

@@ -49,7 +49,7 @@ def met(a: Delta, b: Delta, weights: tuple[float, float] = (1, 1), path: str = M
 
 
 def codes(found: Checkup) -> dict[str, str]:
-    return {finding.code: finding.severity for finding in found.findings}
+    return {finding.code: finding.level for finding in found.findings}
 
 
 def rewritten(
@@ -101,7 +101,7 @@ def test_what_does_not_load_is_named(file: Path, value: float) -> None:
         Adapter.load(rewritten(file, spoil))
     found = examine(file)
     (finding,) = [one for one in found.findings if one.code == "not-finite"]
-    assert finding.severity == "error" and finding.where == (f"{UI}.lora_up.weight",)
+    assert finding.level == "error" and finding.where == (f"{UI}.lora_up.weight",)
     assert not found.loads and found.worst == "error"
     assert len(found.modules) == sum(found.about.parts.values()) - 1 and math.isfinite(found.norm)
 
