@@ -12,22 +12,65 @@ def plain(text: str, limit: int = 500) -> str:
     return shown if len(shown) <= limit else shown[: limit - 1] + "…"
 
 
-def readable(count: float) -> str:
-    """Bytes as `340 kB`, `1.2 MB`, `3.4 GB`."""
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if count >= 10 or unit == "B" else f"{count:.1f} {unit}"
+def readable(count: float, short: bool = False) -> str:
+    """Bytes as `340 kB`, `1.2 MB`, `3.4 GB`; `short` in two digits at most: `1 MB`, `12 GB`.
+
+    >>> readable(532), readable(1_000_000), readable(1_000_000, short=True), readable(12_300_000_000)
+    ('532 B', '1.0 MB', '1 MB', '12.3 GB')
+    """
+    unit = "B"
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            break
         count /= 1000
-    return f"{count:.1f} GB"
+    if unit == "B" or (count >= 10 and (short or unit != "GB")):
+        return f"{count:.0f} {unit}"
+    return f"{count:.2g} {unit}" if short else f"{count:.1f} {unit}"
 
 
 def duration(seconds: float) -> str:
-    """`8 s`, `3 min 20 s`, `2 h 5 min`."""
-    minutes, rest = divmod(round(seconds), 60)
-    if not minutes:
-        return f"{rest} s"
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
+    """Seconds in the units that a person would use.
+
+    >>> duration(0.0123), duration(4.25), duration(48.2), duration(95), duration(7300)
+    ('12 ms', '4.2 s', '48 s', '1 min 35 s', '2 h 2 min')
+    """
+    if seconds < 1:
+        return f"{1000 * seconds:.0f} ms"
+    if seconds < 60:
+        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.2g} s"
+    unit, small, step = ("min", "s", 60) if seconds < 3600 else ("h", "min", 3600)
+    whole, rest = divmod(round(seconds) if step == 60 else round(seconds / 60), 60)
+    return f"{whole} {unit}" + (f" {rest} {small}" if rest else "")
+
+
+def significant(value: float) -> str:
+    """Three significant digits.
+
+    >>> significant(0.01234), significant(12.34), significant(12345.6), significant(0)
+    ('0.0123', '12.3', '12,346', '0')
+    """
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+def compact(value: float) -> str:
+    """Three significant digits, small numbers with an exponent.
+
+    >>> compact(0.04), compact(0.0005), compact(123.4), compact(12345.6)
+    ('0.04', '5e-4', '123', '12,346')
+    """
+    if value and abs(value) < 1e-3:
+        mantissa, exponent = f"{value:.2e}".split("e")
+        return f"{float(mantissa):g}e{int(exponent)}"
+    return significant(value)
+
+
+def signed(value: float, digits: int = 2) -> str:
+    """With its sign, but for what rounds to nothing.
+
+    >>> signed(0.5), signed(-0.5), signed(-0.001)
+    ('+0.50', '-0.50', '0.00')
+    """
+    return f"{value:+.{digits}f}" if round(value, digits) else f"{0:.{digits}f}"
 
 
 def pace(steps_per_second: float) -> str:

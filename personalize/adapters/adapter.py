@@ -19,7 +19,7 @@ from ..formats.header import short
 from ..formats.tensors import one_thread, with_ending
 from . import files
 from .delta import Delta, Dense
-from .distance import difference_norm
+from .distance import relative_difference
 from .lazy import OnDemand, map_deltas, shapes_of
 from .strengths.grammar import Weighting
 
@@ -190,7 +190,7 @@ def distance(a: Adapter, b: Adapter) -> float:
     Factors, alphas and dialects do not matter, only what is added to the weights. In fp64: equal ones are 1e-15 apart.
     """
     paths = a.deltas.keys() | b.deltas.keys()
-    difference = math.hypot(*(difference_norm(a.deltas.get(path), b.deltas.get(path)) for path in paths))
+    difference = math.hypot(*(relative_difference(a.deltas.get(path), b.deltas.get(path)) for path in paths))
     largest = max(math.hypot(*(delta.norm() for delta in one.deltas.values())) for one in (a, b))
     return difference / largest if largest else 0.0
 

@@ -7,7 +7,7 @@ import math
 from .delta import Delta, LowRank, Structured, add, frobenius
 
 
-def difference_norm(a: Delta | None, b: Delta | None) -> float:
+def relative_difference(a: Delta | None, b: Delta | None) -> float:
     """||dW_a - dW_b||, where a missing update is zero; of the stored tensors where dW depends on the base."""
     if a is None or b is None:
         return (a or b).norm()  # type: ignore[union-attr]
@@ -46,4 +46,4 @@ def is_within(a: Delta, b: Delta, limit: float) -> bool:
             moved = frobenius(one * a.scale - other * b.scale), frobenius(two - another)
             if moved[0] * frobenius(two) + frobenius(other) * abs(b.scale) * moved[1] <= limit:
                 return True
-    return difference_norm(a, b) <= limit
+    return relative_difference(a, b) <= limit

@@ -27,7 +27,7 @@ from ..io import atomic, weights_hash, write_text
 from . import dialects, hosts, kinds
 from .build import build
 from .delta import Decomposed, Delta, Dense, LowRank, kind_name
-from .distance import difference_norm, estimate_norm, is_within
+from .distance import estimate_norm, is_within, relative_difference
 from .kinds.kind import shapes_of as shapes_of_tensors
 from .lazy import OnDemand, prefetch, shapes_of
 
@@ -261,7 +261,7 @@ class _Draft:
         if not found.finite():
             self._far[path] = math.inf
         elif not is_within(found, wanted, _TOLERANCE[self.dtype] * norm):
-            self._far[path] = difference_norm(found, wanted)
+            self._far[path] = relative_difference(found, wanted)
 
 
 def _metadata(draft: _Draft, family: Family | None, carried: Mapping[str, str]) -> dict[str, str]:

@@ -292,12 +292,12 @@ def numbered(seeds: Sequence[str], count: int | None) -> list[int]:
 def show(adapters: tuple[Path, ...], for_programs: bool) -> int:
     """Tell what an adapter file is, from its header alone."""
     from ..adapters.describe import describe
-    from ..reports.adapter.card import as_json, card
+    from ..reports.adapter.summary import as_json, as_text
 
     code = 0
     for path in adapters:
         try:
-            click.echo((as_json if for_programs else card)(describe(path)))
+            click.echo((as_json if for_programs else as_text)(describe(path)))
         except AdapterError as error:
             code = fail(str(error))
     return code

@@ -288,7 +288,7 @@ def diff(
     click.echo(f"{'':<28}{'|A|':>11}{'|B|':>11}{'|A-B|':>11}{'apart':>9}{'cosine':>9}")
     for row in rows:
         cosine = "-" if row.cosine is None else f"{row.cosine:.3f}"
-        numbers = f"{row.a:>11.4g}{row.b:>11.4g}{row.difference:>11.4g}{row.apart:>9.2%}{cosine:>9}"
+        numbers = f"{row.a:>11.4g}{row.b:>11.4g}{row.difference:>11.4g}{row.relative_difference:>9.2%}{cosine:>9}"
         click.echo(f"{plain(row.name)[:27]:<28}{numbers}")
     return 0
 
@@ -304,7 +304,8 @@ def doctor(files: Files, picture: Path | None, base: Path | None, allow_unmatche
     from ..adapters.doctor.collisions import collide
     from ..adapters.doctor.exam import examine
     from ..adapters.doctor.prognosis import predict
-    from ..reports.adapter import doctor as checkup
+    from ..reports.adapter import doctor as report
+    from ..reports.adapter.heatmap import heat_map
 
     if picture and (picture.suffix.lower() != ".png" or picture.is_dir()):
         raise OutputError(f"--picture writes a .png, not {picture}", "e.g. doctor.png")
@@ -318,11 +319,11 @@ def doctor(files: Files, picture: Path | None, base: Path | None, allow_unmatche
         ones = [1.0] * len(files)
         collision = collide(adapters, ones, base=find)
         predictions = predict([adapter.resolve(find) if find else adapter for adapter in adapters], ones)
-    click.echo((checkup.as_json if for_programs else checkup.table)(checkups, collision, predictions))
+    click.echo((report.as_json if for_programs else report.table)(checkups, collision, predictions))
     if picture:
         from ..inference.sampling import save_sheet
 
-        save_sheet(checkup.heat_map(checkups, collision), picture)
+        save_sheet(heat_map(checkups, collision), picture)
         click.echo(picture, err=for_programs)
     return 0
 

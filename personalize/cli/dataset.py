@@ -1,4 +1,4 @@
-"""`personalize dataset`: the coach looks at a folder of pictures."""
+"""`personalize dataset`: what a folder of pictures is like before anything is trained on it."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ def dataset(folder: Path, sheet_path: Path | None, html_path: Path | None, for_p
 
     The settings are those of `train`, and change nothing here but what would be found. No picture is touched.
     """
-    from ..reports import dataset as coach
+    from ..reports import dataset as report
     from . import resolved
 
-    survey = coach.look(resolved(folder, None, flags))
-    found = coach.find(survey)
-    click.echo((coach.as_json if for_programs else coach.screen)(survey, found))
-    written = [(path, write) for path, write in ((sheet_path, coach.sheet), (html_path, coach.page)) if path]
+    stats = report.measure_dataset(resolved(folder, None, flags))
+    found = report.find_problems(stats)
+    click.echo((report.as_json if for_programs else report.as_text)(stats, found))
+    written = [(path, write) for path, write in ((sheet_path, report.write_sheet), (html_path, report.write_page)) if path]
     for path, write in written:
-        click.echo(f"written  {write(survey, found, path)}", err=for_programs)
+        click.echo(f"written  {write(stats, found, path)}", err=for_programs)
     return 0

@@ -28,7 +28,7 @@ from ..io import write_text
 from ..models.folder import load_model
 from ..models.model import quiet
 from ..models.sources import locate, read_json
-from ..training.rundir import Run
+from ..training.events import read_events
 
 HALF = [0.5, 0.5, 0.5]  # mean and deviation of a CLIP folder that does not tell its own: pixels in -1..1
 
@@ -123,7 +123,7 @@ class Evidence:
 
 def evidence(folder: Path) -> Evidence:
     """Read a run folder: sample pictures of the step that was chosen (else the last) beside the base's, and training pictures."""
-    history = Run(folder, "").history()
+    history = read_events(folder / "events.jsonl")
     started: dict[str, Any] = next((record for record in reversed(history) if record["event"] == "started"), {})
     told = [started.get("recipe", {}), *started.get("images", [])]  # of several concepts, each picture tells its own
     triggers = list(dict.fromkeys(one["trigger"] for one in told if one.get("trigger")))

@@ -1,10 +1,13 @@
-"""What a run tells while it goes on. Training yields these; the command prints them, events.jsonl keeps them."""
+"""Events of a training run: `train` yields them, the command prints them, events.jsonl keeps them, `parse` reads them back."""
 
 from __future__ import annotations
 
+import json
 import math
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from functools import cache
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,10 +154,95 @@ class Failed:
 
 Event = Started | Step | Sample | Sweep | Scored | Fold | Chosen | Saved | SteppedDown | Warned | Failed | Finished
 
+# ---------------------------------------------------------------- as JSON, and back
+
+EVENTS: dict[str, type[Event]] = {kind.__name__.lower(): kind for kind in get_args(Event)}
+# A record that lacks one of these fields, or has it of another type, is left out; all others have defaults.
+NEEDED: dict[str, tuple[str, ...]] = {
+    "step": ("step",),
+    "sample": ("step", "prompt", "seed", "path"),
+    "sweep": ("strength", "prompt", "seed", "path"),
+    "scored": ("step", "strength", "fit", "validation", "drift", "contrast", "score"),
+    "chosen": ("step", "best", "low", "high", "judged_by"),
+    "saved": ("step", "path"),
+    "steppeddown": ("step", "what", "why"),
+    "warned": ("step", "text"),
+    "error": ("message",),
+}
+NULLABLE = {"fit", "validation", "drift", "contrast", "score"}  # of those: null stands for a number that is not finite
+NOTES: dict[str, dict[str, type]] = {"stopped": {}, "error": {"message": str}}  # records of a run's end that are no events
+
 
 def event_record(event: Event) -> dict[str, Any]:
     """An event as strict JSON: its kind under "event", numbers that are not finite as null."""
     return {"event": type(event).__name__.lower()} | {key: _plain(value) for key, value in asdict(event).items()}
+
+
+def parse(record: Any) -> Event | None:
+    """The event of a record: the inverse of `event_record`, tolerant of older and of damaged files.
+
+    None for an unknown kind and where a needed field is missing or of a wrong type; other such fields get their default, or
+    the empty value of their type (nan for a float). Fields that the event does not have are ignored.
+
+    >>> parse({"event": "saved", "step": 50, "path": "checkpoints/rex-000050.safetensors"})
+    Saved(step=50, path='checkpoints/rex-000050.safetensors')
+    >>> parse({"event": "saved", "step": "50"})
+    """
+    if not is_whole(record) or record["event"] not in EVENTS:
+        return None
+    kind = EVENTS[record["event"]]
+    types, values = field_types(record["event"]), dict[str, Any]()
+    for one in fields(kind):
+        value = record.get(one.name)
+        if _has_type(value, types[one.name]):
+            values[one.name] = [math.nan if item is None else item for item in value] if isinstance(value, list) else value
+        elif one.default is MISSING and one.default_factory is MISSING:
+            values[one.name] = math.nan if types[one.name] is float else types[one.name]()
+    return kind(**values)
+
+
+def read_events(path: Path) -> list[dict[str, Any]]:
+    """The records of an events.jsonl, oldest first; a missing or unreadable file has none.
+
+    Left out are lines that are no JSON, such as one that a killed run was writing, and records without a needed field.
+    """
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return []
+    return [record for line in text.split("\n") if is_whole(record := _json(line))]
+
+
+def is_whole(record: Any) -> bool:
+    """Whether this is a record of a known kind that has all needed fields, in their types."""
+    kind = record.get("event") if isinstance(record, dict) else None
+    if not isinstance(kind, str) or kind not in EVENTS | NOTES:
+        return False
+    types = field_types(kind)
+    return all(
+        (key in NULLABLE and key in record and record[key] is None) or _has_type(record.get(key), types[key])
+        for key in NEEDED.get(kind, ())
+    )
+
+
+@cache
+def field_types(kind: str) -> dict[str, type]:
+    """The fields of a kind of record and their types, without what a list or dict holds."""
+    if kind in NOTES:
+        return NOTES[kind]
+    return {name: get_origin(hint) or hint for name, hint in get_type_hints(EVENTS[kind]).items()}
+
+
+def _has_type(value: Any, kind: type) -> bool:
+    return isinstance(value, int | float if kind is float else kind)
+
+
+def _json(line: str) -> Any:
+    """The value of a line of JSON; None for anything else."""
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):
+        return None
 
 
 def _plain(value: Any) -> Any:

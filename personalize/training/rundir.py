@@ -15,7 +15,7 @@ import json
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ..errors import OutputError
 from ..io import atomic, write_text
-from .events import Event, Finished, event_record
+from .events import Event, Finished, event_record, parse, read_events
 
 OURS = ("checkpoints", "samples", "class_images", "folds", "events.jsonl", "recipe.toml", "metrics.json", "report.html")
 
@@ -113,16 +113,8 @@ class Run:
             raise refused(self.events, error) from error
 
     def history(self) -> list[dict[str, Any]]:
-        """The diary's records, oldest first, without a last line that was cut short."""
-        if not self.events.is_file():
-            return []
-        records = []
-        for line in self.events.read_text(encoding="utf-8").splitlines():
-            try:
-                records.append(json.loads(line))
-            except ValueError:  # killed in the middle of writing it
-                break
-        return records
+        """The records of events.jsonl, oldest first, without lines that were cut short; see `read_events`."""
+        return read_events(self.events)
 
     def recipe_text(self) -> str:
         """The recipe.toml that is there; empty if there is none."""
@@ -149,10 +141,8 @@ class Run:
 
     def finished(self) -> Finished | None:
         """How the run ended, if it did and its adapter is still there."""
-        last = (self.history() or [{}])[-1]
-        if last.pop("event", "") != "finished" or not self.adapter.is_file():
-            return None
-        return Finished(**last | {"again": True})
+        last = parse((self.history() or [{}])[-1])
+        return replace(last, again=True) if isinstance(last, Finished) and self.adapter.is_file() else None
 
     def save_state(self, state: State) -> None:
         """Write the state as ONE file, so that its tensors and its step can never disagree."""

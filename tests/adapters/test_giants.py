@@ -258,7 +258,7 @@ def rendered(folder: Path) -> dict[str, Any]:
     return drawn
 
 
-def difference_norm(a: Any, b: Any) -> float:
+def relative_difference(a: Any, b: Any) -> float:
     """Mean absolute difference of two pictures, in levels of 255."""
     return float(np.abs(a - b).mean())
 
@@ -270,7 +270,7 @@ def compare(theirs: dict[str, Any], ours: dict[str, Any]) -> dict[str, float]:
         "adapter from baked": (theirs["adapter"], theirs["baked"]),
         **{f"their {name} from ours": (theirs[name], ours[name]) for name in ours},
     }
-    return {what: round(difference_norm(*pair), 3) for what, pair in pairs.items()}
+    return {what: round(relative_difference(*pair), 3) for what, pair in pairs.items()}
 
 
 def test_we_draw_the_adapter_as_its_baked_checkpoint(ours: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:

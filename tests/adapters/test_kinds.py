@@ -14,7 +14,7 @@ from personalize.adapters.adapter import Adapter, distance
 from personalize.adapters.build import build
 from personalize.adapters.delta import Decomposed, Delta, Dense, LowRank, Structured, as_low_rank
 from personalize.adapters.describe import describe
-from personalize.adapters.distance import difference_norm, is_within
+from personalize.adapters.distance import is_within, relative_difference
 from personalize.adapters.ops.merge import merge
 from personalize.errors import AdapterError
 from personalize.families.names import FAMILIES, weights
@@ -226,9 +226,9 @@ def test_rotations_keep_the_length_of_columns() -> None:
 
 
 def test_updates_of_one_weight_differ_by_what_they_add() -> None:
-    assert difference_norm(lora((96, 96)), None) == pytest.approx(lora((96, 96)).norm())
-    assert difference_norm(loha((96, 96)), Dense(loha((96, 96)).delta())) == pytest.approx(0, abs=1e-6)
-    assert difference_norm(oft((96, 96)), glora((96, 96))) == math.inf
+    assert relative_difference(lora((96, 96)), None) == pytest.approx(lora((96, 96)).norm())
+    assert relative_difference(loha((96, 96)), Dense(loha((96, 96)).delta())) == pytest.approx(0, abs=1e-6)
+    assert relative_difference(oft((96, 96)), glora((96, 96))) == math.inf
 
 
 # ---------------------------------------------------------------- inside the real model

@@ -21,9 +21,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
+from personalize import text
 from personalize.errors import DataError, OutputError
 from personalize.recipe.resolve import resolve, to_toml
-from personalize.reports.run import BUDGET, choice, contents, curves, use, write_report
+from personalize.reports.kit import curves, tables
+from personalize.reports.kit.page import BUDGET
+from personalize.reports.run import curves as run_curves
+from personalize.reports.run import samples, selection, settings, usage, write_report
+from personalize.reports.run.figures import judge
 from personalize.reports.run.read import read_run
 
 VOID = {"meta", "link", "img", "input", "br", "hr"}
@@ -299,19 +304,19 @@ def test_a_resumed_run_tells_each_step_once(tmp_path: Path) -> None:
     told += [start(tmp_path, resumed=20), *(step(n, rng) for n in range(21, 26))]
     run = read_run(write(tmp_path, told))
     assert [record["step"] for record in run.steps] == list(range(1, 26))
-    assert run.steps[-1] == told[-1] and run.lives == 2
-    assert ("resumed", "1 time") in contents.machine(run)
+    assert run.steps[-1] == told[-1] and run.starts == 2
+    assert ("resumed", "1 time") in settings.environment(run)
 
 
 def test_asking_for_a_finished_run_again_keeps_its_time(finished: Path) -> None:
     again = {"event": "finished", "step": 40, "seconds": 0.0, "path": "zwx.safetensors", "again": True}
     with (finished / "events.jsonl").open("a") as diary:
         diary.write(json.dumps(again) + "\n")
-    assert contents.seconds(read_run(finished)) == 48.0
+    assert settings.training_seconds(read_run(finished)) == 48.0
 
 
 def test_the_choice_is_marked_and_shown_with_its_evidence(finished: Path) -> None:
-    page = choice.choice(read_run(finished))
+    page = selection.selection(read_run(finished))
     assert page and page.step == 40 and page.heads == ("error gone", "drift", "contrast", "score")
     assert page.rows == ((20, ("25 %", "10 %", "60 %", "0.05"), False), (40, ("50 %", "10 %", "60 %", "0.30"), True))
     assert [panel.title for panel in page.panels] == ["by step", "step 40 by strength"]
@@ -323,7 +328,7 @@ def test_the_choice_is_marked_and_shown_with_its_evidence(finished: Path) -> Non
 def test_pictures_that_were_not_learned_have_a_column_and_a_curve_below_zero(finished: Path) -> None:
     run = read_run(finished)
     told = tuple({**record, "validation": -0.2 if record["step"] == 40 else None} for record in run.scored)
-    page = choice.choice(replace(run, scored=told))
+    page = selection.selection(replace(run, scored=told))
     assert page and page.heads[1] == "not learned" and page.rows[0][1][1] == "–" and page.rows[1][1][1] == "-20 %"
     lines = {line.label: line.d for line in page.panels[1].lines}
     assert "on pictures not learned" in lines
@@ -335,7 +340,7 @@ def test_the_pictures_of_the_chosen_step_are_compared(finished: Path) -> None:
     run = read_run(finished)
     assert run.chosen
     earlier = replace(run, chosen={**run.chosen, "step": 20})
-    pair = contents.compare(earlier, lambda path, side: path, 64)[0]
+    pair = samples.before_and_after(earlier, lambda path, side: path, 64)[0]
     assert [picture for _, picture in pair.frames] == ["samples/base-0-0.png", "samples/20-0-0.png"]
 
 
@@ -350,7 +355,7 @@ def test_the_loss_curve_is_freed_from_the_luck_of_the_timesteps() -> None:
     def likeness(points: list[tuple[float, float]]) -> float:
         return float(np.corrcoef(truth, [value for _, value in curves.smooth(points)])[0, 1])
 
-    raw, steady = curves.series(steps, "loss"), curves.steadied(steps)
+    raw, steady = run_curves.series(steps, "loss"), run_curves.detrended_loss(steps)
     assert np.std([v for _, v in steady][100:]) < 0.5 * np.std([v for _, v in raw][100:])
     assert likeness(steady) > max(0.9, likeness(raw))
     assert np.mean([v for _, v in steady]) == pytest.approx(np.mean([v for _, v in raw]))
@@ -359,9 +364,9 @@ def test_the_loss_curve_is_freed_from_the_luck_of_the_timesteps() -> None:
 def test_steps_without_pictures_or_numbers_are_skipped() -> None:
     losses: list[Any] = [None, 0.5, float("nan"), 0.25]
     steps = [{"step": step, "loss": loss} for step, loss in enumerate(losses, 1)]
-    assert curves.steadied(steps) == [(2, 0.5), (4, 0.25)]
-    assert [panel.title for panel in curves.panels(steps)] == ["loss"]
-    assert curves.panels(steps[:2]) == []
+    assert run_curves.detrended_loss(steps) == [(2, 0.5), (4, 0.25)]
+    assert [panel.title for panel in run_curves.panels(steps)] == ["loss"]
+    assert run_curves.panels(steps[:2]) == []
 
 
 @given(st.lists(st.tuples(st.integers(0, 10**6), st.floats(0, 1e6)), min_size=2, unique_by=lambda point: point[0]))
@@ -370,7 +375,7 @@ def test_curves_stay_in_their_box(found: list[tuple[float, float]]) -> None:
     smoothed = curves.smooth(points)
     values = [value for _, value in points]
     assert all(min(values) * 0.999 - 1e-9 <= value <= max(values) * 1.001 + 1e-9 for _, value in smoothed)
-    drawn = curves.panel("loss", [("smooth", "loss", smoothed)], points)
+    drawn = curves.plot("loss", [("smooth", "loss", smoothed)], points)
     numbers = [float(word) for word in drawn.lines[0].d.replace("M", "L").replace("L", " ").split()]
     assert all(0 <= value <= curves.BOX for value in numbers)
     assert all(0 <= place <= 100 for place, _ in (*drawn.rows, *drawn.columns))
@@ -399,11 +404,11 @@ def test_ticks_are_few_and_inside(low: float, width: float) -> None:
     ],
 )
 def test_verdicts(figures: tuple[float | None, float | None, float | None], lower: bool, verdict: str, good: bool | None) -> None:
-    assert contents.judge(*figures, lower, 100) == (verdict, good)
+    assert judge(*figures, lower, 100) == (verdict, good)
 
 
 def test_the_recipe_names_what_differs(finished: Path) -> None:
-    changed = {name: (value, default) for name, value, default, _ in contents.changes(read_run(finished).recipe)}
+    changed = {name: (value, default) for name, value, default, _ in settings.changed_settings(read_run(finished).recipe)}
     assert changed["rank"] == ("16", "8") and changed["steps"] == ("40", "200")
     assert not {"alpha", "lr", "output", "sample_prompts"} & changed.keys()
 
@@ -412,7 +417,7 @@ def test_the_recipe_names_what_differs(finished: Path) -> None:
 def test_commands_can_be_typed(finished: Path, dialect: str) -> None:
     prompt = 'it\'s a "zwx" cat; rm -rf $HOME `x` \\'
     run = read_run(write(finished, [], dialect=dialect))
-    here, diffusers, a1111, comfy = use.uses(run, prompt)
+    here, diffusers, a1111, comfy = usage.programs(run, prompt)
     assert shlex.split(here.parts[0][1])[:3] == ["personalize", "generate", prompt]
     assert shlex.split(here.parts[0][1])[-1].endswith("zwx.safetensors:1")
     compile(diffusers.parts[0][1], "snippet", "exec")
@@ -429,10 +434,10 @@ def test_commands_can_be_typed(finished: Path, dialect: str) -> None:
 ])  # fmt: skip
 def test_diffusers_reads_each_base_as_what_it_is(finished: Path, base: str, family: str, line: str) -> None:
     run = read_run(write(finished, [start(finished, base={"family": family})], base=base))
-    assert f"pipe = {line}" in use.uses(run, "a cat")[1].parts[0][1]
+    assert f"pipe = {line}" in usage.programs(run, "a cat")[1].parts[0][1]
 
 
-@pytest.mark.parametrize("module", [curves, contents])
+@pytest.mark.parametrize("module", [curves, tables, text])
 def test_examples_in_the_docs(module: Any) -> None:
     tried = doctest.testmod(module)
     assert tried.attempted and not tried.failed

@@ -20,8 +20,8 @@ from personalize.errors import RecipeError
 from personalize.recipe.fields import Recipe
 from personalize.recipe.resolve import resolve
 from personalize.reports.metrics import evidence
-from personalize.reports.run.choice import choice
 from personalize.reports.run.read import read_run
+from personalize.reports.run.selection import selection
 from personalize.training import selection as choosing
 from personalize.training.events import Chosen, Event, Fold, Scored, Started
 from personalize.training.events import Sample as Drawn
@@ -240,7 +240,7 @@ def test_what_was_chosen_is_what_the_report_and_the_figures_show(make: Make) -> 
     path = folder_of(recipe) / "samples" / f"{chosen.step:06}-p0-s0.png"
     with Image.open(path) as picture:
         assert found.called[0].adapter.tobytes() == picture.convert("RGB").tobytes()
-    page = choice(read_run(folder_of(recipe)))
+    page = selection(read_run(folder_of(recipe)))
     assert page and page.step == chosen.step and [row[0] for row in page.rows if row[2]] == [chosen.step]
     assert len(page.rows) == 3 and len(page.panels) == 2 and "validation" not in page.heads
 

@@ -9,7 +9,7 @@ from functools import reduce
 
 from ..adapter import Adapter
 from ..delta import Delta
-from ..distance import difference_norm
+from ..distance import relative_difference
 from ..ops import linalg
 from ..ops.merge import merge
 from ..ops.methods import METHODS
@@ -183,7 +183,7 @@ def _try_methods(
     found = []
     for method in methods:
         merged = merge(few, weights, method).deltas
-        lost = math.hypot(*(difference_norm(merged.get(path), wanted) for path, wanted in sums.items()))
+        lost = math.hypot(*(relative_difference(merged.get(path), wanted) for path, wanted in sums.items()))
         found.append(Prediction(method, None, lost / whole if whole else 0.0, len(chosen), len(terms)))
     return found
 

@@ -1,16 +1,18 @@
-"""The coach: what a folder of pictures is like before anything is trained on it, and what to do about each thing found.
+"""The report on a dataset before anything is trained on it: what it holds, what is wrong with it, and what to do about that.
 
-    looking.py    one picture -> its format, bucket, sharpness and perceptual hash: `look` -> Survey
-    findings.py   a Survey -> findings, each with one suggestion: a table of rules
-    telling.py    a Survey -> one screen of text, or JSON
-    sheet.py      a Survey -> a contact sheet (PNG) or a page (HTML)
+measure.py    each image of a folder: format, bucket, sharpness, perceptual hash
+rules.py      a table of rules, each with findings and one suggestion
+summary.py    one screen of text, or JSON
+sheet.py      a contact sheet (PNG)
+page.py       one page (HTML)
 
-Nothing here needs torch, so that looking is quick.
+Nothing here needs torch, so it is quick.
 """
 
-from .findings import Finding, find
-from .looking import Survey, look
-from .sheet import page, sheet
-from .telling import as_json, screen
+from .measure import DatasetStats, measure_dataset
+from .page import write_page
+from .rules import find_problems
+from .sheet import write_sheet
+from .summary import as_json, as_text
 
-__all__ = ["Finding", "Survey", "as_json", "find", "look", "page", "screen", "sheet"]
+__all__ = ["DatasetStats", "as_json", "as_text", "find_problems", "measure_dataset", "write_page", "write_sheet"]

@@ -1,20 +1,22 @@
-"""A run folder -> one self-contained HTML page."""
+"""The report of a training run: a run folder -> one self-contained HTML page.
+
+read.py        the run folder as values, whatever is missing or damaged
+contents.py    those values -> what the page shows
+samples.py     grids of sample pictures      settings.py   what differs from the defaults, time and memory
+figures.py     measured figures as meters    selection.py  which checkpoint was chosen, and why
+curves.py      loss, rates and norms         usage.py      commands that use the adapter
+"""
 
 from __future__ import annotations
 
-from functools import cache
+from functools import partial
 from pathlib import Path
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
-from markupsafe import Markup
-
-from ...io import write_text
-from .contents import Sides, gather, words
-from .curves import figure
+from ..kit.page import BUDGET, render_within, template, write_page
+from .contents import page_values
 from .read import read_run
+from .samples import Sides
 
-HERE = Path(__file__).parent
-BUDGET = 3_000_000  # bytes of a page that still travels by mail
 # Longest side of (large pictures, pictures in grids): the first pair that fits the budget, or else the last.
 LADDER = (Sides(768, 320), Sides(512, 256), Sides(384, 192), Sides(256, 128), Sides(160, 96))
 
@@ -29,19 +31,5 @@ def write_report(run_folder: Path) -> Path:
         OutputError: the page cannot be written.
     """
     run = read_run(run_folder := Path(run_folder))
-    html = ""
-    for sides in LADDER:
-        html = _template().render(gather(run, sides))
-        if len(html) <= BUDGET:
-            break
-    # A lone surrogate in a caption must not cost the page.
-    return write_text(run_folder / "report.html", html.encode("utf-8", "replace").decode())
-
-
-@cache
-def _template() -> Template:
-    env = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    env.loader = FileSystemLoader(HERE)
-    env.filters |= {"figure": figure, **words()}
-    env.globals |= {part: Markup((HERE / f"page.{part}").read_text(encoding="utf-8")) for part in ("css", "js")}
-    return env.get_template("page.html.j2")
+    pages = (partial(page_values, run, sides) for sides in LADDER)
+    return write_page(run_folder / "report.html", render_within(BUDGET, template(Path(__file__).parent), pages))

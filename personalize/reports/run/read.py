@@ -12,28 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import DataError
+from ...training.events import read_events
 
 Record = Mapping[str, Any]
 Key = tuple[str, int]  # (prompt, seed)
-
-Kinds = dict[str, type | tuple[type, ...]]
-SCORED: Kinds = {"step": int, "strength": (int, float)}
-SCORED |= dict.fromkeys(("fit", "validation", "drift", "contrast", "score"), (int, float, type(None)))  # null: not finite
-# A record that lacks one of these is skipped.
-NEEDED: dict[str, Kinds] = {
-    "started": {},
-    "step": {"step": int},
-    "sample": {"step": int, "prompt": str, "seed": int, "path": str},
-    "sweep": {"strength": (int, float), "prompt": str, "seed": int, "path": str},
-    "scored": SCORED,
-    "chosen": {"step": int, "best": int, "low": (int, float), "high": (int, float), "judged_by": str},
-    "saved": {"step": int, "path": str},
-    "steppeddown": {"step": int, "what": str, "why": str},
-    "warned": {"step": int, "text": str},
-    "finished": {},
-    "stopped": {},
-    "error": {"message": str},
-}
 
 
 @dataclass(frozen=True)
@@ -49,9 +31,9 @@ class Run:
     chosen: Record | None
     saved: tuple[Record, ...]
     finished: Record | None
-    trouble: str
-    lives: int
-    remarks: tuple[str, ...]  # what was told on the way
+    failure: str  # why it ended early; empty if it did not say
+    starts: int  # how often it was started or resumed
+    notes: tuple[str, ...]  # warnings and steps down the memory ladder, as sentences
     recipe: Record  # flat names, as flags have them
     toml: str
     metrics: tuple[Record, ...]
@@ -68,21 +50,21 @@ class Run:
     @cached_property
     def trigger(self) -> str:
         """The word that calls the subject."""
-        said = self.started.get("trigger") or self.recipe.get("trigger")
-        return str(said or self.name)
+        value = self.started.get("trigger") or self.recipe.get("trigger")
+        return str(value or self.name)
 
     @cached_property
     def triggers(self) -> tuple[str, ...]:
         """The words that call each of several concepts; a single one's is `trigger`."""
         images = self.started.get("images")
-        told = [one.get("trigger") for one in images if isinstance(one, dict)] if isinstance(images, list) else []
-        return tuple(dict.fromkeys([self.trigger, *(str(word) for word in told if word)]))
+        words = [one.get("trigger") for one in images if isinstance(one, dict)] if isinstance(images, list) else []
+        return tuple(dict.fromkeys([self.trigger, *(str(word) for word in words if word)]))
 
     @cached_property
     def name(self) -> str:
         """Stem of the adapter file; the run folder's own name before there is one."""
-        said = self.started.get("name") or self.recipe.get("name")
-        return str(said or (self.adapter.stem if self.adapter else self.folder.resolve().name))
+        value = self.started.get("name") or self.recipe.get("name")
+        return str(value or (self.adapter.stem if self.adapter else self.folder.resolve().name))
 
     @cached_property
     def class_name(self) -> str:
@@ -108,22 +90,22 @@ def read_run(folder: Path) -> Run:
     """
     if not folder.is_dir():
         raise DataError(f"no run folder at {folder}", "give the folder that `personalize train` wrote, such as runs/NAME")
-    told = list(_records(_text(folder / "events.jsonl")))
-    starts, toml = _of(told, "started"), _text(folder / "recipe.toml")
+    records = read_events(folder / "events.jsonl")
+    starts, toml = _of(records, "started"), _text(folder / "recipe.toml")
     recipe = _toml(toml) or (section(starts[-1], "recipe") if starts else {})
     run = Run(
         folder=folder,
         started=starts[-1] if starts else {},
-        steps=_steps(told),
-        samples=_of(told, "sample"),
-        sweeps=_of(told, "sweep"),
-        scored=_of(told, "scored"),
-        chosen=next(iter(reversed(_of(told, "chosen"))), None),
-        saved=_of(told, "saved"),
-        finished=_finished(told),
-        trouble=_trouble(told),
-        lives=len(starts),
-        remarks=tuple(_remarks(told)),
+        steps=_steps(records),
+        samples=_of(records, "sample"),
+        sweeps=_of(records, "sweep"),
+        scored=_of(records, "scored"),
+        chosen=next(iter(reversed(_of(records, "chosen"))), None),
+        saved=_of(records, "saved"),
+        finished=_finished(records),
+        failure=_failure(records),
+        starts=len(starts),
+        notes=tuple(_notes(records)),
         recipe=_flat(recipe),
         toml=toml,
         metrics=_metrics(folder),
@@ -159,26 +141,14 @@ def _text(path: Path) -> str:
         return ""
 
 
-def _records(text: str) -> Iterator[Record]:
-    """The whole records of a .jsonl file: a killed run may leave a torn line."""
-    for line in text.split("\n"):
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        needed = NEEDED.get(str(record.get("event"))) if isinstance(record, dict) else None
-        if needed is not None and all(isinstance(record.get(key), kind) for key, kind in needed.items()):
-            yield record
+def _of(records: Sequence[Record], kind: str) -> tuple[Record, ...]:
+    return tuple(record for record in records if record["event"] == kind)
 
 
-def _of(told: Sequence[Record], kind: str) -> tuple[Record, ...]:
-    return tuple(record for record in told if record["event"] == kind)
-
-
-def _steps(told: Sequence[Record]) -> tuple[Record, ...]:
-    """Step records by step; a resumed run repeats some, and the last one told wins."""
+def _steps(records: Sequence[Record]) -> tuple[Record, ...]:
+    """Step records by step; a resumed run repeats some, and the last record wins."""
     steps: dict[int, Record] = {}
-    for record in told:
+    for record in records:
         if record["event"] == "step":
             steps[record["step"]] = record
         elif record["event"] == "started" and isinstance(record.get("resumed"), int):
@@ -186,22 +156,22 @@ def _steps(told: Sequence[Record]) -> tuple[Record, ...]:
     return tuple(steps[step] for step in sorted(steps))
 
 
-def _finished(told: Sequence[Record]) -> Record | None:
-    """How the run ended, if it did after its last step. Asking for a finished run again tells less than the first telling."""
-    ends = [record for record in told if record["event"] == "finished"]
+def _finished(records: Sequence[Record]) -> Record | None:
+    """How the run ended, if it did after its last step. The record of a finished run that was asked for again says less."""
+    ends = [record for record in records if record["event"] == "finished"]
     fresh = [record for record in ends if not record.get("again")]
-    taken = max((i for i, record in enumerate(told) if record["event"] == "step"), default=-1)
-    return (fresh or ends)[-1] if ends and told.index(ends[-1]) > taken else None
+    last_step = max((i for i, record in enumerate(records) if record["event"] == "step"), default=-1)
+    return (fresh or ends)[-1] if ends and records.index(ends[-1]) > last_step else None
 
 
-def _trouble(told: Sequence[Record]) -> str:
+def _failure(records: Sequence[Record]) -> str:
     """Why the run's last life ended early; empty if it did not say."""
-    last = told[-1] if told else {}
+    last = records[-1] if records else {}
     return str(last.get("message", "")) if last.get("event") == "error" else ""
 
 
-def _remarks(told: Sequence[Record]) -> Iterator[str]:
-    for record in told:
+def _notes(records: Sequence[Record]) -> Iterator[str]:
+    for record in records:
         if record["event"] == "warned":
             yield f"after step {record['step']}: {record['text']}"
         if record["event"] == "steppeddown":

@@ -94,10 +94,8 @@ def estimate(configs: Configs, load: Load, fit: Fit, parts: tuple[str, ...]) -> 
 def _code() -> str:
     """What decides an estimate beside its arguments."""
     here = Path(__file__).parent
-    return store.key(
-        sources=[path.read_text(encoding="utf-8") for path in [*sorted(here.glob("*.py")), *sorted(here.parent.glob("objectives/*.py"))]],
-        torch=torch.__version__,
-    )
+    files = [*sorted(here.glob("*.py")), *sorted(here.parent.glob("objectives/*.py"))]
+    return store.key(sources=[path.read_text(encoding="utf-8") for path in files], torch=torch.__version__)
 
 
 def _estimate(configs: Configs, load: Load, fit: Fit, parts: tuple[str, ...]) -> Estimate:

@@ -23,6 +23,8 @@ from personalize.adapters.strengths import grammar as weighting
 from personalize.errors import AdapterError, FamilyMismatchError
 from personalize.families.names import modules
 from personalize.reports.adapter import doctor as checkup
+from personalize.reports.adapter import heatmap
+from personalize.reports.kit.tables import letter
 
 POCKET = modules(ROWS["pocket"])
 MID = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
@@ -180,7 +182,7 @@ def test_unmatched_keys_and_strange_widths(file: Path, tmp_path: Path) -> None:
     save_file({"emb_params": torch.ones(2, 768)}, tmp_path / "words.safetensors")
     found = examine(tmp_path / "words.safetensors")
     assert [finding.hint for finding in found.findings] == ["it is a textual inversion"] and checkup.table([found])
-    assert checkup.heat_map([found])
+    assert heatmap.heat_map([found])
     odd = Adapter({MID: LowRank(torch.ones(5, 1), torch.ones(1, 7), 1)}).save(tmp_path / "b", "diffusers")
     found = examine(odd)
     assert codes(found)["family-unknown"] == "warning" and list(found.blocks) == ["unet"]
@@ -412,7 +414,7 @@ def test_the_table(tmp_path: Path) -> None:
     assert "-1.000" in text  # the first and the third are the same, and one is taken away
     alone = checkup.table(checkups[:1])
     assert "overlap" not in alone and "MID" in alone and "sound" in alone
-    assert [checkup.letter(i) for i in (0, 25, 26)] == ["A", "Z", "A1"]
+    assert [letter(i) for i in (0, 25, 26)] == ["A", "Z", "A1"]
 
 
 def test_the_table_names_findings(file: Path) -> None:
@@ -431,10 +433,10 @@ def test_json(tmp_path: Path) -> None:
 
 def test_the_picture(tmp_path: Path) -> None:
     checkups, adapters = shown(tmp_path)
-    opposite = checkup.heat_map(checkups, collide([adapters[0], -adapters[0]]))
-    same = checkup.heat_map(checkups, collide([adapters[0], adapters[0]]))
+    opposite = heatmap.heat_map(checkups, collide([adapters[0], -adapters[0]]))
+    same = heatmap.heat_map(checkups, collide([adapters[0], adapters[0]]))
     assert opposite.size == same.size and opposite.width < 1600
-    blue, red = checkup.POLES[0], checkup.POLES[-1]
+    blue, red = heatmap.POLES[0], heatmap.POLES[-1]
     count = lambda picture, colour: sum(n for n, c in picture.getcolors(1 << 20) if c == colour)  # noqa: E731
     assert count(opposite, blue) > 5000 > count(opposite, red) and count(same, red) > 5000 > count(same, blue)
-    assert checkup.heat_map(checkups[:1]).height < same.height
+    assert heatmap.heat_map(checkups[:1]).height < same.height

@@ -1,4 +1,4 @@
-"""The coach: what it finds in a folder, that each suggestion helps, and what it writes."""
+"""The report on a dataset: what it finds in a folder, that each suggestion helps, and what it writes."""
 
 from __future__ import annotations
 
@@ -26,11 +26,12 @@ from PIL import Image, ImageFilter, ImageOps
 from personalize.cli import run
 from personalize.data.folder import read_folder
 from personalize.errors import DataError, RecipeError
+from personalize.findings import Finding
 from personalize.recipe.fields import Data, Recipe
 from personalize.recipe.resolve import resolve
-from personalize.reports import dataset as coach
-from personalize.reports.dataset.findings import Finding, alike
-from personalize.reports.dataset.looking import native, sharpness
+from personalize.reports import dataset as report
+from personalize.reports.dataset.measure import native_resolution, sharpness
+from personalize.reports.dataset.rules import similar_groups
 
 FLAGS = {"base": "none", "resolution": 256, "trigger": "zwx"}
 
@@ -56,7 +57,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def looked(folder: Path, **flags: Any) -> list[Finding]:
-    return coach.find(coach.look(resolve(flags={**FLAGS, "folder": folder, **flags})))
+    return report.find_problems(report.measure_dataset(resolve(flags={**FLAGS, "folder": folder, **flags})))
 
 
 def marks(found: list[Finding]) -> list[str]:
@@ -137,15 +138,15 @@ def test_what_is_found_and_what_to_do_helps(
 ) -> None:
     spoil(folder)
     flags = {name: value for name, value in {**FLAGS, **given}.items() if value is not None}
-    (finding,) = coach.find(coach.look(resolve(flags={**flags, "folder": folder})))
-    assert finding.mark == mark and finding.command and finding.do.startswith(command)
+    (finding,) = report.find_problems(report.measure_dataset(resolve(flags={**flags, "folder": folder})))
+    assert finding.mark == mark and finding.command and finding.hint.startswith(command)
     if command == "mkdir":
         before = {path.name for path in folder.iterdir()}
-        subprocess.run(finding.do, shell=True, check=True)
-        assert before - {path.name for path in folder.iterdir()} == {path.name for path in finding.pictures}
+        subprocess.run(finding.hint, shell=True, check=True)
+        assert before - {path.name for path in folder.iterdir()} == {path.name for path in finding.where}
     else:
-        flags |= typed(finding.do, folder)
-    assert marks(coach.find(coach.look(resolve(flags={**flags, "folder": folder})))) in ([], ["near twin"])
+        flags |= typed(finding.hint, folder)
+    assert marks(report.find_problems(report.measure_dataset(resolve(flags={**flags, "folder": folder})))) in ([], ["near twin"])
 
 
 def typed(command: str, folder: Path) -> dict[str, Any]:
@@ -162,13 +163,13 @@ def typed(command: str, folder: Path) -> dict[str, Any]:
 def test_of_near_twins_the_largest_stays(folder: Path) -> None:
     save_one_again(folder)
     (finding,) = looked(folder)
-    assert [path.name for path in finding.pictures] == ["0.png"]
+    assert [path.name for path in finding.where] == ["0.png"]
 
 
 def test_of_mirror_images_the_largest_stays_and_flip_shows_them_anyway(folder: Path) -> None:
     mirror_one(folder)
     (finding,) = looked(folder)
-    assert [path.name for path in finding.pictures] == ["0.png"]
+    assert [path.name for path in finding.where] == ["0.png"]
     assert "nearly the mirror image of another, which --flip shows anyway" in finding.what
     (finding,) = looked(folder, flip=False)
     assert "so that both sides are learned, without --flip too" in finding.what
@@ -179,7 +180,7 @@ def test_twins_and_mirror_twins_of_one_picture_are_each_told_once(folder: Path) 
     for name, picture in {"left": photo(0), "right": ImageOps.mirror(photo(0))}.items():
         picture.resize((200, 200)).save(folder / f"{name}.png")
         (folder / f"{name}.txt").write_text(f"zwx, {name}")
-    found = {finding.mark: {path.name for path in finding.pictures} for finding in looked(folder) if "twin" in finding.mark}
+    found = {finding.mark: {path.name for path in finding.where} for finding in looked(folder) if "twin" in finding.mark}
     assert found == {"near twin": {"0.png", "left.png"}, "mirror twin": {"right.png"}}
 
 
@@ -187,13 +188,13 @@ def test_without_the_library_near_twins_are_not_looked_for(folder: Path, monkeyp
     save_one_again(folder)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     (finding,) = looked(folder)
-    assert finding.do == "pip install imagehash" and finding.level == "note"
+    assert finding.hint == "pip install imagehash" and finding.level == "info"
 
 
 def test_a_plugin_is_named_for_what_needs_one(folder: Path) -> None:
     (folder / "phone.jpg").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0")
     (finding,) = looked(folder)
-    assert (finding.do, finding.command, finding.level) == ("pip install pillow-heif", True, "bad")
+    assert (finding.hint, finding.command, finding.level) == ("pip install pillow-heif", True, "error")
 
 
 def test_captions_that_are_missing_empty_long_or_the_same(folder: Path) -> None:
@@ -203,13 +204,13 @@ def test_captions_that_are_missing_empty_long_or_the_same(folder: Path) -> None:
         (folder / f"{i}.txt").write_text("zwx " + "very, " * 40)
     found = {finding.mark or "plain": finding for finding in looked(folder)}
     assert set(found) == {"no caption", "plain", "same caption", "long caption"}
-    assert [[path.name for path in finding.pictures] for finding in found.values()] == [
+    assert [[path.name for path in finding.where] for finding in found.values()] == [
         ["2.png", "3.png"],
         ["0.png"],
         ["1.png"],
         ["2.png", "3.png"],
     ]
-    assert f"{folder / '0.txt'}" in found["no caption"].do
+    assert f"{folder / '0.txt'}" in found["no caption"].hint
 
 
 def test_folders_and_masks_that_are_not_used_are_told(folder: Path) -> None:
@@ -223,7 +224,9 @@ def test_folders_and_masks_that_are_not_used_are_told(folder: Path) -> None:
         "pictures in the subfolder more are not used",
         "1 picture with a mask",
     ]
-    assert looked(folder, **typed(found[2].do, folder))[2].what.startswith("1 picture with a mask: what it leaves out weighs 0:")
+    assert looked(folder, **typed(found[2].hint, folder))[2].what.startswith(
+        "1 picture with a mask: what it leaves out weighs 0:"
+    )
 
 
 def test_masks_that_are_no_use_are_told_and_the_rest_is_looked_at(folder: Path, tmp_path: Path) -> None:
@@ -235,19 +238,19 @@ def test_masks_that_are_no_use_are_told_and_the_rest_is_looked_at(folder: Path, 
     aside.save(folder / "2-masklabel.png")
     with pytest.raises(DataError, match="0-masklabel"):
         read_folder(Data(folder=folder))  # where training stops
-    survey = coach.look(resolve(flags={**FLAGS, "folder": folder, "buckets": False}))
-    found = [finding for finding in coach.find(survey) if finding.mark == "mask"]
-    assert [finding.pictures[0].name for finding in found] == ["0.png", "1.png", "2.png"]
-    assert [(finding.level, finding.command) for finding in found] == [("bad", False)] * 3
+    stats = report.measure_dataset(resolve(flags={**FLAGS, "folder": folder, "buckets": False}))
+    found = [finding for finding in report.find_problems(stats) if finding.mark == "mask"]
+    assert [finding.where[0].name for finding in found] == ["0.png", "1.png", "2.png"]
+    assert [(finding.level, finding.command) for finding in found] == [("error", False)] * 3
     for finding, what, do in zip(
         found,
         ("not a picture, whatever its name says", "1-masklabel.png is 64 x 256 pixels", "nothing is left of the mask"),
         ("save it as PNG", "draw it over the picture", "crop the picture yourself"),
         strict=True,
     ):
-        assert what in finding.what and finding.do.startswith(do)
-    assert len(survey.looks) == 4 and not any(one.example.mask for one in survey.looks)
-    coach.sheet(survey, found, tmp_path / "sheet.png")
+        assert what in finding.what and finding.hint.startswith(do)
+    assert len(stats.images) == 4 and not any(one.example.mask for one in stats.images)
+    report.write_sheet(stats, found, tmp_path / "sheet.png")
 
 
 def test_two_pictures_are_few(folder: Path) -> None:
@@ -281,7 +284,7 @@ BITS = st.lists(st.lists(st.booleans(), min_size=12, max_size=12), min_size=1, m
 @given(BITS, st.integers(0, 4))
 def test_groups_hold_neighbours_and_nothing_near_is_left_out(rows: list[list[bool]], most: int) -> None:
     hashes = [np.array(row) for row in rows]
-    groups = alike(hashes, most)
+    groups = similar_groups(hashes, most)
     home = {i: number for number, group in enumerate(groups) for i in group}
     assert len(home) == sum(map(len, groups))
     for i, one in enumerate(hashes):
@@ -290,12 +293,12 @@ def test_groups_hold_neighbours_and_nothing_near_is_left_out(rows: list[list[boo
 
 
 def test_the_base_s_resolution_is_read_from_its_configs(tiny_base: Path, tmp_path: Path) -> None:
-    assert native(Recipe()) == native(Recipe(base=str(tiny_base))) == (64, 16, "")
-    assert native(resolve(flags={"base": "nowhere", "resolution": 512})) == (512, 64, "")
-    assert native(Recipe(base=str(bases.single(tmp_path / "a.safetensors", "sd1")))) == (512, 64, "")
-    assert native(Recipe(base=str(bases.single(tmp_path / "b.safetensors", "sdxl")))) == (1024, 32, "")
+    assert native_resolution(Recipe()) == native_resolution(Recipe(base=str(tiny_base))) == (64, 16, "")
+    assert native_resolution(resolve(flags={"base": "nowhere", "resolution": 512})) == (512, 64, "")
+    assert native_resolution(Recipe(base=str(bases.single(tmp_path / "a.safetensors", "sd1")))) == (512, 64, "")
+    assert native_resolution(Recipe(base=str(bases.single(tmp_path / "b.safetensors", "sdxl")))) == (1024, 32, "")
     with pytest.raises(RecipeError, match=r"--resolution 512"):
-        native(Recipe(base="nowhere"))
+        native_resolution(Recipe(base="nowhere"))
 
 
 def test_a_base_that_was_downloaded_tells_its_resolution(
@@ -306,7 +309,7 @@ def test_a_base_that_was_downloaded_tells_its_resolution(
     (repository / "refs" / "main").write_text(hub.COMMIT)
     shutil.copytree(tiny_base, repository / "snapshots" / hub.COMMIT)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    assert native(Recipe(base="someone/tiny")) == (64, 16, "")
+    assert native_resolution(Recipe(base="someone/tiny")) == (64, 16, "")
 
 
 def test_of_a_base_on_the_hub_the_resolution_is_assumed_and_nothing_downloaded(

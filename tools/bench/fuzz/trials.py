@@ -153,7 +153,7 @@ def _no_json(name: str) -> None:
 def claimed(path: Path) -> int:
     """The entries of the largest dW that a file speaks of."""
     header = read_header(path)
-    return max((abs(math.prod(dialects.shape(header, slot))) for slot in dialects.read(header).slots.values()), default=0)
+    return max((abs(math.prod(dialects.shape(header, slot))) for slot in dialects.read_keys(header).slots.values()), default=0)
 
 
 def after(trial: Trial, reader: str, read: Callable[[], Any], path: Path) -> Trial:

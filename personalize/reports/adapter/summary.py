@@ -5,27 +5,28 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ...errors import RecipeError
 from ...recipe.resolve import from_json
 from ...recipe.settings import flatten
 from ...text import plain, readable
+from ..kit.tables import counts
 
 if TYPE_CHECKING:
     from ...adapters.describe import Description
 
-TOLD = ("base", "steps", "batch_size", "lr", "text_encoder_lr", "seed")  # of the recipe: what one asks first
+RECIPE_SETTINGS = ("base", "steps", "batch_size", "lr", "text_encoder_lr", "seed")  # of the recipe: what one asks first
 
 
-def card(found: Description) -> str:
+def as_text(found: Description) -> str:
     """Lines of `what  it is`."""
     lines = [f"{found.path}  ({readable(found.bytes)})"]
-    lines += [f"  {name:<10}{plain(text)}" for name, text in rows(found) if text]
+    lines += [f"  {name:<10}{plain(text)}" for name, text in _rows(found) if text]
     return "\n".join(lines)
 
 
-def rows(found: Description) -> Iterator[tuple[str, str]]:
+def _rows(found: Description) -> Iterator[tuple[str, str]]:
     """Names and texts; an empty text is left out."""
     if found.dialect or found.kind != "unknown":
         names = f"{found.dialect} names" if found.dialect else ""
@@ -35,17 +36,17 @@ def rows(found: Description) -> Iterator[tuple[str, str]]:
     yield "title", found.title if found.title != found.path.stem else ""
     yield "trigger", found.trigger
     yield "parts", ", ".join(f"{part} ({count} layers)" for part, count in found.parts.items())
-    yield "rank", counted(found.ranks)
-    yield "alpha", counted(found.alphas)
+    yield "rank", counts(found.ranks, "{:g} ({} layers)", 6)
+    yield "alpha", counts(found.alphas, "{:g} ({} layers)", 6)
     yield "size", f"{found.parameters:,} parameters in {found.tensors} tensors" if found.tensors else "nothing inside"
     yield "about", found.metadata.get("modelspec.description", "")
-    yield from made(found)
+    yield from _origin(found)
     if found.unmatched:
         more = f" and {len(found.unmatched) - 3} more" if len(found.unmatched) > 3 else ""
         yield "unmatched", ", ".join(found.unmatched[:3]) + more + ": these would not load"
 
 
-def made(found: Description) -> Iterator[tuple[str, str]]:
+def _origin(found: Description) -> Iterator[tuple[str, str]]:
     """How it was trained or merged, as far as the file says."""
     if merged := found.metadata.get("personalize.merge"):
         yield "merged", merged
@@ -58,16 +59,8 @@ def made(found: Description) -> Iterator[tuple[str, str]]:
     except RecipeError as error:  # somebody else's recipe, or another version's: still a file worth showing
         yield "recipe", str(error)
         return
-    yield "recipe", ", ".join(f"{name} {values[name]}" for name in TOLD)
+    yield "recipe", ", ".join(f"{name} {values[name]}" for name in RECIPE_SETTINGS)
     yield "repeat", f"personalize train FOLDER --from {shlex.quote(str(found.path))}"
-
-
-def counted(values: Mapping[Any, int]) -> str:
-    """`8`, or `8 (90 layers), 4 (32 layers)` where there are several."""
-    if len(values) == 1:
-        return f"{next(iter(values)):g}"
-    shown = [f"{value:g} ({count} layers)" for value, count in list(values.items())[:6]]
-    return ", ".join(shown) + (" ..." if len(values) > 6 else "")
 
 
 def as_json(found: Description) -> str:

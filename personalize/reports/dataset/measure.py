@@ -32,8 +32,8 @@ USUAL_MULTIPLE = 64  # of Stable Diffusion: VAE 8, UNet 8
 
 
 @dataclass(frozen=True)
-class Look:
-    """One picture: what it is stored as, where it goes, how sharp it is there, and what it looks like from afar."""
+class ImageStats:
+    """One image: its file format, its bucket, its sharpness at that size, and its perceptual hash."""
 
     example: Example
     format: str
@@ -45,62 +45,62 @@ class Look:
 
 
 @dataclass(frozen=True)
-class Survey:
-    """A folder of pictures, looked at for a recipe."""
+class DatasetStats:
+    """All images of a folder as training with a recipe would see them."""
 
     recipe: Recipe
     dataset: Dataset
     grid: Grid
     multiple: int  # what the base's networks divide a side by
-    looks: tuple[Look, ...]
-    spoiled: tuple[tuple[Path, DataError], ...] = ()  # pictures whose mask is of no use
-    assumed: str = ""  # why the base's resolution is taken to be what it is, where that is not known
+    images: tuple[ImageStats, ...]
+    bad_masks: tuple[tuple[Path, DataError], ...] = ()  # pictures whose mask is of no use
+    assumption: str = ""  # why the base's resolution is taken to be what it is, where that is not known
 
     @property
     def folder(self) -> Path:
         return self.recipe.data.folder
 
     @cached_property
-    def buckets(self) -> dict[Shape, list[Look]]:
+    def buckets(self) -> dict[Shape, list[ImageStats]]:
         """The pictures in each shape."""
-        return {shape: [one for one in self.looks if one.shape == shape] for shape in sorted({one.shape for one in self.looks})}
+        return {shape: [one for one in self.images if one.shape == shape] for shape in sorted({one.shape for one in self.images})}
 
     @cached_property
     def formats(self) -> Counter[str]:
-        return Counter(one.format for one in self.looks)
+        return Counter(one.format for one in self.images)
 
     def name(self, path: Path) -> str:
         """A picture's path inside the folder."""
         return path.relative_to(self.folder).as_posix()
 
 
-def look(recipe: Recipe) -> Survey:
-    """Look at every picture of the recipe's folder. Raises DataError and RecipeError as `read_folder` and `grid` do."""
-    side, multiple, why = native(recipe)
-    places = grid(recipe.data, side, multiple)
+def measure_dataset(recipe: Recipe) -> DatasetStats:
+    """Measure every image of the recipe's folder. Raises DataError and RecipeError as `read_folder` and `grid` do."""
+    side, multiple, why = native_resolution(recipe)
+    layout = grid(recipe.data, side, multiple)
     dataset = read_folder(recipe.data, lenient=True)
-    masked = [_masked(example, places) for example in dataset.examples]
-    looks = tuple(_look(example, places) for example, _ in masked)
-    spoiled = (*dataset.spoiled, *(lost for _, lost in masked if lost))
-    return Survey(recipe, dataset, places, multiple, looks, spoiled, "" if recipe.data.resolution else why)
+    masked = [_without_bad_mask(example, layout) for example in dataset.examples]
+    images = tuple(_measure_image(example, layout) for example, _ in masked)
+    bad_masks = (*dataset.spoiled, *(lost for _, lost in masked if lost))
+    return DatasetStats(recipe, dataset, layout, multiple, images, bad_masks, "" if recipe.data.resolution else why)
 
 
-def native(recipe: Recipe) -> tuple[int, int, str]:
+def native_resolution(recipe: Recipe) -> tuple[int, int, str]:
     """(side, multiple, "") of the recipe's base, from configs or a header alone.
 
     Of a base that only a download would tell, what its name makes likely, and why. Raises RecipeError where nothing says.
     """
     path = NAMED.get(recipe.base, Path(recipe.base).expanduser())
     if not path.exists():
-        from ...models.sources import is_hub_id, locate  # with torch, which a look does not need otherwise
+        from ...models.sources import is_hub_id, locate  # with torch, which nothing else here needs
 
         if is_hub_id(recipe.base):
             try:
                 path = locate(recipe.base, download=False)
             except BaseModelError:
-                return assumed(recipe.base)
+                return assumed_resolution(recipe.base)
     if path.is_file() and (family := family_in({key: entry.shape for key, entry in read_header(path).tensors.items()})):
-        return *_sides(family), ""
+        return *_resolution(family), ""
     try:
         unet, vae = (json.loads((path / part / "config.json").read_text(encoding="utf-8")) for part in ("unet", "vae"))
         factor = 2 ** (len(vae["block_out_channels"]) - 1)
@@ -112,45 +112,45 @@ def native(recipe: Recipe) -> tuple[int, int, str]:
         raise RecipeError(what, "say it: --resolution 512, or 1024 for SDXL") from error
 
 
-def assumed(base: str) -> tuple[int, int, str]:
+def assumed_resolution(base: str) -> tuple[int, int, str]:
     """(side, multiple, why) of a base on the hub by its name: those of SDXL say so, and most others are SD 1.x.
 
-    >>> assumed("someone/anime-xl")
+    >>> assumed_resolution("someone/anime-xl")
     (1024, 32, 'that of SDXL, which its name speaks of')
     """
     if "xl" in base.lower():
-        return *_sides(ROWS["sdxl"]), "that of SDXL, which its name speaks of"
-    return *_sides(ROWS["sd1"]), "that of SD 1.x, as its name does not speak of SDXL"
+        return *_resolution(ROWS["sdxl"]), "that of SDXL, which its name speaks of"
+    return *_resolution(ROWS["sd1"]), "that of SD 1.x, as its name does not speak of SDXL"
 
 
-def _sides(family: Family) -> tuple[int, int]:
+def _resolution(family: Family) -> tuple[int, int]:
     return unet_config(family)["sample_size"] * FACTOR, FACTOR * 2 ** (len(family.unet.channels) - 1)
 
 
-def can_hash() -> bool:
+def has_imagehash() -> bool:
     """Whether the library for perceptual hashes is installed."""
     return importlib.util.find_spec("imagehash") is not None
 
 
-def _masked(example: Example, places: Grid) -> tuple[Example, tuple[Path, DataError] | None]:
+def _without_bad_mask(example: Example, layout: Grid) -> tuple[Example, tuple[Path, DataError] | None]:
     """An example without a mask of which the crop leaves nothing, and what is wrong with that."""
     try:
         if example.mask:
-            load_mask(example, places.shape_of(example.size), 1)
+            load_mask(example, layout.shape_of(example.size), 1)
     except DataError as error:
         return replace(example, mask=None, mask_sha256=""), (example.path, error)
     return example, None
 
 
-def _look(example: Example, places: Grid) -> Look:
-    shape = places.shape_of(example.size)
+def _measure_image(example: Example, layout: Grid) -> ImageStats:
+    shape = layout.shape_of(example.size)
     sharp = sharpness(np.asarray(load_picture(example, shape).convert("L"), dtype=np.float64) / 255)
     width, height = example.size
     hashes: tuple[np.ndarray | None, ...] = (None, None)
-    if can_hash():
-        seen = load_picture(example, (HASHED, max(1, HASHED * height // width)))
-        hashes = _hash(seen), _hash(ImageOps.mirror(seen))
-    return Look(example, _format(example.path), shape, kept(example.size, shape), sharp, *hashes)
+    if has_imagehash():
+        small = load_picture(example, (HASHED, max(1, HASHED * height // width)))
+        hashes = _hash(small), _hash(ImageOps.mirror(small))
+    return ImageStats(example, _format(example.path), shape, kept(example.size, shape), sharp, *hashes)
 
 
 def _format(path: Path) -> str:

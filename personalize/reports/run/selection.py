@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .curves import Panel, panel
+from ..kit.curves import Panel, plot
 from .read import Record, Run, number
 
 HEADS = {"fit": "error gone", "validation": "not learned", "drift": "drift", "contrast": "contrast", "score": "score"}
@@ -13,8 +13,8 @@ LINES = (("fit", "error gone", "smooth"), ("validation", "on pictures not learne
 
 
 @dataclass(frozen=True)
-class Choice:
-    """What the page tells about the choice."""
+class Selection:
+    """What the page says about the chosen checkpoint."""
 
     step: int
     best: int
@@ -27,8 +27,8 @@ class Choice:
     panels: tuple[Panel, ...]
 
 
-def choice(run: Run) -> Choice | None:
-    """The choice of a run that made one and told all about it."""
+def selection(run: Run) -> Selection | None:
+    """The selection of a run that made one, if all its scores are there; None otherwise."""
     chosen = run.chosen
     by_step = {record["step"]: record for record in run.scored if record["strength"] == 1}
     if not chosen or chosen["step"] not in by_step:
@@ -38,24 +38,24 @@ def choice(run: Run) -> Choice | None:
     unseen = any(record["validation"] != record["fit"] for record in by_step.values())
     keys = [key for key in HEADS if unseen or key != "validation"]
     low, high = chosen["low"], chosen["high"]
-    return Choice(
+    return Selection(
         step=step,
         best=chosen["best"],
         judged_by=chosen["judged_by"],
         learned=(number(by_step[step]["fit"]) or 0.0) > 0,
         range=f"{low:g} to {high:g}" if low != high else f"{low:g}",
         heads=tuple(HEADS[key] for key in keys),
-        rows=tuple((at, tuple(shown(record, key) for key in keys), at == step) for at, record in sorted(by_step.items())),
+        rows=tuple((at, tuple(cell(record, key) for key in keys), at == step) for at, record in sorted(by_step.items())),
         unseen=unseen,
         panels=tuple(
             drawn
             for title, records in (("by step", sorted(by_step.items())), (f"step {step} by strength", sorted(own.items())))
-            if (drawn := plotted(title, records, unseen))
+            if (drawn := curves(title, records, unseen))
         ),
     )
 
 
-def shown(record: Record, key: str) -> str:
+def cell(record: Record, key: str) -> str:
     """A figure: shares in per cent, the score as it is."""
     value = number(record[key])
     if value is None:
@@ -63,11 +63,11 @@ def shown(record: Record, key: str) -> str:
     return f"{value:.2f}" if key == "score" else f"{100 * value:.0f} %"
 
 
-def plotted(title: str, records: Sequence[tuple[float, Record]], unseen: bool) -> Panel | None:
+def curves(title: str, records: Sequence[tuple[float, Record]], unseen: bool) -> Panel | None:
     """Curves over steps or strengths, in per cent of the base's error."""
     lines = []
     for key, label, kind in LINES:
         points = [(x, 100 * value) for x, record in records if (value := number(record[key])) is not None]
         if len(points) > 1 and (unseen or key != "validation"):
             lines.append((kind, label, points))
-    return panel(title, lines, []) if lines else None
+    return plot(title, lines, []) if lines else None

@@ -11,11 +11,11 @@ from ...recipe.settings import settings
 from .read import Run, number
 
 DEFAULT_BASE = settings()["base"].default
-DISPLAYED_BY_UIS = {"sd1", "sd2", "sdxl"}  # families whose base those UIs can load
+UI_FAMILIES = {"sd1", "sd2", "sdxl"}  # families whose base those UIs can load
 
 
 @dataclass(frozen=True)
-class Use:
+class Program:
     """One program: its name, a line before each piece of code, and a remark."""
 
     title: str
@@ -23,7 +23,7 @@ class Use:
     remark: str = ""
 
 
-def uses(run: Run, prompt: str) -> list[Use]:
+def programs(run: Run, prompt: str) -> list[Program]:
     """Commands that use the run's adapter on a prompt; none before there is an adapter."""
     if not run.adapter:
         return []
@@ -36,23 +36,24 @@ def strength(run: Run) -> float:
     return preferred if preferred and preferred > 0 else 0.8
 
 
-def generate(run: Run, prompt: str) -> str:
+def generate_command(run: Run, prompt: str) -> str:
     """The command that draws with this adapter."""
-    return shlex.join(["personalize", "generate", prompt, "--adapter", f"{_shown(_file(run))}:{strength(run):g}"])
+    return shlex.join(["personalize", "generate", prompt, "--adapter", f"{_typed(_file(run))}:{strength(run):g}"])
 
 
-def repeat(run: Run) -> str:
+def train_command(run: Run) -> str:
     """The command that trains the same adapter again."""
     folder = str(run.recipe.get("folder") or "FOLDER")
-    recipe = str(_shown(run.folder / "recipe.toml"))
-    return shlex.join(["personalize", "train", folder, "--preset", recipe, "--output", f"{_shown(run.folder)}-again"])
+    recipe = str(_typed(run.folder / "recipe.toml"))
+    return shlex.join(["personalize", "train", folder, "--preset", recipe, "--output", f"{_typed(run.folder)}-again"])
 
 
-def _here(run: Run, prompt: str) -> Use:
-    return Use("personalize", (("Draw with it", generate(run, prompt)), ("Train the same adapter again", repeat(run))))
+def _here(run: Run, prompt: str) -> Program:
+    parts = (("Draw with it", generate_command(run, prompt)), ("Train the same adapter again", train_command(run)))
+    return Program("personalize", parts)
 
 
-def _diffusers(run: Run, prompt: str) -> Use:
+def _diffusers(run: Run, prompt: str) -> Program:
     name = run.trigger if run.trigger.isidentifier() else "mine"
     pipeline = "StableDiffusionXLPipeline" if _family(run) == "sdxl" else "StableDiffusionPipeline"
     reader = "from_single_file" if _base(run).endswith(".safetensors") else "from_pretrained"
@@ -62,7 +63,7 @@ def _diffusers(run: Run, prompt: str) -> Use:
         f"from diffusers import {pipeline}",
         "",
         f"base = {_folder_of_base(run)}",
-        f"adapter = {str(_shown(_file(run)))!r}",
+        f"adapter = {str(_typed(_file(run)))!r}",
         f"pipe = {pipeline}.{reader}(base)",
         f"pipe.load_lora_weights(adapter, adapter_name={name!r})",
         f"pipe.set_adapters({name!r}, {strength(run):g})",
@@ -74,31 +75,31 @@ def _diffusers(run: Run, prompt: str) -> Use:
         ").images[0]",
         'image.save("out.png")',
     ]
-    return Use("diffusers", (("pip install diffusers peft transformers", "\n".join(lines)),))
+    return Program("diffusers", (("pip install diffusers peft transformers", "\n".join(lines)),))
 
 
-def _a1111(run: Run, prompt: str) -> Use:
+def _a1111(run: Run, prompt: str) -> Program:
     folder = "stable-diffusion-webui/models/Lora/"
     tag = f"<lora:{_file(run).stem}:{strength(run):g}> {prompt}"
     parts = ((f"Put it into {folder}", _copy(run, folder)), ("Type this as the prompt", tag))
-    return Use("A1111 and Forge", (*_kohya_first(run), *parts), _remark(run))
+    return Program("A1111 and Forge", (*_conversion(run), *parts), _remark(run))
 
 
-def _comfyui(run: Run) -> Use:
+def _comfyui(run: Run) -> Program:
     folder, weight = "ComfyUI/models/loras/", round(strength(run), 4)
     node = f"""{{"class_type": "LoraLoader", "inputs": {{
   "lora_name": {json.dumps(_file(run).name, ensure_ascii=False)},
   "strength_model": {weight}, "strength_clip": {weight},
   "model": ["4", 0], "clip": ["4", 1]}}}}"""
     parts = ((f"Put it into {folder}", _copy(run, folder)), ("Add a Load LoRA node (as API json)", node))
-    return Use("ComfyUI", (*_kohya_first(run), *parts), _remark(run))
+    return Program("ComfyUI", (*_conversion(run), *parts), _remark(run))
 
 
-def _kohya_first(run: Run) -> tuple[tuple[str, str], ...]:
+def _conversion(run: Run) -> tuple[tuple[str, str], ...]:
     """UIs take the kohya dialect only; other files are converted first."""
     if run.recipe.get("dialect", "kohya") == "kohya":
         return ()
-    path = str(_shown(_file(run)))
+    path = str(_typed(_file(run)))
     code = f"from personalize.adapters import Adapter; Adapter.load({path!r}).save({path!r}, dialect='kohya')"
     what = f"This file is in the {run.recipe['dialect']} dialect: make it a kohya file first"
     return ((what, shlex.join(["python", "-c", code])),)
@@ -106,11 +107,11 @@ def _kohya_first(run: Run) -> tuple[tuple[str, str], ...]:
 
 def _copy(run: Run, folder: str) -> str:
     files = [_file(run).with_suffix(suffix) for suffix in (".safetensors", ".json", ".png")]
-    return shlex.join(["cp", *(str(_shown(path)) for path in files if path.is_file()), folder])
+    return shlex.join(["cp", *(str(_typed(path)) for path in files if path.is_file()), folder])
 
 
 def _remark(run: Run) -> str:
-    if _family(run) in DISPLAYED_BY_UIS or (not _family(run) and not _shipped(run)):
+    if _family(run) in UI_FAMILIES or (not _family(run) and not _shipped(run)):
         return ""
     return (
         f"These programs load Stable Diffusion checkpoints, and {Path(_base(run)).name} is not one: "
@@ -141,7 +142,7 @@ def _folder_of_base(run: Run) -> str:
     return f'str(files("personalize") / "{_base(run)}/weights")' if _shipped(run) else repr(_base(run))
 
 
-def _shown(path: Path) -> Path:
+def _typed(path: Path) -> Path:
     """A path as one would type it from here."""
     here, there = Path.cwd(), path.resolve()
     return there.relative_to(here) if there.is_relative_to(here) else path
