@@ -38,6 +38,8 @@ types: $(READY)
 docs: $(READY)
 	$(BIN)/python -m personalize.recipe.reference > docs/recipe.md.tmp
 	mv docs/recipe.md.tmp docs/recipe.md
+	$(BIN)/python -m tools.architecture > docs/architecture.md.tmp
+	mv docs/architecture.md.tmp docs/architecture.md
 
 # How well the base obeys, and how well it personalizes; minutes to hours.
 bench: $(READY)

@@ -20,37 +20,11 @@ from personalize.recipe.fields import Recipe
 from personalize.recipe.reference import reference
 from personalize.recipe.samplers import SAMPLERS
 from personalize.recipe.settings import settings
+from tools import architecture
+from tools.architecture import FLOORS, PACKAGE, ROOT, circle, file_imports, imported_names, modules, room_of
 
-ROOT = Path(__file__).parents[1]
-HOUSE = ROOT / "personalize"
-
-# A file imports only from lower floors, or its own folder.
-FLOORS = (
-    *("errors", "lazy", "registry", "text", "findings", "io", "formats", "families", "adapters", "recipe", "models", "data"),
-    *("tuning", "inference", "training", "backends", "reports", "cli", "__init__", "__main__"),
-)
+HOUSE = PACKAGE
 LIGHT = {"torch", "safetensors"}  # all that adapters/ may need, so that it works inside any host
-
-
-def modules() -> list[Path]:
-    return sorted(path for path in HOUSE.rglob("*.py") if "__pycache__" not in path.parts)
-
-
-def home(path: Path) -> str:
-    """The nameplate on the door: `recipe` for recipe/fields.py, `base` for base.py."""
-    return path.relative_to(HOUSE).with_suffix("").parts[0]
-
-
-def imports(path: Path) -> Iterator[str]:
-    """Absolute names of what a file imports, wherever in the file."""
-    package = ["personalize", *path.relative_to(HOUSE).parts[:-1]]
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            above = package[: len(package) - node.level + 1] if node.level else []
-            prefix = ".".join([*above, *filter(None, [node.module])])
-            yield from (f"{prefix}.{alias.name}" for alias in node.names) if prefix == "personalize" else [prefix]
 
 
 def functions() -> Iterator[tuple[str, int]]:
@@ -63,11 +37,20 @@ def functions() -> Iterator[tuple[str, int]]:
 
 @pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(HOUSE)))
 def test_a_file_imports_only_from_lower_floors(path: Path) -> None:
-    own = home(path)
-    assert own in FLOORS, f"{own} has no floor yet: give it one here and in CONTRIBUTING.md"
-    for name in imports(path):
-        if name.startswith("personalize.") and (other := name.split(".")[1]) != own and other in FLOORS:
-            assert FLOORS.index(other) < FLOORS.index(own), f"{path.relative_to(ROOT)} imports {other}, which is not below it"
+    own, order = room_of(path), list(FLOORS)
+    assert own in FLOORS, f"{own} has no floor yet: give it one in tools/architecture.py"
+    for name in imported_names(path):
+        parts = [*name.split("."), ""]
+        if parts[0] == "personalize" and (other := parts[1]) != own and other in FLOORS:
+            assert order.index(other) < order.index(own), f"{path.relative_to(ROOT)} imports {other}, which is not below it"
+
+
+def test_no_files_import_each_other_in_a_circle() -> None:
+    assert [str(path.relative_to(ROOT)) for path in circle(file_imports())] == []
+
+
+def test_the_architecture_page_is_fresh() -> None:
+    assert (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8") == architecture.page(), "run `make docs`"
 
 
 @pytest.mark.parametrize(
@@ -81,8 +64,8 @@ def test_adapters_need_torch_and_safetensors_only(path: Path) -> None:
     named += [node.module for node in top if isinstance(node, ast.ImportFrom) and not node.level and node.module]
     outside = {name.split(".")[0] for name in named} - set(sys.stdlib_module_names) - LIGHT - {"personalize"}
     assert not outside
-    inside = {name.split(".")[1] for name in imports(path) if name.startswith("personalize.")}
-    assert inside <= {"adapters", "families", "formats", "errors", "findings", "io", "lazy", "registry", "text"}
+    inside = {name.split(".")[1] for name in imported_names(path) if name.startswith("personalize.")}
+    assert inside <= {"adapters", "families", "formats", "errors", "io", "lazy", "text", "registry", "findings"}
 
 
 def test_numbers_to_live_by(capsys: pytest.CaptureFixture[str]) -> None:
@@ -108,7 +91,7 @@ def test_no_blanket_except_and_no_pickles() -> None:
                     isinstance(node.type, ast.Name) and node.type.id in ("Exception", "BaseException")
                 )
                 assert not blanket, f"{path.relative_to(ROOT)}:{node.lineno}"
-        assert not {"pickle", "shelve", "marshal"} & set(imports(path)), path
+        assert not {"pickle", "shelve", "marshal"} & {name.split(".")[0] for name in imported_names(path)}, path
 
 
 def test_the_public_names() -> None:
