@@ -298,7 +298,7 @@ pipeline_tag: text-to-image
 ---
 # pocket
 
-Stable Diffusion in miniature: the same classes and folder layout as SD 1.5 at {size} px, trained from random weights on drawn scenes.
+Stable Diffusion in miniature: the same classes and folder layout as SD 1.5 at {size} px, trained from nothing on drawn scenes.
 
 - **Data**: {pool:,} images (in the last run) of the world in `tools/pocket/world.py` ({objects} objects,
   {colours} colours, {places} places, {styles} styles; some combinations held out), each with one caption.
