@@ -298,20 +298,20 @@ pipeline_tag: text-to-image
 ---
 # pocket
 
-A Stable Diffusion in miniature: the same classes and folder layout as SD 1.5 at {size} px, trained from nothing on drawn scenes.
+Stable Diffusion in miniature: the same classes and folder layout as SD 1.5 at {size} px, trained from nothing on drawn scenes.
 
-- **Data**: {pool:,} pictures (in the last run) of the world in `personalize/pocket/world.py` ({objects} objects,
+- **Data**: {pool:,} images (in the last run) of the world in `tools/pocket/world.py` ({objects} objects,
   {colours} colours, {places} places, {styles} styles; some combinations held out), each with one caption.
   {individuals:.0%} show an invented individual, {looks:.0%} an invented look; none of the benchmark's.
-  Nothing else: no photographs, no scraped pictures.
+  Nothing else: no photographs, no scraped images.
 - **Objective**: {objective}; 10 % of captions dropped; averaged weights.
 - **Made by** `python -m tools.pocket.pretrain --work DIR`, on {cores}{again}; stage by stage:
 
-| run | stage | steps | pictures seen | seconds | last loss |
+| run | stage | steps | images seen | seconds | last loss |
 |---|---|---|---|---|---|
 {rows}
 
-How well it obeys prompts is measured by `python -m tools.pocket.proof base`: docs/figures/base.md.
+How well it follows prompts is measured by `python -m tools.pocket.proof base`: docs/figures/base.md.
 """
 
 

@@ -18,14 +18,14 @@ SUBJECT, STYLE = "scarf cat", "stained glass"
 
 README = """# Sample data
 
-Two things that the embedded base `pocket` has never seen, drawn by its world and captioned as a person would.
+A subject and a style that the embedded base model `pocket` has never seen, drawn like its training scenes, with captions.
 
-| folder | pictures | what | trigger |
+| folder | images | what | trigger |
 | --- | --- | --- | --- |
 | `subject/` | {subjects} | {looks} | `{subject.trigger}`, class `{subject.class_name}` |
-| `style/` | {styles} | pictures in the style *{style.name}* | `{style.trigger}` |
+| `style/` | {styles} | images in the style *{style.name}* | `{style.trigger}` |
 
-Learn them:
+Train on them:
 
     personalize train sample_data/subject --trigger {subject.trigger} --class {subject.class_name} --preset pocket-subject
     personalize train sample_data/style --trigger {style.trigger} --preset pocket-style
