@@ -1,4 +1,4 @@
-"""From a handful of pictures to a portable adapter: `personalize train FOLDER`, or this small typed API.
+"""From a handful of images to a portable adapter: `personalize train FOLDER`, or this small typed API.
 
     import personalize
 
@@ -14,7 +14,7 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 from .lazy import Lazy
 
