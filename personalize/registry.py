@@ -19,7 +19,13 @@ from .errors import RecipeError, nearest
 
 BUILT_IN: dict[str, dict[str, str]] = {
     "kinds": {},
-    "families": {},
+    "families": {  # in the order in which they are recognised
+        "pocket": "personalize.families.pocket:POCKET",
+        "sd1": "personalize.families.sd:SD1",
+        "sd2": "personalize.families.sd:SD2",
+        "sdxl": "personalize.families.sdxl:SDXL",
+        "sdxl-refiner": "personalize.families.sdxl:REFINER",
+    },
     "objectives": {
         "none": "personalize.training.objectives.denoise:build",
         "images": "personalize.training.objectives.denoise:build",

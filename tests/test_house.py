@@ -82,7 +82,7 @@ def test_adapters_need_torch_and_safetensors_only(path: Path) -> None:
     outside = {name.split(".")[0] for name in named} - set(sys.stdlib_module_names) - LIGHT - {"personalize"}
     assert not outside
     inside = {name.split(".")[1] for name in imports(path) if name.startswith("personalize.")}
-    assert inside <= {"adapters", "families", "formats", "errors", "io", "lazy", "text"}
+    assert inside <= {"adapters", "families", "formats", "errors", "io", "lazy", "registry", "text"}
 
 
 def test_numbers_to_live_by(capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,10 +20,9 @@ from torch import Tensor, nn
 
 from ..adapters.adapter import Adapter
 from ..adapters.delta import Delta, Dense, LowRank, as_low_rank
-from ..adapters.strengths.grammar import Weighting, read
+from ..adapters.strengths.grammar import Weighting, every_part, read
 from ..errors import AdapterError, FamilyMismatchError
-from ..families.configs import canonical, native
-from ..families.names import PARTS, same
+from ..families.names import PARTS, canonical, native, same
 from ..models.model import Base
 from ..recipe.fields import AdapterSpec
 from .layers import NAME, Following, follow, lowered
@@ -156,7 +155,7 @@ class Attached:
         self._shift(0.0)
         for part, model in self.base.parts.items():
             found = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
-            gone = [name for name in found if canonical(part, name) not in keep]
+            gone = [name for name in found if canonical(f"{part}.{name}") not in keep]
             for name in gone:
                 parent, _, leaf = name.rpartition(".")
                 setattr(model.get_submodule(parent), leaf, found[name].base_layer)
@@ -218,7 +217,7 @@ def weighting_of(strengths: Strengths) -> Weighting:
     if isinstance(strengths, Weighting | str):
         return read(strengths.split(":")) if isinstance(strengths, str) else strengths
     named = strengths if isinstance(strengths, Mapping) else dict.fromkeys(PARTS, strengths)
-    return Weighting({part: named.get(part, 1.0) for part in PARTS})
+    return Weighting(every_part(named))
 
 
 def check_fit(base: Base, adapter: Adapter) -> None:

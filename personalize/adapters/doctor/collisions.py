@@ -142,7 +142,7 @@ def collide(adapters: Sequence[Adapter], weights: Sequence[float] | None = None,
                 sums[(a, b), block] = sums[(a, b), block].plus(met)
     name = family.name if family else "unknown"
     blocks = tuple(strengths(name, one) for one in norms)
-    short = tuple(all(keys.part_of(path) != "unet" or "attentions" in path for path in one) for one in norms)
+    short = tuple(all(keys.part_of(path) not in keys.DENOISERS or "attentions" in path for path in one) for one in norms)
     meetings = tuple(_meeting(pair, block, sums[pair, block], blocks) for pair, block in _ordered(sums, blocks))
     return Collision(name, tuple(map(float, weights)), blocks, short, meetings, unknown)
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from statistics import median
 
 from ...families import names as keys
-from ...families.family import A1111
+from ...families.names import A1111
 from .. import dialects, hosts
 from ..kinds.kind import ALPHA, DORA, MAGNITUDE
 from .measures import SHARE, Exam, Finding, Module

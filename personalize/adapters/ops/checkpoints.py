@@ -17,7 +17,8 @@ from torch import Tensor
 
 from ...errors import AdapterError, BaseModelError, FamilyMismatchError, nearest
 from ...families import names as keys
-from ...families.checkpoint import Weights, check_destination, close, open_weights, rewrite
+from ...families.checkpoint import open_weights
+from ...formats.checkpoint import Weights, check_destination, close, rewrite
 from ...formats.header import short
 from ..adapter import Adapter
 from ..delta import Delta, Dense, LowRank, frobenius

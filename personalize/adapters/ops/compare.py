@@ -41,7 +41,7 @@ def compared(a: Adapter, b: Adapter) -> list[Row]:
     for path in paths:
         groups.setdefault(keys.part_of(path), []).append(path)
     if family := a.model or b.model:
-        own = [path for path in paths if keys.part_of(path) == "unet"]
+        own = [path for path in paths if keys.part_of(path) in keys.DENOISERS]
         groups |= {
             block: members for block in names(family) if (members := [path for path in own if block_of(family, path) == block])
         }

@@ -20,11 +20,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import cache
+from typing import TypeVar
 
 from ...errors import AdapterError, nearest
 from ...families import names as keys
 from .curves import ALWAYS, CURVE, NUMBER, Curve, Strength, Window, level, number, spelled, strength
 
+S = TypeVar("S", float, Strength)
 STRENGTH = rf"(?:{CURVE}|{NUMBER})"
 BLOCKS = r"[\w+.,-]+"
 PATTERN = r"[\w.*?\[\]-]*[.*?][\w.*?\[\]-]*"
@@ -38,7 +40,7 @@ PIECES = (  # what may stand between colons
 )
 PIECE = re.compile("|".join(PIECES), re.IGNORECASE)
 SUFFIX = re.compile(rf"(?P<path>.+?)(?P<rest>(?::(?:{re.sub('[?]P<[a-z]+>', '?:', PIECE.pattern)}))+)", re.IGNORECASE)
-PARTS = {"unet": "unet", "te": "text_encoder", "te2": "text_encoder_2"}
+PARTS = {"unet": keys.DENOISERS[0], "te": "text_encoder", "te2": "text_encoder_2"}  # `unet` stands for any denoiser
 PRESETS = {  # of SD's 17 blocks: BASE, IN01 02 04 05 07 08, MID, OUT03 .. OUT11
     "NONE": (0,) * 17,
     "ALL": (1,) * 17,
@@ -117,7 +119,7 @@ class Weighting:
         return value
 
 
-WHOLE = Weighting(dict.fromkeys(PARTS.values(), 1.0))
+WHOLE = Weighting(dict.fromkeys(keys.PARTS, 1.0))
 
 
 def split(text: str) -> tuple[str, Weighting]:
@@ -171,18 +173,24 @@ def by_part(bare: Sequence[Strength], named: Mapping[str, Strength], text_first:
         raise AdapterError("too many strengths", "write PATH:BOTH, PATH:UNET:TEXT or PATH:unet=0.8:te=0.5")
     if text_first:
         te = named.get("text_encoder", bare[0] if bare else 1.0)
-        unet = named.get("unet", bare[1] if len(bare) > 1 else te)
+        unet = named.get(PARTS["unet"], bare[1] if len(bare) > 1 else te)
     else:
-        unet, te = (bare[0], bare[-1]) if bare else (named.get("unet", 1.0), named.get("text_encoder", 1.0))
-    return {"unet": unet, "text_encoder": te, "text_encoder_2": named.get("text_encoder_2", te)}
+        unet, te = (bare[0], bare[-1]) if bare else (named.get(PARTS["unet"], 1.0), named.get("text_encoder", 1.0))
+    return every_part({PARTS["unet"]: unet, "text_encoder": te, "text_encoder_2": named.get("text_encoder_2", te)})
+
+
+def every_part(named: Mapping[str, S]) -> dict[str, S | float]:
+    """A strength for every part of any family. Denoisers that are not named go by the one that is, text encoders beyond the
+    second by the first; what nothing is said of counts 1."""
+    denoiser = next((named[part] for part in keys.DENOISERS if part in named), 1.0)
+    others = {part: named.get("text_encoder" if part not in PARTS.values() else part, 1.0) for part in keys.TEXT_PARTS}
+    return {**dict.fromkeys(keys.DENOISERS, denoiser), **others, **named}
 
 
 @cache
 def names(family: keys.Family, attention: bool = False) -> tuple[str, ...]:
-    """The blocks of a family's UNet in LBW's order, or those with attention; BASE first."""
-    found = {block_of(family, path) for path in keys.ldm_names(family) if not attention or "attentions" in path}
-    order = {"B": 0, "I": 1, "M": 2, "O": 3}
-    return tuple(sorted({"BASE", *found}, key=lambda block: (order[block[0]], block)))
+    """The blocks of a family's denoiser in LBW's order, or those with attention; BASE first."""
+    return family.denoiser.blocks(attention)
 
 
 def block_of(family: keys.Family, path: str) -> str:
@@ -191,10 +199,8 @@ def block_of(family: keys.Family, path: str) -> str:
     >>> block_of(keys.FAMILIES[1], "unet.mid_block.resnets.0.conv1")
     'MID'
     """
-    name = keys.ldm_names(family).get(path.removesuffix(".bias"), "")
-    kind, _, rest = name.partition(".")
-    number = int(rest.partition(".")[0]) if kind in ("input_blocks", "output_blocks") else 0
-    return {"input_blocks": f"IN{number:02}", "middle_block": "MID", "output_blocks": f"OUT{number:02}"}.get(kind, "BASE")
+    part, _, own = path.removesuffix(".bias").partition(".")
+    return family.denoiser.block_of(own) if part == family.denoiser.part else "BASE"
 
 
 def blocks(text: str, family: keys.Family | None) -> dict[str, float]:
