@@ -29,7 +29,13 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "norm": "personalize.adapters.kinds.full:NORM",
         "dora": "personalize.adapters.kinds.dora:DORA_KIND",
     },
-    "families": {},
+    "families": {  # in the order in which they are recognised
+        "pocket": "personalize.families.pocket:POCKET",
+        "sd1": "personalize.families.sd:SD1",
+        "sd2": "personalize.families.sd:SD2",
+        "sdxl": "personalize.families.sdxl:SDXL",
+        "sdxl-refiner": "personalize.families.sdxl:REFINER",
+    },
     "objectives": {
         "none": "personalize.training.objectives.denoise:build",
         "images": "personalize.training.objectives.denoise:build",

@@ -17,16 +17,14 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+from transformers import CLIPTextConfig
 
-from personalize.families.addresses import addresses, text_prefix
-from personalize.families.configs import text_config, unet_config
-from personalize.families.family import FAMILIES, Family, Text
-from personalize.families.names import canonical, weights
-from personalize.families.tokens import clip_tokenizer
-from personalize.models.single import SCHEDULER
+from personalize.families.clip import Clip
+from personalize.families.family import Family, addresses, weights
+from personalize.families.names import ROWS, canonical
+from personalize.families.sd import SCHEDULER
+from personalize.families.unet import UNet
 
-ROWS = {family.name: family for family in FAMILIES}
 TEXT_WIDTHS = {"sd1": (32,), "sd2": (64,), "sdxl": (32, 64), "sdxl-refiner": (64,)}
 VAE = {
     "latent_channels": 4,
@@ -43,12 +41,15 @@ PREDICTS = {"prediction_type": "epsilon"}
 def tiny(name: str) -> Family:
     """A family's row with its own depths, and widths of next to nothing."""
     row, widths = ROWS[name], TEXT_WIDTHS[name]
-    texts = tuple(replace(text, width=width, layers=3) for text, width in zip(row.texts, widths, strict=True))
-    added = texts[-1].width + (5 if name == "sdxl-refiner" else 6) * 16 if row.unet.added else 0
-    channels = (32, *[64] * (len(row.unet.channels) - 1))
-    depth = tuple(min(depth, 2) for depth in row.unet.depth)
-    unet = replace(row.unet, channels=channels, depth=depth, middle=min(row.unet.middle, 2), context=sum(widths), added=added)
-    return replace(row, unet=unet, texts=texts)
+    unet = row.denoiser
+    assert isinstance(unet, UNet)
+    clips = [text for text in row.texts if isinstance(text, Clip)]
+    texts = tuple(replace(text, width=width, layer_count=3) for text, width in zip(clips, widths, strict=True))
+    added = texts[-1].width + unet.told * 16 if unet.added else 0
+    channels = (32, *[64] * (len(unet.channels) - 1))
+    depth = tuple(min(depth, 2) for depth in unet.depth)
+    unet = replace(unet, channels=channels, depth=depth, middle=min(unet.middle, 2), context=sum(widths), added=added)
+    return replace(row, denoiser=unet, texts=texts)
 
 
 def row(name: str, true: bool) -> Family:
@@ -56,9 +57,8 @@ def row(name: str, true: bool) -> Family:
     return ROWS[name] if true else tiny(name)
 
 
-def text_model(text: Text, openclip: bool) -> Any:
-    kind = CLIPTextModelWithProjection if text.projection else CLIPTextModel
-    return kind(CLIPTextConfig(**text_config(text, 49408, openclip)))
+def text_model(text: Clip) -> Any:
+    return text.model()(CLIPTextConfig(**text.config(49408)))
 
 
 @contextmanager
@@ -75,10 +75,10 @@ def models(name: str, channels: int = 4, true: bool = False) -> dict[str, Any]:
     """Every part of a base in fp16, weights as the classes draw them; `channels` is what its UNet reads."""
     torch.manual_seed(sum(map(ord, name)))
     family = row(name, true)
-    config = unet_config(family) | {"in_channels": channels} | ({} if true else {"sample_size": 8})
+    config = family.denoiser.config(family.texts) | {"in_channels": channels} | ({} if true else {"sample_size": 8})
     scale = 0.13025 if name == "sdxl" else 0.18215
     with halves():
-        parts = {text.part: text_model(text, text_prefix(family, text.part)[1]) for text in family.texts}
+        parts = {text.part: text_model(text) for text in family.texts if isinstance(text, Clip)}
         vae = AutoencoderKL(**(TRUE_VAE if true else VAE), scaling_factor=scale)
         return {"unet": UNet2DConditionModel(**config), "vae": vae, **parts}
 
@@ -91,8 +91,7 @@ def folder(path: Path, name: str, *, channels: int = 4, **scheduler: Any) -> Pat
         model.save_pretrained(path / part)
     family = tiny(name)
     for text in family.texts:
-        pad = "!" if text_prefix(family, text.part)[1] else "<|endoftext|>"
-        clip_tokenizer(pad).save_pretrained(path / text.part.replace("text_encoder", "tokenizer"))
+        text.own_tokenizer().save_pretrained(path / text.part.replace("text_encoder", "tokenizer"))
     settings = {
         key: value
         for key, value in (SCHEDULER | scheduler).items()
@@ -130,7 +129,7 @@ def ldm(name: str, channels: int = 4, true: bool = False) -> dict[str, Tensor]:
         for key, some in found.items()
     }
     if name == "sd2":  # the last of OpenCLIP's layers, which nobody listens to
-        prefix, count = "cond_stage_model.model.transformer.resblocks.", family.texts[0].layers
+        prefix, count = "cond_stage_model.model.transformer.resblocks.", family.texts[0].layer_count
         last, unread = f"{prefix}{count - 1}.", f"{prefix}{count}."
         tensors |= {key.replace(last, unread): value.clone() for key, value in tensors.items() if last in key}
     return tensors | {

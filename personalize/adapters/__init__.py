@@ -12,8 +12,8 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING
 
-from ..families.family import FAMILIES, PARTS, Family
-from ..families.names import canonical, family_of
+from ..families.family import Family
+from ..families.names import FAMILIES, PARTS, canonical, family_of
 from ..lazy import Lazy
 from .describe import Description, describe
 

@@ -13,8 +13,8 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import AdapterError, FamilyMismatchError, nearest
-from ..families.family import PARTS, Family, Shape
-from ..families.names import canonical, family_of, kin, part_of
+from ..families.family import Family, Shape
+from ..families.names import PARTS, canonical, family_of, kin, part_of
 from ..formats.header import short
 from ..formats.tensors import one_thread, with_ending
 from . import files

@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from ..errors import AdapterError, HostileFileError, UnmatchedKeysError, nearest
-from ..families.family import FAMILIES, PARTS, Shape
-from ..families.names import KOHYA_PREFIXES, canonical, find_kohya, part_of
+from ..families.family import Shape
+from ..families.names import DENOISERS, FAMILIES, KOHYA_PREFIXES, PARTS, TOPS, canonical, find_kohya, part_of
 from ..formats.header import Header, short
 from . import kinds
 
@@ -165,7 +165,8 @@ def stems(dialect: str, paths: Collection[str], names: Mapping[str, str]) -> dic
         return {path: names[path] for path in paths}
     if dialect == "diffusers":
         return {path: path for path in paths}
-    alone = set(map(part_of, paths)) in ({"unet"}, {"text_encoder"})  # the part can be told from the path behind it
+    parts = set(map(part_of, paths))
+    alone = len(parts) == 1 and parts <= {*DENOISERS, "text_encoder"}  # the part can be told from the path behind it
     native = {path: path.replace("text_encoder.text_model.", "text_encoder.") for path in paths}
     return {path: f"base_model.model.{name.partition('.')[2] if alone else name}" for path, name in native.items()}
 
@@ -216,11 +217,10 @@ def _explicit(path: str) -> str:
     """The canonical path behind an explicit one, which may lack its part or use old attention names; "" if unknown."""
     if part_of(path) not in PARTS:
         homes = {"text_model": "text_encoder", "encoder": "text_encoder", "text_projection": "text_encoder_2"}
-        unet = ("down_blocks", "mid_block", "up_blocks", "conv_in", "conv_out", "time_embedding", "add_embedding")
-        part = homes.get(part_of(path)) or ("unet" if part_of(path) in unet else "")
+        part = (homes | TOPS).get(part_of(path), "")
         path = f"{part}.{path}" if part else ""
     if old := _OLD_ATTENTION.search(path):
-        leaf = f"to_{old[1]}" if path.startswith("unet.") else f"{old[1]}_proj"
+        leaf = f"to_{old[1]}" if part_of(path) in DENOISERS else f"{old[1]}_proj"
         path = f"{path[: old.start()]}.{'to_out.0' if leaf == 'to_out' else leaf}"
     return canonical(path)
 

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from ..errors import AdapterError, HostileFileError, nearest
-from ..families.family import FAMILIES, Family, Shape, weights
-from ..families.names import canonical, family_of, kohya_names, part_of, resolve_shape, says
+from ..families.family import Family, Shape, weights
+from ..families.names import FAMILIES, canonical, family_of, kohya_names, part_of, resolve_shape, says
 from ..formats.header import Header, opened, read_header, read_scalar, short
 from ..formats.tensors import HASHES, TORCH, Writer, one_thread, read_tensor
 from ..io import atomic, weights_hash, write_text

@@ -1,6 +1,7 @@
 """What other programs make of our files: the layer that each key is applied to, and how strongly. A second opinion; no torch.
 
 Each row follows a reader's own rules, from its source and not from our tables of names; tests hold them against the sources.
+They know UNets alone: HOSTS says which families.
 A1111 counts blocks in LDM's numbers, three to a level, and takes what it cannot translate for LDM's own names.
 ComfyUI makes a table of every layer's names, forward from the model's configuration, under LDM's and diffusers' names.
 diffusers rewrites kohya's names by replacing words; LDM's blocks it renumbers first. It takes files that hold LoRA alone.
@@ -19,8 +20,10 @@ from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple
 
-from ..families.family import PARTS, Family, UNet, modules
-from ..families.names import part_of
+from ..families.clip import Clip
+from ..families.family import Family, modules
+from ..families.names import PARTS, part_of
+from ..families.unet import UNet
 from .dialects import Slot
 from .kinds import BIASES
 
@@ -164,19 +167,27 @@ _INNER = ["norm1", "norm2", "norm3", "ff.net.0.proj", "ff.net.2"]
 _INNER += [f"attn{i}.to_{leaf}" for i in (1, 2) for leaf in ("q", "k", "v", "out.0")]
 
 
+def _unet(family: Family) -> UNet:
+    """The denoiser of the families that the rows below know."""
+    assert isinstance(family.denoiser, UNet)
+    return family.denoiser
+
+
 @cache
 def _layers(row: UNet) -> Mapping[str, str]:
     """diffusers' path => LDM's, for every layer that a UNet of these counts may have, and some that it lacks."""
     found = dict(_OUTER)
-    step = row.layers + 1
+    step = row.layers_per_block + 1
     for level, depth in enumerate(row.depth):
-        for i in range(row.layers):
+        for i in range(row.layers_per_block):
             found |= _level(f"down_blocks.{level}", i, depth, f"input_blocks.{1 + level * step + i}")
         found[f"down_blocks.{level}.downsamplers.0.conv"] = f"input_blocks.{(level + 1) * step}.0.op"
     for level, depth in enumerate(reversed(row.depth)):
         for i in range(step):
             found |= _level(f"up_blocks.{level}", i, depth, f"output_blocks.{level * step + i}")
-        found[f"up_blocks.{level}.upsamplers.0.conv"] = f"output_blocks.{level * step + row.layers}.{2 if depth else 1}.conv"
+        found[f"up_blocks.{level}.upsamplers.0.conv"] = (
+            f"output_blocks.{level * step + row.layers_per_block}.{2 if depth else 1}.conv"
+        )
     for i in range(2):
         found |= {f"mid_block.resnets.{i}.{leaf}": f"middle_block.{2 * i}.{ldm}" for leaf, ldm in _RESNET.items()}
     return found | _attention("mid_block.attentions.0", row.middle, "middle_block.1")
@@ -202,15 +213,16 @@ _CLIP = ("mlp.fc1", "mlp.fc2", "self_attn.q_proj", "self_attn.k_proj", "self_att
 def _comfy(family: Family) -> Mapping[str, str]:
     """Every name => canonical path. Under diffusers' names, attention is that of processors, as diffusers wrote it until 0.21."""
     found: dict[str, str] = {}
-    for path, ldm in _layers(family.unet).items():
+    for path, ldm in _layers(_unet(family)).items():
         old = path.replace(".to_", ".processor.to_").replace(".to_out.0", ".to_out")
         names = [f"lora_unet_{ldm}", f"lora_unet_{path}", f"lycoris_{path}"]
         found |= {name.replace(".", "_"): f"unet.{path}" for name in names}
         found |= {f"diffusion_model.{ldm}": f"unet.{path}", f"unet.{old}": f"unet.{path}", old: f"unet.{path}"}
     for text in family.texts:
+        assert isinstance(text, Clip)
         second = text.part == "text_encoder_2" and len(family.texts) > 1
         prefixes = ("lora_te2",) if second else ("lora_te",) if text.projection else ("lora_te", "lora_te1")
-        for leaf in (f"text_model.encoder.layers.{i}.{leaf}" for i in range(text.layers) for leaf in _CLIP):
+        for leaf in (f"text_model.encoder.layers.{i}.{leaf}" for i in range(text.layer_count) for leaf in _CLIP):
             found |= {f"{prefix}_{leaf}".replace(".", "_"): f"{text.part}.{leaf}" for prefix in prefixes}
             found[f"{'text_encoder_2' if second else 'text_encoder'}.{leaf}"] = f"{text.part}.{leaf}"
         if text.projection:
@@ -247,7 +259,7 @@ def _in_ldm(leaf: str) -> str:
 @cache
 def _ldm_layers(family: Family) -> Mapping[str, str]:
     """LDM's name with underscores => canonical path."""
-    return {ldm.replace(".", "_"): f"unet.{path}" for path, ldm in _layers(family.unet).items()}
+    return {ldm.replace(".", "_"): f"unet.{path}" for path, ldm in _layers(_unet(family)).items()}
 
 
 def _a1111_where(stem: str, family: Family) -> str:
@@ -321,7 +333,7 @@ def _diffusers_where(stem: str, family: Family) -> str:
         return stem
     prefix, _, name = stem.removeprefix("lora_").partition("_")
     if prefix == "unet":
-        return f"unet.{_replace_words(_renumber(name, family.unet.layers + 1), _WORDS)}"
+        return f"unet.{_replace_words(_renumber(name, _unet(family).layers_per_block + 1), _WORDS)}"
     return f"{'text_encoder_2' if prefix == 'te2' else 'text_encoder'}.{_replace_words(name, _TEXT_WORDS)}"
 
 

@@ -174,17 +174,17 @@ def usual_preset(base: str, needed: bool = True) -> str:
 
     Where the base is not `needed`, nothing is downloaded, and "" is the answer for what is no base.
     """
-    names, family = {"sd1": "sd15", "sd2": "sd21"}, base
+    prefix = base
     if base != "pocket":  # which is known without opening anything
         from ..models.model import family_at
 
         try:
-            family = family_at(base, download=needed).name
+            prefix = family_at(base, download=needed).preset
         except PersonalizeError:
             if needed:
                 raise
             return ""
-    return f"{names.get(family, family)}-subject"
+    return f"{prefix}-subject"
 
 
 def recipe_of(adapter: Path) -> Recipe:

@@ -82,7 +82,7 @@ def loaded(files: Files, allow_unmatched: bool) -> list[Adapter]:
 def target(output: Path, *read: Path) -> Path:
     """The file to write. Raises OutputError for a folder's name, for another format's, and for a file that is read."""
     from ..adapters.dialects import file_of
-    from ..families.checkpoint import overwrites
+    from ..formats.checkpoint import overwrites
     from ..formats.tensors import with_ending
 
     path = with_ending(output)

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Latents:
-    """A dataset as the UNet sees it, on the CPU: each picture in its bucket's shape, and whatever else a step asks of it."""
+    """A dataset as the denoiser sees it, on the CPU: each picture in its bucket's shape, and whatever else a step asks of it."""
 
     captions: list[str]  # n of them
     sizes: list[Shape]  # of the pictures themselves, upright
@@ -109,8 +109,8 @@ def on_demand(base: Base, dataset: Dataset, recipe: Recipe, keep: int | None = 2
 
 
 def grid_of(base: Base, recipe: Recipe) -> Grid:
-    """Where a recipe's pictures go on a base. Its UNet halves the latents once between any two of its levels."""
-    return grid(recipe.data, base.resolution, base.factor * 2 ** (len(base.unet.config.block_out_channels) - 1))
+    """Where a recipe's pictures go on a base."""
+    return grid(recipe.data, base.resolution, base.factor * base.family.denoiser.multiple)
 
 
 def load_pixels(example: Example, shape: int | Shape) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a UNet is conditioned on, as one value."""
+"""What a denoiser is conditioned on, as one value."""
 
 from __future__ import annotations
 
@@ -25,6 +25,11 @@ class Cond:
 
     def to(self, device: str | torch.device) -> Cond:
         return self._each(lambda one: one.to(device))
+
+    def cast(self, dtype: torch.dtype) -> Cond:
+        """What the text encoders said, in another dtype; sizes stay as they are."""
+        pooled = None if self.pooled is None else self.pooled.to(dtype)
+        return Cond(self.tokens.to(dtype), pooled, self.sizes)
 
     def expand(self, b: int) -> Cond:
         """One row, b times."""

@@ -1,87 +1,27 @@
-"""Model families as compact rows, and every weight that follows from a row.
+"""A model family: all that is true of it, as a composition of rows. Every weight and name of a model follows from them.
 
-The layer list of a family is generated forward from its row, with the shape of each weight and whether it has a bias.
-A new family is a new row in FAMILIES; a test holds each row against the real diffusers and transformers classes.
+A family is ONE file: a denoiser (unet.py holds that of Stable Diffusion 1, 2 and XL), text encoders (clip.py), the latents, the
+noise, and the words that files use. It is a row of the table "families" in registry.py; tests/families holds each against the
+real classes of diffusers and transformers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cache
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-Shape = tuple[int, ...]
-PARTS = ("unet", "text_encoder", "text_encoder_2")
+from ..formats.header import Address
+from ..formats.shapes import Shape
+from .noise import VP, Noise
 
+if TYPE_CHECKING:  # names and shapes are known without torch
+    from torch import Tensor
 
-@dataclass(frozen=True)
-class UNet:
-    """The numbers of a `UNet2DConditionModel` that decide its module names and weight shapes."""
+    from .cond import Cond
 
-    channels: tuple[int, ...]  # block_out_channels
-    depth: tuple[int, ...]  # transformer layers per attention at each level; 0 is a level without attention
-    middle: int  # the same, in the middle block
-    context: int  # cross_attention_dim
-    layers: int = 2  # layers_per_block
-    latent: int = 4  # in_channels and out_channels
-    linear: bool = False  # use_linear_projection
-    added: int = 0  # projection_class_embeddings_input_dim (SDXL's size and crop conditioning)
-
-
-@dataclass(frozen=True)
-class Text:
-    """The numbers of a `CLIPTextModel`, and the prefix that kohya's tools give it."""
-
-    width: int
-    layers: int
-    kohya: str = "lora_te"
-    projection: bool = False  # CLIPTextModelWithProjection
-    part: str = "text_encoder"  # where pipelines keep it
-
-
-@dataclass(frozen=True)
-class Family:
-    """A model family: its architecture, and what files of it say about themselves."""
-
-    name: str
-    unet: UNet
-    texts: tuple[Text, ...]
-    base_version: str  # ss_base_model_version, read by A1111
-    architecture: str  # modelspec.architecture, read by Forge
-    blocks: tuple[str, ...] = ("diffusers", "ldm")  # whose UNet block names its kohya files use; the first is written
-
-
-FAMILIES = (
-    Family(
-        "pocket", UNet((96, 192), (1, 1), 1, 192, layers=1, latent=16), (Text(192, 4),), "pocket", "pocket/lora", ("diffusers",)
-    ),
-    Family("sd1", UNet((320, 640, 1280, 1280), (1, 1, 1, 0), 1, 768), (Text(768, 12),), "sd_v1", "stable-diffusion-v1/lora"),
-    Family(
-        "sd2",
-        UNet((320, 640, 1280, 1280), (1, 1, 1, 0), 1, 1024, linear=True),
-        (Text(1024, 23),),
-        "sd_v2",
-        "stable-diffusion-v2-512/lora",
-    ),
-    Family(
-        "sdxl",
-        UNet((320, 640, 1280), (0, 2, 10), 10, 2048, linear=True, added=2816),
-        (Text(768, 12, "lora_te1"), Text(1280, 32, "lora_te2", projection=True, part="text_encoder_2")),
-        "sdxl_base_v1-0",
-        "stable-diffusion-xl-v1-base/lora",
-        ("ldm", "diffusers"),  # UIs take SDXL's convolutions under LDM's names only
-    ),
-    Family(  # its only text encoder is SDXL's second: diffusers calls it so, ComfyUI alone patches it, and as `lora_te`
-        "sdxl-refiner",
-        UNet((384, 768, 1536, 1536), (0, 4, 4, 0), 4, 1280, linear=True, added=2560),
-        (Text(1280, 32, projection=True, part="text_encoder_2"),),
-        "sdxl_refiner_v1-0",
-        "stable-diffusion-xl-v1-refiner/lora",
-        ("ldm", "diffusers"),
-    ),
-)
-A1111 = {"sd1": "SD1", "sd2": "SD2", "sdxl": "SDXL", "sdxl-refiner": "SDXL"}  # its word for families
+Read = tuple["Tensor", "Tensor | None"]  # what a text encoder makes of b prompts: states [b, n, d] and, if it projects, [b, p]
 
 
 class Layer(NamedTuple):
@@ -90,6 +30,191 @@ class Layer(NamedTuple):
     path: str
     shape: Shape
     bias: bool = True
+
+
+class Network(Protocol):
+    """A row of numbers that decide a network's layers: what denoisers and text encoders have in common."""
+
+    @property
+    def part(self) -> str:
+        """Where pipelines keep it; every canonical path begins with it."""
+
+    @property
+    def prefixes(self) -> tuple[str, ...]:
+        """How kohya-like files begin the names of its layers; the first is written."""
+
+    @property
+    def targets(self) -> Mapping[str, str]:
+        """What people call groups of its layers => a pattern of their whole paths."""
+
+    def layers(self) -> Iterator[Layer]:
+        """Every weight that an adapter may change."""
+
+    def tables(self) -> Sequence[str]:
+        """Paths of the parameters that none changes: embedding tables."""
+
+    def address(self, path: str) -> Address | None:
+        """Where a parameter (a layer's path; its bias behind `.bias`) lies in a single file; None for families without those."""
+
+    def model(self) -> Any:
+        """The class to build and load."""
+
+
+class Denoiser(Network, Protocol):
+    """What predicts noise, velocity or flow from noisy latents."""
+
+    @property
+    def latent(self) -> int:
+        """Channels that it writes."""
+
+    @property
+    def multiple(self) -> int:
+        """Sides of latents must be multiples of it."""
+
+    @property
+    def structure(self) -> str:
+        """What models of one family have in common, whatever their widths and depths."""
+
+    @property
+    def sized(self) -> bool:
+        """Whether it is told how large an image was and how it was cropped."""
+
+    def spelled(self, style: str) -> Mapping[str, str]:
+        """A layer's path => the path that another tool gives it: "diffusers", or "ldm" for single files."""
+
+    def block_of(self, path: str) -> str:
+        """The block that a layer counts to in strengths by block (IN04, ...); BASE if to none."""
+
+    def blocks(self, attention: bool = False) -> tuple[str, ...]:
+        """Its blocks in order behind BASE, all or those of the short lists."""
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Denoiser:
+        """A row from a model's config. Raises KeyError, TypeError or ValueError for another structure."""
+
+    @classmethod
+    def recognise(cls, shapes: Mapping[str, Shape]) -> Denoiser | None:
+        """A row from a single file's keys and shapes."""
+
+    @classmethod
+    def reads(cls, shapes: Mapping[str, Shape]) -> int:
+        """Channels that the model in a single file reads: more than it writes for inpainting and the like."""
+
+    @staticmethod
+    def beside(channels: int, title: str) -> str:
+        """What a model of this title is that reads so many channels beside the noisy latents."""
+
+    def config(self, texts: Sequence[TextRow]) -> dict[str, Any]:
+        """The row as its class' config."""
+
+    def forward(self, model: Any, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """Noisy latents [b, c, h, w], what it is told of time [b], conditioning of b prompts => prediction [b, c, h, w]."""
+
+
+class TextRow(Network, Protocol):
+    """A text encoder."""
+
+    @property
+    def width(self) -> int:
+        """Of its states."""
+
+    @property
+    def layer_count(self) -> int:
+        """How many transformer layers it has."""
+
+    @property
+    def optional(self) -> bool:
+        """Whether the model can go without it."""
+
+    def recognise(self, shapes: Mapping[str, Shape]) -> TextRow | None:
+        """The row with the numbers of a single file's; None if it is not there."""
+
+    def config(self, tokens: int) -> dict[str, Any]:
+        """The row as its class' config, for so many tokens."""
+
+    def load_tokenizer(self, folder: Any) -> Any:
+        """The tokenizer of a folder. Raises BaseModelError."""
+
+    def own_tokenizer(self) -> Any:
+        """The tokenizer of a single file, which holds none. Raises BaseModelError where none came along."""
+
+    def reader(self, tokenizer: Any, model: Any, clip_skip: int = 1) -> Any:
+        """Tokenizer and model, as what reads prompts (text.py). Raises BaseModelError for a layer that is not there."""
+
+
+@dataclass(frozen=True)
+class LatentFormat:
+    """How a VAE's latents become those of a denoiser: latents = (raw - shift) * scale."""
+
+    channels: int = 4
+    factor: int = 8  # pixels per latent along one side
+    scale: float = 0.18215
+    shift: float = 0.0
+    side: int = 512  # pixels that the VAE was trained at
+    upcast: bool = False  # its own weights overflow in fp16
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> LatentFormat:
+        """That of an AutoencoderKL's config."""
+        shift, factor = config.get("shift_factor") or 0, 2 ** (len(config["block_out_channels"]) - 1)
+        return cls(config["latent_channels"], factor, config["scaling_factor"], shift)
+
+    def scaled(self, raw: Tensor) -> Tensor:
+        """The VAE's latents => the denoiser's."""
+        return (raw - self.shift) * self.scale
+
+    def raw(self, latents: Tensor) -> Tensor:
+        """The denoiser's latents => the VAE's."""
+        return latents / self.scale + self.shift
+
+
+Combine = Callable[["Family", Sequence[Read]], "Cond"]
+
+
+@dataclass(frozen=True)
+class Family:
+    """A model family: its networks, latents and noise, and what files of it say about themselves."""
+
+    name: str
+    title: str
+    denoiser: Denoiser
+    texts: tuple[TextRow, ...]
+    combine: Combine = field(repr=False)  # what the text encoders say => one conditioning
+    base_version: str = "unknown"  # ss_base_model_version, read by A1111
+    architecture: str = "unknown/lora"  # modelspec.architecture, read by Forge
+    preset: str = ""  # its presets begin so
+    a1111: str = ""  # A1111's word for it; "": it has none
+    latents: LatentFormat = LatentFormat()
+    noise: Callable[[Mapping[str, Any]], Noise] = VP.of  # a scheduler's config => its noise
+    scheduler: Mapping[str, Any] = field(default_factory=dict)  # of single files, which hold none
+    blocks: tuple[str, ...] = ("diffusers", "ldm")  # whose names of the denoiser's layers kohya files use, the written first
+    silent: bool = False  # whether an empty negative prompt is zeros, not the text encoder's word for it
+    kin: bool = True  # whether models of its structure in other sizes are of this family
+    refused: str = ""  # why it can neither be trained nor drawn with
+    velocity_version: str = ""  # base_version of models that predict velocity, if they have their own
+    velocity_architecture: str = ""
+    velocity_side: int = 0  # latents along one side that those were trained at, if another
+    telling: str = ""  # the norm of which biases tell, by their spread, that a model predicts velocity
+
+    def __hash__(self) -> int:
+        return hash((self.name, self.denoiser, self.texts))
+
+    @property
+    def networks(self) -> tuple[Network, ...]:
+        """The denoiser, then the text encoders."""
+        return (self.denoiser, *self.texts)
+
+    def network(self, part: str) -> Network:
+        """The row of a part."""
+        return next(row for row in self.networks if row.part == part)
+
+    def version_of(self, noise: Noise) -> str:
+        """kohya's word for a model of it, such as `sd_v2_v`."""
+        return (self.velocity_version if noise.prediction == "v_prediction" else "") or self.base_version
+
+    def architecture_of(self, noise: Noise) -> str:
+        """ModelSpec's word for a model of it."""
+        return (self.velocity_architecture if noise.prediction == "v_prediction" else "") or self.architecture
 
 
 @cache
@@ -109,91 +234,37 @@ def weights(family: Family) -> Mapping[str, Shape]:
     return {layer.path: layer.shape for layer in layers} | biases
 
 
+@cache
+def addresses(family: Family) -> Mapping[str, Address]:
+    """Canonical path of every parameter of the denoiser and the text encoders => its address in a single file.
+
+    Paths name parameters: `unet.conv_in` is the weight, `unet.conv_in.bias` the bias; norms and embedding tables are there too.
+    The VAE has no canonical paths: nothing in this package changes one.
+    """
+    rows = {row.part: row for row in family.networks}
+    paths = (*weights(family), *(f"{row.part}.{name}" for row in family.texts for name in row.tables()))
+    found = {path: rows[path.partition(".")[0]].address(path.partition(".")[2]) for path in paths}
+    return {path: address for path, address in found.items() if address}
+
+
+@cache
+def parameters_at(family: Family) -> Mapping[str, tuple[str, ...]]:
+    """The way back: a single file's key => the paths of the parameters in it, one or (q, k, v) three."""
+    table: dict[str, tuple[str, ...]] = {}
+    for path, address in addresses(family).items():
+        table[address.key] = (*table.get(address.key, ()), path)
+    return table
+
+
+def split_bias(path: str) -> tuple[str, str]:
+    """A parameter's layer, and what it is there.
+
+    >>> split_bias("conv_in.bias"), split_bias("conv_in")
+    (('conv_in', 'bias'), ('conv_in', 'weight'))
+    """
+    return (path.removesuffix(".bias"), "bias") if path.endswith(".bias") else (path, "weight")
+
+
 def _layers(family: Family) -> list[Layer]:
     """All layers of all parts, by canonical path."""
-    parts = [("unet", _unet(family.unet)), *((text.part, _text(text)) for text in family.texts)]
-    return [layer._replace(path=f"{part}.{layer.path}") for part, layers in parts for layer in layers]
-
-
-# --- layer lists ----------------------------------------------------------------------------------------------------
-
-
-def _unet(row: UNet) -> Iterator[Layer]:
-    first, last, levels = row.channels[0], row.channels[-1], len(row.channels)
-    yield Layer("conv_in", (first, row.latent, 3, 3))
-    yield Layer("conv_norm_out", (first,))
-    yield Layer("conv_out", (row.latent, first, 3, 3))
-    yield from _embedding("time_embedding", first, 4 * first)
-    if row.added:
-        yield from _embedding("add_embedding", row.added, 4 * first)
-
-    width = first
-    for i, channels in enumerate(row.channels):
-        for j in range(row.layers):
-            yield from _resnet(row, f"down_blocks.{i}.resnets.{j}", width, channels)
-            yield from _transformer(row, f"down_blocks.{i}.attentions.{j}", channels, row.depth[i])
-            width = channels
-        if i < levels - 1:
-            yield Layer(f"down_blocks.{i}.downsamplers.0.conv", (channels, channels, 3, 3))
-
-    for j in range(2):
-        yield from _resnet(row, f"mid_block.resnets.{j}", last, last)
-    yield from _transformer(row, "mid_block.attentions.0", last, row.middle)
-
-    upwards, depth = row.channels[::-1], row.depth[::-1]
-    for i, channels in enumerate(upwards):
-        below = upwards[min(i + 1, levels - 1)]
-        for j in range(row.layers + 1):
-            skip = below if j == row.layers else channels
-            yield from _resnet(row, f"up_blocks.{i}.resnets.{j}", width + skip, channels)
-            yield from _transformer(row, f"up_blocks.{i}.attentions.{j}", channels, depth[i])
-            width = channels
-        if i < levels - 1:
-            yield Layer(f"up_blocks.{i}.upsamplers.0.conv", (channels, channels, 3, 3))
-
-
-def _embedding(path: str, width: int, out: int) -> Iterator[Layer]:
-    yield Layer(f"{path}.linear_1", (out, width))
-    yield Layer(f"{path}.linear_2", (out, out))
-
-
-def _resnet(row: UNet, path: str, width: int, out: int) -> Iterator[Layer]:
-    yield Layer(f"{path}.norm1", (width,))
-    yield Layer(f"{path}.conv1", (out, width, 3, 3))
-    yield Layer(f"{path}.time_emb_proj", (out, 4 * row.channels[0]))
-    yield Layer(f"{path}.norm2", (out,))
-    yield Layer(f"{path}.conv2", (out, out, 3, 3))
-    if width != out:
-        yield Layer(f"{path}.conv_shortcut", (out, width, 1, 1))
-
-
-def _transformer(row: UNet, path: str, width: int, depth: int) -> Iterator[Layer]:
-    if not depth:
-        return
-    yield Layer(f"{path}.norm", (width,))
-    for projection in ("proj_in", "proj_out"):
-        yield Layer(f"{path}.{projection}", (width, width) if row.linear else (width, width, 1, 1))
-    for block in (f"{path}.transformer_blocks.{k}" for k in range(depth)):
-        for norm in ("norm1", "norm2", "norm3"):
-            yield Layer(f"{block}.{norm}", (width,))
-        for attention, context in (("attn1", width), ("attn2", row.context)):
-            yield Layer(f"{block}.{attention}.to_q", (width, width), bias=False)
-            yield Layer(f"{block}.{attention}.to_k", (width, context), bias=False)
-            yield Layer(f"{block}.{attention}.to_v", (width, context), bias=False)
-            yield Layer(f"{block}.{attention}.to_out.0", (width, width))
-        yield Layer(f"{block}.ff.net.0.proj", (8 * width, width))  # GEGLU: values and gates
-        yield Layer(f"{block}.ff.net.2", (width, 4 * width))
-
-
-def _text(row: Text) -> Iterator[Layer]:
-    for i in range(row.layers):
-        layer = f"text_model.encoder.layers.{i}"
-        for leaf in ("q_proj", "k_proj", "v_proj", "out_proj"):
-            yield Layer(f"{layer}.self_attn.{leaf}", (row.width, row.width))
-        for norm in ("layer_norm1", "layer_norm2"):
-            yield Layer(f"{layer}.{norm}", (row.width,))
-        yield Layer(f"{layer}.mlp.fc1", (4 * row.width, row.width))
-        yield Layer(f"{layer}.mlp.fc2", (row.width, 4 * row.width))
-    yield Layer("text_model.final_layer_norm", (row.width,))
-    if row.projection:
-        yield Layer("text_projection", (row.width, row.width), bias=False)
+    return [layer._replace(path=f"{row.part}.{layer.path}") for row in family.networks for layer in row.layers()]

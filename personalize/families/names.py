@@ -1,34 +1,47 @@
 """Every name that the layers of a model family go by, and which family a file's names and shapes are of.
 
 Names with underscores for dots (kohya's) are ambiguous backwards, so they are only ever looked up in tables that are built
-forward from the layer lists of architecture.py. Norms have names like other layers; a bias goes by its layer's.
+forward from the layer lists of the families' rows. Norms have names like other layers; a bias goes by its layer's.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from functools import cache
+from typing import Any
 
-from .family import FAMILIES, PARTS, Family, Shape, UNet, weights
-from .family import Text as Text
+from ..formats.shapes import Shape as Shape
+from ..formats.shapes import same as same
+from ..registry import table
+from .family import Family, weights
 from .family import modules as modules
 
-# How files begin the names of a part's layers, beside the way that is written (Text.kohya). sd-scripts names OFT by itself;
-# `lycoris` is LyCORIS on a bare UNet. A lone text encoder is `lora_te` to most tools, and `lora_te1` to some.
-_SPOKEN = {"unet": ("lora_unet", "oft_unet", "lycoris"), "text_encoder": ("lora_te", "lora_te1"), "text_encoder_2": ("lora_te2",)}
-KOHYA_PREFIXES = tuple(f"{prefix}_" for part in PARTS for prefix in _SPOKEN[part])
+FAMILIES: tuple[Family, ...] = tuple(table("families").values())  # in the order in which they are recognised
+ROWS = {family.name: family for family in FAMILIES}
+A1111 = {family.name: family.a1111 for family in FAMILIES if family.a1111}  # its word for families
+DENOISERS = tuple(dict.fromkeys(family.denoiser.part for family in FAMILIES))  # what pipelines call them
+PARTS = (*DENOISERS, *sorted({row.part for family in FAMILIES for row in family.texts}))
+TEXT_PARTS = PARTS[len(DENOISERS) :]
+KOHYA_PREFIXES = tuple(dict.fromkeys(f"{prefix}_" for family in FAMILIES for row in family.networks for prefix in row.prefixes))
+# The first word of a path inside a denoiser => which one.
+TOPS = {layer.path.partition(".")[0]: row.denoiser.part for row in FAMILIES for layer in row.denoiser.layers()}
 
 
 def canonical(path: str) -> str:
-    """The one path of a module, whatever the library version: text encoders always say `text_model`.
+    """The one path of a module, whatever the library version: CLIP's text encoders always say `text_model`.
 
     >>> canonical("text_encoder.encoder.layers.0.mlp.fc1")
     'text_encoder.text_model.encoder.layers.0.mlp.fc1'
     """
     part, _, rest = path.partition(".")
-    inside = part != "unet" and rest.startswith(("encoder.", "embeddings.", "final_layer_norm"))
+    inside = part not in DENOISERS and rest.startswith(("encoder.layers.", "embeddings.", "final_layer_norm"))
     return f"{part}.text_model.{rest}" if inside else path
+
+
+def native(path: str, models: Mapping[str, Any]) -> tuple[str, str]:
+    """A canonical path => part and the module's own path there: CLIPTextModel lost its `text_model` in transformers 5.6."""
+    part, _, own = path.partition(".")
+    return part, own if hasattr(models.get(part), "text_model") else own.removeprefix("text_model.")
 
 
 def part_of(path: str) -> str:
@@ -46,7 +59,7 @@ def part_of(path: str) -> str:
 @cache
 def kohya_names(family: Family) -> Mapping[str, str]:
     """Canonical path => the name that kohya's tools write and UIs know, for each layer of `weights`, norms too."""
-    written = {"unet": "lora_unet"} | {text.part: text.kohya for text in family.texts}
+    written = {row.part: row.prefixes[0] for row in family.networks}
     return {path: f"{written[part_of(path)]}_{body}" for path, body in _bodies(family, family.blocks[0]).items()}
 
 
@@ -54,28 +67,27 @@ def kohya_names(family: Family) -> Mapping[str, str]:
 def kohya_paths(family: Family) -> Mapping[str, str]:
     """Every kohya name that a file of this family may use => canonical path.
 
-    UNet blocks as diffusers and as LDM name them, in any mixture; text encoders with and without `text_model`.
+    The denoiser's blocks as diffusers and as LDM name them, in any mixture; text encoders with and without `text_model`.
     """
-    written: dict[str, tuple[str, ...]] = {text.part: (text.kohya,) for text in family.texts}
+    prefixes = {row.part: row.prefixes for row in family.networks}
     paths = {}
     for path, body in (item for blocks in family.blocks for item in _bodies(family, blocks).items()):
-        part = part_of(path)
-        for prefix in {*written.get(part, ()), *_SPOKEN[part]}:
+        for prefix in prefixes[part_of(path)]:
             paths[f"{prefix}_{body}"] = paths[f"{prefix}_{body.removeprefix('text_model_')}"] = path
     return paths
 
 
 @cache
 def ldm_names(family: Family) -> Mapping[str, str]:
-    """Canonical path => the path inside an LDM checkpoint's `model.diffusion_model`, for each layer of the UNet."""
-    blocks = _ldm_blocks(family.unet)
-    return {path: _ldm_path(path.partition(".")[2], blocks) for path in _layers(family) if part_of(path) == "unet"}
+    """Canonical path => the path inside an LDM checkpoint's `model.diffusion_model`, for each layer of the denoiser."""
+    return {f"{family.denoiser.part}.{path}": name for path, name in family.denoiser.spelled("ldm").items()}
 
 
 def _bodies(family: Family, blocks: str) -> dict[str, str]:
-    """Canonical path => kohya name without its prefix, with the UNet's blocks named as diffusers or LDM does."""
-    renamed = ldm_names(family) if blocks == "ldm" else {}
-    return {path: renamed.get(path, path.partition(".")[2]).replace(".", "_") for path in _layers(family)}
+    """Canonical path => kohya name without its prefix, with the denoiser's blocks named as diffusers or LDM does."""
+    own = {f"{family.denoiser.part}.{path}": name for path, name in family.denoiser.spelled(blocks).items()}
+    texts = {path: path.partition(".")[2] for path in _layers(family) if part_of(path) != family.denoiser.part}
+    return {path: name.replace(".", "_") for path, name in (own | texts).items()}
 
 
 def _layers(family: Family) -> list[str]:
@@ -128,22 +140,6 @@ def find_kohya(shapes: Mapping[str, Shape], metadata: Mapping[str, str]) -> Mapp
 # --- shapes ---------------------------------------------------------------------------------------------------------
 
 
-def same(shape: Shape, known: Shape) -> bool:
-    """Whether a shape as a file tells it may be that of a known weight.
-
-    -1 matches anything (OFT and IA3 tell one side or none), [out, in * kh * kw] a convolution (LoHa and LoKr store it flat),
-    and a 1x1 convolution is as good as a linear layer.
-
-    >>> same((320, 36), (320, 4, 3, 3)), same((320, -1), (320, 4, 3, 3)), same((320, 4), (320, 4, 3, 3))
-    (True, True, False)
-    """
-    if (len(shape), len(known)) == (2, 4):
-        known = (known[0], math.prod(known[1:]))
-    elif (len(shape), len(known)) == (4, 2):
-        known = (*known, 1, 1)
-    return len(shape) == len(known) and all(size in (-1, true) for size, true in zip(shape, known, strict=True))
-
-
 def resolve_shape(path: str, shape: Shape, family: Family | None) -> Shape:
     """The weight's true shape, where this family has it and `shape` may be it; else `shape` as given."""
     known = weights(family).get(path) if family else None
@@ -152,54 +148,3 @@ def resolve_shape(path: str, shape: Shape, family: Family | None) -> Shape:
 
 def _fits(shapes: Mapping[str, Shape], known: Mapping[str, Shape]) -> bool:
     return bool(shapes) and all(path in known and same(shape, known[path]) for path, shape in shapes.items())
-
-
-# --- LDM's names ----------------------------------------------------------------------------------------------------
-
-_LDM_RESNET = {
-    "norm1": "in_layers.0",
-    "conv1": "in_layers.2",
-    "time_emb_proj": "emb_layers.1",
-    "norm2": "out_layers.0",
-    "conv2": "out_layers.3",
-    "conv_shortcut": "skip_connection",
-}
-
-
-def _ldm_path(path: str, blocks: Mapping[str, str]) -> str:
-    """A UNet path under LDM's names; `blocks` holds the beginning of every path."""
-    words = path.split(".")
-    n = next(n for n in range(1, len(words) + 1) if ".".join(words[:n]) in blocks)
-    leaf = [_LDM_RESNET[words[n]]] if "resnets" in words else words[n:]
-    return ".".join([blocks[".".join(words[:n])], *leaf])
-
-
-def _ldm_blocks(row: UNet) -> dict[str, str]:
-    """diffusers block => LDM block: LDM numbers a level's layers and its resampler in one row."""
-    blocks = {
-        "conv_in": "input_blocks.0.0",
-        "conv_norm_out": "out.0",
-        "conv_out": "out.2",
-        "time_embedding.linear_1": "time_embed.0",
-        "time_embedding.linear_2": "time_embed.2",
-        "add_embedding.linear_1": "label_emb.0.0",
-        "add_embedding.linear_2": "label_emb.0.2",
-        "mid_block.resnets.0": "middle_block.0",
-        "mid_block.attentions.0": "middle_block.1",
-        "mid_block.resnets.1": "middle_block.2",
-    }
-    for i, depth in enumerate(row.depth):
-        first = 1 + i * (row.layers + 1)
-        for j in range(row.layers):
-            blocks |= _ldm_layer(f"down_blocks.{i}", j, f"input_blocks.{first + j}")
-        blocks[f"down_blocks.{i}.downsamplers.0.conv"] = f"input_blocks.{first + row.layers}.0.op"
-
-        up, last = len(row.depth) - 1 - i, (len(row.depth) - i) * (row.layers + 1) - 1
-        for j in range(row.layers + 1):
-            blocks |= _ldm_layer(f"up_blocks.{up}", j, f"output_blocks.{last - row.layers + j}")
-        blocks[f"up_blocks.{up}.upsamplers.0.conv"] = f"output_blocks.{last}.{2 if depth else 1}.conv"
-    return blocks
-
-
-def _ldm_layer(block: str, j: int, name: str) -> dict[str, str]:
-    return {f"{block}.resnets.{j}": f"{name}.0", f"{block}.attentions.{j}": f"{name}.1"}

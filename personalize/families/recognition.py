@@ -1,18 +1,20 @@
-"""Which family a single-file checkpoint is of, from its keys and shapes alone, whatever its widths.
+"""Which family a model is of, from its config or from a single file's keys and shapes alone, whatever its widths.
 
 Names say nothing: pruned, distilled and tiny models are read like the ones they are made after.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import fields, replace
+from typing import Any
 
+from ..formats.shapes import Shape
 from . import names as keys
-from .addresses import UNET, text_prefix
-from .family import FAMILIES, Family, Shape, Text, UNet
+from .clip import Clip, side_by_side
+from .family import Denoiser, Family
+from .unet import UNet
 
-ROWS = {family.name: family for family in FAMILIES}
 # What a checkpoint that is none of ours has, and what it is.
 STRANGERS = {
     "joint_blocks.0.": "Stable Diffusion 3",
@@ -23,16 +25,30 @@ STRANGERS = {
 }
 
 
+def detect(config: Mapping[str, Any], texts: Iterable[str] = ("text_encoder",), part: str = keys.DENOISERS[0]) -> Family:
+    """The family of a denoiser's config, such as `unet/config.json`, and the parts that are text encoders.
+
+    Text encoders that a family can go without are in it only if they are among `texts`. A denoiser of another structure is of
+    the family "unknown".
+    """
+    texts = list(texts)
+    for kind in _kinds(part):
+        try:
+            row = kind.from_config(config)
+        except (KeyError, TypeError, ValueError):
+            continue
+        if family := _nearest(row, texts):
+            return replace(family, texts=kept) if (kept := _there(family, texts)) != family.texts else family
+    return _unknown(config, texts)
+
+
 def family_in(shapes: Mapping[str, Shape]) -> Family | None:
     """The family of a single file's tensors (key => shape): a known row, or one with this file's own numbers; None for others."""
-    unet = _unet(shapes)
-    if unet is None:
-        return None
-    if known := [row for row in keys.FAMILIES if row.unet == unet]:
-        return known[0]
-    row = ROWS[_structure(unet, shapes)]
-    texts = tuple(filter(None, (_text(row, text, shapes) for text in row.texts)))
-    return replace(row, unet=unet, texts=texts) if len(texts) == len(row.texts) else None
+    for kind in (kind for part in keys.DENOISERS for kind in _kinds(part)):
+        if row := kind.recognise(shapes):
+            known = [family for family in keys.FAMILIES if family.denoiser == row]
+            return known[0] if known else next(_resized(row, shapes), None)
+    return None
 
 
 def stranger_in(shapes: Mapping[str, Shape]) -> str:
@@ -40,66 +56,55 @@ def stranger_in(shapes: Mapping[str, Shape]) -> str:
     return next((f": it is {name}" for mark, name in STRANGERS.items() if any(mark in key for key in shapes)), "")
 
 
-def channels_in(shapes: Mapping[str, Shape]) -> int:
-    """How many channels the UNet of a single file reads: more than it writes for inpainting and the like."""
-    return shapes[f"{UNET}input_blocks.0.0.weight"][1]
+def refusal(family: Family, beside: int) -> str:
+    """Why a model of a family, reading `beside` more channels than noisy latents have, can neither be trained nor drawn with;
+    "" if it can."""
+    if beside > 0:
+        return family.denoiser.beside(beside, family.title)
+    return f"the {family.title}, which {family.refused}" if family.refused else ""
 
 
-def _structure(unet: UNet, shapes: Mapping[str, Shape]) -> str:
-    if unet.added:
-        return "sdxl" if any(key.startswith("conditioner.embedders.1.") for key in shapes) else "sdxl-refiner"
-    return "sd2" if unet.linear else "sd1"
+def _kinds(part: str) -> dict[type[Denoiser], None]:
+    """The kinds of denoisers that pipelines keep there."""
+    return dict.fromkeys(type(family.denoiser) for family in keys.FAMILIES if family.denoiser.part == part)
 
 
-def _unet(shapes: Mapping[str, Shape]) -> UNet | None:
-    """The numbers of a UNet under LDM's names; None for what is no such UNet."""
-    levels: list[list[tuple[int, int]]] = [[]]  # by level: (channels, depth) of each layer
-    n = 1
-    while True:
-        block = f"{UNET}input_blocks.{n}"
-        if f"{block}.0.op.weight" in shapes:
-            levels.append([])
-        elif (kernel := shapes.get(f"{block}.0.in_layers.2.weight")) is not None:
-            levels[-1].append((kernel[0], _depth(shapes, f"{block}.1")))
-        else:
-            break
-        n += 1
-    counts = {len(level) for level in levels}
-    if len(counts) != 1 or counts == {0} or any(len(set(level)) != 1 for level in levels):
-        return None
-    depth = tuple(level[0][1] for level in levels)
-    middle = f"{UNET}middle_block.1"
-    contexts = {shape[1] for key, shape in shapes.items() if key.startswith(UNET) and key.endswith("attn2.to_k.weight")}
-    projection, out = shapes.get(f"{middle}.proj_in.weight"), shapes.get(f"{UNET}out.2.weight")
-    if len(contexts) != 1 or projection is None or out is None or f"{UNET}input_blocks.0.0.weight" not in shapes:
-        return None
-    return UNet(
-        channels=tuple(level[0][0] for level in levels),
-        depth=depth,
-        middle=_depth(shapes, middle),
-        context=contexts.pop(),
-        layers=counts.pop(),
-        latent=out[0],
-        linear=len(projection) == 2,
-        added=shapes.get(f"{UNET}label_emb.0.0.weight", (0, 0))[1],
-    )
+def _nearest(row: Denoiser, texts: Iterable[str]) -> Family | None:
+    """The family of a denoiser: one with just its numbers, else one of its structure that listens to these text encoders."""
+    if known := [family for family in keys.FAMILIES if family.denoiser == row]:
+        return known[0]
+    alike = [family for family in _alike(row) if family.texts[0].part in texts] or list(_alike(row))[-1:]
+    return replace(alike[0], denoiser=_adopted(alike[0].denoiser, row)) if alike else None
 
 
-def _depth(shapes: Mapping[str, Shape], block: str) -> int:
-    depth = 0
-    while f"{block}.transformer_blocks.{depth}.attn1.to_q.weight" in shapes:
-        depth += 1
-    return depth
+def _alike(row: Denoiser) -> Iterator[Family]:
+    for family in keys.FAMILIES:
+        if family.kin and type(family.denoiser) is type(row) and family.denoiser.structure == row.structure:
+            yield family
 
 
-def _text(row: Family, text: Text, shapes: Mapping[str, Shape]) -> Text | None:
-    """A row's text encoder with the numbers of this file's."""
-    prefix, openclip = text_prefix(row, text.part)
-    table = "token_embedding.weight" if openclip else "embeddings.token_embedding.weight"
-    found = next((shape for key, shape in shapes.items() if key.startswith(prefix) and key.endswith(table)), None)
-    marks = "resblocks." if openclip else "encoder.layers."
-    numbers = {int(key.partition(marks)[2].partition(".")[0]) for key in shapes if key.startswith(prefix) and marks in key}
-    if found is None or not numbers:
-        return None
-    unread = 1 if row.name == "sd2" else 0  # diffusers leaves out the last layer, which SD 2 never listens to
-    return replace(text, width=found[1], layers=len(numbers) - unread)
+def _resized(row: Denoiser, shapes: Mapping[str, Shape]) -> Iterator[Family]:
+    """Families of a denoiser's structure that find all of their text encoders in a single file, with its numbers."""
+    for family in _alike(row):
+        found = [(text, text.recognise(shapes)) for text in family.texts]
+        if all(own or text.optional for text, own in found):
+            texts = tuple(own for _, own in found if own)
+            yield replace(family, denoiser=_adopted(family.denoiser, row), texts=texts)
+
+
+def _adopted(row: Any, numbers: Any) -> Any:
+    """A row with another's numbers; what no weight tells is its own."""
+    return replace(row, **{one.name: getattr(numbers, one.name) for one in fields(row) if one.compare})
+
+
+def _there(family: Family, texts: list[str]) -> tuple[Any, ...]:
+    return tuple(row for row in family.texts if row.part in texts or not row.optional)
+
+
+def _unknown(config: Mapping[str, Any], texts: list[str]) -> Family:
+    """What is loaded as a UNet beside CLIP's text encoders, of a structure that no row can tell."""
+    channels, added = config.get("block_out_channels") or (), config.get("projection_class_embeddings_input_dim") or 0
+    unet = UNet(tuple(channels), (), 0, 0, added=added if config.get("addition_embed_type") == "text_time" else 0)
+    layer, normed = (2, False) if unet.sized else (1, True)
+    rows = (Clip(0, 0, part=part, projection=part != "text_encoder", layer=layer, normed=normed) for part in texts)
+    return Family("unknown", "unknown", unet, tuple(rows), side_by_side)

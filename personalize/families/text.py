@@ -19,7 +19,7 @@ Chunks = list[list[Token]]  # of a prompt, one for each window
 
 @dataclass(frozen=True, eq=False)
 class TextEncoder:
-    """A CLIP text model, its tokenizer, and which of its layers the UNet listens to."""
+    """A CLIP text model, its tokenizer, and which of its layers the denoiser listens to."""
 
     part: str  # "text_encoder" or "text_encoder_2"
     tokenizer: Any
@@ -59,6 +59,16 @@ class TextEncoder:
         projected = getattr(output, "text_embeds", None)
         pooled = None if projected is None else projected.reshape(len(prompts), windows, -1)[:, 0]
         return states.reshape(len(prompts), -1, states.shape[-1]), pooled
+
+    def blank(self, rows: int, windows: int, dtype: torch.dtype, run: bool) -> tuple[Tensor, Tensor | None]:
+        """The shapes of what so many prompts would give, in zeros; what the model itself gives for zeros, if it is to `run`."""
+        config = self.model.config
+        pooled = torch.zeros(rows, config.projection_dim, dtype=dtype) if hasattr(self.model, "text_projection") else None
+        if not run:
+            return torch.zeros(rows, self.window * windows, config.hidden_size, dtype=dtype), pooled
+        ids = torch.zeros(rows * windows, self.window, dtype=torch.long)
+        states = self.model(ids, output_hidden_states=True).hidden_states[-1]
+        return states.reshape(rows, self.window * windows, -1), pooled
 
     def _final_norm(self, states: Tensor) -> Tensor:
         model = getattr(self.model, "text_model", self.model)  # CLIPTextModel lost its inner one in transformers 5.6

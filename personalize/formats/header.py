@@ -19,6 +19,7 @@ from ..errors import AdapterError, HostileFileError
 
 MAX_HEADER = 32 << 20  # bytes; real ones hold a few hundred kB, or some MB with a thumbnail and tag statistics
 MAX_DIMENSIONS = 8
+PICKLES = {".ckpt", ".bin", ".pt", ".pth"}  # endings of files whose opening can run code
 
 ITEM_SIZES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1,
@@ -49,6 +50,15 @@ class Entry:
     shape: tuple[int, ...]
     start: int
     end: int
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where a parameter lies: under which key, in which rows of that tensor (None is all of it), and whether as its transpose."""
+
+    key: str
+    rows: tuple[int, int] | None = None
+    transposed: bool = False
 
 
 @dataclass(frozen=True)

@@ -15,30 +15,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import diffusers
 import torch
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 from ..adapters.strengths.grammar import WHOLE, Weighting
-from ..errors import BaseModelError, RecipeError
 from ..families.cond import Cond
 from ..io import atomic
 from ..recipe.fields import Sampling
-from ..recipe.samplers import AUTO, SAMPLERS, name_of, named
+from ..recipe.samplers import AUTO
 from ..tuning.attach import attached_to
 from .prompts import Use, tagged
+from .schedulers import Shape, Size, latent_shape, make_sampler, sampler_of
 
 if TYPE_CHECKING:
     from ..models.model import Base
     from .img2img import Beginning
 
-Size = int | tuple[int, int]
-Shape = tuple[int, int, int]  # [c, h, w] of latents
 Turn = Callable[[int, int], Iterable[str]]
 DEFAULTS = Sampling()
-DDIM = "DDIMScheduler"  # of a config that names none
-NOISE = {"num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type"}
-NOISE |= {"timestep_spacing", "steps_offset", "set_alpha_to_one"}
 
 
 @torch.no_grad()
@@ -132,13 +126,13 @@ def following(base: Base) -> Iterator[Turn]:
 def conditioning(base: Base, prompts: Sequence[str], negative: str, guidance: float) -> Cond:
     """What b prompts say, as the text encoders read them now: b rows, or 2b with the negatives first where there is guidance.
 
-    An empty negative prompt is nothing at all for SDXL, as it was trained (and as A1111 and diffusers do).
+    An empty negative prompt is nothing at all for families that were trained so (and as A1111 and diffusers do).
     """
     if guidance == 1:
         return base.embed(prompts, weighted=True)
     both = base.embed([negative, *prompts], weighted=True)
     against, wanted = both[:1], both[1:]
-    if base.sized and not negative:
+    if base.family.silent and not negative:
         against = against.zeros()
     return Cond.cat([against.expand(len(prompts)), wanted])
 
@@ -151,68 +145,6 @@ def predict(base: Base, latents: torch.Tensor, t: torch.Tensor, cond: Cond, guid
             return base.denoise(latents.to(base.dtype), times, cond)
         without, with_prompt = base.denoise(torch.cat([latents, latents]).to(base.dtype), times, cond).chunk(2)
     return without + guidance * (with_prompt - without)
-
-
-def make_sampler(base: Base, steps: int, name: str = AUTO) -> Any:
-    """A diffusers scheduler by the name that people know, set to `steps` steps; on auto the one that the base's config names.
-
-    Raises RecipeError for a name that is none, a sampler that cannot draw with this base, or not in so many steps,
-    BaseModelError for one that diffusers does not have here.
-    """
-    name = sampler_of(base, name)
-    sampler = scheduler_of(base, name)
-    if steps > sampler.config.num_train_timesteps:
-        raise RecipeError(f"--steps must be at most {sampler.config.num_train_timesteps} for {base.name}, not {steps}")
-    try:
-        sampler.set_timesteps(steps)
-    except ValueError as error:  # LCM has a limit of its own
-        raise RecipeError(f"--sampler {name} does not draw in {steps} steps: {' '.join(str(error).split())}") from error
-    if hasattr(sampler, "set_begin_index"):
-        sampler.set_begin_index(0)  # else it looks for its first timestep, which Karras' steps may have twice
-    return sampler
-
-
-def scheduler_of(base: Base, name: str) -> Any:
-    """The base's own scheduler as its config says, where that is its name; else the named one, on the base's noise."""
-    own, row = name == sampler_of(base), SAMPLERS.get(name)
-    if row and not row.sample and base.schedule.prediction == "sample":
-        raise RecipeError(f"--sampler {name} cannot draw with {base.name}, which predicts pictures", "try Euler or DDIM")
-    what = f"the scheduler of {base.name}" if own else f"--sampler {name}"
-    kind = base.scheduler_config.get("_class_name", DDIM) if own or not row else f"{row.scheduler}Scheduler"
-    config = base.scheduler_config if own or not row else noise_of(base) | dict(row.options)
-    if not hasattr(diffusers, kind):
-        raise BaseModelError(f"{what} is {kind}, which diffusers {diffusers.__version__} does not have")
-    try:
-        return getattr(diffusers, kind).from_config(dict(config))
-    except ImportError as error:  # some need scipy or torchsde
-        raise BaseModelError(f"{what}, {kind}, lacks something: {' '.join(str(error).split())}") from error
-
-
-def sampler_of(base: Base, name: str = AUTO) -> str:
-    """A sampler's name as UIs write it; on auto that of the base's own. Raises RecipeError for an unknown one."""
-    if (found := named(name)) != AUTO:
-        return found
-    kind = str(base.scheduler_config.get("_class_name", DDIM))
-    defaults = inspect.signature(getattr(diffusers, kind, object)).parameters
-    return name_of(kind, {key: value.default for key, value in defaults.items()} | dict(base.scheduler_config))
-
-
-def noise_of(base: Base) -> dict[str, Any]:
-    """What any scheduler must know of a base: its noise, where its steps lie, and what it predicts."""
-    config = {key: value for key, value in base.scheduler_config.items() if key in NOISE} | {"clip_sample": False}
-    zero = bool(base.schedule.alphas_cumprod[-1] == 0)  # most samplers divide by the signal
-    return config | ({"trained_betas": base.schedule.finite().tolist()} if zero else {})
-
-
-def latent_shape(base: Base, size: Size | None) -> Shape:
-    """[c, h, w] of the latents of a `size` picture."""
-    width, height = (size, size) if isinstance(size, int) else size or (base.resolution, base.resolution)
-    factor = base.factor
-    for side in (width, height):
-        if side < factor or side % factor:
-            near = max(factor, round(side / factor) * factor)
-            raise RecipeError(f"--size must be a multiple of {factor} for {base.name}, not {side}", f"try {near}")
-    return base.unet.config.in_channels, height // factor, width // factor
 
 
 @contextlib.contextmanager

@@ -12,31 +12,28 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ..errors import BaseModelError
-from ..families.configs import Family, detect
-from ..families.tokens import load_tokenizer
-from ..formats.header import read_header
+from ..families.family import Family
+from ..families.recognition import detect
+from ..formats.header import PICKLES, read_header
 from ..text import first_line
 from .loaded import Loaded, check_family, vae_dtype
-from .sources import CONFIGS, PICKLES, TEXTS, missing, read_json
+from .sources import CONFIG, SCHEDULER, TEXTS, denoiser_in, missing, read_json
 
 
 def load_folder(folder: Path, dtype: torch.dtype) -> Loaded:
     """Read a folder. Raises BaseModelError, which names what is missing or does not fit."""
-    from diffusers import AutoencoderKL, UNet2DConditionModel
-    from transformers import CLIPTextModel, CLIPTextModelWithProjection
+    from diffusers import AutoencoderKL
 
     family = examine(folder)
-    texts = [part for part in TEXTS if (folder / part).is_dir()]
-    parts = ("unet", "vae", *texts)
-    kinds = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
+    part = family.denoiser.part
     return Loaded(
         family,
-        read_json(folder / "scheduler" / CONFIGS["scheduler"]),
-        {part: load_tokenizer(folder / TEXTS[part]) for part in texts},
-        load_model(UNet2DConditionModel, folder / "unet", dtype),
+        read_json(folder / "scheduler" / SCHEDULER),
+        {row.part: row.load_tokenizer(folder / TEXTS[row.part]) for row in family.texts},
+        load_model(family.denoiser.model(), folder / part, dtype),
         load_model(AutoencoderKL, folder / "vae", vae_dtype(dtype)),
-        {part: load_model(kinds[part], folder / part, dtype) for part in texts},
-        stored={part: dtypes_in(folder / part) for part in parts},
+        {row.part: load_model(row.model(), folder / row.part, dtype) for row in family.texts},
+        stored={part: dtypes_in(folder / part) for part in (part, "vae", *(row.part for row in family.texts))},
     )
 
 
@@ -47,14 +44,16 @@ def examine(folder: Path) -> Family:
             f"{folder} is not a diffusers folder of Stable Diffusion: it lacks {', '.join(lacking)}",
             "give the folder that holds model_index.json",
         )
-    unet = read_json(folder / "unet" / CONFIGS["unet"])
-    texts = [part for part in TEXTS if (folder / part).is_dir()]
-    family = detect(unet, texts)
-    check_family(folder, family, int(unet.get("in_channels", 4)) - int(unet.get("out_channels", 4)))
-    for part in ("unet", "vae", *texts):
-        check_weights(folder / part)
-    if family.unet.added and len(texts) < 2:
-        raise BaseModelError(f"{folder} is SDXL and lacks its second text encoder, text_encoder_2", "is the download complete?")
+    part = denoiser_in(folder)
+    config = read_json(folder / part / CONFIG)
+    texts = [text for text in TEXTS if (folder / text).is_dir()]
+    family = detect(config, texts, part)
+    check_family(folder, family, int(config.get("in_channels", 4)) - int(config.get("out_channels", 4)))
+    for each in (part, "vae", *texts):
+        check_weights(folder / each)
+    if lacking := [row.part for row in family.texts if row.part not in texts]:
+        title, which = family.title, ", ".join(lacking)
+        raise BaseModelError(f"{folder} is {title} and lacks its second text encoder, {which}", "is the download complete?")
     return family
 
 

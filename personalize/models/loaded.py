@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from ..errors import BaseModelError
-from ..families.configs import Family, refusal
+from ..families.family import Family, Network
+from ..families.recognition import refusal
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,10 +21,16 @@ class Loaded:
     family: Family
     scheduler: Mapping[str, Any]
     tokenizers: Mapping[str, Any]  # text encoder's part => its tokenizer
-    unet: Any
+    denoiser: Any
     vae: Any
     texts: Mapping[str, Any]  # part => model
     stored: Mapping[str, Mapping[str, int]] = field(default_factory=dict)  # part => bytes on the disk by dtype
+
+
+def build(row: Network, config: Mapping[str, Any]) -> Any:
+    """A model of a config, with weights of its own."""
+    kind = row.model()
+    return kind(kind.config_class.from_dict(dict(config))) if hasattr(kind, "config_class") else kind(**config)
 
 
 def vae_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -32,6 +39,6 @@ def vae_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def check_family(path: Path, family: Family, beside: int) -> None:
-    """Raise BaseModelError for a UNet that can neither be trained nor drawn with here."""
+    """Raise BaseModelError for a model that can neither be trained nor drawn with here."""
     if why := refusal(family, beside):
         raise BaseModelError(f"{path} is {why}", "use the text-to-image model that it was made from")

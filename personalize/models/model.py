@@ -12,26 +12,39 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import BaseModelError, RecipeError
+from ..errors import RecipeError
 from ..families.cond import Cond
-from ..families.configs import TITLES, Family
-from ..families.noise import Schedule
+from ..families.family import Family, LatentFormat, Read
+from ..families.noise import ZERO_SNR, Noise
 from ..families.text import Chunks, TextEncoder
-from ..recipe.fields import Recipe
 from .folder import examine, load_folder
 from .loaded import Loaded
 from .quantized import Quantized
-from .single import ZERO_SNR, load_single, open_whole
+from .single import load_single, open_whole
 from .sources import locate
 from .vae import other_vae
 
 TILE = 512  # pixels
-SKIPPED = 2  # SDXL reads the last layer but one of both encoders, without their final norm (Podell et al. 2023, section 2)
+
+
+class Reading(Protocol):
+    """The part of a recipe that names a base, and says how it is read."""
+
+    @property
+    def base(self) -> str: ...
+    @property
+    def prediction(self) -> str: ...
+    @property
+    def zero_snr(self) -> str: ...
+    @property
+    def clip_skip(self) -> int: ...
+    @property
+    def vae(self) -> str | None: ...
 
 
 @dataclass(eq=False)
@@ -45,7 +58,7 @@ class Base:
     dtype: torch.dtype
     scheduler_config: dict[str, Any]
     texts: tuple[TextEncoder, ...]
-    unet: Any
+    denoiser: Any
     vae: Any
     stored: dict[str, dict[str, int]]  # part => bytes on the disk by dtype
     lean: bool = False  # encoders leave the device when they are done
@@ -80,15 +93,16 @@ class Base:
             found = load_folder(path, dtype) if path.is_dir() else load_single(path, dtype, other)
             if other and path.is_dir():
                 found = Loaded(**vars(found) | {"vae": other_vae(other, found.family, dtype)})
-        for model in (found.unet, found.vae, *found.texts.values()):
+        for model in (found.denoiser, found.vae, *found.texts.values()):
             model.requires_grad_(False).eval().to(device)
         scheduler = overruled(found.scheduler, prediction, zero_snr)
         stored = {part: dict(sizes) for part, sizes in found.stored.items()}
-        texts = encoders(found, clip_skip)
-        return cls(str(name), path, found.family, torch.device(device), dtype, scheduler, texts, found.unet, found.vae, stored)
+        family, models = found.family, (found.denoiser, found.vae)
+        texts = tuple(row.reader(found.tokenizers[row.part], found.texts[row.part], clip_skip) for row in family.texts)
+        return cls(str(name), path, family, torch.device(device), dtype, scheduler, texts, *models, stored)
 
     @classmethod
-    def of(cls, recipe: Recipe, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Base:
+    def of(cls, recipe: Reading, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Base:
         """The base that a recipe names, read as it says. Raises BaseModelError."""
         how = {name: getattr(recipe, name) for name in ("prediction", "zero_snr", "clip_skip", "vae")}
         return cls.load(recipe.base, device, dtype, **how)
@@ -96,22 +110,37 @@ class Base:
     @property
     def parts(self) -> dict[str, nn.Module]:
         """The parts that an adapter can change, by the name that canonical module paths start with."""
-        return {"unet": self.unet} | {text.part: text.model for text in self.texts}
+        return {self.family.denoiser.part: self.denoiser} | {text.part: text.model for text in self.texts}
+
+    @property
+    def unet(self) -> Any:
+        """The denoiser, as it was called while all of them were UNets."""
+        return self.denoiser
 
     @property
     def factor(self) -> int:
         """Pixels per latent along one side."""
-        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+        return self.latents.factor
+
+    @property
+    def latents(self) -> LatentFormat:
+        """How its VAE's latents become those of the denoiser."""
+        return LatentFormat.of(self.vae.config)
+
+    @property
+    def channels(self) -> int:
+        """Channels of its latents."""
+        return int(self.denoiser.config["in_channels"])
 
     @property
     def resolution(self) -> int:
         """The side in pixels that the base was trained at."""
-        return int(self.unet.config.sample_size) * self.factor
+        return int(self.denoiser.config["sample_size"]) * self.factor
 
     @property
     def sized(self) -> bool:
-        """Whether the UNet is told how large a picture was and how it was cropped (SDXL)."""
-        return bool(self.unet.config.get("addition_embed_type") == "text_time")
+        """Whether the denoiser is told how large a picture was and how it was cropped (SDXL)."""
+        return self.family.denoiser.sized
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -123,9 +152,9 @@ class Base:
                 stored[dtype] = stored.get(dtype, 0) + size
         return {
             "family": self.family.name,
-            "title": TITLES.get(self.family.name, self.family.name),
-            "prediction": self.schedule.prediction,
-            "zero_snr": bool(self.schedule.alphas_cumprod[-1] == 0),
+            "title": self.family.title,
+            "prediction": self.noise.prediction,
+            "zero_snr": self.noise.zero_snr,
             "resolution": self.resolution,
             "parameters": {part: sum(map(numel, model.modules())) for part, model in models.items()},
             "stored": stored,
@@ -138,7 +167,7 @@ class Base:
         self.lean, self.tiled = lean, tiled
         if device is not None and device != self.device:
             self.device = device
-            self.__dict__.pop("schedule", None)
+            self.__dict__.pop("noise", None)
         self._send_away()
 
     @contextlib.contextmanager
@@ -173,21 +202,19 @@ class Base:
                 model.to("cpu")
 
     @functools.cached_property
-    def schedule(self) -> Schedule:
-        """The noise schedule and prediction type of the base's own scheduler config."""
-        schedule = Schedule.of(self.scheduler_config)
-        return Schedule(schedule.alphas_cumprod.to(self.device), schedule.prediction)
+    def noise(self) -> Noise:
+        """The noise of the base's own scheduler config, and what its predictions mean."""
+        return self.family.noise(self.scheduler_config).to(self.device)
 
     def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Pixels [b, 3, h, w] in [-1, 1] => posterior mean and std [b, c, h/f, w/f], scaled to the UNet's units."""
+        """Pixels [b, 3, h, w] in [-1, 1] => posterior mean and std [b, c, h/f, w/f], scaled to the denoiser's units."""
         with self.using(self.vae):  # never in tiles: what is learned does not depend on memory
             posterior = self.vae.encode(pixels.to(self.device, self.vae.dtype)).latent_dist
-        scale = self.vae.config.scaling_factor
-        return (posterior.mean - (self.vae.config.shift_factor or 0)) * scale, posterior.std * scale
+        return self.latents.scaled(posterior.mean), posterior.std * self.latents.scale
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents [b, c, h/f, w/f] in the UNet's units => pixels [b, 3, h, w] in [-1, 1]."""
-        raw = latents / self.vae.config.scaling_factor + (self.vae.config.shift_factor or 0)
+        """Latents [b, c, h/f, w/f] in the denoiser's units => pixels [b, 3, h, w] in [-1, 1]."""
+        raw = self.latents.raw(latents)
         with self.using(self.vae), self._in_tiles():
             pixels: Tensor = self.vae.decode(raw.to(self.device, self.vae.dtype), return_dict=False)[0]
         return pixels.clamp(-1, 1)
@@ -217,32 +244,23 @@ class Base:
         """
         read = [[text.chunks(prompt, weighted) for prompt in prompts] for text in self.texts]
         count = max([windows, *(len(chunks) for one in read for chunks in one)])
-        states, pooled = zip(*(self._read(text, one, count) for text, one in zip(self.texts, read, strict=True)), strict=True)
-        return Cond(torch.cat(states, dim=-1), pooled[-1] if self.sized else None)
+        states = [self._read(text, one, count) for text, one in zip(self.texts, read, strict=True)]
+        return self.family.combine(self.family, states)
 
-    def _read(self, text: TextEncoder, prompts: Sequence[Chunks], windows: int) -> tuple[Tensor, Tensor | None]:
+    def _read(self, text: TextEncoder, prompts: Sequence[Chunks], windows: int) -> Read:
         with self.using(text.model):
             return text.embed(prompts, windows)
 
-    def denoise(self, latents: Tensor, timesteps: Tensor, cond: Cond) -> Tensor:
-        """Noisy latents [b, c, h, w], timesteps [b], conditioning of b prompts => the UNet's prediction [b, c, h, w].
+    def denoise(self, latents: Tensor, time: Tensor, cond: Cond) -> Tensor:
+        """Noisy latents [b, c, h, w], what the network is told of time [b] (Noise.time), conditioning of b prompts => its
+        prediction [b, c, h, w].
 
         Where the base is told sizes and `cond` has none, pictures are as large as they are, and not cropped.
         """
-        added = None
-        if self.sized:
-            assert cond.pooled is not None
-            sizes = self._whole(latents) if cond.sizes is None else cond.sizes
-            added = {"text_embeds": cond.pooled.to(self.dtype), "time_ids": sizes}
-        with self.using(self.unet):
-            predicted: Tensor = self.unet(
-                latents.to(self.dtype),
-                timesteps,
-                encoder_hidden_states=cond.tokens.to(self.dtype),
-                added_cond_kwargs=added,
-                return_dict=False,
-            )[0]
-        return predicted
+        if self.sized and cond.sizes is None:
+            cond = cond.sized(self._whole(latents))
+        with self.using(self.denoiser):
+            return self.family.denoiser.forward(self.denoiser, latents.to(self.dtype), time, cond.cast(self.dtype))
 
     def _whole(self, latents: Tensor) -> Tensor:
         """Sizes [b, 6] of pictures that are as large as they are, and not cropped."""
@@ -274,16 +292,6 @@ def held(model: nn.Module) -> int:
     """Bytes of a model's own weights, packed or not."""
     packed = sum(b.nbytes for module in model.modules() if isinstance(module, Quantized) for b in module.buffers(recurse=False))
     return packed + sum(p.nbytes for p in model.parameters() if not p.requires_grad)
-
-
-def encoders(found: Loaded, clip_skip: int) -> tuple[TextEncoder, ...]:
-    """The text encoders, each with the layer that the UNet listens to. Raises BaseModelError for a layer that is not there."""
-    double = found.unet.config.get("addition_embed_type") == "text_time"
-    layer = max(clip_skip, SKIPPED) if double else clip_skip
-    for model in found.texts.values():
-        if layer > model.config.num_hidden_layers:
-            raise BaseModelError(f"--clip-skip {clip_skip}, but the text encoder has {model.config.num_hidden_layers} layers")
-    return tuple(TextEncoder(part, found.tokenizers[part], model, layer, not double) for part, model in found.texts.items())
 
 
 def overruled(config: Any, prediction: str, zero_snr: str) -> dict[str, Any]:

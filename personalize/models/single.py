@@ -14,29 +14,17 @@ from torch import Tensor, nn
 
 from ..errors import BaseModelError
 from ..families import names as keys
-from ..families.addresses import Address, addresses, text_prefix
-from ..families.checkpoint import Weights, open_weights
-from ..families.configs import Family, native, text_config, unet_config
-from ..families.recognition import channels_in
-from ..families.tokens import clip_tokenizer
-from ..formats.header import Header
-from .loaded import Loaded, check_family
+from ..families.checkpoint import open_weights
+from ..families.family import Family, Network, addresses
+from ..families.noise import ZERO_SNR
+from ..formats.checkpoint import Weights
+from ..formats.header import Address, Header
+from .loaded import Loaded, build, check_family
 from .vae import PREFIX, other_vae
 
-SCHEDULER = {  # Stable Diffusion's noise, with the sampler that SDXL's own folder names
-    "_class_name": "EulerDiscreteScheduler",
-    "num_train_timesteps": 1000,
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "steps_offset": 1,
-    "timestep_spacing": "leading",
-    "clip_sample": False,
-    "set_alpha_to_one": False,
-}
-ZERO_SNR = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-SPREAD = 0.09  # of a norm's biases: SD 2's v-prediction model is above it, its epsilon model below (ComfyUI tells them so too)
-TELLING = "unet.up_blocks.3.attentions.2.transformer_blocks.0.norm1.bias"
+SPREAD = (
+    0.09  # of a norm's biases (Family.telling): models of velocity are above it, of epsilon below (ComfyUI tells them so too)
+)
 
 
 def load_single(path: Path, dtype: torch.dtype, vae: Path | None = None) -> Loaded:
@@ -48,17 +36,17 @@ def load_single(path: Path, dtype: torch.dtype, vae: Path | None = None) -> Load
     family, header = weights.row, weights.headers[0]
     assert family
     scheduler = scheduler_config(weights, header, family)
+    tokenizers = {text.part: text.own_tokenizer() for text in family.texts}
     with safe_open(path, "pt") as file:
-        parts = ("unet", *(text.part for text in family.texts))
-        models: dict[str, Any] = {part: _model(part, weights, file, dtype) for part in parts}
-        if family.name == "sd2" and scheduler["prediction_type"] == "v_prediction":
-            models["unet"].register_to_config(sample_size=96)  # that model was trained at 768 pixels
-    openclip = {text.part: text_prefix(family, text.part)[1] for text in family.texts}
+        models: dict[str, Any] = {row.part: _model(row, weights, file, dtype) for row in family.networks}
+    denoiser = models.pop(family.denoiser.part)
+    if family.velocity_side and scheduler["prediction_type"] == "v_prediction":
+        denoiser.register_to_config(sample_size=family.velocity_side)
     return Loaded(
         family,
         scheduler,
-        {part: clip_tokenizer("!") if pads else clip_tokenizer() for part, pads in openclip.items()},
-        models.pop("unet"),
+        tokenizers,
+        denoiser,
         other_vae(vae or path, family, dtype),
         models,
         stored=_stored(weights, header),
@@ -70,7 +58,7 @@ def open_whole(path: Path) -> Weights:
     weights = open_weights(path)
     assert weights.row
     shapes = {key: entry.shape for key, entry in weights.headers[0].tensors.items()}
-    check_family(path, weights.row, channels_in(shapes) - weights.row.unet.latent)
+    check_family(path, weights.row, weights.row.denoiser.reads(shapes) - weights.row.denoiser.latent)
     check_whole(weights, weights.row)
     return weights
 
@@ -78,7 +66,7 @@ def open_whole(path: Path) -> Weights:
 def check_whole(weights: Weights, family: Family) -> None:
     """Raise BaseModelError unless every weight of the family is there, in its shape; names the part and one key."""
     known = keys.weights(family)
-    for part in ("unet", *(text.part for text in family.texts)):
+    for part in (row.part for row in family.networks):
         table = {path: at for path, at in addresses(family).items() if keys.part_of(path) == part}
         lost = [at.key for path, at in table.items() if path not in weights.places]
         if len(lost) == len(table):
@@ -99,15 +87,13 @@ def check_whole(weights: Weights, family: Family) -> None:
             )
 
 
-def _model(part: str, weights: Weights, file: Any, dtype: torch.dtype) -> nn.Module:
+def _model(row: Network, weights: Weights, file: Any, dtype: torch.dtype) -> nn.Module:
     """One part, built without memory and filled from the file."""
-    family = weights.row
-    assert family
-    paths = [path for path in addresses(family) if keys.part_of(path) == part]
-    model = _empty(part, family, weights)
+    paths = [path for path in addresses(weights.row) if keys.part_of(path) == row.part]
+    model = _empty(row, weights)
     state = {}
     for path in paths:
-        own = native(path, {part: model})[1]
+        own = keys.native(path, {row.part: model})[1]
         name = own if own.endswith(".bias") else f"{own}.weight"
         state[name] = _tensor(file, weights.places[path].address).to(dtype)
     want = {name: tuple(p.shape) for name, p in model.named_parameters()}
@@ -120,17 +106,13 @@ def _model(part: str, weights: Weights, file: Any, dtype: torch.dtype) -> nn.Mod
     return model
 
 
-def _empty(part: str, family: Family, weights: Weights) -> nn.Module:
-    from diffusers import UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
-
+def _empty(row: Network, weights: Weights) -> nn.Module:
+    family: Family = weights.row
     with torch.device("meta"):
-        if part == "unet":
-            return UNet2DConditionModel(**unet_config(family))
-        text = next(text for text in family.texts if text.part == part)
-        tokens = weights.shape(f"{part}.text_model.embeddings.token_embedding")[0]
-        config = CLIPTextConfig(**text_config(text, tokens, text_prefix(family, part)[1]))
-        return (CLIPTextModelWithProjection if text.projection else CLIPTextModel)(config)
+        if row is family.denoiser:
+            return build(row, family.denoiser.config(family.texts))
+        tokens = weights.shape(f"{row.part}.{row.tables()[0]}")[0]
+        return build(row, next(text for text in family.texts if text is row).config(tokens))
 
 
 def _tensor(file: Any, address: Address) -> Tensor:
@@ -144,10 +126,10 @@ def scheduler_config(weights: Weights, header: Header, family: Family) -> dict[s
     """The noise schedule of a single file: what it says of itself, else what its weights tell."""
     said = f"{header.metadata.get('modelspec.prediction_type', '')} {header.metadata.get('modelspec.architecture', '')}".lower()
     velocity = "v_pred" in header.tensors or said.startswith(("v ", "v_pred", "v-pred")) or "768-v" in said
-    if family.name == "sd2" and not said.strip() and TELLING in weights:
-        velocity = velocity or float(weights[TELLING].float().std()) > SPREAD
+    if family.telling in weights and not said.strip():
+        velocity = velocity or float(weights[family.telling].float().std()) > SPREAD
     zero = ZERO_SNR if "ztsnr" in header.tensors else {}
-    return SCHEDULER | zero | {"prediction_type": "v_prediction" if velocity else "epsilon"}
+    return dict(family.scheduler) | zero | {"prediction_type": "v_prediction" if velocity else "epsilon"}
 
 
 def _stored(weights: Weights, header: Header) -> dict[str, dict[str, int]]:

@@ -13,16 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import BaseModelError
-from ..families.configs import NAMED
+from ..families.names import DENOISERS, FAMILIES, PARTS, TEXT_PARTS
+from ..formats.header import PICKLES
 from ..text import first_line
 
-PICKLES = {".ckpt", ".bin", ".pt", ".pth"}
-CONFIGS = {  # what every SD folder holds, and the file that says so
-    "unet": "config.json",
-    "vae": "config.json",
-    "scheduler": "scheduler_config.json",
-}
-TEXTS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}  # text encoder => its tokenizer's folder
+NAMED = {"pocket": Path(__file__).parents[1] / "pocket" / "weights"}  # bases that came along
+CONFIG, SCHEDULER = "config.json", "scheduler_config.json"
+TEXTS = {part: part.replace("text_encoder", "tokenizer") for part in TEXT_PARTS}  # text encoder => its tokenizer's folder
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(?:/(?P<file>.+\.safetensors))?")
 
 
@@ -65,8 +62,9 @@ def from_hub(name: str, download: bool = True) -> Path:
     from huggingface_hub.utils import logging
 
     repo, file = "/".join(name.split("/")[:2]), HUB_ID.fullmatch(name)["file"]  # type: ignore[index]
-    found = try_to_load_from_cache(repo, file or f"unet/{CONFIGS['unet']}")
-    if isinstance(found, str) and (file or is_whole(Path(found).parents[1])):
+    probes = (try_to_load_from_cache(repo, name) for name in ([file] if file else [f"{one}/{CONFIG}" for one in DENOISERS]))
+    found = next((probe for probe in probes if isinstance(probe, str)), None)
+    if found and (file or is_whole(Path(found).parents[1])):
         return Path(found) if file else Path(found).parents[1]
     if not download:
         raise BaseModelError(f"{name} is not in the cache")
@@ -85,7 +83,7 @@ def from_hub(name: str, download: bool = True) -> Path:
 
 def is_whole(folder: Path) -> bool:
     """Whether a diffusers folder has all its parts, and weights in each: a download may have been interrupted."""
-    parts = ["unet", "vae", *(part for part in TEXTS if (folder / part).is_dir())]
+    parts = [denoiser_in(folder), "vae", *(part for part in TEXTS if (folder / part).is_dir())]
     return not missing(folder) and all(any((folder / part).glob("*.safetensors")) for part in parts)
 
 
@@ -95,7 +93,7 @@ def wanted(files: Iterable[str]) -> list[str]:
     >>> wanted(["unet/config.json", "unet/model.safetensors", "unet/model.fp16.safetensors", "unet/model.bin", "big.ckpt"])
     ['unet/config.json', 'unet/model.fp16.safetensors']
     """
-    parts = {"unet", "vae", *TEXTS, *TEXTS.values(), "scheduler"}
+    parts = {*PARTS, "vae", *TEXTS.values(), "scheduler"}
     inside = [file for file in files if file.split("/")[0] in parts]
     halves = {file.split("/")[0] for file in inside if ".fp16." in file}
     chosen = []
@@ -107,12 +105,19 @@ def wanted(files: Iterable[str]) -> list[str]:
     return chosen + [file for file in files if file == "model_index.json"]
 
 
+def denoiser_in(folder: Path) -> str:
+    """The part of a diffusers folder that denoises; that of most families, if there is none."""
+    return next((part for part in DENOISERS if (folder / part).is_dir()), DENOISERS[0])
+
+
 def missing(folder: Path) -> list[str]:
-    """What a diffusers folder of Stable Diffusion lacks, by file; tells nothing about weights."""
-    texts = [text for text in TEXTS if (folder / text).is_dir()] or ["text_encoder"]
+    """What a diffusers folder lacks, by file; tells nothing about weights."""
+    texts = [text for text in TEXTS if (folder / text).is_dir()] or [FAMILIES[0].texts[0].part]
     needed = {
-        **CONFIGS,
-        **dict.fromkeys(texts, "config.json"),
+        denoiser_in(folder): CONFIG,
+        "vae": CONFIG,
+        "scheduler": SCHEDULER,
+        **dict.fromkeys(texts, CONFIG),
         **{TEXTS[text]: "tokenizer_config.json" for text in texts},
     }
     return [f"{part}/{file}" for part, file in needed.items() if not (folder / part / file).is_file()]

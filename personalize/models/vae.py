@@ -10,14 +10,13 @@ import torch
 from safetensors import safe_open
 
 from ..errors import BaseModelError
-from ..families.configs import Family
-from ..families.names import Shape
+from ..families.family import Family
 from ..formats.header import read_header
+from ..formats.shapes import Shape
 from .folder import load_model
 from .loaded import vae_dtype
 
 PREFIX = "first_stage_model."  # of a VAE's keys in a checkpoint
-SCALES = {"sdxl": 0.13025}  # of latents, to be of unit variance; other families have SD 1's
 ANOTHER = "name another with --vae: a .safetensors file or a folder"
 
 
@@ -68,7 +67,8 @@ def _config(shapes: Mapping[str, Shape], family: Family) -> dict[str, Any]:
         "layers_per_block": sum(f"encoder.down.0.block.{i}.conv1.weight" in shapes for i in range(8)),
         "down_block_types": ["DownEncoderBlock2D"] * levels,
         "up_block_types": ["UpDecoderBlock2D"] * levels,
-        "scaling_factor": SCALES.get(family.name, 0.18215),
-        "sample_size": 1024 if family.name == "sdxl" else 512,
-        "force_upcast": family.name == "sdxl",  # its own weights overflow in fp16
+        "scaling_factor": family.latents.scale,
+        "sample_size": family.latents.side,
+        "force_upcast": family.latents.upcast,
+        **({"shift_factor": family.latents.shift} if family.latents.shift else {}),
     }

@@ -284,7 +284,7 @@ def alike(batches: Sequence[Batch], most: int | None) -> Iterator[list[Batch]]:
 
 def learn(crew: Crew, group: Sequence[Batch]) -> None:
     """Forward and backward of a group."""
-    asks = [asking(runner.job.recipe.objective, crew.base.schedule)(inputs, rng, WHOLE) for runner, inputs, rng in group]
+    asks = [asking(runner.job.recipe.objective, crew.base.noise)(inputs, rng, WHOLE) for runner, inputs, rng in group]
     losses = pass_through(crew, [runner.member.number for runner, *_ in group], asks, [runner.work.opt for runner, *_ in group])
     for (runner, *_), loss in zip(group, losses, strict=True):
         runner.losses.append(loss.detach())

@@ -303,7 +303,7 @@ def told(work: Work, losses: list[float], norm: float, seconds: float, cause: st
     return Step(
         step=done,
         loss=sum(losses) / len(losses),
-        lr=opt.lr("unet", done - 1),
+        lr=opt.lr(work.job.base.family.denoiser.part, done - 1),
         text_encoder_lr=opt.lr("text_encoder", done - 1),
         grad_norm=norm,
         seconds=seconds,
@@ -316,7 +316,7 @@ def told(work: Work, losses: list[float], norm: float, seconds: float, cause: st
 
 def timesteps_of(job: Job, micro: int) -> list[int]:
     """Those of a micro-step's pictures."""
-    drawn: list[int] = objectives.timesteps(job.recipe.batch_size, job.base.schedule, rng_of(job.recipe, micro)).tolist()
+    drawn: list[int] = objectives.timesteps(job.recipe.batch_size, job.base.noise, rng_of(job.recipe, micro)).tolist()
     return drawn
 
 

@@ -20,14 +20,13 @@ from PIL import Image
 from ..data.captions import tags
 from ..data.dataset import Dataset
 from ..data.latents import grid_of
-from ..families.configs import A1111
 from ..models.model import Base
 from ..recipe.fields import Recipe
 from ..recipe.resolve import to_json
 from .memory.ladder import Fit
 
 MIXED = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}  # kohya's words
-PREDICTION = {"epsilon": "epsilon", "v_prediction": "v", "sample": "sample"}  # modelspec's words
+PREDICTION = {"v_prediction": "v"}  # modelspec's words
 
 
 def describe_run(
@@ -74,9 +73,9 @@ def kohya_keys(recipe: Recipe, base: Base, dataset: Dataset, name: str, step: in
     seen, pictures = step * recipe.batch_size * optim.accumulate, sum(example.repeats for example in dataset.examples)
     keys: dict[str, Any] = {
         "ss_output_name": name,
-        "ss_base_model_version": base_version(base),
+        "ss_base_model_version": base.family.version_of(base.noise),
         "ss_sd_model_name": Path(base.name).name,
-        "ss_v2": base.family.name == "sd2",
+        "ss_v2": base.family.base_version == "sd_v2",
         "ss_network_module": "networks.lora",
         "ss_network_dim": spec.rank,
         "ss_network_alpha": f"{spec.alpha:g}",
@@ -169,12 +168,12 @@ def modelspec_keys(recipe: Recipe, base: Base, dataset: Dataset, name: str, samp
     words = called(dataset)
     keys = {
         "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.architecture": architecture(base),
+        "modelspec.architecture": base.family.architecture_of(base.noise),
         "modelspec.implementation": "diffusers",
         "modelspec.title": name,
         "modelspec.description": f"LoRA of {' and '.join(words)}, from {len(dataset.examples)} pictures",
         "modelspec.resolution": f"{side}x{side}",
-        "modelspec.prediction_type": PREDICTION[base.schedule.prediction],
+        "modelspec.prediction_type": PREDICTION.get(base.noise.prediction, base.noise.prediction),
         "modelspec.trigger_phrase": ", ".join(dataset.triggers),
         "modelspec.usage_hint": f"write {' or '.join(_json(word) for word in words)} in the prompt",
     }
@@ -186,7 +185,7 @@ def sidecar(recipe: Recipe, base: Base, dataset: Dataset, step: int, weight: flo
     words = ", ".join(called(dataset))
     said = {
         "description": f"{words}, trained on {Path(base.name).name}",
-        "sd version": A1111.get(base.family.name, "Unknown"),
+        "sd version": base.family.a1111 or "Unknown",
         "activation text": words,
         "preferred weight": weight,
         "negative text": "",
@@ -203,18 +202,6 @@ def thumbnail(picture: Path, side: int = 256) -> str:
     buffer = io.BytesIO()
     small.save(buffer, "JPEG", quality=90)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-def base_version(base: Base) -> str:
-    """Kohya's word for the base's family: `sd_v1`, `sd_v2`, ...; with v-prediction `sd_v1_v` and `sd_v2_v`, but SDXL's own."""
-    velocity = base.family.name in ("sd1", "sd2") and base.schedule.prediction == "v_prediction"
-    return base.family.base_version + ("_v" if velocity else "")
-
-
-def architecture(base: Base) -> str:
-    """ModelSpec's word for the base's family; SD 2 with v-prediction has its own."""
-    velocity = base.family.name == "sd2" and base.schedule.prediction == "v_prediction"
-    return "stable-diffusion-v2-768-v/lora" if velocity else base.family.architecture
 
 
 def versions() -> dict[str, str]:

@@ -188,7 +188,7 @@ def split(dataset: Dataset, recipe: Recipe) -> tuple[Dataset, tuple[Example, ...
 def parts(recipe: Recipe, base: Base) -> tuple[str, ...]:
     """The parts of the base that the recipe trains: those with a learning rate."""
     texts = [text.part for text in base.texts] if recipe.optim.text_encoder_lr else []
-    return (*(["unet"] if recipe.optim.lr else []), *texts)
+    return (*([base.family.denoiser.part] if recipe.optim.lr else []), *texts)
 
 
 def compared(recipe: Recipe) -> dict[str, Any]:

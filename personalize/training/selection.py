@@ -33,7 +33,6 @@ from ..inference import sampling as sample
 from ..models.model import Base
 from ..tuning.attach import Attached
 from .events import Chosen, Event, Scored
-from .objectives import denoise as objectives
 from .preflight import Job
 
 # How much is asked, in rows: one prediction each. A training step on 4 pictures costs about as much as 20 of them.
@@ -161,16 +160,16 @@ def spread(n: int, most: int) -> list[int]:
 
 def noisy(job: Job, x0: Tensor, names: Sequence[str], prompts: Sequence[str], times: Sequence[float]) -> tuple[Sheet, Tensor]:
     """Latents x0 [p, c, h, w] at all times, each with noise that depends on (seed, name, timestep); and the right answers."""
-    schedule = job.base.schedule
-    steps = [int(time * len(schedule.alphas_cumprod)) for time in times]
+    noise = job.base.noise
+    steps = [int(time * noise.steps) for time in times]
     draws = [
         torch.randn(x0.shape[1:], generator=generator(job.recipe.seed, f"choose {name}", t)) for name in names for t in steps
     ]
     eps, t = torch.stack(draws), torch.tensor(steps).repeat(len(x0))
-    x0, where = x0.float().cpu().repeat_interleave(len(steps), 0), t.to(schedule.alphas_cumprod.device)
-    latents = schedule.signal(where).cpu() * x0 + schedule.noise(where).cpu() * eps
-    right = objectives.target(x0.to(where.device), eps.to(where.device), where, schedule).cpu()
-    return Sheet(latents, t, tuple(prompt for prompt in prompts for _ in steps)), right
+    x0 = x0.float().cpu().repeat_interleave(len(steps), 0)
+    return Sheet(noise.add(x0, eps, t), noise.time(t), tuple(prompt for prompt in prompts for _ in steps)), noise.target(
+        x0, eps, t
+    )
 
 
 def drawings(job: Job, batch: int) -> Sheet:

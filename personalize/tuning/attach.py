@@ -21,10 +21,9 @@ from torch import Tensor, nn
 from ..adapters.adapter import Adapter
 from ..adapters.delta import Delta, Dense, LowRank, as_low_rank
 from ..adapters.fit import check_fit as check_shapes
-from ..adapters.strengths.grammar import Weighting, read
+from ..adapters.strengths.grammar import Weighting, every_part, read
 from ..errors import AdapterError
-from ..families.configs import canonical, native
-from ..families.names import PARTS
+from ..families.names import PARTS, canonical, native
 from ..models.model import Base
 from ..recipe.fields import AdapterSpec
 from .layers import NAME, Following, follow, lowered
@@ -157,7 +156,7 @@ class Attached:
         self._shift(0.0)
         for part, model in self.base.parts.items():
             found = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
-            gone = [name for name in found if canonical(part, name) not in keep]
+            gone = [name for name in found if canonical(f"{part}.{name}") not in keep]
             for name in gone:
                 parent, _, leaf = name.rpartition(".")
                 setattr(model.get_submodule(parent), leaf, found[name].base_layer)
@@ -219,7 +218,7 @@ def weighting_of(strengths: Strengths) -> Weighting:
     if isinstance(strengths, Weighting | str):
         return read(strengths.split(":")) if isinstance(strengths, str) else strengths
     named = strengths if isinstance(strengths, Mapping) else dict.fromkeys(PARTS, strengths)
-    return Weighting({part: named.get(part, 1.0) for part in PARTS})
+    return Weighting(every_part(named))
 
 
 def check_fit(base: Base, adapter: Adapter) -> None:

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from ..adapters.adapter import Adapter
 from ..adapters.delta import LowRank, as_low_rank
-from ..families.configs import native
+from ..families.names import native
 from ..models.model import Base
 from .attach import Attached
 from .layers import Following, lowered

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 import torch
@@ -13,33 +13,17 @@ from torch import Tensor, nn
 
 from ..adapters.delta import LowRank
 from ..errors import RecipeError, nearest
-from ..families.configs import canonical
+from ..families.names import canonical
 from ..models.model import Base
 from ..recipe.fields import AdapterSpec
 
-# Kohya's choice of layers; conv_in, conv_out and the time embedding are left out, UIs stumble over them (only a glob finds them).
-TARGETS = {
-    "unet": {
-        "attention": r".*\.attn[12]\.to_(q|k|v|out\.0)",
-        "self-attention": r".*\.attn1\.to_(q|k|v|out\.0)",
-        "cross-attention": r".*\.attn2\.to_(q|k|v|out\.0)",
-        "feedforward": r".*\.ff\.net\.(0\.proj|2)",
-        "projection": r".*\.attentions\.\d+\.proj_(in|out)",
-        "conv": r".*\.(resnets\.\d+\.(conv1|conv2|conv_shortcut|time_emb_proj)|(down|up)samplers\.0\.conv)",
-    },
-    "text_encoder": {
-        "attention": r".*\.self_attn\.(q|k|v|out)_proj",
-        "feedforward": r".*\.mlp\.fc[12]",
-    },
-}
-
 
 def fresh(base: Base, spec: AdapterSpec, parts: Sequence[str], seed: int) -> dict[str, LowRank]:
-    """New LowRanks for what a spec targets: path -> identity. The text encoder keeps the UNet's alpha-to-rank ratio."""
+    """New LowRanks for what a spec targets: path -> identity. Text encoders keep the denoiser's alpha-to-rank ratio."""
     generator = torch.Generator().manual_seed(seed)
     deltas = {}
     for part in parts:
-        rank, names = (spec.rank, spec.targets) if part == "unet" else (spec.text_rank, spec.text_targets)
+        rank, names = (spec.rank, spec.targets) if part == base.family.denoiser.part else (spec.text_rank, spec.text_targets)
         for path, module in select(base, part, names).items():
             deltas[path] = identity(module, rank, rank * spec.alpha / spec.rank, generator)
     return deltas
@@ -56,33 +40,28 @@ def identity(module: nn.Module, rank: int, alpha: float, generator: torch.Genera
 def select(base: Base, part: str, targets: Sequence[str]) -> dict[str, nn.Module]:
     """The modules of a part that any target names, in the model's order. Raises RecipeError for one that matches nothing."""
     modules = {path: module for path, module in adaptable(base).items() if path.startswith(f"{part}.")}
-    chosen: set[str] = set()
+    chosen, named = set[str](), base.family.network(part).targets
     for target in targets:
-        found = {path for path in modules if matches(part, target, path)}
+        found = {path for path in modules if matches(named, part, target, path)}
         if not found:
             raise RecipeError(
-                f"no layer of the {part} of {base.name} matches the target {target!r}", hint_for(part, target, modules)
+                f"no layer of the {part} of {base.name} matches the target {target!r}", hint_for(named, target, modules)
             )
         chosen |= found
     return {path: module for path, module in modules.items() if path in chosen}
 
 
-def matches(part: str, target: str, path: str) -> bool:
-    """Whether a target, a name of TARGETS or a glob over module paths (with or without the part's name), names a path."""
-    if pattern := TARGETS[kind_of(part)].get(target):
+def matches(named: Mapping[str, str], part: str, target: str, path: str) -> bool:
+    """Whether a target, a name of the part's own or a glob over module paths (with or without the part's name), names a path."""
+    if pattern := named.get(target):
         return re.fullmatch(pattern, path) is not None
     return fnmatchcase(path, target) or fnmatchcase(path.removeprefix(f"{part}."), target)
 
 
-def kind_of(part: str) -> str:
-    """`unet`, or `text_encoder` for both of SDXL's."""
-    return part.removesuffix("_2")
-
-
-def hint_for(part: str, target: str, paths: Iterable[str]) -> str:
+def hint_for(named: Mapping[str, str], target: str, paths: Iterable[str]) -> str:
     """The nearest thing to a target that matched nothing."""
     if not re.search(r"[.*?\[]", target):
-        return nearest(target, TARGETS[kind_of(part)])
+        return nearest(target, named)
     literal = target.replace("*", "")
 
     def found(path: str) -> int:
@@ -94,7 +73,7 @@ def hint_for(part: str, target: str, paths: Iterable[str]) -> str:
 def adaptable(base: Base) -> dict[str, nn.Module]:
     """Every layer that can carry an adapter: canonical path -> Linear or (ungrouped) Conv2d."""
     return {
-        canonical(part, path): module
+        canonical(f"{part}.{path}"): module
         for part, model in base.parts.items()
         for path, module in model.named_modules()
         if isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1)

@@ -16,6 +16,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
@@ -36,7 +37,6 @@ from personalize.adapters.delta import LowRank
 from personalize.adapters.hosts import HOSTS, ignored_layers
 from personalize.adapters.ops.bake import bake
 from personalize.families.checkpoint import open_weights
-from personalize.families.configs import unet_config
 from personalize.families.names import modules, part_of
 from personalize.formats.header import read_header
 from personalize.inference import sampling as sample
@@ -44,7 +44,6 @@ from personalize.models.model import Base
 from personalize.recipe.resolve import resolve
 from personalize.training.loop import train
 from personalize.tuning.attach import attach
-from personalize.tuning.targets import TARGETS
 
 pytestmark = pytest.mark.slow
 SD1 = bases.ROWS["sd1"]
@@ -179,8 +178,8 @@ def kohya_keys(name: str) -> set[str]:
     root, family = checkout("sd-scripts", "networks/lora.py", "library/sdxl_original_unet.py"), bases.ROWS[name]
     with stood_in({"library": package("library", root / "library"), "library.utils": MagicMock()}, [root]), torch.device("meta"):
         network, wide = importlib.import_module("networks.lora"), importlib.import_module("library.sdxl_original_unet")
-        unet = wide.SdxlUNet2DConditionModel() if name == "sdxl" else UNet2DConditionModel(**unet_config(family))
-        texts = [bases.text_model(text, openclip=True) for text in family.texts]
+        unet = wide.SdxlUNet2DConditionModel() if name == "sdxl" else UNet2DConditionModel(**family.denoiser.config(family.texts))
+        texts = [bases.text_model(replace(text, openclip=True)) for text in family.texts]
         old = [nn.ModuleDict({"text_model": getattr(text, "text_model", text)}) for text in texts]  # before transformers 5.6
         made = network.LoRANetwork(old, unet, lora_dim=1, alpha=1, is_sdxl=name == "sdxl")
     assert (len(made.unet_loras), len(made.text_encoder_loras)) == COUNTS[name]
@@ -189,8 +188,7 @@ def kohya_keys(name: str) -> set[str]:
 
 def kohyas_targets(name: str, folder: Path) -> Path:
     """An adapter of rank 1 on what kohya's tool trains, in a family's true shapes."""
-    patterns = {part: [TARGETS[part][target] for target in KOHYA if target in TARGETS[part]] for part in TARGETS}
-    patterns["text_encoder_2"] = patterns["text_encoder"]
+    patterns = {row.part: [row.targets[target] for target in KOHYA if target in row.targets] for row in bases.ROWS[name].networks}
     paths = [path for path in modules(bases.ROWS[name]) if any(re.fullmatch(p, path) for p in patterns[part_of(path)])]
     return rank_one(bases.ROWS[name], paths).save(folder / f"adapter-{name}")
 

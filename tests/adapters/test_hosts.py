@@ -147,7 +147,7 @@ def as_diffusers_names(stems: list[str], family: Family) -> dict[str, str]:
     """kohya's name => the module that diffusers' converter makes of it, for each layer alone."""
     from diffusers.loaders import lora_conversion_utils as own
 
-    found, config = {}, SimpleNamespace(layers_per_block=family.unet.layers)
+    found, config = {}, SimpleNamespace(layers_per_block=family.denoiser.layers_per_block)
     for stem in stems:
         state = {f"{stem}.lora_{side}.weight": torch.ones(1) for side in ("up", "down")}
         state, _ = own._convert_non_diffusers_lora_to_diffusers(own._maybe_map_sgm_blocks_to_diffusers(state, config))
@@ -240,7 +240,7 @@ def comfy() -> Any:
 
 def comfy_model(family: Family) -> tuple[Any, Any]:
     """What ComfyUI makes its tables from: the keys of a UNet and of text encoders in its layout, and the UNet's configuration."""
-    row, ldm = family.unet, keys.ldm_names(family)
+    row, ldm = family.denoiser, keys.ldm_names(family)
     depth = [depth for depth in row.depth for _ in range(row.layers)]
     config = {"num_res_blocks": [row.layers] * len(row.depth), "channel_mult": row.channels, "transformer_depth": depth}
     config["transformer_depth_output"] = [depth for depth in row.depth for _ in range(row.layers + 1)]

@@ -18,16 +18,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from personalize.errors import BaseModelError
-from personalize.families.addresses import addresses
 from personalize.families.cond import Cond
-from personalize.families.configs import detect, unet_config
 from personalize.families.emphasis import pieces
-from personalize.families.family import FAMILIES
-from personalize.families.recognition import family_in
+from personalize.families.family import addresses
+from personalize.families.names import FAMILIES
+from personalize.families.recognition import detect, family_in
 from personalize.families.tokens import clip_tokenizer
 from personalize.inference import sampling as sample
 from personalize.models.model import Base
-from personalize.models.single import TELLING
 
 NAMES = ("sd1", "sd2", "sdxl")
 PROMPTS = ["a red cat", "a photograph of a house on a hill"]
@@ -99,7 +97,7 @@ def test_weights_in_the_right_dtype_stay_in_the_file(shelf: Path) -> None:
 def test_true_sizes_are_recognised_from_keys_and_from_configs(name: str) -> None:
     row = bases.ROWS[name]
     assert family_in(bases.shapes(name)) is row
-    assert detect(unet_config(row), [text.part for text in row.texts]) is row
+    assert detect(row.denoiser.config(row.texts), [text.part for text in row.texts]) is row
 
 
 # ---------------------------------------------------------------- prediction
@@ -129,7 +127,7 @@ def test_marks_in_a_file_tell_its_prediction(tmp_path: Path) -> None:
 
 def test_sd2_is_told_by_its_biases(tmp_path: Path) -> None:
     tensors = bases.ldm("sd2")
-    key = addresses(bases.tiny("sd2"))[TELLING].key
+    key = addresses(bases.tiny("sd2"))[bases.ROWS["sd2"].telling].key
     for spread, prediction in ((0.2, "v_prediction"), (0.02, "epsilon")):
         tensors[key] = torch.linspace(-1, 1, len(tensors[key])).half() * spread * 1.7
         save_file(tensors, tmp_path / "biased.safetensors")

@@ -16,7 +16,9 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from personalize.families import names as keys
-from personalize.families.names import FAMILIES, PARTS, Family, Shape, Text
+from personalize.families.clip import Clip
+from personalize.families.family import Family
+from personalize.families.names import FAMILIES, PARTS, Shape
 
 ROWS = {family.name: family for family in FAMILIES}
 LDM = [family.name for family in FAMILIES if "ldm" in family.blocks]
@@ -27,14 +29,14 @@ every_family = pytest.mark.parametrize("name", ROWS)
 
 
 def unet(family: Family) -> UNet2DConditionModel:
-    row = family.unet
+    row = family.denoiser
     cross = [bool(depth) for depth in row.depth]
     options: dict[str, Any] = {"addition_embed_type": "text_time", "addition_time_embed_dim": 256} if row.added else {}
     return UNet2DConditionModel(
         in_channels=row.latent,
         out_channels=row.latent,
         block_out_channels=row.channels,
-        layers_per_block=row.layers,
+        layers_per_block=row.layers_per_block,
         down_block_types=["CrossAttnDownBlock2D" if yes else "DownBlock2D" for yes in cross],
         up_block_types=["CrossAttnUpBlock2D" if yes else "UpBlock2D" for yes in reversed(cross)],
         transformer_layers_per_block=[depth or row.middle for depth in row.depth],
@@ -46,11 +48,11 @@ def unet(family: Family) -> UNet2DConditionModel:
     )
 
 
-def text_encoder(text: Text) -> nn.Module:
+def text_encoder(text: Clip) -> nn.Module:
     config = CLIPTextConfig(
         hidden_size=text.width,
         intermediate_size=4 * text.width,
-        num_hidden_layers=text.layers,
+        num_hidden_layers=text.layer_count,
         num_attention_heads=text.width // 16,
         projection_dim=text.width,
         vocab_size=8,
@@ -170,13 +172,15 @@ def test_diffusers_finds_the_layers_of_ldm_names(name: str) -> None:
     family = ROWS[name]
     misread = {
         f"unet.up_blocks.{i}.upsamplers.0.conv"
-        for i, depth in enumerate(reversed(family.unet.depth))
+        for i, depth in enumerate(reversed(family.denoiser.depth))
         if not depth  # the upsampler of a level without attention is taken for an attention: SDXL's base has none
     }
     wanted = {path: inside for path, inside in keys.ldm_names(family).items() if path in keys.modules(family)}
     for path, inside in wanted.items():
         key = f"lora_unet_{inside.replace('.', '_')}.lora_down.weight"
-        (mapped,) = _maybe_map_sgm_blocks_to_diffusers({key: 0}, SimpleNamespace(layers_per_block=family.unet.layers))
+        (mapped,) = _maybe_map_sgm_blocks_to_diffusers(
+            {key: 0}, SimpleNamespace(layers_per_block=family.denoiser.layers_per_block)
+        )
         found = re.sub(r"[._]lora\.down\.weight$", "", _convert_unet_lora_key(mapped)).replace(".processor", "")
         same = f"unet.{found}".replace("to_out", "to_out.0") == path
         assert same != (path in misread), (path, found)

@@ -23,9 +23,11 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from personalize.errors import AdapterError, BaseModelError, HostileFileError, OutputError
 from personalize.families import names as keys
-from personalize.families.addresses import Address, addresses, parameters_at
-from personalize.families.checkpoint import Weights, open_weights, rewrite
-from personalize.families.names import FAMILIES, Family, canonical
+from personalize.families.checkpoint import open_weights
+from personalize.families.family import Family, addresses, parameters_at
+from personalize.families.names import FAMILIES, canonical
+from personalize.formats.checkpoint import Weights, rewrite
+from personalize.formats.header import Address
 from personalize.models.sources import NAMED
 
 POCKET = NAMED["pocket"]
@@ -39,15 +41,15 @@ TO_Q = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
 def tiny(family: Family) -> Family:
     """The same depths with widths of next to nothing: names depend on depths only."""
     width = 16
-    unet = dataclasses.replace(family.unet, channels=tuple(width * (1 + i) for i in range(len(family.unet.channels))))
-    unet = dataclasses.replace(unet, context=family.unet.context // 64, added=40 if unet.added else 0)
+    unet = dataclasses.replace(family.denoiser, channels=tuple(width * (1 + i) for i in range(len(family.denoiser.channels))))
+    unet = dataclasses.replace(unet, context=family.denoiser.context // 64, added=40 if unet.added else 0)
     texts = tuple(dataclasses.replace(text, width=width * (1 + i)) for i, text in enumerate(family.texts))
-    return dataclasses.replace(family, unet=unet, texts=texts)
+    return dataclasses.replace(family, denoiser=unet, texts=texts)
 
 
 def models(family: Family) -> dict[str, nn.Module]:
     """The real classes by part, random weights."""
-    row = family.unet
+    row = family.denoiser
     cross = [bool(depth) for depth in row.depth]
     options = {"addition_embed_type": "text_time", "addition_time_embed_dim": 8} if row.added else {}
     parts: dict[str, nn.Module] = {
@@ -55,7 +57,7 @@ def models(family: Family) -> dict[str, nn.Module]:
             in_channels=row.latent,
             out_channels=row.latent,
             block_out_channels=row.channels,
-            layers_per_block=row.layers,
+            layers_per_block=row.layers_per_block,
             down_block_types=["CrossAttnDownBlock2D" if yes else "DownBlock2D" for yes in cross],
             up_block_types=["CrossAttnUpBlock2D" if yes else "UpBlock2D" for yes in reversed(cross)],
             transformer_layers_per_block=[depth or row.middle for depth in row.depth],
@@ -71,7 +73,7 @@ def models(family: Family) -> dict[str, nn.Module]:
         config = CLIPTextConfig(
             hidden_size=text.width,
             intermediate_size=4 * text.width,
-            num_hidden_layers=text.layers,
+            num_hidden_layers=text.layer_count,
             num_attention_heads=2,
             projection_dim=text.width,
             vocab_size=8,
@@ -107,7 +109,10 @@ def single(values: dict[str, Tensor], family: Family) -> dict[str, Tensor]:
 
 def converted(tensors: dict[str, Tensor], family: Family) -> dict[str, Tensor]:
     """What diffusers makes of a single file: canonical path => tensor."""
-    config = {"layers_per_block": family.unet.layers, "addition_embed_type": "text_time" if family.unet.added else None}
+    config = {
+        "layers_per_block": family.denoiser.layers_per_block,
+        "addition_embed_type": "text_time" if family.denoiser.added else None,
+    }
     found = {f"unet.{key}": value for key, value in theirs.convert_ldm_unet_checkpoint(tensors, config).items()}
     for text in family.texts:
         if (family.name, text.part) in (("sd2", "text_encoder"), ("sdxl", "text_encoder_2"), ("sdxl-refiner", "text_encoder_2")):
@@ -344,9 +349,9 @@ def test_only_what_changed_changes(tmp_path: Path, layout: str) -> None:
 
 
 def test_writing_nothing_new_is_a_copy(tmp_path: Path) -> None:
-    assert contents(rewrite(POCKET, tmp_path / "copy", {})) == contents(POCKET)
+    assert contents(rewrite(open_weights(POCKET), tmp_path / "copy", {})) == contents(POCKET)
     file = pocket_file(tmp_path / "a.safetensors")
-    copy = rewrite(file, tmp_path / "b.safetensors", lambda path: None)
+    copy = rewrite(open_weights(file), tmp_path / "b.safetensors", lambda path: None)
     ours, theirs = load_file(copy), load_file(file)
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
@@ -361,7 +366,7 @@ def test_fused_and_transposed_parameters_are_written_in_place(tmp_path: Path, na
     picked = [f"{layer}.q_proj", f"{layer}.v_proj.bias", f"{part}.text_model.embeddings.position_embedding"]
     picked += [f"{part}.text_projection"] * (name != "sd2")
     changed = {path: torch.randn(values[path].shape) for path in picked}
-    written = rewrite(tmp_path / "a.safetensors", tmp_path / "b.safetensors", changed)
+    written = rewrite(open_weights(tmp_path / "a.safetensors"), tmp_path / "b.safetensors", changed)
     found = converted(load_file(written), family)
     assert found.keys() == values.keys()
     for path in values:
@@ -376,7 +381,7 @@ def test_every_float_keeps_its_dtype(tmp_path: Path, dtype: torch.dtype) -> None
     named = {key if key.endswith(".bias") else f"{key}.weight": value for key, value in unet.items()}
     save_file(named, tmp_path / "base" / "unet" / "diffusion_pytorch_model.safetensors")
     new = torch.randn(values[TO_Q].shape)
-    after = open_weights(rewrite(tmp_path / "base", tmp_path / "out", {TO_Q: new}))
+    after = open_weights(rewrite(open_weights(tmp_path / "base"), tmp_path / "out", {TO_Q: new}))
     assert after.family == "unknown" and after[TO_Q].dtype == dtype
     assert torch.equal(after[TO_Q].float(), new.to(dtype).float())
     assert torch.equal(after["unet.conv_in"].float(), values["unet.conv_in"].float())
@@ -384,14 +389,14 @@ def test_every_float_keeps_its_dtype(tmp_path: Path, dtype: torch.dtype) -> None
 
 def test_a_1x1_convolution_takes_a_matrix(tmp_path: Path) -> None:
     path = "unet.down_blocks.0.attentions.0.proj_in"
-    after = open_weights(rewrite(POCKET, tmp_path / "out", {path: torch.ones(96, 96)}))
+    after = open_weights(rewrite(open_weights(POCKET), tmp_path / "out", {path: torch.ones(96, 96)}))
     assert after.shape(path) == (96, 96, 1, 1) and bool((after[path] == 1).all())
 
 
 def test_metadata_is_added_and_hashes_that_no_longer_hold_go(tmp_path: Path) -> None:
     old = {"modelspec.hash_sha256": "0xabc", "sshs_model_hash": "abc", "modelspec.title": "Ä", "format": "pt"}
     file = pocket_file(tmp_path / "a.safetensors", metadata=old)
-    written = rewrite(file, tmp_path / "b.safetensors", {}, {"story": "told"})
+    written = rewrite(open_weights(file), tmp_path / "b.safetensors", {}, {"story": "told"})
     with safe_open(written, "pt") as opened:
         assert opened.metadata() == {"modelspec.title": "Ä", "format": "pt", "story": "told"}
     assert list(open_weights(written).headers[0].tensors) == list(open_weights(file).headers[0].tensors)
@@ -406,7 +411,7 @@ def test_other_forms_of_the_same_weights_are_not_carried_along(tmp_path: Path) -
         (folder / name).write_text("{}")
     shutil.move(folder / "vae", tmp_path / "vae")
     (folder / "vae").symlink_to(tmp_path / "vae")
-    now = contents(rewrite(folder, tmp_path / "out", {}))
+    now = contents(rewrite(open_weights(folder), tmp_path / "out", {}))
     assert now == contents(POCKET) | {"safety_checker/model.bin": b"{}", "LICENSE": b"{}"}
 
 
@@ -431,7 +436,7 @@ def test_no_source_is_ever_overwritten(tmp_path: Path) -> None:
         (folder, file / "inside", "cannot write"),
     ]:
         with pytest.raises(OutputError, match=words):
-            rewrite(source, destination, {})
+            rewrite(open_weights(source), destination, {})
     assert contents(tmp_path) == before
 
 
@@ -439,8 +444,8 @@ def test_an_older_file_is_replaced_and_an_empty_folder_filled(tmp_path: Path) ->
     file = pocket_file(tmp_path / "a.safetensors")
     (tmp_path / "b.safetensors").write_text("old")
     (tmp_path / "new").mkdir()
-    assert open_weights(rewrite(file, tmp_path / "b.safetensors", {})).family == "pocket"
-    assert open_weights(rewrite(POCKET, tmp_path / "new", {})).family == "pocket"
+    assert open_weights(rewrite(open_weights(file), tmp_path / "b.safetensors", {})).family == "pocket"
+    assert open_weights(rewrite(open_weights(POCKET), tmp_path / "new", {})).family == "pocket"
 
 
 @pytest.mark.parametrize("layout", ["folder", "file"])
@@ -450,7 +455,7 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, layout: str) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (6_000_000, limits[1]))  # the kernel refuses more, as a full disk does
     try:
         with pytest.raises(OutputError, match=rf"cannot write {tmp_path / 'out'}"):
-            rewrite(source, tmp_path / "out", {})
+            rewrite(open_weights(source), tmp_path / "out", {})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert contents(tmp_path) == before and len(list(tmp_path.iterdir())) == len(before)
@@ -464,7 +469,7 @@ def test_new_tensors_that_do_not_fit(tmp_path: Path) -> None:
         ({"unet.conv_in.bias": torch.full((96,), float("nan"))}, "NaN or Inf"),
     ]:
         with pytest.raises(AdapterError, match=words):
-            rewrite(POCKET, tmp_path / "out", changed)
+            rewrite(open_weights(POCKET), tmp_path / "out", changed)
     assert not list(tmp_path.iterdir())
 
 
@@ -481,7 +486,8 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
     hollow(tmp_path / "base" / "unet" / "diffusion_pytorch_model.safetensors", shapes)
     code = """if True:
         import resource, sys, torch
-        from personalize.families.checkpoint import open_weights, rewrite
+        from personalize.families.checkpoint import open_weights
+        from personalize.formats.checkpoint import rewrite
         def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
         weights = open_weights(sys.argv[1] + "/base")
         torch.zeros(2048, 2048).half().float().isfinite().all()

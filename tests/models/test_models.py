@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel
 
 from personalize.errors import BaseModelError, HostileFileError
-from personalize.families.noise import Schedule
+from personalize.families.noise import VP
 from personalize.models.model import Base
-from personalize.models.sources import CONFIGS, NAMED
+from personalize.models.sources import CONFIG, NAMED, SCHEDULER
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,7 @@ def test_schedule_is_that_of_the_scheduler_config(
 ) -> None:
     config = json.loads((tiny_base / "scheduler" / "scheduler_config.json").read_text())
     config |= {"prediction_type": prediction, "rescale_betas_zero_snr": rescale}
-    schedule = Schedule.of(config)
+    schedule = VP.of(config)
     assert torch.equal(schedule.alphas_cumprod, DDIMScheduler.from_config(config).alphas_cumprod)
     assert schedule.prediction == prediction
     assert (schedule.snr(torch.tensor([999])) == 0).item() == rescale
@@ -167,7 +167,8 @@ BAD = {
     "pickled checkpoint": (a_file("model.ckpt"), "model.ckpt is a pickle"),
     "pickle in disguise": (a_file("model.safetensors"), "model.safetensors is a Python pickle"),
     "another file": (a_file("model.zip"), "model.zip is no base"),
-    **{f"no {part}": (lacks(part), f"lacks {part}/{CONFIGS[part]}") for part in CONFIGS},
+    **{f"no {part}": (lacks(part), f"lacks {part}/{CONFIG}") for part in ("unet", "vae")},
+    "no scheduler": (lacks("scheduler"), f"lacks scheduler/{SCHEDULER}"),
     "pickled weights": (pickled, "unet has only pickled weights"),
     "no weights": (emptied, "vae has no weights"),
     "truncated weights": (truncated, "unet cannot be loaded"),

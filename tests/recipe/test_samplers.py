@@ -161,7 +161,7 @@ class Oracle(Base):
 
     def denoise(self, latents: Tensor, timesteps: Tensor, cond: Any) -> Tensor:
         x0 = torch.full_like(latents, 0.5)
-        signal, noise = self.schedule.signal(timesteps.long()), self.schedule.noise(timesteps.long())
+        signal, noise = self.noise.signal(timesteps.long()), self.noise.noise(timesteps.long())
         self.seen.append((latents.clone(), timesteps.clone(), self.look()))
         return (latents - signal * x0) / noise
 
@@ -177,7 +177,7 @@ def test_every_sampler_begins_where_it_says(base: Base, name: str, denoise: floa
     found = sample.diffuse(oracle, ["a cat"], [0], (16, 8, 8), beginning=start, **how)
     first, t, _ = oracle.seen[0]
     noise = torch.randn((1, 16, 8, 8), generator=torch.Generator().manual_seed(0))
-    wanted = oracle.schedule.signal(t.long()) * 0.5 + oracle.schedule.noise(t.long()) * noise
+    wanted = oracle.noise.signal(t.long()) * 0.5 + oracle.noise.noise(t.long()) * noise
     assert float((first - wanted).abs().max()) < 0.05, "the first timestep"
     assert abs(float(t) / 1000 - denoise) < 0.12 or "Karras" in name  # whose steps lie otherwise
     assert float((found - 0.5).abs().max()) < 0.15, "the last step"  # PLMS keeps the noise of timestep 0
@@ -215,15 +215,15 @@ def test_zero_terminal_snr_is_set_up_right(base: Base) -> None:
         made = sample.make_sampler(base, 20, name)
         signal = made.alphas_cumprod
         assert float(signal[-1]) == pytest.approx(1e-4, rel=0.01) and bool((signal[1:] < signal[:-1]).all()), name
-        assert torch.allclose(signal[:970], base.schedule.alphas_cumprod[:970], atol=1e-5), name
+        assert torch.allclose(signal[:970], base.noise.alphas_cumprod[:970], atol=1e-5), name
         assert float(made.timesteps[0]) == pytest.approx(999) and made.config.prediction_type == "v_prediction"
 
 
 def test_other_bases_noise_is_left_as_it_is(base: Base) -> None:
     other = of(base, **NOISE, prediction_type="epsilon")
-    assert torch.allclose(other.schedule.finite().float(), diffusers.DDPMScheduler(**NOISE).betas, atol=1e-6)
+    assert torch.allclose(other.noise.finite().float(), diffusers.DDPMScheduler(**NOISE).betas, atol=1e-6)
     for name in SAMPLERS:
-        assert torch.equal(sample.make_sampler(other, 4, name).alphas_cumprod, other.schedule.alphas_cumprod), name
+        assert torch.equal(sample.make_sampler(other, 4, name).alphas_cumprod, other.noise.alphas_cumprod), name
 
 
 def test_what_a_base_asks_of_its_own_sampler_is_no_matter_to_others(base: Base) -> None:

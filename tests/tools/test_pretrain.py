@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPTokenizer
 
-from personalize.families.noise import Schedule
+from personalize.families.noise import VP
 from personalize.models.model import Base
 from personalize.reports.metrics import Clip
 from personalize.training.objectives import denoise as objectives
@@ -142,7 +142,7 @@ TEACHINGS = [
 @pytest.mark.parametrize("teaching", TEACHINGS, ids=Teaching.told)
 def test_whoever_predicts_the_truth_has_no_loss(teaching: Teaching) -> None:
     """And whatever is predicted, it tells the same v."""
-    schedule = Schedule.of(teaching.scheduler().config)
+    schedule = VP.of(teaching.scheduler().config)
     assert (schedule.prediction, bool(schedule.alphas_cumprod[-1])) == (teaching.prediction, not teaching.zero_snr)
     x0, generator = torch.randn(6, 16, 8, 8, generator=torch.Generator().manual_seed(1)), torch.Generator().manual_seed(0)
     seen = []
@@ -205,7 +205,7 @@ def test_settings_are_compared_alike_and_kept(tmp_path: Path, monkeypatch: pytes
     assert [row["name"] for row in told] == rows and all(0 < row["error"] < 100 for row in told)
     assert told[2]["parameters"] < told[0]["parameters"] == told[1]["parameters"]
     base, other = (Base.load(str(tmp_path / "w" / name / "base")) for name in ("epsilon-no-zero-SNR", "text-encoder-untrained"))
-    assert base.schedule.prediction == "epsilon" and other.schedule.prediction == "v_prediction"
+    assert base.noise.prediction == "epsilon" and other.noise.prediction == "v_prediction"
     shipped = Base.load("pocket").embed(["a red cat"]).tokens
     assert torch.allclose(base.embed(["a red cat"]).tokens, shipped, atol=2e-2)
     assert not torch.allclose(other.embed(["a red cat"]).tokens, shipped, atol=2e-2)

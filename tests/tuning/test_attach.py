@@ -17,9 +17,11 @@ from personalize.families.names import FAMILIES, modules
 from personalize.models.model import Base
 from personalize.recipe.fields import AdapterSpec
 from personalize.tuning.attach import attach
-from personalize.tuning.targets import TARGETS, adaptable
+from personalize.tuning.targets import adaptable
 
 BOTH = ("unet", "text_encoder")
+POCKET = next(family for family in FAMILIES if family.name == "pocket")
+TARGETS = {row.part: row.targets for row in POCKET.networks}
 EVERYTHING = AdapterSpec(rank=2, targets=("attention", "feedforward", "projection", "conv"), text_rank=3)
 
 
@@ -98,7 +100,7 @@ def test_named_targets_are_the_layers_they_say(base: Base, part: str, target: st
 
 
 def test_all_targets_together_are_the_familys_layers_but_for_its_ends(base: Base) -> None:
-    known = modules(next(family for family in FAMILIES if family.name == "pocket"))
+    known = modules(POCKET)
     with attach(base, EVERYTHING, parts=BOTH) as attached:
         left = set(known) - set(attached.layers)
     assert left == {"unet.conv_in", "unet.conv_out", "unet.time_embedding.linear_1", "unet.time_embedding.linear_2"}

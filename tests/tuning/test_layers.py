@@ -206,7 +206,7 @@ def test_a_step_has_the_gradient_of_casts_in_each_layer(
     def stepped() -> list[Tensor]:
         with started(base, recipe.adapter, parts(recipe, base)) as attached:
             opt = Optimizer(attached.groups(), recipe.optim, 4, scaled=precision == "float16")
-            loss, inputs = build(recipe.objective, base.schedule, attached.off), feed(job, lesson, 0)
+            loss, inputs = build(recipe.objective, base.noise, attached.off), feed(job, lesson, 0)
             seen = ((next(inputs), lambda what, i=i: generator(0, what, i), lambda n: n) for i in range(recipe.optim.accumulate))
             told = gradients(base.denoise, loss, attached, opt, 2, seen)  # type: ignore[arg-type]
             grads = [p.grad for p in learned(attached).values() if p.grad is not None]

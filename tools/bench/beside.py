@@ -48,7 +48,7 @@ def timed(
 ) -> Row:
     """Seconds per step and the most bytes held; or why the script failed."""
     sdxl = len(configs.texts) > 1
-    folder = options.work.resolve() / f"{'sdxl' if sdxl else 'sd1'}-{configs.unet['block_out_channels'][0]}-{side}"
+    folder = options.work.resolve() / f"{'sdxl' if sdxl else 'sd1'}-{configs.denoiser['block_out_channels'][0]}-{side}"
     scripts.write_weights(folder / "base", configs, device)
     if whose == "kohya":
         scripts.write_tokenizers(folder / "tokenizers")

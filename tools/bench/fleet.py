@@ -104,12 +104,12 @@ def fleet(configs: Configs, recipe: Recipe, fit: Fit, device: torch.device, memb
     place(base, fit, device)
     crew = Crew(base, [fresh(base, recipe.adapter, ("unet",), seed) for seed in range(members)])
     opts = [Optimizer(one.groups(), recipe.optim, recipe.steps) for one in crew.members]
-    inputs, steps = batch_of(base, recipe, configs.unet["sample_size"]), itertools.count()
+    inputs, steps = batch_of(base, recipe, configs.denoiser["sample_size"]), itertools.count()
 
     def take() -> list[float]:
         done, who = next(steps), range(members)
         generators = [torch.Generator().manual_seed(done * members + m) for m in who]
-        asks = [asking(recipe.objective, base.schedule)(inputs, lambda _, one=one: one, WHOLE) for one in generators]  # type: ignore[misc]
+        asks = [asking(recipe.objective, base.noise)(inputs, lambda _, one=one: one, WHOLE) for one in generators]  # type: ignore[misc]
         losses = pass_through(crew, who, asks, opts)
         crew.share_out()
         norms = [opt.norm() for opt in opts]

@@ -11,8 +11,7 @@ from typing import Any
 
 import torch
 
-from personalize.families.configs import text_config, unet_config
-from personalize.families.names import Family
+from personalize.families.family import Family
 from personalize.io import write_text
 from personalize.recipe.resolve import resolve
 from personalize.training.memory.estimate import Configs, Estimate, Load, estimate
@@ -78,13 +77,10 @@ def rungs(batch: int, precision: str) -> Iterator[tuple[str, Fit]]:
 
 def configs_of(row: Family, side: int) -> Configs:
     """A family's true shapes."""
-    texts = {
-        text.part: text_config(text, TOKENS, row.name != "sd1")
-        | {"kind": "CLIPTextModelWithProjection" if text.projection else "CLIPTextModel"}
-        for text in row.texts
-    }
-    unet = unet_config(row) | {"sample_size": side // 8}
-    return Configs(unet, VAE | {"sample_size": side, "latent_channels": unet["in_channels"]}, texts)
+    texts = {text.part: text.config(TOKENS) | ({"hidden_act": "gelu"} if row.name != "sd1" else {}) for text in row.texts}
+    denoiser = row.denoiser.config(row.texts) | {"sample_size": side // 8}
+    vae = VAE | {"sample_size": side, "latent_channels": denoiser["in_channels"]}
+    return Configs(denoiser, vae, texts, row.denoiser.part)
 
 
 def publish(options: Any, rows: Sequence[dict[str, Any]]) -> None:

@@ -19,13 +19,16 @@ from personalize.adapters.delta import LowRank
 from personalize.adapters.ops import linalg
 from personalize.errors import RecipeError, nearest
 from personalize.families import names as keys
+from personalize.families.clip import Clip
+from personalize.families.family import Family
+from personalize.families.unet import UNet
 from personalize.formats.tensors import write_tensors
 
 WEIGHTS = (0.7, 0.5)  # of both adapters in every merge
 LAYERS = {"unet": ".attentions.", "text_encoder": ".layers.", "text_encoder_2": ".layers."}
 
 
-def family(name: str) -> keys.Family:
+def family(name: str) -> Family:
     """The row of this name. Raises RecipeError if there is none."""
     known = {row.name: row for row in keys.FAMILIES}
     if name not in known:
@@ -33,20 +36,22 @@ def family(name: str) -> keys.Family:
     return known[name]
 
 
-def small(row: keys.Family) -> keys.Family:
+def small(row: Family) -> Family:
     """A family's structure in widths of next to nothing."""
-    texts = tuple(replace(text, width=64, layers=2) for text in row.texts)
-    added = 64 + 6 * 16 if row.unet.added else 0  # the pooled text, and six numbers about sizes
-    channels, depth = (32, *[64] * (len(row.unet.channels) - 1)), tuple(min(depth, 1) for depth in row.unet.depth)
-    unet = replace(row.unet, channels=channels, depth=depth, middle=1, context=64 * len(texts), added=added)
-    return replace(row, unet=unet, texts=texts)
+    own = row.denoiser
+    assert isinstance(own, UNet)
+    texts = tuple(replace(text, width=64, layer_count=2) for text in row.texts if isinstance(text, Clip))
+    added = 64 + 6 * 16 if own.added else 0  # the pooled text, and six numbers about sizes
+    channels, depth = (32, *[64] * (len(own.channels) - 1)), tuple(min(depth, 1) for depth in own.depth)
+    unet = replace(own, channels=channels, depth=depth, middle=1, context=64 * len(texts), added=added)
+    return replace(row, denoiser=unet, texts=texts)
 
 
 # ---------------------------------------------------------------- layers
 
 
 @cache
-def targets(row: keys.Family) -> Mapping[str, keys.Shape]:
+def targets(row: Family) -> Mapping[str, keys.Shape]:
     """What kohya's trainer targets by default, by its names: attention with feed-forward and projections; of text all blocks."""
     names = keys.kohya_names(row)
     layers = keys.modules(row).items()
@@ -67,7 +72,7 @@ def spread(shapes: Mapping[str, keys.Shape], count: int) -> list[str]:
 # ---------------------------------------------------------------- files
 
 
-def write_pair(folder: Path, row: keys.Family, rank: int, seed: int) -> tuple[Path, Path]:
+def write_pair(folder: Path, row: Family, rank: int, seed: int) -> tuple[Path, Path]:
     """Two fp16 files as kohya's trainer writes them, of all its targets. The alphas differ: half the rank, and the rank."""
     files = tuple(folder / f"{row.name}-{rank}-{seed}-{letter}.safetensors" for letter in "ab")
     for i, file in enumerate(files):
@@ -102,7 +107,7 @@ def write_sample(file: Path, to: Path, names: Iterable[str]) -> Path:
     return to
 
 
-def hollow(file: Path, row: keys.Family, size: int) -> Path:
+def hollow(file: Path, row: Family, size: int) -> Path:
     """A file of about `size` bytes with a true header of this family's layers; the weights behind it are a hole in the disk."""
     names = targets(row)
     rank = max(1, round(size / (2 * sum(sum(linalg.sides(shape)) for shape in names.values()))))
@@ -144,7 +149,7 @@ def _nearest(matrix: Tensor, rank: int) -> Tensor:
     return (u[:, :rank] * s[:rank]) @ v[:rank]
 
 
-def error(file: Path, wanted: Mapping[str, Tensor], row: keys.Family) -> float:
+def error(file: Path, wanted: Mapping[str, Tensor], row: Family) -> float:
     """||dW - wanted|| / ||wanted|| over these layers together; a layer that the file lacks is zero."""
     paths = {name: path for path, name in keys.kohya_names(row).items()}
     found = Adapter.load(file).deltas

@@ -95,7 +95,7 @@ def kohya_flags(folder: Path, recipe: Recipe, side: int, sdxl: bool) -> list[str
 
 def write_base(folder: Path, configs: Configs) -> None:
     """A diffusers folder without weights."""
-    for part, config in (("unet", configs.unet), ("vae", configs.vae)):
+    for part, config in (("unet", configs.denoiser), ("vae", configs.vae)):
         write_text(folder / part / "config.json", json.dumps({"_class_name": CLASSES[part], **config}))
     for part, config in configs.texts.items():
         text = dict(config)

@@ -114,7 +114,7 @@ def step(base: Base, attached: Attached, opt: Optimizer, recipe: Recipe, inputs:
 
 def learn(base: Base, attached: Attached, opt: Optimizer, recipe: Recipe, inputs: Inputs, done: int = 0) -> Tensor:
     """A step's gradients: forward and backward."""
-    loss = objectives.build(recipe.objective, base.schedule, attached.off)
+    loss = objectives.build(recipe.objective, base.noise, attached.off)
     generator = torch.Generator().manual_seed(done)
     return gradients(base.denoise, loss, attached, opt, 1, [(inputs, lambda _: generator, lambda piece: piece)])
 

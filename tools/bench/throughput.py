@@ -125,7 +125,7 @@ def trainer(configs: Configs, recipe: Recipe, fit: Fit, device: torch.device, *,
     fill(base.unet, device)
     place(base, fit, device)
     opt = Optimizer(attached.groups(), recipe.optim, recipe.steps)
-    inputs, steps = batch_of(base, recipe, configs.unet["sample_size"]), itertools.count()
+    inputs, steps = batch_of(base, recipe, configs.denoiser["sample_size"]), itertools.count()
     if graphs:
         vars(base)["denoise"] = graphed(base, inputs)
     return lambda: step(base, attached, opt, recipe, inputs, next(steps))
@@ -181,7 +181,7 @@ def flops_of(configs: Configs, recipe: Recipe) -> int:
         base.device = torch.device("cpu")
         solidify([base.unet])
         opt = Optimizer(attached.groups(), recipe.optim, recipe.steps)
-        inputs = batch_of(base, recipe, configs.unet["sample_size"])
+        inputs = batch_of(base, recipe, configs.denoiser["sample_size"])
         with FlopCounterMode(display=False, custom_mapping=ours) as counter:
             learn(base, attached, opt, recipe, inputs)
     return int(counter.get_total_flops())

@@ -11,8 +11,7 @@ import torch
 from diffusers import DDIMScheduler, EulerAncestralDiscreteScheduler, SchedulerMixin, UNet2DConditionModel
 from torch import Tensor
 
-from personalize.families.noise import Schedule
-from personalize.training.objectives import denoise as objectives
+from personalize.families.noise import VP
 
 from .pool import shuffled
 from .running import Plan, run, team
@@ -73,16 +72,16 @@ class Teaching:
         torch.manual_seed(0)
         return UNet2DConditionModel(sample_size=side, block_out_channels=self.width, **CONFIG)
 
-    def loss(self, unet: Callable, schedule: Schedule, latents: Tensor, cond: Tensor, generator: torch.Generator) -> Tensor:
+    def loss(self, unet: Callable, schedule: VP, latents: Tensor, cond: Tensor, generator: torch.Generator) -> Tensor:
         """Mean squared error at one timestep per picture, weighted by `min_snr`."""
         n = len(latents)
         even = (torch.arange(n) + torch.rand(n, generator=generator)) / n  # stratified: less noise in the loss
         places = DENSITIES[self.density](even).clamp(0, 1 - 1e-6)
-        t = (places * len(schedule.alphas_cumprod)).long().to(latents.device)
+        t = (places * schedule.steps).long().to(latents.device)
         noise = torch.randn(latents.shape, generator=generator).to(latents.device)
-        predicted = unet(schedule.signal(t) * latents + schedule.noise(t) * noise, t, cond).sample.float()
-        wrong = (predicted - objectives.target(latents, noise, t, schedule)).square().mean((1, 2, 3))
-        return (objectives.weights(t, schedule, self.min_snr) * wrong).mean()
+        predicted = unet(schedule.add(latents, noise, t), t, cond).sample.float()
+        wrong = (predicted - schedule.target(latents, noise, t)).square().mean((1, 2, 3))
+        return (schedule.weight(t, self.min_snr) * wrong).mean()
 
 
 def train(
@@ -104,7 +103,7 @@ def train(
     """
     unet, shown = unet.to(device).train(), teaching.build(latents.shape[-1]).to(device).eval()
     forward = torch.compile(unet) if compiled else unet
-    schedule, (rank, count) = Schedule.of(teaching.scheduler().config), team()
+    schedule, (rank, count) = VP.of(teaching.scheduler().config), team()
 
     def batches(start: int) -> Iterator[tuple[Tensor, Tensor]]:
         for step, batch in enumerate(shuffled(len(latents), plan.batch, 3, start), start):

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from ...errors import AdapterError
 from ...families.family import Family
-from ...families.names import family_of, part_of
+from ...families.names import DENOISERS, family_of, part_of
 from ..adapter import Adapter, check_kin
 from ..delta import Delta
 from ..ops import linalg
@@ -143,7 +143,7 @@ def collide(adapters: Sequence[Adapter], weights: Sequence[float] | None = None,
                 sums[(a, b), block] = sums[(a, b), block].plus(met)
     name = family.name if family else "unknown"
     blocks = tuple(block_norms(name, one) for one in norms)
-    short = tuple(all(part_of(path) != "unet" or "attentions" in path for path in one) for one in norms)
+    short = tuple(all(part_of(path) not in DENOISERS or "attentions" in path for path in one) for one in norms)
     meetings = tuple(_meeting(pair, block, sums[pair, block], blocks) for pair, block in _meeting_order(sums, blocks))
     return Collision(name, tuple(map(float, weights)), blocks, short, meetings, unknown)
 

@@ -11,8 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from statistics import median
 
-from ...families.family import A1111
-from ...families.names import part_of, says
+from ...families.names import A1111, part_of, says
 from ...findings import Finding
 from .. import dialects, hosts
 from ..kinds import ALPHA, DORA, MAGNITUDE, row

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ...errors import AdapterError, HostileFileError
-from ...families.family import FAMILIES, PARTS, Family, Shape
-from ...families.names import part_of, resolve_shape
+from ...families.family import Family, Shape
+from ...families.names import FAMILIES, PARTS, part_of, resolve_shape
 from ...formats.header import Header, opened
 from ...formats.tensors import read_tensor
 from .. import dialects, files, kinds

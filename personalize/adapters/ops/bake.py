@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from ...errors import AdapterError, nearest
-from ...families.checkpoint import Weights, check_destination, rewrite
-from ...families.family import PARTS
-from ...families.names import part_of
+from ...families.names import PARTS, part_of
+from ...formats.checkpoint import Weights, check_destination, rewrite
 from ...formats.header import short
 from ..adapter import Adapter
 from ..delta import frobenius

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from ...errors import AdapterError, BaseModelError, FamilyMismatchError, nearest
-from ...families.checkpoint import Weights, open_weights
-from ...families.family import PARTS
-from ...families.names import part_of, same
+from ...families.checkpoint import open_weights
+from ...families.names import PARTS, part_of, same
+from ...formats.checkpoint import Weights
 from ...formats.header import short
 
 Source = Weights | str | Path

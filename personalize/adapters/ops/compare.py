@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from ...families.names import part_of
+from ...families.names import DENOISERS, part_of
 from ..adapter import Adapter, check_kin
 from ..strengths.grammar import block_of, names
 from . import linalg
@@ -41,7 +41,7 @@ def compare(a: Adapter, b: Adapter) -> list[Row]:
     for path in paths:
         groups.setdefault(part_of(path), []).append(path)
     if family := a.model or b.model:
-        own = [path for path in paths if part_of(path) == "unet"]
+        own = [path for path in paths if part_of(path) in DENOISERS]
         groups |= {
             block: members for block in names(family) if (members := [path for path in own if block_of(family, path) == block])
         }

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ...errors import AdapterError
-from ...families.checkpoint import Weights, close
 from ...families.names import same
+from ...formats.checkpoint import Weights, close
 from ..adapter import Adapter
 from ..delta import Delta, Dense, LowRank, frobenius
 from . import linalg

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from ...errors import AdapterError, nearest
-from ...families.family import PARTS
-from ...families.names import part_of
+from ...families.names import PARTS, part_of
 from ...formats.tensors import TORCH, one_thread
 from ..adapter import Adapter
 from ..delta import Delta, Dense, LowRank, kind_name

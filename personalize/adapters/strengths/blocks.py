@@ -11,7 +11,6 @@ from functools import cache
 
 from ...errors import AdapterError, nearest
 from ...families.family import Family
-from ...families.names import ldm_names
 from .curves import NUMBER
 
 PRESETS = {  # of SD's 17 blocks: BASE, IN01 02 04 05 07 08, MID, OUT03 .. OUT11
@@ -29,23 +28,19 @@ PRESETS = {  # of SD's 17 blocks: BASE, IN01 02 04 05 07 08, MID, OUT03 .. OUT11
 
 @cache
 def names(family: Family, attention: bool = False) -> tuple[str, ...]:
-    """The blocks of a family's UNet in LBW's order, or those with attention; BASE first."""
-    found = {block_of(family, path) for path in ldm_names(family) if not attention or "attentions" in path}
-    order = {"B": 0, "I": 1, "M": 2, "O": 3}
-    return tuple(sorted({"BASE", *found}, key=lambda block: (order[block[0]], block)))
+    """The blocks of a family's denoiser in LBW's order, or those with attention; BASE first."""
+    return family.denoiser.blocks(attention)
 
 
 def block_of(family: Family, path: str) -> str:
     """The block of a layer: IN04, MID, OUT11, or BASE.
 
-    >>> from personalize.families.family import FAMILIES
+    >>> from personalize.families.names import FAMILIES
     >>> block_of(FAMILIES[1], "unet.mid_block.resnets.0.conv1")
     'MID'
     """
-    name = ldm_names(family).get(path.removesuffix(".bias"), "")
-    kind, _, rest = name.partition(".")
-    number = int(rest.partition(".")[0]) if kind in ("input_blocks", "output_blocks") else 0
-    return {"input_blocks": f"IN{number:02}", "middle_block": "MID", "output_blocks": f"OUT{number:02}"}.get(kind, "BASE")
+    part, _, own = path.removesuffix(".bias").partition(".")
+    return family.denoiser.block_of(own) if part == family.denoiser.part else "BASE"
 
 
 def blocks(text: str, family: Family | None) -> dict[str, float]:

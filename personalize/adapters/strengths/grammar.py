@@ -16,15 +16,18 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from typing import TypeVar
 
 from ...errors import AdapterError
+from ...families import names as family_names
 from ...families.family import Family
-from ...families.names import part_of
+from ...families.names import DENOISERS, TEXT_PARTS, part_of
 from .blocks import PRESETS as PRESETS
 from .blocks import block_of, blocks
 from .blocks import names as names
 from .curves import ALWAYS, CURVE, NUMBER, Curve, Strength, Window, level, number, spelled, strength
 
+S = TypeVar("S", float, Strength)
 STRENGTH = rf"(?:{CURVE}|{NUMBER})"
 BLOCKS = r"[\w+.,-]+"
 PATTERN = r"[\w.*?\[\]-]*[.*?][\w.*?\[\]-]*"
@@ -38,7 +41,7 @@ PIECES = (  # what may stand between colons
 )
 PIECE = re.compile("|".join(PIECES), re.IGNORECASE)
 SUFFIX = re.compile(rf"(?P<path>.+?)(?P<rest>(?::(?:{re.sub('[?]P<[a-z]+>', '?:', PIECE.pattern)}))+)", re.IGNORECASE)
-PARTS = {"unet": "unet", "te": "text_encoder", "te2": "text_encoder_2"}
+PARTS = {"unet": DENOISERS[0], "te": "text_encoder", "te2": "text_encoder_2"}  # `unet` stands for any denoiser
 
 
 @dataclass(frozen=True)
@@ -106,7 +109,7 @@ class Weighting:
         return value
 
 
-WHOLE = Weighting(dict.fromkeys(PARTS.values(), 1.0))
+WHOLE = Weighting(dict.fromkeys(family_names.PARTS, 1.0))
 
 
 def split(text: str) -> tuple[str, Weighting]:
@@ -160,7 +163,15 @@ def by_part(bare: Sequence[Strength], named: Mapping[str, Strength], text_first:
         raise AdapterError("too many strengths", "write PATH:BOTH, PATH:UNET:TEXT or PATH:unet=0.8:te=0.5")
     if text_first:
         te = named.get("text_encoder", bare[0] if bare else 1.0)
-        unet = named.get("unet", bare[1] if len(bare) > 1 else te)
+        unet = named.get(PARTS["unet"], bare[1] if len(bare) > 1 else te)
     else:
-        unet, te = (bare[0], bare[-1]) if bare else (named.get("unet", 1.0), named.get("text_encoder", 1.0))
-    return {"unet": unet, "text_encoder": te, "text_encoder_2": named.get("text_encoder_2", te)}
+        unet, te = (bare[0], bare[-1]) if bare else (named.get(PARTS["unet"], 1.0), named.get("text_encoder", 1.0))
+    return every_part({PARTS["unet"]: unet, "text_encoder": te, "text_encoder_2": named.get("text_encoder_2", te)})
+
+
+def every_part(named: Mapping[str, S]) -> dict[str, S | float]:
+    """A strength for every part of any family. Denoisers that are not named go by the one that is, text encoders beyond the
+    second by the first; what nothing is said of counts 1."""
+    denoiser = next((named[part] for part in DENOISERS if part in named), 1.0)
+    others = {part: named.get("text_encoder" if part not in PARTS.values() else part, 1.0) for part in TEXT_PARTS}
+    return {**dict.fromkeys(DENOISERS, denoiser), **others, **named}

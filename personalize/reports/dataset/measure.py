@@ -19,15 +19,16 @@ from ...data.folder import read_folder
 from ...data.images import Unreadable, load_picture, opened
 from ...data.masks import load_mask
 from ...errors import BaseModelError, DataError, RecipeError
-from ...families.configs import NAMED, ROWS, Family, unet_config
-from ...families.recognition import family_in
+from ...families.family import Family
+from ...families.names import ROWS
+from ...families.recognition import detect, family_in
 from ...formats.header import read_header
+from ...models.sources import NAMED, denoiser_in
 from ...recipe.fields import Recipe
 
 HASH_SIDE = 8  # the hash has the square of it in bits
 HASHED = 256  # width of the picture that is hashed
 FLAT = 1e-4  # variance of grey (0..1) below which there is nothing to be sharp about
-FACTOR = 8  # pixels per latent of Stable Diffusion, which a single file does not say
 USUAL_MULTIPLE = 64  # of Stable Diffusion: VAE 8, UNet 8
 
 
@@ -102,9 +103,10 @@ def native_resolution(recipe: Recipe) -> tuple[int, int, str]:
     if path.is_file() and (family := family_in({key: entry.shape for key, entry in read_header(path).tensors.items()})):
         return *_resolution(family), ""
     try:
-        unet, vae = (json.loads((path / part / "config.json").read_text(encoding="utf-8")) for part in ("unet", "vae"))
+        part = denoiser_in(path)
+        denoiser, vae = (json.loads((path / one / "config.json").read_text(encoding="utf-8")) for one in (part, "vae"))
         factor = 2 ** (len(vae["block_out_channels"]) - 1)
-        return int(unet["sample_size"]) * factor, factor * 2 ** (len(unet["block_out_channels"]) - 1), ""
+        return int(denoiser["sample_size"]) * factor, factor * detect(denoiser, part=part).denoiser.multiple, ""
     except (OSError, ValueError, LookupError, TypeError) as error:
         if recipe.data.resolution:
             return recipe.data.resolution, USUAL_MULTIPLE, ""
@@ -124,7 +126,8 @@ def assumed_resolution(base: str) -> tuple[int, int, str]:
 
 
 def _resolution(family: Family) -> tuple[int, int]:
-    return unet_config(family)["sample_size"] * FACTOR, FACTOR * 2 ** (len(family.unet.channels) - 1)
+    factor = family.latents.factor
+    return family.denoiser.config(family.texts)["sample_size"] * factor, factor * family.denoiser.multiple
 
 
 def has_imagehash() -> bool:

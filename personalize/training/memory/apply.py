@@ -15,20 +15,20 @@ def place(base: Base, fit: Fit, device: torch.device) -> None:
     """Make a base compute as a Fit says, with or without adapters on it. What is quantized or compiled already stays so."""
     base.place(device, lean=fit.lean, tiled=fit.tiled)
     if fit.quantize != "none":
-        quantize(base.unet, fit.quantize)
+        quantize(base.denoiser, fit.quantize)
     if fit.checkpointing:
-        base.unet.enable_gradient_checkpointing()
+        base.denoiser.enable_gradient_checkpointing()
     else:
-        base.unet.disable_gradient_checkpointing()
+        base.denoiser.disable_gradient_checkpointing()
     if fit.channels_last:
-        base.unet.to(memory_format=torch.channels_last)
+        base.denoiser.to(memory_format=torch.channels_last)
     if fit.compile and not lacking(device) and not compiled(base):
-        base.unet.compile_repeated_blocks()
+        base.denoiser.compile_repeated_blocks()
 
 
 def compiled(base: Base) -> bool:
-    """Whether the UNet's blocks are compiled."""
-    return any(module._compiled_call_impl is not None for module in base.unet.modules())
+    """Whether the denoiser's blocks are compiled."""
+    return any(module._compiled_call_impl is not None for module in base.denoiser.modules())
 
 
 def lacking(device: torch.device) -> str:

@@ -19,12 +19,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ...data import cache as store
 from ...families.cond import Cond
-from ...families.configs import UNKNOWN
-from ...families.text import TextEncoder
-from ...models.loaded import vae_dtype
+from ...families.names import DENOISERS
+from ...families.recognition import detect
+from ...models.loaded import build, vae_dtype
 from ...models.model import Base, quiet
 from ...models.precision import dtype_of
-from ...models.single import SCHEDULER
 from ...recipe.fields import Recipe
 from ...tuning.attach import Attached, attach
 from ..objectives import denoise as objectives
@@ -42,14 +41,15 @@ DRAWN = 8  # pictures drawn at once, where memory is no matter
 class Configs:
     """The shapes of a base."""
 
-    unet: Mapping[str, Any]
+    denoiser: Mapping[str, Any]
     vae: Mapping[str, Any]
     texts: Mapping[str, Mapping[str, Any]]
+    part: str = DENOISERS[0]  # what the denoiser is called
 
     @staticmethod
     def of(base: Base) -> Configs:
-        texts = {text.part: {**text.model.config.to_dict(), "kind": type(text.model).__name__} for text in base.texts}
-        return Configs(dict(base.unet.config), dict(base.vae.config), texts)
+        texts = {text.part: text.model.config.to_dict() for text in base.texts}
+        return Configs(dict(base.denoiser.config), dict(base.vae.config), texts, base.family.denoiser.part)
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def _estimate(configs: Configs, load: Load, fit: Fit, parts: tuple[str, ...]) ->
         base = ghost(configs, fit)
         attached = attach(base, load.recipe.adapter, parts=parts)
     with FakeTensorMode(), torch.random.fork_rng(devices=[]):
-        models = [base.unet, base.vae, *(text.model for text in base.texts)]
+        models = [base.denoiser, base.vae, *(text.model for text in base.texts)]
         base.device = torch.device("cpu")  # of shapes: kernels are chosen by device
         solidify(models)
         opt = Optimizer(attached.groups(), load.recipe.optim, load.recipe.steps, scaled=fit.precision == "float16")
@@ -124,7 +124,7 @@ def _estimate(configs: Configs, load: Load, fit: Fit, parts: tuple[str, ...]) ->
 
 def learn(base: Base, load: Load, fit: Fit, attached: Attached, opt: Optimizer, inputs: Inputs) -> Tensor:
     """Forward and backward of one step; the losses and the gradient's norm."""
-    loss = objectives.build(load.recipe.objective, base.schedule, attached.off)
+    loss = objectives.build(load.recipe.objective, base.noise, attached.off)
     generator = torch.Generator().manual_seed(0)
     batch = (inputs, lambda _: generator, lambda _: 0)
     return gradients(base.denoise, loss, attached, opt, pieces(fit, load.recipe.batch_size), [batch])
@@ -135,7 +135,7 @@ def largest(base: Base, load: Load, parts: tuple[str, ...]) -> Inputs:
     recipe, b = load.recipe, load.recipe.batch_size
     k = recipe.prior_rows if recipe.objective.prior != "none" else 0
     images, output = (k if recipe.objective.prior == kind else 0 for kind in ("images", "output"))
-    latents = torch.zeros(b + images, base.unet.config["in_channels"], load.height, load.width)
+    latents = torch.zeros(b + images, base.channels, load.height, load.width)
     held = [cond_of(base, load, parts, output) for _ in range(2)] if output else [None, None]
     return Inputs(latents, latents, cond_of(base, load, parts, b + images), images, *held)
 
@@ -144,7 +144,7 @@ def largest(base: Base, load: Load, parts: tuple[str, ...]) -> Inputs:
 def draw(base: Base, load: Load, fit: Fit, count: Count, away: int) -> int:
     """Bytes at most while pictures are drawn: reading, one guided step, decoding. `away` bytes of encoders come in turn."""
     rows, here = 1 if fit.tiled else load.drawn, count.now - away
-    latents = torch.zeros(rows, base.unet.config["in_channels"], load.height, load.width)
+    latents = torch.zeros(rows, base.channels, load.height, load.width)
     cond = cond_of(base, load, (), 2 * rows)
     count.peak = count.now
     base.denoise(torch.cat([latents, latents]), torch.zeros(2 * rows, dtype=torch.long), cond)
@@ -157,30 +157,25 @@ def draw(base: Base, load: Load, fit: Fit, count: Count, away: int) -> int:
 
 def cond_of(base: Base, load: Load, parts: tuple[str, ...], rows: int) -> Cond:
     """Conditioning of so many captions: what text encoders that learn make of them, else only its shape."""
-    tokens, width, pooled = 77 * load.windows, base.unet.config["cross_attention_dim"], None
-    if base.sized:
-        size = base.unet.config["projection_class_embeddings_input_dim"] - 6 * base.unet.config["addition_time_embed_dim"]
-        pooled = torch.zeros(rows, size, dtype=base.dtype)
-    if not any(text.part in parts for text in base.texts):
-        return Cond(torch.zeros(rows, tokens, width, dtype=base.dtype), pooled)
-    ids = torch.zeros(rows * load.windows, 77, dtype=torch.long)
-    states = [text.model(ids, output_hidden_states=True).hidden_states[-1] for text in base.texts]
-    return Cond(torch.cat(states, dim=-1).reshape(rows, tokens, width), pooled)
+    learning = any(text.part in parts for text in base.texts)
+    read = [text.blank(rows, load.windows, base.dtype, learning) for text in base.texts]
+    return base.family.combine(base.family, read)
 
 
 def ghost(configs: Configs, fit: Fit) -> Base:
     """A base of these shapes that holds nothing, as a Fit makes it compute."""
-    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from diffusers import AutoencoderKL
 
     dtype, meta = dtype_of(fit.precision), torch.device("meta")
+    family = detect(configs.denoiser, configs.texts, configs.part)
     with meta, default_dtype(dtype):
-        unet = UNet2DConditionModel(**configs.unet)
-        texts = tuple(TextEncoder(part, None, text_model(config)) for part, config in configs.texts.items())
+        denoiser = build(family.denoiser, configs.denoiser)
+        texts = tuple(row.reader(None, build(row, configs.texts[row.part])) for row in family.texts)
     with meta, default_dtype(vae_dtype(dtype)):
         vae = AutoencoderKL(**configs.vae)
-    for model in (unet, vae, *(text.model for text in texts)):
+    for model in (denoiser, vae, *(text.model for text in texts)):
         model.requires_grad_(False).eval()
-    base = Base("shapes", Path(), UNKNOWN, meta, dtype, SCHEDULER, texts, unet, vae, {})
+    base = Base("shapes", Path(), family, meta, dtype, dict(family.scheduler), texts, denoiser, vae, {})
     place(base, replace(fit, compile=False, lean=False), meta)
     return base
 
@@ -199,14 +194,6 @@ def solidify(models: Iterable[Any]) -> None:
 def like(old: Tensor) -> Tensor:
     """The same shape, strides and dtype."""
     return torch.empty_strided(old.shape, old.stride(), dtype=old.dtype)
-
-
-def text_model(config: Mapping[str, Any]) -> Any:
-    """A text encoder of a config."""
-    import transformers
-
-    settings = {name: value for name, value in config.items() if name != "kind"}
-    return getattr(transformers, config["kind"])(transformers.CLIPTextConfig.from_dict(settings))
 
 
 @contextlib.contextmanager

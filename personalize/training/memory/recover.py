@@ -104,7 +104,7 @@ def begin(job: Job, attached: Attached, choice: Choice) -> Work:
     """A run at its beginning, or where its state left it."""
     recipe, fit = job.recipe, choice.fit
     opt = Optimizer(attached.groups(), recipe.optim, recipe.steps, scaled=fit.precision == "float16")
-    loss = objectives.build(recipe.objective, job.base.schedule, attached.off)
+    loss = objectives.build(recipe.objective, job.base.noise, attached.off)
     work = Work(job, attached, opt, loss, choice, fit, State(0, job.about, opt.state()))
     if job.state:
         opt.load(job.state.tensors)
@@ -205,7 +205,7 @@ def measured(base: Base, attached: Attached) -> Iterator[Callable[[], int]]:
         torch.cuda.reset_peak_memory_stats(base.device)
         yield lambda: torch.cuda.max_memory_allocated(base.device)
         return
-    models = [base.unet, base.vae, *(text.model for text in base.texts)]
+    models = [base.denoiser, base.vae, *(text.model for text in base.texts)]
     with counting(tensors_of(models)) as count:
         yield lambda: count.peak
 
@@ -276,7 +276,7 @@ def blame(work: Work, losses: Sequence[float], seen: Sequence[tuple[Tensor, Rng]
     job, rows = work.job, list[str]()
     for pictures, rng in seen:
         names = [job.dataset.examples[i].path.name for i in pictures.tolist()]
-        times = objectives.timesteps(len(names), job.base.schedule, rng).tolist()
+        times = objectives.timesteps(len(names), job.base.noise, rng).tolist()
         rows += [f"{name} at timestep {t}" for name, t in zip(names, times, strict=True)]
     if bad := [row for row, loss in zip(rows, losses, strict=True) if not math.isfinite(loss)]:
         return f"the loss of {', '.join(bad[:3])} was not finite"

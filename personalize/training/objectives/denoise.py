@@ -1,7 +1,7 @@
 """What a batch's loss is: (denoise, inputs, rng) -> one loss per picture [b].
 
-Paper symbols: x_0 clean latents, eps noise, x_t = signal x_0 + noise eps, SNR = signal^2 / noise^2. What the network
-predicts, and the noise schedule, are the base's own; nothing here is chosen by a flag that the base could contradict.
+Paper symbols: x_0 clean latents, eps noise, x_t noisy latents. What the network predicts, the noise schedule and the weight of
+a timestep are the base's own (families/noise.py); nothing here is chosen by a flag that the base could contradict.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ...families.cond import Cond
-from ...families.noise import Schedule
+from ...families.noise import Noise
 from ...recipe.fields import Objective
 
 Denoise = Callable[[Tensor, Tensor, Cond], Tensor]  # x_t [b, c, h, w], t [b], conditioning of b captions -> [b, c, h, w]
@@ -56,7 +56,7 @@ class Ask:
     """Rows that a loss wants to have predicted."""
 
     latents: Tensor  # x_t [n, c, h, w]
-    t: Tensor  # [n]
+    t: Tensor  # [n], what the network is told of time
     cond: Cond  # n rows
     off: bool = False  # by the base alone, as a constant
 
@@ -71,7 +71,7 @@ class Noised:
     """What the network sees and what it should say."""
 
     latents: Tensor  # x_t [b, c, h, w]
-    t: Tensor  # [b]
+    t: Tensor  # [b], what it is told of time
     target: Tensor  # [b, c, h, w]
     weight: Tensor  # [b]
     mask: Tensor | None = None  # [b, 1, h, w], weights of places; None: all alike
@@ -86,9 +86,9 @@ class Noised:
         return Noised(**{name: torch.cat([getattr(self, name), getattr(other, name)]) for name in names})
 
 
-def build(objective: Objective, schedule: Schedule, off: Off = contextlib.nullcontext) -> Loss:
+def build(objective: Objective, noise: Noise, off: Off = contextlib.nullcontext) -> Loss:
     """The loss that an objective asks for. `off` is the context in which `denoise` predicts without the adapter."""
-    asks = asking(objective, schedule)
+    asks = asking(objective, noise)
 
     def loss(denoise: Denoise, inputs: Inputs, rng: Rng, piece: Piece = WHOLE) -> Tensor:
         return answered([asks(inputs, rng, piece)], denoise, off)[0]
@@ -122,18 +122,18 @@ def joined(asked: Sequence[Ask]) -> Cond:
     return Cond.cat([ask.cond for ask in asked]) if len(asked) > 1 else asked[0].cond
 
 
-def asking(objective: Objective, schedule: Schedule) -> Callable[[Inputs, Rng, Piece], Asking]:
+def asking(objective: Objective, noise: Noise) -> Callable[[Inputs, Rng, Piece], Asking]:
     """The loss that an objective asks for, as a coroutine: it yields what it wants to have predicted, and returns its losses."""
     gamma, weight, outside = objective.min_snr, objective.prior_weight, objective.mask_outside
 
     def plain(inputs: Inputs, rng: Rng, piece: Piece = WHOLE) -> Asking:
         """Denoising (Ho et al. 2020, eq. 14), min-SNR weighted."""
-        x, own = noised(inputs, schedule, gamma, rng, outside), piece.of(len(inputs.mean))
+        x, own = noised(inputs, noise, gamma, rng, outside), piece.of(len(inputs.mean))
         return errors((yield Ask(x.latents[own], x.t[own], inputs.cond[own])), x[own])
 
     def images(inputs: Inputs, rng: Rng, piece: Piece = WHOLE) -> Asking:
         """DreamBooth's prior preservation (Ruiz et al. 2022, eq. 2): the same loss on class images, their mean added to each."""
-        x, k = noised(inputs, schedule, gamma, rng, outside), inputs.class_images
+        x, k = noised(inputs, noise, gamma, rng, outside), inputs.class_images
         b = len(inputs.mean) - k
         own, held = piece.of(b), shifted(piece.of(k), b)
         rows, cond = x[own].join(x[held]), Cond.cat([inputs.cond[own], inputs.cond[held]])
@@ -142,7 +142,7 @@ def asking(objective: Objective, schedule: Schedule) -> Callable[[Inputs, Rng, P
     def output(inputs: Inputs, rng: Rng, piece: Piece = WHOLE) -> Asking:
         """On the caption without the trigger, stay with what the base itself predicts from the same noisy latents."""
         assert inputs.class_cond is not None and inputs.class_cond_off is not None
-        x, b, k = noised(inputs, schedule, gamma, rng, outside), len(inputs.mean), len(inputs.class_cond)
+        x, b, k = noised(inputs, noise, gamma, rng, outside), len(inputs.mean), len(inputs.class_cond)
         own, held = piece.of(b), piece.of(k)
         rows = x[own]
         if held.stop > held.start:
@@ -172,18 +172,17 @@ def held_back(losses: Tensor, own: slice, held: slice, b: int, k: int, weight: f
     return mine + weight * (kept * b / (k * pictures)) * prior.mean()
 
 
-def noised(inputs: Inputs, schedule: Schedule, gamma: float, rng: Rng, outside: float = 0.0) -> Noised:
+def noised(inputs: Inputs, noise: Noise, gamma: float, rng: Rng, outside: float = 0.0) -> Noised:
     """Draw x_0 from its posterior, timesteps and noise; class images take the timesteps of the first pictures.
 
     What a mask leaves out weighs `outside`; class images have none.
     """
     x0 = inputs.mean + inputs.std * normal(inputs.mean, rng("posterior"))
     eps = normal(inputs.mean, rng("noise"))
-    t = timesteps(len(x0) - inputs.class_images, schedule, rng).to(x0.device)
+    t = timesteps(len(x0) - inputs.class_images, noise, rng).to(x0.device)
     t = torch.cat([t, t[: inputs.class_images]])
     mask = None if inputs.mask is None else unmasked(inputs.mask + outside * (1 - inputs.mask), inputs.class_images)
-    x = schedule.signal(t) * x0 + schedule.noise(t) * eps
-    return Noised(x, t, target(x0, eps, t, schedule), weights(t, schedule, gamma), mask)
+    return Noised(noise.add(x0, eps, t), noise.time(t), noise.target(x0, eps, t), noise.weight(t, gamma), mask)
 
 
 def unmasked(mask: Tensor | None, rows: int) -> Tensor | None:
@@ -191,32 +190,9 @@ def unmasked(mask: Tensor | None, rows: int) -> Tensor | None:
     return None if mask is None else torch.cat([mask, torch.ones_like(mask[:1]).expand(rows, -1, -1, -1)])
 
 
-def timesteps(b: int, schedule: Schedule, rng: Rng) -> Tensor:
-    """[b] timesteps, each uniform over the schedule and together spread evenly over it (Kingma et al. 2021, appendix I.1)."""
-    offset = torch.rand((), generator=rng("timesteps"))
-    even = (offset + torch.arange(b) / b) % 1
-    return (even * len(schedule.alphas_cumprod)).long()
-
-
-def target(x0: Tensor, eps: Tensor, t: Tensor, schedule: Schedule) -> Tensor:
-    """What the network should predict [b, c, h, w]; v = signal eps - noise x_0 (Salimans & Ho 2022, appendix D)."""
-    if schedule.prediction == "v_prediction":
-        return schedule.signal(t) * eps - schedule.noise(t) * x0
-    return {"epsilon": eps, "sample": x0}[schedule.prediction]
-
-
-def weights(t: Tensor, schedule: Schedule, gamma: float) -> Tensor:
-    """Min-SNR weights [b] (Hang et al. 2023, arXiv 2303.09556, section 3.4): min(SNR, gamma) on x_0's squared error.
-
-    An error in eps weighs SNR times that in x_0, one in v SNR + 1 times: divided out. For eps at SNR = 0 the limit is 1.
-    A gamma of 0 turns the weights off.
-    """
-    snr = schedule.snr(t)
-    if gamma == 0:
-        return torch.ones_like(snr)
-    if schedule.prediction == "epsilon":
-        return (gamma / snr).clamp(max=1)
-    return snr.clamp(max=gamma) / (snr + 1 if schedule.prediction == "v_prediction" else 1)
+def timesteps(b: int, noise: Noise, rng: Rng) -> Tensor:
+    """[b] timesteps, as the base's noise draws them."""
+    return noise.draw_t(b, rng("timesteps"))
 
 
 def errors(predicted: Tensor, x: Noised) -> Tensor:

@@ -21,7 +21,8 @@ from personalize.adapters.delta import Decomposed, Dense, LowRank, Structured
 from personalize.adapters.ops.bake import STORY, bake, interpolate
 from personalize.adapters.ops.extract import extract
 from personalize.errors import AdapterError, BaseModelError, FamilyMismatchError, OutputError
-from personalize.families.checkpoint import Weights, open_weights, rewrite
+from personalize.families.checkpoint import open_weights
+from personalize.formats.checkpoint import Weights, rewrite
 from personalize.models.model import Base
 from personalize.tuning.attach import attach
 
@@ -224,7 +225,7 @@ def test_clamping_cuts_and_is_measured(tmp_path: Path) -> None:
 def test_what_is_chosen_and_what_is_left_out(tmp_path: Path) -> None:
     table = "text_encoder.text_model.embeddings.token_embedding"
     extra = Adapter({"unet.conv_in.bias": Dense(torch.ones(96)), "unet.conv_norm_out": Dense(torch.ones(96))})
-    tuned = rewrite(POCKET, tmp_path / "tuned", {table: open_weights(POCKET)[table] + 1})
+    tuned = rewrite(open_weights(POCKET), tmp_path / "tuned", {table: open_weights(POCKET)[table] + 1})
     bake(tuned, [(some() + extra, 1.0)], tmp_path / "all")
 
     def chosen(**options: object) -> tuple[set[str], set[str]]:
@@ -243,7 +244,7 @@ def test_what_is_chosen_and_what_is_left_out(tmp_path: Path) -> None:
 
 
 def test_options_that_make_no_sense(tmp_path: Path) -> None:
-    rewrite(POCKET, tmp_path / "same", {})
+    rewrite(open_weights(POCKET), tmp_path / "same", {})
     for options, words in [
         ({}, "are the same in every layer that was asked for$"),
         ({"rule": "rnak"}, "no rule for ranks is called 'rnak' .did you mean rank"),
@@ -256,7 +257,7 @@ def test_options_that_make_no_sense(tmp_path: Path) -> None:
     ]:
         with pytest.raises(AdapterError, match=words):
             extract(tmp_path / "same", POCKET, **options)  # type: ignore[arg-type]
-    rewrite(POCKET, tmp_path / "bias", {"unet.conv_in.bias": torch.ones(96)})
+    rewrite(open_weights(POCKET), tmp_path / "bias", {"unet.conv_in.bias": torch.ones(96)})
     with pytest.raises(AdapterError, match=r"what differs was not asked for: unet.conv_in.bias and 0 more"):
         extract(tmp_path / "bias", POCKET)
     with pytest.raises(BaseModelError, match=r"has no text_encoder_2 \(it has unet and text_encoder\)"):

@@ -169,7 +169,7 @@ def step_of(job: Any, lesson: Any, n: int) -> tuple[dict[str, Tensor], Tensor]:
             if name.endswith(".up"):  # which starts at nothing, and hides the gradient of the other half
                 nn.init.normal_(p, std=0.01, generator=torch.Generator().manual_seed(len(name)))
         opt = Optimizer(attached.groups(), recipe.optim, 4)
-        loss = build(recipe.objective, base.schedule, attached.off)
+        loss = build(recipe.objective, base.noise, attached.off)
         batch = (next(feed(job, lesson, 0)), lambda purpose: generator(0, purpose, 0), lambda i: i)
         told = gradients(base.denoise, loss, attached, opt, n, [batch])
         return {name: p.grad.clone() for name, p in opt.parameters.items() if p.grad is not None}, told
@@ -360,7 +360,7 @@ def test_the_estimate_is_what_a_real_step_takes(tiny_base: Path, pictures: Path,
         opt = Optimizer(attached.groups(), recipe.optim, 4)
         models = [base.unet, base.vae, *(text.model for text in base.texts)]
         moments = [torch.zeros_like(p) for p in opt.parameters.values() for _ in range(2)]
-        loss = build(recipe.objective, base.schedule, attached.off)
+        loss = build(recipe.objective, base.noise, attached.off)
         batch = (inputs, lambda purpose: generator(0, purpose), lambda i: i)
         with counting(tensors_of(models), moments) as count:
             held = count.now
@@ -748,7 +748,7 @@ def test_a_step_waits_for_the_device_once(make: Make, monkeypatch: pytest.Monkey
     lesson = prepare(job)
     with attach(job.base, job.recipe.adapter, seed=0) as attached:
         opt = Optimizer(attached.groups(), job.recipe.optim, 4)
-        loss = build(Objective(), job.base.schedule, attached.off)
+        loss = build(Objective(), job.base.noise, attached.off)
         batch = (next(feed(job, lesson, 0)), lambda purpose: generator(0, purpose), lambda i: i)
         asked = list[int]()
         tolist = Tensor.tolist

@@ -12,8 +12,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from personalize.families import addresses as checkpoint_keys
 from personalize.families import names as keys
+from personalize.families.family import addresses
 from personalize.formats.header import ITEM_SIZES
 
 Shape = tuple[int, ...]
@@ -181,7 +181,7 @@ def embedding(draw: random.Random) -> Draft:
 def _layout() -> tuple[tuple[str, Shape], ...]:
     """Key and shape of every parameter of pocket's UNet in a single file."""
     row = next(family for family in keys.FAMILIES if family.name == "pocket")
-    homes = checkpoint_keys.addresses(row)
+    homes = addresses(row)
     return tuple((homes[path].key, shape) for path, shape in keys.weights(row).items() if path.startswith("unet."))
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from personalize.families.noise import Schedule
+from personalize.families.noise import VP
 from personalize.io import write_text
 from personalize.models.model import Base
 from personalize.models.sources import locate
@@ -116,7 +116,7 @@ def run_row(options: argparse.Namespace, name: str, judge: Judge) -> Row:
 @torch.no_grad()
 def error(base: Base, asked: Sequence[Trial]) -> float:
     """Mean squared error of v on true pictures, over equally spaced shares of signal, whatever the UNet predicts."""
-    schedule, generator = base.schedule, torch.Generator().manual_seed(0)
+    schedule, generator = VP.of(base.scheduler_config), torch.Generator().manual_seed(0)
     levels = torch.linspace(0.03, 0.97, LEVELS)
     steps = (schedule.alphas_cumprod[None] - levels[:, None]).abs().argmin(1)  # of each schedule its own
     found = []
@@ -142,7 +142,7 @@ def cost(base: Base, batch: int) -> float:
     return 1000 * min(spent) / batch
 
 
-def velocity(predicted: Tensor, x: Tensor, t: Tensor, schedule: Schedule) -> Tensor:
+def velocity(predicted: Tensor, x: Tensor, t: Tensor, schedule: VP) -> Tensor:
     """v of whatever was predicted from x_t; v = signal eps - noise x_0 and x_t = signal x_0 + noise eps."""
     signal, noise = schedule.signal(t), schedule.noise(t)
     if schedule.prediction == "v_prediction":
