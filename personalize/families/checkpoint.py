@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..errors import AdapterError, BaseModelError, HostileFileError, OutputError
 from ..formats.header import Entry, Header, opened, read_header, short
-from ..formats.tensors import HASHES, encoded, read_tensor
+from ..formats.tensors import HASHES, bytes_of, encoded, read_tensor
 from ..io import atomic
 from . import addresses as checkpoint_keys
 from . import names as keys
@@ -338,7 +338,7 @@ def _rewrite_file(
             fresh = {path: tensor for path in inside.get(key, ()) if (tensor := new(path)) is not None}
             if fresh:
                 whole = _patched(read_tensor(file, key, entry), source, fresh)
-                out.write(whole.reshape(-1).view(torch.uint8).numpy().data)
+                out.write(bytes_of(whole))
             else:
                 _copy(file, out, entry)
 

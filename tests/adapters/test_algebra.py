@@ -18,9 +18,9 @@ from personalize.adapters.describe import describe
 from personalize.adapters.ops.compare import compare
 from personalize.adapters.ops.methods import OPTIONS
 from personalize.adapters.ops.resize import RULES
-from personalize.cli.merge import OPTIONS as FLAGS
 from personalize.cli import run
 from personalize.cli.adapters import extract, resize
+from personalize.cli.merge import OPTIONS as FLAGS
 from tools.pocket import WEIGHTS
 
 

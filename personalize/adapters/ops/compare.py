@@ -24,7 +24,7 @@ class Row:
     cosine: float | None
 
     @property
-    def difference_norm(self) -> float:
+    def apart(self) -> float:
         """||A - B|| over the larger of both norms: 0 for equal ones, 1 where one is nothing, up to 2 for opposites."""
         return self.difference / max(self.a, self.b) if max(self.a, self.b) else 0.0
 
