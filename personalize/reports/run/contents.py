@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from pathlib import PurePath
 from typing import Any, NamedTuple
 
@@ -281,7 +281,10 @@ def size(value: float | None) -> str:
 def moment(value: object) -> str:
     """A time stamp, ISO or unix, as a date and minutes."""
     try:
-        when = datetime.fromisoformat(value) if isinstance(value, str) else datetime.fromtimestamp(number(value) or 0.0, UTC)
+        if isinstance(value, str):
+            when = datetime.fromisoformat(value)
+        else:
+            when = datetime.fromtimestamp(number(value) or 0.0, timezone.utc)
     except (ValueError, OverflowError, OSError):
         return ""
     return f"{when.day} {when:%B %Y, %H:%M %Z}".rstrip() if value else ""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import hashlib
 import io
 import struct
 import warnings
@@ -15,6 +14,7 @@ from pathlib import Path
 
 from PIL import Image, ImageOps
 
+from ...io import sha256_of
 from .read import inside
 
 SMALL = 128  # pictures up to this side are kept pixel for pixel and shown enlarged by a whole number
@@ -55,7 +55,7 @@ def original(path: str, sha256: str, side: int) -> Picture | None:
     """A training picture outside the run folder, upright and square: only if it still is the very one that was trained on."""
     try:
         with open(path, "rb") as file:
-            same = hashlib.file_digest(file, "sha256").hexdigest() == sha256
+            same = sha256_of(file) == sha256
     except (OSError, ValueError):
         return None
     return _inline(Path(path), side, square=True) if same else None
