@@ -9,6 +9,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from .errors import OutputError
 
@@ -59,7 +60,15 @@ def weights_hash(path: Path) -> str:
     """sha256 of all bytes behind a safetensors header (kohya's `sshs_model_hash`)."""
     with path.open("rb") as file:
         file.seek(8 + int.from_bytes(file.read(8), "little"))
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return sha256_of(file)
+
+
+def sha256_of(file: BinaryIO) -> str:
+    """sha256 of what is left of an open file."""
+    digest, block = hashlib.sha256(), memoryview(bytearray(1 << 18))
+    while count := file.readinto(block):  # type: ignore[attr-defined]
+        digest.update(block[:count])
+    return digest.hexdigest()
 
 
 def pictures_in(folder: Path) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -93,6 +94,15 @@ def loaded(facts: Mapping[str, Any]) -> str:
     held = f"{' and '.join(dtypes)} ({readable(facts['bytes'])})"
     million = sum(facts["parameters"].values()) / 1e6
     return f"{facts['title']}, {prediction}, {million:,.0f} M parameters, stored as {stored}, held as {held}"
+
+
+def parse_toml(text: str) -> dict[str, Any]:
+    """What a TOML file says. Raises ValueError for what is none."""
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+    return tomllib.loads(text)
 
 
 def first_line(error: BaseException) -> str:

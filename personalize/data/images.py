@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import importlib
 import struct
 import warnings
@@ -18,6 +17,7 @@ import numpy as np
 from PIL import Image
 
 from ..errors import DataError
+from ..io import sha256_of
 from .buckets import Shape, centre
 
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ def opened(path: Path) -> Iterator[tuple[str, Image.Image]]:
         warnings.simplefilter("ignore")  # odd EXIF and the like: the pixels are what matters
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+            sha256 = sha256_of(file)
             file.seek(0)
             with Image.open(file, formats=formats()) as image:
                 yield sha256, image

@@ -23,7 +23,7 @@ from ..errors import AdapterError, BaseModelError, HostileFileError, OutputError
 from ..io import atomic
 from .header import PICKLES, Address, Entry, Header, opened, short
 from .shapes import Shape, same
-from .tensors import HASHES, encoded, read_tensor
+from .tensors import HASHES, bytes_of, encoded, read_tensor
 
 New = Callable[[str], Tensor | None]  # path => its new tensor; None leaves it as it is
 Changed = Mapping[str, Tensor] | New
@@ -219,7 +219,7 @@ def _rewrite_file(
             fresh = {path: tensor for path in inside.get(key, ()) if (tensor := new(path)) is not None}
             if fresh:
                 whole = _patched(read_tensor(file, key, entry), source, fresh)
-                out.write(whole.reshape(-1).view(torch.uint8).numpy().data)
+                out.write(bytes_of(whole))
             else:
                 _copy(file, out, entry)
 

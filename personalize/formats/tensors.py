@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
@@ -55,6 +56,11 @@ def read_tensor(file: BinaryIO, key: str, entry: Entry) -> Tensor:
     return torch.frombuffer(raw, dtype=_READABLE[entry.dtype]).reshape(entry.shape)
 
 
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous tensor on the CPU, where they lie and as long as it lives: torch may come without NumPy."""
+    return memoryview((ctypes.c_ubyte * tensor.nbytes).from_address(tensor.data_ptr())).cast("B")
+
+
 def with_ending(path: str | Path) -> Path:
     """The path of a file to write: it always ends in .safetensors."""
     path = Path(path).expanduser()
@@ -100,7 +106,8 @@ class Writer:
         self._file.write(encoded(self.entries, {**metadata, **hashes}, start))
 
     def _write(self, key: str, tensor: Tensor) -> None:
-        raw = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
+        tensor = tensor.contiguous()
+        raw = bytes_of(tensor)
         start, self._end = self._end, self._end + len(raw)
         self.entries[key] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, self._end]}
         self._digest.update(raw)

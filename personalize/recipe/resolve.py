@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from pydantic import ValidationError
 
 from ..errors import RecipeError, nearest
 from ..io import pictures_in
+from ..text import parse_toml
 from .fields import WITHOUT_CLASS, Recipe
 from .settings import flat, flatten, record, settings
 
@@ -88,7 +88,7 @@ def _find_preset(preset: str | Path) -> Path:
 
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return parse_toml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise RecipeError(f"cannot read preset {path}: {error.strerror}") from error
     except ValueError as error:  # TOMLDecodeError, UnicodeDecodeError

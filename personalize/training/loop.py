@@ -13,7 +13,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from itertools import islice
 from pathlib import Path
 
@@ -274,7 +274,7 @@ def started(work: Work, lesson: Lesson) -> Started:
     if work.fit.compile and (why := lacking(job.device)):
         warnings.append(f"nothing is compiled: {why}")
     return Started(
-        time=datetime.now(UTC).isoformat(timespec="seconds"),
+        time=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         recipe=flatten(job.recipe),
         images=[told_of(example, job.dataset) for example in job.dataset.examples],
         warnings=warnings,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -28,7 +27,7 @@ def training_picture(path: str, sha256: str, side: int) -> Picture | None:
     """A training picture outside the run folder, upright and square: only if it still is the very one that was trained on."""
     try:
         with open(path, "rb") as file:
-            same = hashlib.file_digest(file, "sha256").hexdigest() == sha256
+            same = sha256_of(file) == sha256
     except (OSError, ValueError):
         return None
     return load_inline(Path(path), side, square=True) if same else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 
 from ...recipe.settings import settings
 from ...text import compact, duration, fits, loaded
@@ -81,7 +81,11 @@ def training_seconds(run: Run) -> float | None:
 def date_and_time(value: object) -> str:
     """A time stamp, ISO or unix, as a date and minutes."""
     try:
-        when = datetime.fromisoformat(value) if isinstance(value, str) else datetime.fromtimestamp(number(value) or 0.0, UTC)
+        when = (
+            datetime.fromisoformat(value)
+            if isinstance(value, str)
+            else datetime.fromtimestamp(number(value) or 0.0, timezone.utc)
+        )
     except (ValueError, OverflowError, OSError):
         return ""
     return f"{when.day} {when:%B %Y, %H:%M %Z}".rstrip() if value else ""
