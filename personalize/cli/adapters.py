@@ -1,4 +1,4 @@
-"""Commands that compute with adapter files: convert, resize, extract, bake, interpolate, diff, doctor; merge is in merging.py."""
+"""Commands on adapter files: convert, resize, extract, bake, interpolate, diff, doctor, show; merge is in merge.py."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..errors import OutputError, RecipeError
+from ..errors import AdapterError, OutputError, RecipeError
 from ..text import plain, readable
-from .values import PATH, Bytes, Strengthened
+from .messages import print_error, print_warning
+from .values import PATH, AdapterFile, FileSize
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,10 +40,10 @@ as_json = click.option("--json", "for_programs", is_flag=True, help="for program
 
 
 def rules(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The options that say how many ranks to keep: rows of resizing.RULES."""
+    """The options that say how many ranks to keep: rows of adapters.ops.resize.RULES."""
     for option in (
         click.option("--max-rank", type=click.IntRange(1), help="never more ranks than this"),
-        click.option("--size", type=Bytes(), metavar="SIZE", help="the best ranks for a file of this size, e.g. 20MB"),
+        click.option("--size", type=FileSize(), metavar="SIZE", help="the best ranks for a file of this size, e.g. 20MB"),
         click.option(
             "--error", type=float, metavar="X", help="as few ranks as keep the relative error of dW below this, e.g. 0.01"
         ),
@@ -68,18 +69,18 @@ def rule_of(options: Mapping[str, Any], default: tuple[str, float] | None = None
     return given[0] if given else default  # type: ignore[return-value]
 
 
-def loaded(files: Files, allow_unmatched: bool) -> list[Adapter]:
+def open_adapters(files: Files, allow_unmatched: bool) -> list[Adapter]:
     """Adapters, each as much as was asked for, read layer by layer when they are needed."""
     from ..adapters.adapter import Adapter
     from ..adapters.describe import describe
 
     for path in dict.fromkeys(path for path, _ in files) if allow_unmatched else ():
         if unmatched := describe(path).unmatched:
-            click.echo(f"warning: left out of {plain(str(path))}: {len(unmatched)} tensors, {plain(unmatched[0])} ...", err=True)
+            print_warning(f"left out of {path}: {len(unmatched)} tensors, {unmatched[0]} ...")
     return [Adapter.open(path, allow_unmatched=allow_unmatched).weighted(weighting) for path, weighting in files]
 
 
-def target(output: Path, *read: Path) -> Path:
+def output_path(output: Path, *read: Path) -> Path:
     """The file to write. Raises OutputError for a folder's name, for another format's, and for a file that is read."""
     from ..adapters.dialects import file_of
     from ..formats.checkpoint import overwrites
@@ -107,17 +108,17 @@ def weights_of(base: Path | None) -> Callable[[str], Tensor] | None:
         return None
     from ..families.checkpoint import open_weights
 
-    return open_weights(located(base)).__getitem__
+    return open_weights(base_path(base)).__getitem__
 
 
-def located(base: Path) -> Path:
+def base_path(base: Path) -> Path:
     """`pocket`, or a path as it is."""
     from ..models.sources import NAMED
 
     return NAMED.get(str(base), base)
 
 
-def stored_as(path: Path) -> str:
+def storage_dtype(path: Path) -> str:
     """The storage dtype of a file, as `--dtype` names it; fp32 for what cannot be written."""
     from ..adapters.describe import describe
 
@@ -125,25 +126,25 @@ def stored_as(path: Path) -> str:
     return found if found in ("fp16", "bf16") else "fp32"
 
 
-def written(path: Path, adapter: Adapter) -> None:
+def print_written(path: Path, adapter: Adapter) -> None:
     """Say what was written."""
     from ..adapters.describe import describe
 
     click.echo(f"{path}  {readable(path.stat().st_size)}, {describe(path).kind}, {len(adapter.deltas)} layers")
 
 
-def table(report: Report) -> None:
+def print_table(report: Report) -> None:
     """Ranks by part, and what a cut of them has lost."""
     lossy = any(line.cut for line in report.lines)
     click.echo(f"{'part':<16}{'layers':>8}{'rank':>20}" + f"{'error':>10}  rank for 1 %" * lossy)
     for name, part in report.rows():
-        old, new = span(line.old for line in part.lines), span(line.new for line in part.lines)
+        old, new = value_range(line.old for line in part.lines), value_range(line.new for line in part.lines)
         enough = part.rank_for(0.01) if lossy else None
-        told = f"{part.error:>10.2%}  {'-' if enough is None else enough}" if lossy else ""
-        click.echo(f"{name:<16}{len(part.lines):>8}{old if old == new else f'{old} -> {new}':>20}{told}")
+        loss = f"{part.error:>10.2%}  {'-' if enough is None else enough}" if lossy else ""
+        click.echo(f"{name:<16}{len(part.lines):>8}{old if old == new else f'{old} -> {new}':>20}{loss}")
 
 
-def span(values: Iterable[int]) -> str:
+def value_range(values: Iterable[int]) -> str:
     """`8`, or `4..16`."""
     found = sorted(set(values))
     return f"{found[0]}..{found[-1]}" if len(found) > 1 else "".join(map(str, found))
@@ -153,7 +154,7 @@ def span(values: Iterable[int]) -> str:
 
 
 @click.command()
-@click.argument("file", type=Strengthened(), metavar="FILE[:STRENGTH]")
+@click.argument("file", type=AdapterFile(), metavar="FILE[:STRENGTH]")
 @to
 @click.option(
     "--to", "kind", type=click.Choice(["lora", "full"]), help="turn other kinds into LoRA, or everything into dW itself"
@@ -164,22 +165,25 @@ def span(values: Iterable[int]) -> str:
 @dialect
 @dtype
 def convert(file: tuple[Path, Weighting], output: Path, kind: str | None, rank: int | None, base: Path | None, **how: Any) -> int:
-    """Write an adapter in another dialect, dtype or kind. What cannot be held is refused by name; what is lost is told."""
+    """Write an adapter in another dialect, dtype or kind.
+
+    What the target cannot hold is an error that names it; what precision is lost is printed.
+    """
     from ..adapters.ops.convert import convert as to_kind
 
     path, _ = file
-    output = target(output, path)
-    (adapter,) = without_base(loaded([file], how["allow_unmatched"]), base)
+    output = output_path(output, path)
+    (adapter,) = without_base(open_adapters([file], how["allow_unmatched"]), base)
     made, report = to_kind(adapter, kind, rank)
-    made.save(output, how["dialect"], dtype=how["dtype"] or stored_as(path))
+    made.save(output, how["dialect"], dtype=how["dtype"] or storage_dtype(path))
     if report:
-        table(report)
-    written(output, made)
+        print_table(report)
+    print_written(output, made)
     return 0
 
 
 @click.command()
-@click.argument("file", type=Strengthened(), metavar="FILE[:STRENGTH]")
+@click.argument("file", type=AdapterFile(), metavar="FILE[:STRENGTH]")
 @to
 @rules
 @click.option("--drop", is_flag=True, help="drop layers that the rule leaves nothing of")
@@ -188,17 +192,17 @@ def convert(file: tuple[Path, Weighting], output: Path, kind: str | None, rank: 
 @dialect
 @dtype
 def resize(file: tuple[Path, Weighting], output: Path, base: Path | None, **options: Any) -> int:
-    """Cut an adapter down to fewer ranks, exactly by the truncated SVD of dW, and tell what it cost."""
+    """Reduce the rank of an adapter by truncated SVD of dW, the best there is, and print the error."""
     from ..adapters.ops import resize as resizing
 
-    output = target(output, file[0])
-    (adapter,) = without_base(loaded([file], options["allow_unmatched"]), base)
+    output = output_path(output, file[0])
+    (adapter,) = without_base(open_adapters([file], options["allow_unmatched"]), base)
     rule, value = rule_of(options)
-    kept = options["dtype"] or stored_as(file[0])
+    kept = options["dtype"] or storage_dtype(file[0])
     cut, report = resizing.resize(adapter, rule, value, max_rank=options["max_rank"], dtype=kept, drop=options["drop"])
     path = cut.save(output, options["dialect"], dtype=kept)
-    table(report)
-    written(path, cut)
+    print_table(report)
+    print_written(path, cut)
     return 0
 
 
@@ -217,35 +221,35 @@ def resize(file: tuple[Path, Weighting], output: Path, base: Path | None, **opti
 @dialect
 @click.option("--dtype", default="fp16", show_default=True, metavar="fp32|fp16|bf16", help="storage")
 def extract(tuned: Path, base: Path, output: Path, **options: Any) -> int:
-    """Make an adapter of what the checkpoint TUNED learned beyond BASE; without a rule, of rank 32."""
+    """Make an adapter of the difference between the checkpoints TUNED and BASE; of rank 32 unless a rule says otherwise."""
     from ..adapters.ops.extract import extract as difference
 
     rule, value = rule_of(options, ("rank", 32))
     picked = {name: options[name] for name in ("max_rank", "parts", "targets", "full")}
-    output = target(output)
-    found, report = difference(located(tuned), located(base), rule, value, clamp_quantile=options["clamp"], **picked)
+    output = output_path(output)
+    found, report = difference(base_path(tuned), base_path(base), rule, value, clamp_quantile=options["clamp"], **picked)
     path = found.save(output, options["dialect"], dtype=options["dtype"])
     for part in found.parts:
         click.echo(f"{part:<16}{len(found.part(part).deltas):>6} layers, relative error {report.part(part).error:.2%}")
     if report.left_out:
         hint = "" if options["full"] else ", --full keeps biases and norms"
         click.echo(f"left out: {len(report.left_out)} other changed weights ({next(iter(report.left_out))}, ...){hint}")
-    written(path, found)
+    print_written(path, found)
     return 0
 
 
 @click.command()
 @click.argument("base", type=PATH)
-@click.argument("files", nargs=-1, required=True, type=Strengthened(), metavar="FILE[:STRENGTH]...")
+@click.argument("files", nargs=-1, required=True, type=AdapterFile(), metavar="FILE[:STRENGTH]...")
 @click.option("--output", "-o", type=PATH, required=True, help="the checkpoint or folder to write")
 @lenient
 def bake(base: Path, files: Files, output: Path, allow_unmatched: bool) -> int:
-    """Write the checkpoint BASE with adapters in its weights. BASE stays as it is: keep it, to go back."""
+    """Write a checkpoint: BASE with adapters merged into its weights. BASE itself stays as it is."""
     from ..adapters.ops import bake as baking
     from ..families.checkpoint import open_weights
 
-    into = open_weights(located(base))
-    report = baking.bake(into, [(adapter, 1.0) for adapter in loaded(files, allow_unmatched)], output)
+    into = open_weights(base_path(base))
+    report = baking.bake(into, [(adapter, 1.0) for adapter in open_adapters(files, allow_unmatched)], output)
     changed = f"{len(report.changes)} weights changed"
     click.echo(f"{report.path}  {changed}; rounding to the checkpoint's dtype loses {report.error:.2%} of it")
     return 0
@@ -260,7 +264,7 @@ def interpolate(base: Path, tuned: Path, alpha: float, output: Path) -> int:
     """Write a checkpoint between two others (WiSE-FT): often better than both on what the base knew."""
     from ..adapters.ops import bake as baking
 
-    report = baking.interpolate(located(base), located(tuned), alpha, output)
+    report = baking.interpolate(base_path(base), base_path(tuned), alpha, output)
     click.echo(f"{report.path}  {len(report.changes)} weights")
     return 0
 
@@ -269,18 +273,18 @@ def interpolate(base: Path, tuned: Path, alpha: float, output: Path) -> int:
 
 
 @click.command()
-@click.argument("one", type=Strengthened())
-@click.argument("other", type=Strengthened())
+@click.argument("one", type=AdapterFile())
+@click.argument("other", type=AdapterFile())
 @base_option
 @lenient
 @as_json
 def diff(
     one: tuple[Path, Weighting], other: tuple[Path, Weighting], base: Path | None, allow_unmatched: bool, for_programs: bool
 ) -> int:
-    """Tell how far apart two adapters are as updates, whatever their kinds, ranks and dialects."""
+    """Compare two adapters by their dW, whatever their kinds, ranks and dialects."""
     from ..adapters.ops.compare import compare
 
-    a, b = without_base(loaded([one, other], allow_unmatched), base)
+    a, b = without_base(open_adapters([one, other], allow_unmatched), base)
     rows = compare(a, b)
     if for_programs:
         click.echo(json.dumps([vars(row) for row in rows]))
@@ -294,13 +298,13 @@ def diff(
 
 
 @click.command()
-@click.argument("files", nargs=-1, required=True, type=Strengthened(), metavar="FILE[:STRENGTH]...")
+@click.argument("files", nargs=-1, required=True, type=AdapterFile(), metavar="FILE[:STRENGTH]...")
 @click.option("--picture", type=PATH, metavar="FILE.png", help="strengths, cosines and overlaps by block, as a heat map")
 @base_option
 @lenient
 @as_json
 def doctor(files: Files, picture: Path | None, base: Path | None, allow_unmatched: bool, for_programs: bool) -> int:
-    """Tell what adapters are, what ails them, how much they collide, which block weights help, and what a merge would lose."""
+    """Examine adapters: faults, strength by block, overlap of pairs, block weights that help, and what a merge would lose."""
     from ..adapters.doctor.collisions import collide
     from ..adapters.doctor.exam import examine
     from ..adapters.doctor.prognosis import predict
@@ -315,7 +319,7 @@ def doctor(files: Files, picture: Path | None, base: Path | None, allow_unmatche
     collision: Collision | None = None
     predictions: Sequence[Prediction] = ()
     if len(files) > 1 and all(found.loads for found in checkups):
-        adapters = loaded(files, allow_unmatched)
+        adapters = open_adapters(files, allow_unmatched)
         ones = [1.0] * len(files)
         collision = collide(adapters, ones, base=find)
         predictions = predict([adapter.resolve(find) if find else adapter for adapter in adapters], ones)
@@ -328,4 +332,21 @@ def doctor(files: Files, picture: Path | None, base: Path | None, allow_unmatche
     return 0
 
 
-COMMANDS: tuple[click.Command, ...] = (convert, resize, extract, bake, interpolate, diff, doctor)
+@click.command()
+@click.argument("adapters", type=PATH, nargs=-1, required=True)
+@click.option("--json", "for_programs", is_flag=True, help="everything, one JSON object per file")
+def show(adapters: tuple[Path, ...], for_programs: bool) -> int:
+    """Describe an adapter file from its header alone: kind, family, rank, trigger and how it was made."""
+    from ..adapters.describe import describe
+    from ..reports.adapter.summary import as_json, as_text
+
+    code = 0
+    for path in adapters:
+        try:
+            click.echo((as_json if for_programs else as_text)(describe(path)))
+        except AdapterError as error:
+            code = print_error(str(error))
+    return code
+
+
+COMMANDS: tuple[click.Command, ...] = (convert, resize, extract, bake, interpolate, diff, doctor, show)

@@ -1,4 +1,4 @@
-"""The command that adds adapters up, and how a merged file is made again."""
+"""`personalize merge`: adapters added up into one file, and the same merge repeated."""
 
 from __future__ import annotations
 
@@ -13,8 +13,21 @@ import click
 
 from ..errors import AdapterError, RecipeError
 from ..io import weights_hash
-from .adapters import Files, base_option, dialect, dtype, lenient, loaded, stored_as, table, target, to, without_base, written
-from .values import PATH, Strengthened
+from .adapters import (
+    Files,
+    base_option,
+    dialect,
+    dtype,
+    lenient,
+    open_adapters,
+    output_path,
+    print_table,
+    print_written,
+    storage_dtype,
+    to,
+    without_base,
+)
+from .values import PATH, AdapterFile
 
 RECIPE = "personalize.merge"  # metadata: the arguments that repeat a merge
 
@@ -30,7 +43,7 @@ OPTIONS: dict[str, tuple[Any, str]] = {  # those of methods.OPTIONS
 }
 
 
-def tuned(command: Callable[..., Any]) -> Callable[..., Any]:
+def method_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """The options that only some methods take."""
     for name, (kind, text) in reversed(OPTIONS.items()):
         flag = f"--{name}/--no-{name}" if kind is bool else f"--{name}"
@@ -52,11 +65,11 @@ def list_methods(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
 
 
 @click.command()
-@click.argument("files", nargs=-1, type=Strengthened(), metavar="FILE[:STRENGTH]...")
+@click.argument("files", nargs=-1, type=AdapterFile(), metavar="FILE[:STRENGTH]...")
 @to
 @click.option("--method", default="concat", show_default=True, help="see `personalize merge --list`")
 @click.option("--rank", type=click.IntRange(1), help="at most this many ranks per layer")
-@tuned
+@method_options
 @base_option
 @lenient
 @dialect
@@ -67,36 +80,36 @@ def list_methods(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
 def merge(ctx: click.Context, files: Files, output: Path, replay: Path | None, **options: Any) -> int:
     """Add adapters up into one file, exactly: A.safetensors:0.7 B.safetensors:-0.3.
 
-    Strengths can be told by part, block and pattern: A.safetensors:0.8:0.5, A.safetensors:lbw=OUTD, A.safetensors:*attn2*=0.5.
+    Strengths can be given by part, block and pattern: A.safetensors:0.8:0.5, A.safetensors:lbw=OUTD, A.safetensors:*attn2*=0.5.
     """
     if replay:
-        files, options = again(ctx, replay, output)
+        files, options = merge_of(ctx, replay, output)
     if not files:
         raise RecipeError("which adapters?", "personalize merge A.safetensors:0.7 B.safetensors:-0.3 -o C.safetensors")
-    output = target(output, *(path for path, _ in files))
+    output = output_path(output, *(path for path, _ in files))
     with ThreadPoolExecutor() as threads:  # the inputs are hashed while torch is being loaded
-        return merged(files, output, options, threads.map(content, [path for path, _ in files]))
+        return write_merge(files, output, options, threads.map(weights_sha256, [path for path, _ in files]))
 
 
-def merged(files: Files, output: Path, options: dict[str, Any], hashes: Iterator[str]) -> int:
-    """Write the merge of some files and tell of it."""
+def write_merge(files: Files, output: Path, options: dict[str, Any], hashes: Iterator[str]) -> int:
+    """Write the merge of some files, and print what it cost."""
     from ..adapters.ops import merge as merging
     from ..adapters.ops.resize import Report
 
     chosen = {name: options[name] for name in OPTIONS if options[name] is not None}
-    adapters = without_base(loaded(files, options["allow_unmatched"]), options["base"])
+    adapters = without_base(open_adapters(files, options["allow_unmatched"]), options["base"])
     whole, lines = merging.on_demand(adapters, [1.0] * len(adapters), options["method"], options["rank"], **chosen)
-    said = {RECIPE: arguments(files, options), "modelspec.merged_from": ", ".join(path.stem for path, _ in files)}
-    said["personalize.merge_hashes"] = json.dumps(list(hashes))
-    if triggers := [told for one in adapters if (told := one.metadata.get("modelspec.trigger_phrase"))]:
-        said["modelspec.trigger_phrase"] = ", ".join(dict.fromkeys(triggers))
-    path = whole.save(output, options["dialect"], said, options["dtype"] or stored_as(files[0][0]))
-    table(Report(tuple(lines.values())))
-    written(path, whole)
+    metadata = {RECIPE: merge_arguments(files, options), "modelspec.merged_from": ", ".join(path.stem for path, _ in files)}
+    metadata["personalize.merge_hashes"] = json.dumps(list(hashes))
+    if triggers := [trigger for one in adapters if (trigger := one.metadata.get("modelspec.trigger_phrase"))]:
+        metadata["modelspec.trigger_phrase"] = ", ".join(dict.fromkeys(triggers))
+    path = whole.save(output, options["dialect"], metadata, options["dtype"] or storage_dtype(files[0][0]))
+    print_table(Report(tuple(lines.values())))
+    print_written(path, whole)
     return 0
 
 
-def arguments(files: Files, options: Mapping[str, Any]) -> str:
+def merge_arguments(files: Files, options: Mapping[str, Any]) -> str:
     """A merge as the words that repeat it."""
     words = [f"{path}:{weighting}" for path, weighting in files] + ["--method", options["method"]]
     words += ["--allow-unmatched"] * options["allow_unmatched"]
@@ -106,15 +119,15 @@ def arguments(files: Files, options: Mapping[str, Any]) -> str:
     return shlex.join(words)
 
 
-def content(path: Path) -> str:
-    """What tells an adapter's weights, also of a folder of peft's."""
+def weights_sha256(path: Path) -> str:
+    """The hash of an adapter's weights, also of a folder of peft's."""
     from ..adapters.dialects import file_of
 
     return weights_hash(file_of(path))
 
 
-def again(ctx: click.Context, made: Path, output: Path) -> tuple[Files, dict[str, Any]]:
-    """The files and options that made a merged file. Raises AdapterError if it tells none, or if a file has changed since."""
+def merge_of(ctx: click.Context, made: Path, output: Path) -> tuple[Files, dict[str, Any]]:
+    """The files and options that made a merged file. Raises AdapterError if it does not say, or if a file has changed since."""
     from ..adapters.describe import describe
 
     metadata = describe(made).metadata
@@ -129,6 +142,6 @@ def again(ctx: click.Context, made: Path, output: Path) -> tuple[Files, dict[str
         ) from None
     files, options = parsed["files"], {**parsed, "dialect": ctx.params["dialect"], "dtype": ctx.params["dtype"]}
     for (path, _), known in zip(files, json.loads(metadata.get("personalize.merge_hashes", "[]")), strict=False):
-        if content(path) != known:
+        if weights_sha256(path) != known:
             raise AdapterError(f"{path} is not the file that {made} was merged from", "its contents have changed")
     return files, options

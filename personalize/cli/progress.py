@@ -1,73 +1,135 @@
-"""A run seen from a terminal: a progress bar with loss, speed and time left, or plain lines where there is no terminal."""
+"""Training seen from a terminal: one run with its loss, pictures and checkpoints, or many runs with a line for each that ends.
+
+A bar shows steps, speed and time left; where there is no terminal, a single run prints plain lines instead.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import math
 import shlex
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.table import Column
 from rich.text import Text
 
 from ..recipe.fields import Recipe
 from ..recipe.settings import flatten
 from ..text import duration, fits, loaded, pace, plain, readable
-from ..training.events import Chosen, Event, Finished, Fold, Sample, Saved, Started, Step, SteppedDown, Warned
+from ..training.events import Chosen, Event, Failed, Finished, Fold, Sample, Saved, Started, Step, SteppedDown, Warned
 
 SMOOTHING = 0.9  # of the loss that is shown: single steps are mostly noise
 LINES = 10  # of progress, where there is no terminal
+SHEET_PROMPTS = 3  # sample prompts on the sheet of many runs
 
 
-def watch(recipe: Recipe, fresh: bool = False) -> int:
-    """Train, tell how it goes, write the report, and say what to type next. Ctrl-C saves and exits with 130."""
-    view = View(Console(highlight=False, soft_wrap=True), recipe)
+def train_one(recipe: Recipe, fresh: bool = False) -> int:
+    """Train with a progress bar and write the report. Returns the exit code: 0, or 130 after Ctrl-C, which saves the state."""
+
+    def events() -> Iterator[Event]:
+        from ..training.loop import train  # torch and friends take seconds: imported under the "loading" notice
+
+        return train(recipe, fresh=fresh)
+
+    return follow(RunView(terminal(), recipe), events)
+
+
+def train_many(recipes: Sequence[Recipe], *, fresh: bool, together: int | None) -> int:
+    """Train many runs, write a report for each and one sheet. Returns the exit code: 0, 2 if some failed, 130 after Ctrl-C."""
+
+    def events() -> Iterator[tuple[int, Event]]:
+        from ..training.fleet import train_fleet
+
+        return train_fleet(recipes, fresh=fresh, together=together)
+
+    return follow(BatchView(terminal(), recipes), events)
+
+
+def follow(view: View, start: Callable[[], Iterator[Any]]) -> int:
+    """Show all events of a training in a view, and how it ended; returns the exit code."""
     try:
         with view:
-            from ..training.loop import train  # torch and friends take seconds: only under the "loading" notice
-
-            events: Any = train(recipe, fresh=fresh)
+            events: Any = start()
             with contextlib.closing(events):
                 for event in events:
-                    view.tell(event)
+                    view.show(event)
     except KeyboardInterrupt:
-        view.say(f"stopped after step {view.step} of {recipe.steps}. To go on, type the same command again.")
+        view.print(f"{view.standing()} To go on, type the same command again.")
         return 130
-    view.farewell()
-    return 0
+    return view.finish()
 
 
-class Speed(TextColumn):
+def terminal() -> Console:
+    """Where progress goes: stdout."""
+    return Console(highlight=False, soft_wrap=True)
+
+
+class Speed(ProgressColumn):
     """Steps per second, or seconds per step where that is the larger number."""
-
-    def __init__(self) -> None:
-        super().__init__("")
 
     def render(self, task: Task) -> Text:
         return Text(pace(task.speed) if task.speed else "", style="dim")
 
 
 class View:
-    """Tells events. `step` is the last finished one, `settled` the recipe by flat names with every default filled in."""
+    """Lines on a console, and a bar below them where that is a terminal."""
+
+    def __init__(self, console: Console, title: str, detail: str) -> None:
+        self.console = console
+        speed = Speed(Column(no_wrap=True))
+        columns = (MofNCompleteColumn(), TextColumn(detail), speed, TextColumn("left"), TimeRemainingColumn())
+        self.bar = Progress(TextColumn(title), BarColumn(), *columns, console=console)
+
+    def __enter__(self) -> View:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.bar.stop()
+
+    def print(self, text: str) -> None:
+        """A line, above the bar if there is one. File names and prompts are no markup."""
+        self.console.print(plain(text), markup=False)
+
+    def show(self, event: Any) -> None:
+        """Show what happened."""
+        raise NotImplementedError
+
+    def standing(self) -> str:
+        """How far the training came before it was stopped, as a sentence."""
+        raise NotImplementedError
+
+    def finish(self) -> int:
+        """Show what the training made; returns the exit code."""
+        raise NotImplementedError
+
+
+def write_reports(folder: Path, base: str) -> Path:
+    """Metrics and report of a run folder; returns the report's path."""
+    from ..reports.metrics import write_metrics
+    from ..reports.run import write_report
+
+    write_metrics(folder, base)
+    return write_report(folder)
+
+
+# ---------------------------------------------------------------- one run
+
+
+class RunView(View):
+    """A single run. `step` is the last one that is done, `settings` the recipe by flat names with every default filled in."""
 
     def __init__(self, console: Console, recipe: Recipe) -> None:
-        self.console, self.recipe = console, recipe
-        self.step, self.loss, self.spent = 0, float("nan"), 0.0
-        self.settled: dict[str, Any] = {}
+        super().__init__(console, "training", "loss {task.fields[loss]}")
+        self.recipe = recipe
+        self.step, self.loss = 0, math.nan
+        self.settings: dict[str, Any] = {}
         self.finished: Finished | None = None
-        self.drawn = -1  # step of the last pictures that were announced
-        self.bar = Progress(
-            TextColumn("training"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("loss {task.fields[loss]}"),
-            Speed(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=console,
-        )
+        self.sampled = -1  # step of the last sample pictures that were announced
         self.notice = console.status(f"loading {recipe.base} and the pictures")
 
     def __enter__(self) -> View:
@@ -80,108 +142,209 @@ class View:
         if self.bar.tasks:
             self.bar.stop()
 
-    def say(self, text: str) -> None:
-        """A line, above the bar if there is one. File names and prompts are no markup."""
-        self.console.print(plain(text), markup=False)
+    @property
+    def folder(self) -> Path:
+        return Path(self.settings["output"])
 
-    def tell(self, event: Event) -> None:
+    def show(self, event: Event) -> None:
         match event:
             case Started():
-                self._started(event)
+                self._show_start(event)
             case Step():
-                self._step(event)
-            case Sample() if event.step > self.drawn:
-                self.drawn = event.step
+                self._show_step(event)
+            case Sample() if event.step > self.sampled:
+                self.sampled = event.step
                 whose = "  (the base's own)" if event.base else ""
-                self.say(f"pictures {self.folder / event.path.partition('-')[0]}-*.png{whose}")
+                self.print(f"pictures {self.folder / event.path.partition('-')[0]}-*.png{whose}")
             case Saved():
-                self.say(f"saved    {self.folder / event.path}")
+                self.print(f"saved    {self.folder / event.path}")
             case Fold():
-                told = f"best on it after step {event.step}, validation {change(event.validation)}"
-                self.say(f"left out {', '.join(event.pictures)} ({event.number} of {event.of}): {told}")
+                best = f"best on it after step {event.step}, validation {error_change(event.validation)}"
+                self.print(f"left out {', '.join(event.pictures)} ({event.number} of {event.of}): {best}")
             case Chosen():
-                self._chosen(event)
+                self._show_choice(event)
             case SteppedDown():
-                self.say(f"memory   {event.why}, so: {event.what}; going on after step {event.step}")
+                self.print(f"memory   {event.why}, so: {event.what}; going on after step {event.step}")
                 self.step = event.step
             case Warned():
-                self.say(f"warning: {event.text}")
+                self.print(f"warning: {event.text}")
             case Finished():
                 self.finished = event
 
-    @property
-    def folder(self) -> Path:
-        return Path(self.settled["output"])
-
-    def _started(self, event: Started) -> None:
-        self.settled = event.recipe
+    def _show_start(self, event: Started) -> None:
+        self.settings = event.recipe
         for warning in event.warnings:
-            self.say(f"warning: {warning}")
-        self.say(f"base     {self.recipe.base}: {loaded(event.base)}")
-        self.say(f"learning {len(event.images)} pictures, {event.parameters:,} parameters to train on {event.device}")
+            self.print(f"warning: {warning}")
+        self.print(f"base     {self.recipe.base}: {loaded(event.base)}")
+        self.print(f"learning {len(event.images)} pictures, {event.parameters:,} parameters to train on {event.device}")
         if len(event.shapes) > 1:
-            self.say(f"shapes   {', '.join(f'{shape} ({count})' for shape, count in event.shapes.items())}")
-        self.say(f"fits     {fits(event.fit)}")
+            self.print(f"shapes   {', '.join(f'{shape} ({count})' for shape, count in event.shapes.items())}")
+        self.print(f"fits     {fits(event.fit)}")
         for why in event.fit["why"]:
-            self.say(f"         {why}")
+            self.print(f"         {why}")
         self.step = event.resumed
         if event.resumed:
-            self.say(f"going on after step {event.resumed}")
+            self.print(f"going on after step {event.resumed}")
         self.notice.stop()
         if self.console.is_terminal:
             self.bar.add_task("", total=self.recipe.steps, completed=event.resumed, loss="")
             self.bar.start()
 
-    def _step(self, event: Step) -> None:
-        self.step, self.spent = event.step, self.spent + event.seconds
+    def _show_step(self, event: Step) -> None:
+        self.step = event.step
         if event.skipped:
-            self.say(f"step {event.step} skipped: {event.cause}")
+            self.print(f"step {event.step} skipped: {event.cause}")
             return
-        first = self.loss != self.loss  # nan: nothing told yet
-        self.loss = event.loss if first else SMOOTHING * self.loss + (1 - SMOOTHING) * event.loss
+        self.loss = event.loss if math.isnan(self.loss) else SMOOTHING * self.loss + (1 - SMOOTHING) * event.loss
         if self.bar.tasks:
             self.bar.update(self.bar.tasks[0].id, completed=event.step, loss=f"{self.loss:.4f}")
         elif event.step % max(1, self.recipe.steps // LINES) == 0:
-            self.say(f"step {event.step}/{self.recipe.steps}  loss {self.loss:.4f}  {pace(1 / max(event.seconds, 1e-9))}")
+            self.print(f"step {event.step}/{self.recipe.steps}  loss {self.loss:.4f}  {pace(1 / max(event.seconds, 1e-9))}")
 
-    def _chosen(self, event: Chosen) -> None:
-        """Which checkpoint, why, and at which strengths."""
-        told = f"validation {change(event.validation)} on {event.judged_by}, drift {event.drift:.2f}"
+    def _show_choice(self, event: Chosen) -> None:
+        """Which checkpoint became the adapter, why, and at which strengths it is good."""
+        evidence = f"validation {error_change(event.validation)} on {event.judged_by}, drift {event.drift:.2f}"
         span = f"strengths {event.low:g} to {event.high:g}" if event.low < event.high else f"strength {event.low:g}"
-        self.say(f"chosen   step {event.step} of {self.recipe.steps} ({told}), {span}")
+        self.print(f"chosen   step {event.step} of {self.recipe.steps} ({evidence}), {span}")
         if event.fit <= 0:
-            self.say("warning: the adapter knows the pictures no better than the base: a lower --lr may help")
+            self.print("warning: the adapter knows the pictures no better than the base: a lower --lr may help")
         if event.best != event.step:
-            self.say(f"         step {event.best} scored best: --choose best takes it, without training again")
+            self.print(f"         step {event.best} scored best: --choose best takes it, without training again")
 
-    def farewell(self) -> None:
+    def standing(self) -> str:
+        return f"stopped after step {self.step} of {self.recipe.steps}."
+
+    def finish(self) -> int:
         """Where everything is, and what to type next."""
         from ..data.captions import fill
         from ..data.folder import read_folder
-        from ..reports.metrics import write_metrics
-        from ..reports.run import write_report
         from ..training.preflight import settled
 
         if self.finished is None:
-            return
-        self.settled = self.settled or flatten(settled(self.recipe, read_folder(self.recipe.data)))
+            return 0
+        self.settings = self.settings or flatten(settled(self.recipe, read_folder(self.recipe.data)))
         adapter = self.folder / self.finished.path
         if self.finished.again:
-            self.say("this run is already finished: --fresh starts it over, another --output keeps both")
+            self.print("this run is already finished: --fresh starts it over, another --output keeps both")
         else:
-            spent, most = duration(self.finished.seconds), readable(self.finished.peak_bytes)
-            self.say(f"done     {self.finished.step} steps in {spent}, at most {most} of memory")
-        self.say(f"adapter  {adapter}  ({readable(adapter.stat().st_size)})")
-        write_metrics(self.folder, self.recipe.base)
-        self.say(f"report   {write_report(self.folder)}")
-        prompt = fill("a {trigger} {class} in the snow", self.settled["trigger"], self.settled.get("class", ""))
-        self.say(f"next     personalize generate {shlex.quote(prompt)} --adapter {shlex.quote(str(adapter))}")
+            time, memory = duration(self.finished.seconds), readable(self.finished.peak_bytes)
+            self.print(f"done     {self.finished.step} steps in {time}, at most {memory} of memory")
+        self.print(f"adapter  {adapter}  ({readable(adapter.stat().st_size)})")
+        self.print(f"report   {write_reports(self.folder, self.recipe.base)}")
+        prompt = fill("a {trigger} {class} in the snow", self.settings["trigger"], self.settings.get("class", ""))
+        self.print(f"next     personalize generate {shlex.quote(prompt)} --adapter {shlex.quote(str(adapter))}")
+        return 0
 
 
-def change(gain: float) -> str:
+def error_change(gain: float) -> str:
     """A share of the base's error that is gone, as its change.
 
-    >>> change(0.123), change(-0.04)
+    >>> error_change(0.123), error_change(-0.04)
     ('-12 %', '+4 %')
     """
     return f"{-100 * gain:+.0f} %"
+
+
+# ---------------------------------------------------------------- many runs
+
+
+class BatchView(View):
+    """Many runs: one bar for all of their steps, a line for each run that ends, and one sheet of pictures."""
+
+    def __init__(self, console: Console, recipes: Sequence[Recipe]) -> None:
+        super().__init__(console, "{task.description}", "steps")
+        self.recipes = recipes
+        self.finished: dict[int, Finished] = {}
+        self.failed: dict[int, str] = {}
+        self.chosen: dict[int, int] = {}  # the step that became the adapter
+        self.warnings: set[str] = set()  # those that were shown
+        self.steps = [0] * len(recipes)
+        self.task = self.bar.add_task("loading", total=sum(recipe.steps for recipe in recipes))
+
+    def __enter__(self) -> View:
+        self.bar.start()
+        return self
+
+    def name(self, number: int) -> str:
+        """The folder of pictures of a run."""
+        return self.recipes[number].data.folder.resolve().name
+
+    def folder(self, number: int) -> Path:
+        """The run folder of a run."""
+        output = self.recipes[number].output
+        assert output
+        return output
+
+    def show(self, event: tuple[int, Event]) -> None:
+        number, what = event
+        match what:
+            case Started():
+                self.steps[number] = what.resumed
+                for warning in what.warnings:
+                    self.print(f"{self.name(number)}: warning: {warning}")
+            case Step():
+                self.steps[number] = what.step
+            case Warned() if what.text not in self.warnings:
+                self.warnings.add(what.text)
+                self.print(f"warning: {what.text}")
+            case Chosen():
+                self.chosen[number] = what.step
+            case Failed():
+                self.failed[number], self.steps[number] = what.message, self.recipes[number].steps
+                self.print(f"{self.name(number)}: failed: {what.message}")
+            case Finished():
+                self._show_end(number, what)
+        running = sum(0 < done < recipe.steps for done, recipe in zip(self.steps, self.recipes, strict=True))
+        self.bar.update(self.task, completed=sum(self.steps), description=f"training {running}" if running else "loading")
+
+    def _show_end(self, number: int, event: Finished) -> None:
+        self.finished[number], self.steps[number] = event, self.recipes[number].steps
+        adapter = self.folder(number) / event.path
+        if event.again:
+            self.print(f"{self.name(number)}: done before: {adapter}")
+            return
+        write_reports(self.folder(number), self.recipes[number].base)
+        chosen = f", step {self.chosen[number]} chosen" if number in self.chosen else ""
+        facts = f"{adapter} ({readable(adapter.stat().st_size)}), {event.step} steps{chosen}"
+        self.print(f"{self.name(number)}: done: {facts}, {duration(event.seconds)} after the start")
+
+    def standing(self) -> str:
+        return f"stopped; {len(self.finished)} of {len(self.recipes)} are done."
+
+    def finish(self) -> int:
+        """How many adapters there are, and a sheet of them."""
+        failed = f"; {len(self.failed)} failed: {', '.join(map(self.name, self.failed))}" if self.failed else ""
+        self.print(f"{len(self.finished)} of {len(self.recipes)} adapters are there{failed}")
+        if path := self.write_sheet():
+            self.print(f"pictures {path}")
+        return 2 if self.failed else 0
+
+    def write_sheet(self) -> Path | None:
+        """A row per run: a training picture, and the sample pictures of its end. None where no sample was drawn."""
+        from PIL import Image
+
+        from ..data.folder import read_folder
+        from ..inference import sampling
+
+        cells, rows = list[Image.Image](), list[str]()
+        for number, event in sorted(self.finished.items()):
+            if not (samples := self.last_samples(number, event)):
+                continue
+            rows.append(self.name(number))
+            learned = read_folder(self.recipes[number].data).examples[0].path
+            for path in (learned, *samples, *[samples[-1]] * (SHEET_PROMPTS - len(samples))):
+                with Image.open(path) as picture:
+                    small = picture.convert("RGB").resize((128, 128), Image.Resampling.LANCZOS)
+                cells.append(sampling.enlarged(small, 128))
+        if not cells:
+            return None
+        heads = ("learned from", *[""] * SHEET_PROMPTS)
+        sheet = sampling.grid(cells, 1 + SHEET_PROMPTS, rows=rows, heads=heads, side=128)
+        return sampling.save_sheet(sheet, self.folder(0).parent / "batch.png")
+
+    def last_samples(self, number: int, event: Finished) -> list[Path]:
+        """The sample pictures of the step that became the adapter: the first seed of each of the first prompts."""
+        step = self.chosen.get(number, event.step)
+        found = sorted((self.folder(number) / "samples").glob(f"{step:06}-p[0-{SHEET_PROMPTS - 1}]-s*.png"))
+        first = {path.name.split("-s")[0]: path for path in reversed(found)}
+        return [first[name] for name in sorted(first)]

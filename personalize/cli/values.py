@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 PATH = click.Path(path_type=Path)
 
 
-class Strengthened(click.ParamType):
-    """A file and how much of it, as adapters/weighting.py reads it: PATH, PATH:0.8, PATH:0.8:0.5, PATH:unet=0.8:te=0.5, ..."""
+class AdapterFile(click.ParamType):
+    """An adapter and its strength, as adapters/strengths reads it: PATH, PATH:0.8, PATH:0.8:0.5, PATH:unet=0.8:te=0.5, ..."""
 
     name = "adapter"
 
@@ -36,7 +36,7 @@ class Strengthened(click.ParamType):
         return Path(path), weighting
 
 
-class Called(Strengthened):
+class NamedAdapter(AdapterFile):
     """The same, with a name for prompts before it: NAME=PATH:0.8."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
@@ -49,7 +49,7 @@ class Called(Strengthened):
         return Named(path, weighting, name if named else "")
 
 
-class Along(click.ParamType):
+class Axis(click.ParamType):
     """An axis of a sheet: NAME=VALUE,VALUE,..."""
 
     name = "axis"
@@ -72,7 +72,7 @@ class Side(click.ParamType):
         return int(match[1]), int(match[2] or match[1])
 
 
-class Bytes(click.ParamType):
+class FileSize(click.ParamType):
     """A file size: 20000000, 20MB, 1.5 GB."""
 
     name = "size"

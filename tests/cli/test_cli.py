@@ -20,8 +20,9 @@ from rich.console import Console
 
 from personalize.adapters.adapter import Adapter
 from personalize.adapters.strengths.grammar import split
-from personalize.cli import cli, numbered, run
-from personalize.cli.progress import View
+from personalize.cli import cli, run
+from personalize.cli.generate import seed_list
+from personalize.cli.progress import RunView
 from personalize.errors import AdapterError, RecipeError
 from personalize.inference.sampling import read_parameters
 from personalize.models.model import Base
@@ -129,9 +130,9 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(tiny_base: Path, pictures: Pa
 
 def test_a_picture_left_out_and_a_better_checkpoint_are_told() -> None:
     out = io.StringIO()
-    view = View(Console(file=out, width=200), Recipe(steps=500))
-    view.tell(Fold(1, 3, ["a.png"], 200, 0.123))
-    view.tell(Chosen(500, 300, 5, 0.5, -0.04, 0.1, 0.6, "2 pictures held back", 0.7, 1.0, 1.1))
+    view = RunView(Console(file=out, width=200), Recipe(steps=500))
+    view.show(Fold(1, 3, ["a.png"], 200, 0.123))
+    view.show(Chosen(500, 300, 5, 0.5, -0.04, 0.1, 0.6, "2 pictures held back", 0.7, 1.0, 1.1))
     assert out.getvalue().splitlines() == [
         "left out a.png (1 of 3): best on it after step 200, validation -12 %",
         "chosen   step 500 of 500 (validation +4 % on 2 pictures held back, drift 0.10), strengths 0.7 to 1.1",
@@ -305,12 +306,12 @@ def test_a_file_may_look_like_a_strength(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_seeds_count_up() -> None:
-    assert numbered([], None) == [0]
-    assert numbered([], 3) == [0, 1, 2]
-    assert numbered(["7"], 3) == [7, 8, 9]
-    assert numbered(["1,5", "9"], 2) == [1, 5]
+    assert seed_list([], None) == [0]
+    assert seed_list([], 3) == [0, 1, 2]
+    assert seed_list(["7"], 3) == [7, 8, 9]
+    assert seed_list(["1,5", "9"], 2) == [1, 5]
     with pytest.raises(RecipeError, match="not '-1'"):
-        numbered(["-1"], None)
+        seed_list(["-1"], None)
 
 
 # ---------------------------------------------------------------- show, report, help

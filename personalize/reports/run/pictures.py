@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
+from ...io import sha256_of
 from ..kit.pictures import Picture, load_inline
 from .read import inside
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import DataError
+from ...text import parse_toml
 from ...training.events import read_events
 
 Record = Mapping[str, Any]
