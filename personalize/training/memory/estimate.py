@@ -95,7 +95,7 @@ def _code() -> str:
     """What decides an estimate beside its arguments."""
     here = Path(__file__).parent
     return store.key(
-        sources=[path.read_text(encoding="utf-8") for path in (*sorted(here.glob("*.py")), here.parent / "objectives.py")],
+        sources=[path.read_text(encoding="utf-8") for path in [*sorted(here.glob("*.py")), *sorted(here.parent.glob("objectives/*.py"))]],
         torch=torch.__version__,
     )
 
