@@ -18,9 +18,9 @@ from personalize.adapters.describe import describe
 from personalize.adapters.ops.compare import compared
 from personalize.adapters.ops.methods import OPTIONS
 from personalize.adapters.ops.resize import RULES
-from personalize.cli import merge as merging
 from personalize.cli import run
 from personalize.cli.adapters import extract, resize
+from personalize.cli.merge import OPTIONS as FLAGS
 from tools.pocket import WEIGHTS
 
 
@@ -65,8 +65,8 @@ def test_a_merge_can_be_repeated_from_its_file(files: dict[str, Adapter], capsys
 
 
 def test_options_of_methods_have_flags() -> None:
-    assert {name: text for name, (_, text) in merging.OPTIONS.items()} == {name: row.what for name, row in OPTIONS.items()}
-    assert {name: kind for name, (kind, _) in merging.OPTIONS.items()} == {name: row.kind for name, row in OPTIONS.items()}
+    assert {name: text for name, (_, text) in FLAGS.items()} == {name: row.what for name, row in OPTIONS.items()}
+    assert {name: kind for name, (kind, _) in FLAGS.items()} == {name: row.kind for name, row in OPTIONS.items()}
     assert RULES.keys() <= {option.name for option in resize.params} and RULES.keys() - {"size"} <= {
         o.name for o in extract.params
     }

@@ -312,10 +312,10 @@ def test_extracting_needs_the_memory_of_a_layer(tmp_path: Path) -> None:
         file.write(torch.ones(64, 2048, dtype=torch.float16).numpy().tobytes())
     code = """if True:
         import json, resource, sys
-        from personalize.adapters import surgery
+        from personalize.adapters.ops import checkpoints
         def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
         before = peak()
-        adapter, report = surgery.extract(sys.argv[1] + "/tuned", sys.argv[1] + "/base", "rank", 2)
+        adapter, report = checkpoints.extract(sys.argv[1] + "/tuned", sys.argv[1] + "/base", "rank", 2)
         print(json.dumps([peak() - before, {path: delta.rank for path, delta in adapter.deltas.items()}, report.error]))
     """
     done = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=True)
