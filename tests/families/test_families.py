@@ -195,11 +195,11 @@ def test_windows_are_read_apart_and_side_by_side(loaded: dict[str, Base], name: 
     base = loaded[name]
     with torch.no_grad():
         long, first, empty = base.embed(["cat " * 75 + "red house"]), base.embed(["cat " * 75]), base.embed(["a cat"], windows=2)
-        assert torch.allclose(long.tokens[:, :77], first.tokens, atol=1e-6)
-        assert torch.allclose(long.tokens[:, 77:], base.embed(["red house"]).tokens, atol=1e-6)
-        assert torch.allclose(empty.tokens[:, 77:], base.embed([""]).tokens, atol=1e-6)
+        assert torch.allclose(long.tokens[:, :77], first.tokens, atol=1e-5)
+        assert torch.allclose(long.tokens[:, 77:], base.embed(["red house"]).tokens, atol=1e-5)
+        assert torch.allclose(empty.tokens[:, 77:], base.embed([""]).tokens, atol=1e-5)
         if long.pooled is not None:
-            assert torch.allclose(long.pooled, first.pooled, atol=1e-6)
+            assert torch.allclose(long.pooled, first.pooled, atol=1e-5)
         assert base.denoise(torch.zeros(1, 4, 8, 8), torch.tensor([5]), long).isfinite().all()
 
 

@@ -227,7 +227,7 @@ KILLED = """
 import os, signal, sys
 from personalize.training.events import Saved, Step
 from personalize.recipe import resolve
-from personalize.train import train
+from personalize.training.loop import train
 output, start, kind, step = sys.argv[1:]
 for event in train(resolve(flags={"preset": start, "output": output})):
     if type(event).__name__ == kind and event.step == int(step):
