@@ -67,7 +67,9 @@ def generate(
         yield from [Notice(notice)] if notice else []
         start = InitImage(picture, start.name)
     for page in pages:
-        yield from draw_page(session, replace(page, requests=tuple(replace(one, image=start) for one in page.requests)), output, sheets)
+        yield from draw_page(
+            session, replace(page, requests=tuple(replace(one, image=start) for one in page.requests)), output, sheets
+        )
 
 
 def combine(prompts: Sequence[str], seeds: Sequence[int], settings: Request, library: Library) -> list[Request]:

@@ -41,7 +41,9 @@ def diffuse(
 ) -> Tensor:
     """`denoise`, from prompts and seeds."""
     size = (shape[2] * base.factor, shape[1] * base.factor)
-    return denoise(base, [Request(prompt, seed, size=size, **how) for prompt, seed in zip(prompts, seeds, strict=True)], beginning)
+    return denoise(
+        base, [Request(prompt, seed, size=size, **how) for prompt, seed in zip(prompts, seeds, strict=True)], beginning
+    )
 
 
 def settings_of(base: Base, *, prompt: str, seed: int, size: tuple[int, int], sampler: str = AUTO, **how: Any) -> Request:

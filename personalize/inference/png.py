@@ -59,7 +59,8 @@ def parse_infotext(text: str) -> Request:
 
     An image to begin with is not in the text, and hashes are cut short there. Raises RecipeError for what is no such text.
 
-    >>> request = parse_infotext("a <lora:rex:0.8> dog\\nSteps: 30, Sampler: DPM++ 2M, Schedule type: Karras, Seed: 7, Size: 96x64")
+    >>> line = "Steps: 30, Sampler: DPM++ 2M, Schedule type: Karras, Seed: 7, Size: 96x64"
+    >>> request = parse_infotext("a <lora:rex:0.8> dog\\n" + line)
     >>> request.prompt, request.steps, request.sampler, request.seed, request.size
     ('a dog', 30, 'DPM++ 2M Karras', 7, (96, 64))
     """
@@ -92,7 +93,7 @@ def read_record(path: Path) -> Mapping[str, Any]:
 
 
 def read_request(path: Path) -> Request:
-    """The request that an image was drawn by, from our own JSON or else from A1111's text. Raises RecipeError if neither is there."""
+    """The request that an image was drawn by, from our JSON or else from A1111's text. Raises RecipeError without either."""
     if record := read_record(path):
         return Request.from_record(record)
     with Image.open(path) as picture:

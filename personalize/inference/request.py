@@ -84,7 +84,7 @@ class Request:
         return *own, self.denoise, self.size, self.image
 
     def complete(self, base: Base, size: tuple[int, int] | None = None, hashes: Mapping[str, str] | None = None) -> Request:
-        """The same with what it is drawn with filled in: its size, the sampler's name as UIs write it, base, precision, hashes."""
+        """The request with its size, the sampler's name as UIs write it, and the base, precision and hashes filled in."""
         return replace(
             self,
             size=size or self.size,

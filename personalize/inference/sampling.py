@@ -211,8 +211,10 @@ def latent_shape(base: Base, size: Size | None) -> Shape:
     return base.unet.config.in_channels, height // factor, width // factor
 
 
-MOVED = ("drawing", "pictures", "diffuse", "evaluating", "to_pictures", "save_picture", "save_sheet", "enlarged", "grid", "settings_of",
-         "read_parameters", "Parameters", "Stacked", "DEFAULTS")  # fmt: skip
+MOVED = (
+    *("drawing", "diffuse", "evaluating", "to_pictures", "save_picture", "save_sheet", "enlarged", "grid", "settings_of"),
+    *("read_parameters", "Parameters", "DEFAULTS"),
+)
 
 
 def __getattr__(name: str) -> Any:

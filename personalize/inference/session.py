@@ -1,11 +1,11 @@
 """A loaded base that draws requests for as long as one likes, says how far it is, and can be stopped.
 
-    import personalize as p
-    from personalize.inference.session import Library, Request, Session
+import personalize as p
+from personalize.inference.session import Library, Request, Session
 
-    session = Session(p.Base.load("pocket"), Library(folder=Path("adapters")))
-    for event in session.draw([Request.parse("a <lora:rex:0.8> rex dog", seed=seed) for seed in range(4)]):
-        print(event)                     # Progress, Notice, Picture; Cancelled after session.cancel()
+session = Session(p.Base.load("pocket"), Library(folder=Path("adapters")))
+for event in session.draw([Request.parse("a <lora:rex:0.8> rex dog", seed=seed) for seed in range(4)]):
+    print(event)                     # Progress, Notice, Picture; Cancelled after session.cancel()
 """
 
 from __future__ import annotations

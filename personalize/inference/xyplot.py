@@ -41,7 +41,9 @@ class Axis:
         except RecipeError as error:
             raise RecipeError(f"--xy {self.name}= is no axis and no adapter", nearest(self.name, NAMES)) from error
         own = dict(request.adapters)
-        return replace(request, adapters=tuple(Use(*pair) for pair in (own | {name: change_strength(own.get(name, WHOLE), value)}).items()))
+        return replace(
+            request, adapters=tuple(Use(*pair) for pair in (own | {name: change_strength(own.get(name, WHOLE), value)}).items())
+        )
 
 
 def parse_axis(text: str) -> Axis:

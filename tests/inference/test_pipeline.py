@@ -130,7 +130,9 @@ def by_hand(base: Base, strengths: list[list[tuple[Adapter, Any]]]) -> Tensor:
 def test_a_schedule_is_another_strength_at_every_step(
     base: Base, adapters: dict[str, Adapter], typed: str, levels: list[tuple[float, float]]
 ) -> None:
-    wanted = by_hand(base, [[(adapters["rex"], {"unet": unet, "text_encoder": te}), (adapters["ink"], 0.4)] for unet, te in levels])
+    wanted = by_hand(
+        base, [[(adapters["rex"], {"unet": unet, "text_encoder": te}), (adapters["ink"], 0.4)] for unet, te in levels]
+    )
     seen = latents(base, [(adapters["rex"], typed), (adapters["ink"], 0.4)])
     assert apart(seen, wanted) < 1e-4
     assert apart(seen, latents(base, [(adapters["rex"], 1.0), (adapters["ink"], 0.4)])) > 0.02

@@ -13,7 +13,7 @@ from personalize.adapters.strengths.grammar import WHOLE, read
 from personalize.errors import OutputError, RecipeError
 from personalize.inference import sampling as sample
 from personalize.inference.pipeline import draw
-from personalize.inference.png import infotext, parse_infotext, read_record, read_request, save_picture
+from personalize.inference.png import read_record, save_picture
 from personalize.inference.prompts import Use, parse
 from personalize.inference.request import InitImage, Request
 from personalize.inference.sheet import contact_sheet, enlarge

@@ -1,4 +1,4 @@
-"""A session: events with progress, cancelling, failing and going on, adapters that come and go, requests from flags to PNG and back."""
+"""Sessions: events, cancelling, failing and going on, adapters that come and go; requests from flags to PNG and back."""
 
 from __future__ import annotations
 
@@ -95,7 +95,9 @@ def test_warnings_are_events_and_warnings_at_the_edge(base: Base) -> None:
 # ---------------------------------------------------------------- cancelling and failing
 
 
-def test_another_thread_cancels_between_two_steps(base: Base, adapters: dict[str, Adapter], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_thread_cancels_between_two_steps(
+    base: Base, adapters: dict[str, Adapter], monkeypatch: pytest.MonkeyPatch
+) -> None:
     before, session = everything(base), Session(base, Library(adapters), batch_size=2)
     wanted = requests(5, "a <lora:rex:1@0,0@1> cat", steps=4)
     whole = pictures(session.draw(wanted))
@@ -158,7 +160,9 @@ def test_an_iteration_that_is_left_leaves_nothing_behind(base: Base, adapters: d
     assert everything(base) == before and len(pictures(session.draw(requests(1)))) == 1
 
 
-def test_a_failed_request_leaves_the_session_usable(base: Base, adapters: dict[str, Adapter], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_request_leaves_the_session_usable(
+    base: Base, adapters: dict[str, Adapter], monkeypatch: pytest.MonkeyPatch
+) -> None:
     before = everything(base)
     path = "unet.mid_block.resnets.0.conv1"
     strange = Adapter({path: replace(adapter_of(base, 2, every=1).deltas[path], up=torch.ones(3, 2, 1, 1))})  # type: ignore[type-var]
@@ -236,7 +240,9 @@ def test_a_file_is_read_once_and_again_when_it_has_changed(
 
 
 @pytest.mark.parametrize("typed", ["a cat", "a <lora:rex:0.8:0.5:lbw=MID:stop=0.5> (cat:1.2), <lora:ink:1@0,0@1>"])
-@pytest.mark.parametrize("settings", [{}, {"size": (96, 48), "negative": "fog, ünscharf", "guidance": 4.5, "sampler": "dpmpp_2m_sde_karras"}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"size": (96, 48), "negative": "fog, ünscharf", "guidance": 4.5, "sampler": "dpmpp_2m_sde_karras"}]
+)
 def test_a_request_from_its_png_gives_the_same_image(base: Base, folder: Path, tmp_path: Path, typed: str, settings: Any) -> None:
     session = Session(base, Library(folder=folder))
     (one,) = (event for event in session.draw(requests(1, typed, **settings)) if isinstance(event, Picture))
@@ -263,7 +269,8 @@ def test_the_image_that_a_request_begins_with_is_only_a_name_in_its_png(base: Ba
 
 def test_the_parameters_of_other_programs_are_read() -> None:
     text = "a (cat:1.2) <lora:rex:0.8>, snow\nsecond line\nNegative prompt: fog\nblur\n"
-    line = 'Steps: 30, Sampler: DPM++ 2M, Schedule type: Karras, CFG scale: 7, Seed: 5, Size: 96x64, Model: v1-5, Lora hashes: "rex: ab, x: 1"'
+    line = "Steps: 30, Sampler: DPM++ 2M, Schedule type: Karras, CFG scale: 7, Seed: 5, Size: 96x64, Model: v1-5"
+    line += ', Lora hashes: "rex: ab, x: 1"'
     found = parse_infotext(text + line)
     assert (found.prompt, found.negative) == ("a (cat:1.2), snow\nsecond line", "fog\nblur")
     assert (found.steps, found.sampler, found.guidance, found.seed, found.size) == (30, "DPM++ 2M Karras", 7.0, 5, (96, 64))
