@@ -1,12 +1,10 @@
-"""Drawing over a picture (img2img): where to begin along the sampler's timesteps, and with which latents.
+"""Image to image: at which of the sampler's timesteps to begin, and with which latents.
 
-SDEdit (Meng et al. 2021, https://arxiv.org/abs/2108.01073): the picture is noised `denoise` of the way,
-and drawn from there.
+SDEdit (Meng et al. 2021, https://arxiv.org/abs/2108.01073): the image is noised `denoise` of the way, and denoised from there.
 """
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,20 +16,15 @@ from torch import Tensor
 from ..errors import RecipeError
 from ..models.model import Base
 
-DENOISE = 0.75  # A1111's denoising strength, when nothing is said
 LARGE = 4  # of the base's own area: twice its side is what people draw over to add detail
 
 
 @dataclass(frozen=True)
-class Beginning:
-    """A picture's latents [1, c, h, w] in the UNet's units, and how much of the way is drawn anew: 0 nothing, 1 all of it."""
+class InitLatents:
+    """An image's latents [1, c, h, w] in the denoiser's units, and how much of the way is drawn anew: 0 nothing, 1 all of it."""
 
     latents: Tensor
-    denoise: float = DENOISE
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.denoise <= 1:
-            raise RecipeError(f"--denoise must be 0 to 1, not {self.denoise:g}", "0 keeps the picture, 1 draws a new one")
+    denoise: float
 
     def enter(self, sampler: Any, steps: int, noise: Tensor) -> tuple[Tensor, Tensor]:
         """The timesteps that are left of a sampler set to `steps` steps, and the latents [b, c, h, w] to begin with.
@@ -40,25 +33,25 @@ class Beginning:
         """
         if not hasattr(sampler, "add_noise"):
             raise RecipeError(f"{type(sampler).__name__} cannot begin with a picture", "leave out --image")
-        timesteps = remaining(sampler, steps, self.kept(steps))
+        timesteps = last_timesteps(sampler, steps, self.step_count(steps))
         start = self.latents.to(noise).expand_as(noise)
         return timesteps, sampler.add_noise(start, noise, timesteps[:1].expand(len(noise))) if len(timesteps) else start.clone()
 
-    def kept(self, steps: int) -> int:
-        """How many of `steps` steps are drawn: none at 0 only."""
+    def step_count(self, steps: int) -> int:
+        """How many of `steps` steps are left: none at 0 only."""
         return max(round(steps * self.denoise), int(self.denoise > 0))
 
 
-def remaining(sampler: Any, steps: int, kept: int) -> Tensor:
-    """The timesteps of the last `kept` of `steps` steps; the sampler is told to begin there."""
-    if kept == steps:
+def last_timesteps(sampler: Any, steps: int, count: int) -> Tensor:
+    """The timesteps of the last `count` of `steps` steps; sets the sampler to begin there."""
+    if count == steps:
         return sampler.timesteps
     if type(sampler).__name__ == "PNDMScheduler":  # takes its second timestep twice, and Runge-Kutta steps only from the top
         sampler.register_to_config(skip_prk_steps=True)
         sampler.set_timesteps(steps)
-        left = torch.cat([sampler.timesteps[:1], sampler.timesteps[2:]])[steps - kept :]
+        left = torch.cat([sampler.timesteps[:1], sampler.timesteps[2:]])[steps - count :]
         return torch.cat([left[:2], left[1:2], left[2:]])
-    first = (steps - kept) * sampler.order
+    first = (steps - count) * sampler.order
     if type(sampler).__name__ == "LMSDiscreteScheduler":  # counts from the top how many steps it can look back to
         sampler.sigmas, sampler.timesteps = sampler.sigmas[first:], sampler.timesteps[first:]
         return sampler.timesteps
@@ -67,26 +60,27 @@ def remaining(sampler: Any, steps: int, kept: int) -> Tensor:
     return sampler.timesteps[first:]
 
 
-def latents_of(base: Base, picture: Image.Image, size: int | tuple[int, int] | None = None) -> Tensor:
-    """A picture's latents [1, c, h, w], the posterior's mean, as `fitted` cuts it."""
-    pixels = torch.from_numpy(np.array(fitted(base, picture, size), dtype=np.float32)).permute(2, 0, 1)[None] / 127.5 - 1
+def encode_image(base: Base, picture: Image.Image) -> Tensor:
+    """Latents [1, c, h, w], the posterior's mean, of RGB whose sides are multiples of the base's factor."""
+    pixels = torch.from_numpy(np.array(picture, dtype=np.float32)).permute(2, 0, 1)[None] / 127.5 - 1
     with torch.no_grad():
         return base.encode(pixels)[0].float()
 
 
-def fitted(base: Base, picture: Image.Image, size: int | tuple[int, int] | None = None) -> Image.Image:
-    """RGB that is cut to whole latents, or scaled and cut to `size`. One of more than LARGE areas of the base's own is made as
-    small as that area, and a warning tells so."""
+def fit_image(base: Base, picture: Image.Image, size: int | tuple[int, int] | None = None) -> tuple[Image.Image, str]:
+    """RGB that is cut to whole latents, or scaled and cut to `size`; and a warning where it was made smaller, else "".
+
+    Without a size, an image of more than LARGE areas of the base's own is scaled down to that area.
+    """
     if size:
-        return fit(picture, base.factor, (size, size) if isinstance(size, int) else size)
+        return fit(picture, base.factor, (size, size) if isinstance(size, int) else size), ""
     whole, area = fit(picture, base.factor), base.resolution**2
     if whole.width * whole.height <= LARGE * area:
-        return whole
+        return whole, ""
     small = within(picture.size, area, base.factor)
     sizes = f"{picture.width}x{picture.height} is drawn over at {small[0]}x{small[1]}"
-    told = f"the picture of {sizes}, as large as {base.name} draws"
-    warnings.warn(f"{told}: --size {whole.width}x{whole.height} keeps it large", stacklevel=2)
-    return fit(picture, base.factor, small)
+    what = f"the picture of {sizes}, as large as {base.name} draws"
+    return fit(picture, base.factor, small), f"{what}: --size {whole.width}x{whole.height} keeps it large"
 
 
 def within(size: tuple[int, int], area: int, factor: int) -> tuple[int, int]:

@@ -1,18 +1,24 @@
-"""Adapters by name: those of the command line, and those of a folder, as prompts call them."""
+"""Adapters by name, as prompts call them: from memory, from files of the command line, or out of a folder."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
 from ..adapters.adapter import Adapter
 from ..adapters.describe import describe
+from ..adapters.dialects import file_of
 from ..adapters.strengths.grammar import WHOLE, Weighting
 from ..errors import AdapterError, RecipeError
-from .prompts import Use, find, nameable
+from ..io import weights_hash
+from .prompts import Use, find_name, tag_name
+from .request import Request
+
+MOST = 8  # adapters read from files that stay in memory, besides those in use
 
 
 class Named(NamedTuple):
@@ -24,62 +30,112 @@ class Named(NamedTuple):
 
 
 @dataclass
-class Shelf:
-    """Name => file; a folder's file is opened only when a prompt calls it."""
+class Entry:
+    """An adapter in memory, and the state of the file that it was read from."""
 
+    path: Path
+    state: tuple[int, int] | None
+    adapter: Adapter
+
+    @cached_property
+    def sha256(self) -> str:
+        """Of the file's weights, without its header: the hash that image UIs show."""
+        return weights_hash(file_of(self.path))
+
+
+@dataclass
+class Library:
+    """Adapters by name. A folder's file is opened only when a name calls it, and read again when it has changed."""
+
+    adapters: Mapping[str, Adapter] = field(default_factory=dict)  # in memory
     files: dict[str, Path] = field(default_factory=dict)
-    folder: Path | None = None
+    folder: Path | None = None  # whose .safetensors files, at any depth, are there by their names
+    _loaded: dict[str, Entry] = field(default_factory=dict, repr=False)  # the last one used stands last
+
+    def __post_init__(self) -> None:
+        if self.folder and not self.folder.is_dir():
+            raise RecipeError(f"there is no folder {self.folder}", "--lora-dir is the folder with the adapters")
+
+    def add(self, stack: Sequence[Named]) -> tuple[Use, ...]:
+        """Put files into the library; their names, and how much of each. Raises RecipeError for a name that is given twice."""
+        uses = []
+        for path, weighting, given in stack:
+            name = tag_name(given or path.stem)
+            if given and self.files.get(name, path) != path:
+                raise RecipeError(f"two adapters are called {name}: {self.files[name]} and {path}", "give one another name")
+            number = 2
+            while self.files.get(name, path) != path:  # of another folder
+                name, number = f"{tag_name(path.stem)}-{number}", number + 1
+            self.files[name] = path
+            uses.append(Use(name, weighting))
+        return tuple(uses)
 
     def find(self, name: str) -> str:
-        """The name that a tag means: one of the command line, else a file of the folder by its name or its `ss_output_name`.
+        """The name that a tag means: one that was given, else a file of the folder by its name or its `ss_output_name`.
 
-        Raises RecipeError for a name that is nothing, naming the nearest, and for one that is two files.
+        Raises RecipeError for an unknown name, with the nearest one as a hint, and for one that is two files.
         """
-        inside = self._inside()
+        given = [*self.adapters, *self.files]
         with contextlib.suppress(RecipeError):
-            return find(name, self.files)
+            return find_name(name, given)
+        inside = self._inside()
         try:
-            found = find(name, inside)
+            found = find_name(name, inside)
         except RecipeError:
             aliases = self._aliases(inside)
-            found = aliases[find(name, {**aliases, **dict.fromkeys(self.files), **dict.fromkeys(inside)})]
+            found = aliases[find_name(name, {**aliases, **dict.fromkeys(given), **dict.fromkeys(inside)})]
         if len(inside[found]) > 1:
             both = " and ".join(map(str, inside[found][:2]))
             raise RecipeError(f"{found} is {both}", f"say which: --adapter {found}={inside[found][0]}")
         self.files[found] = inside[found][0]
         return found
 
-    def load(self, names: Iterable[str]) -> dict[str, Adapter]:
-        """The adapters of these names."""
-        return {name: Adapter.load(self.files[name]) for name in names}
+    def resolve(self, request: Request) -> Request:
+        """The request with its adapters under the names that they have here. Raises RecipeError."""
+        if not request.adapters:
+            return request
+        return replace(request, adapters=tuple(Use(self.find(name), weighting) for name, weighting in request.adapters))
 
-    def _inside(self) -> dict[str, list[Path]]:
-        found: dict[str, list[Path]] = {}
-        for path in sorted(self.folder.rglob("*.safetensors")) if self.folder else ():
-            found.setdefault(nameable(path.stem), []).append(path)
+    def load(self, names: Iterable[str]) -> dict[str, Adapter]:
+        """The adapters of these names, each read from its file unless it is in memory. Raises AdapterError."""
+        names = list(dict.fromkeys(names))
+        found = {name: self.adapters[name] if name in self.adapters else self._load(name).adapter for name in names}
+        for name in list(self._loaded)[: -max(MOST, len(names))]:
+            del self._loaded[name]
         return found
 
-    def _aliases(self, inside: dict[str, list[Path]]) -> dict[str, str]:
+    def sha256(self, name: str) -> str:
+        """The hash of an adapter's weights in its file; "" of one that was never in a file."""
+        return "" if name in self.adapters else self._load(name).sha256
+
+    def _load(self, name: str) -> Entry:
+        path, entry = self.files[name], self._loaded.pop(name, None)
+        state = file_state(path)
+        if entry is None or (entry.path, entry.state) != (path, state):
+            entry = Entry(path, state, Adapter.load(path))
+        self._loaded[name] = entry
+        return entry
+
+    def _inside(self) -> dict[str, list[Path]]:
+        """The folder's files by name."""
+        found: dict[str, list[Path]] = {}
+        for path in sorted(self.folder.rglob("*.safetensors")) if self.folder else ():
+            found.setdefault(tag_name(path.stem), []).append(path)
+        return found
+
+    def _aliases(self, inside: Mapping[str, Sequence[Path]]) -> dict[str, str]:
         """What the files say they are called => their names."""
         aliases = {}
         for name, paths in inside.items():
             with contextlib.suppress(AdapterError):  # not an adapter: no prompt can mean it
-                aliases[nameable(describe(paths[0]).metadata.get("ss_output_name", name))] = name
+                aliases[tag_name(describe(paths[0]).metadata.get("ss_output_name", name))] = name
         return aliases
 
 
-def shelve(stack: Sequence[Named], folder: Path | None) -> tuple[tuple[Use, ...], Shelf]:
-    """What counts for every prompt, and everything by name. Raises RecipeError for a name that is given twice."""
-    if folder and not folder.is_dir():
-        raise RecipeError(f"there is no folder {folder}", "--lora-dir is the folder with the adapters")
-    shelf, uses = Shelf(folder=folder), []
-    for path, weighting, given in stack:
-        name = nameable(given or path.stem)
-        if given and shelf.files.get(name, path) != path:
-            raise RecipeError(f"two adapters are called {name}: {shelf.files[name]} and {path}", "give one another name")
-        number = 2
-        while shelf.files.get(name, path) != path:  # of another folder
-            name, number = f"{nameable(path.stem)}-{number}", number + 1
-        shelf.files[name] = path
-        uses.append(Use(name, weighting))
-    return tuple(uses), shelf
+def file_state(path: Path) -> tuple[int, int] | None:
+    """Changes when an adapter's file does: its time in nanoseconds and its size in bytes. None where there is no file."""
+    try:
+        status = file_of(path).stat()
+    except OSError:
+        return None
+    return status.st_mtime_ns, status.st_size

@@ -1,4 +1,4 @@
-"""Pictures whose prompts name adapters: every picture gets its own stack, and the base is as before after each batch.
+"""Images in one call: a thin layer over a session.
 
 import personalize as p
 
@@ -10,46 +10,19 @@ p.draw(base, ["a <lora:rex> rex dog"], seeds=[0], adapters={"rex": rex}, image="
 
 from __future__ import annotations
 
-import contextlib
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import groupby, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+
+from PIL import Image
 
 from ..adapters.adapter import Adapter
-from ..data.images import load_whole
-from ..recipe.samplers import named
-from ..tuning.attach import attach
-from .img2img import DENOISE, Beginning, latents_of
-from .prompts import Use, find, parse, untagged
-from .sampling import DEFAULTS, Shape, Size, latent_shape, pictures
-
-if TYPE_CHECKING:
-    from PIL import Image
-    from torch import Tensor
-
-    from ..models.model import Base
-
-
-@dataclass(frozen=True)
-class Job:
-    """One picture: what the text encoder reads, which adapters by name, and how it is drawn."""
-
-    prompt: str
-    seed: int = 0
-    uses: tuple[Use, ...] = ()
-    negative: str = ""
-    steps: int = DEFAULTS.sample_steps
-    guidance: float = DEFAULTS.guidance
-    denoise: float = DENOISE
-    sampler: str = DEFAULTS.sampler
-
-    @property
-    def how(self) -> tuple[Any, ...]:
-        """What all pictures of a batch have in common."""
-        return self.uses, self.negative, self.steps, self.guidance, self.denoise, self.sampler
+from ..models.model import Base
+from .events import images
+from .library import Library
+from .request import DEFAULTS, DENOISE, InitImage, Request
+from .schedulers import Size
+from .session import Session
 
 
 def draw(
@@ -67,16 +40,17 @@ def draw(
     denoise: float = DENOISE,
     batch_size: int = 8,
 ) -> list[Image.Image]:
-    """One picture per (prompt, seed) pair, in order; `<lora:NAME:0.8>` in a prompt adds an adapter of `adapters` to it.
+    """One image per (prompt, seed) pair, in order; `<lora:NAME:0.8>` in a prompt adds an adapter of `adapters` to it.
 
     Tags are A1111's (prompts.py). `size` is the side or (width, height) in pixels, by default the image's or the base's.
     `guidance` is classifier-free guidance (Ho & Salimans 2022, https://arxiv.org/abs/2207.12598): 1 is the plain conditional
-    model. `sampler` is a name of samplers.py, such as "DPM++ 2M Karras"; auto is the base's own. With `image`, a picture or its
-    file, drawing begins there and changes `denoise` (0 to 1) of it. Raises RecipeError for names that are no samplers or not in
-    `adapters`, FamilyMismatchError for adapters of another family.
+    model. `sampler` is a name of samplers.py, such as "DPM++ 2M Karras"; auto is the base's own. With `image`, an image or its
+    file, drawing begins there and changes `denoise` (0 to 1) of it. Raises RecipeError for unknown samplers and names that are
+    not in `adapters`, FamilyMismatchError for adapters of another family.
 
     >>> from personalize.models import Base
     >>> from personalize.recipe import AdapterSpec
+    >>> from personalize.tuning.attach import attach
     >>> base = Base.load("pocket")
     >>> fresh = attach(base, AdapterSpec(rank=1)).detach()  # changes nothing yet
     >>> one, two = draw(base, ["a <lora:new:0.8> cat", "a cat"], [7, 7], adapters={"new": fresh}, steps=2)
@@ -85,53 +59,20 @@ def draw(
     """
     if len(prompts) != len(seeds):
         raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds: give one seed per picture")
-    known, jobs = adapters or {}, []
-    for prompt, seed in zip(prompts, seeds, strict=True):
-        text, uses = parse(prompt)
-        used = tuple(Use(find(name, known), weighting) for name, weighting in uses)
-        jobs.append(Job(text, seed, used, untagged(negative), steps, guidance, denoise, named(sampler)))
-    if unused := known.keys() - {name for job in jobs for name, _ in job.uses}:
+    start = InitImage.open(image) if isinstance(image, str | Path) else image and InitImage(image)
+    sides = (size, size) if isinstance(size, int) else size
+    library = Library(adapters or {})
+    requests = [
+        library.resolve(Request.parse(prompt, seed=seed, steps=steps, guidance=guidance, negative=negative, sampler=sampler,
+                                      size=sides, image=start, denoise=denoise))
+        for prompt, seed in zip(prompts, seeds, strict=True)
+    ]  # fmt: skip
+    if unused := library.adapters.keys() - {use.name for request in requests for use in request.adapters}:
         name = min(unused)
         warnings.warn(f"no prompt says <lora:{name}:1>: {name} is not used", stacklevel=2)
-    picture = load_whole(Path(image)) if isinstance(image, str | Path) else image
-    return list(drawn(base, jobs, known, size=size, image=picture, batch_size=batch_size))
+    return list(images(Session(base, library, batch_size=batch_size).draw(requests)))
 
 
-def drawn(
-    base: Base,
-    jobs: Iterable[Job],
-    adapters: Mapping[str, Adapter],
-    *,
-    size: Size | None = None,
-    image: Image.Image | None = None,
-    batch_size: int = 8,
-) -> Iterator[Image.Image]:
-    """Every job's picture, in order. Neighbours that are drawn alike share a batch; between batches nothing is attached."""
-    jobs = list(jobs)
-    shape = latent_shape(base, size)
-    latents = None if image is None else latents_of(base, image, size)
-    if latents is not None:
-        shape = (latents.shape[1], latents.shape[2], latents.shape[3])
-    for _, alike in groupby(jobs, key=lambda job: job.how):
-        while batch := list(islice(alike, batch_size)):
-            yield from together(base, batch, adapters, shape, latents)
-
-
-def together(
-    base: Base, jobs: Sequence[Job], adapters: Mapping[str, Adapter], shape: Shape, latents: Tensor | None
-) -> list[Image.Image]:
-    """One batch of jobs that are drawn alike, with their adapters attached for as long as it takes."""
-    job = jobs[0]
-    stack = [(adapters[name], weighting) for name, weighting in job.uses]
-    with attach(base, stack) if stack else contextlib.nullcontext():
-        return pictures(
-            base,
-            [job.prompt for job in jobs],
-            [job.seed for job in jobs],
-            shape,
-            steps=job.steps,
-            guidance=job.guidance,
-            negative=job.negative,
-            sampler=job.sampler,
-            beginning=None if latents is None else Beginning(latents, job.denoise),
-        )
+def draw_images(base: Base, requests: Iterable[Request], *, batch_size: int = 8) -> Iterator[Image.Image]:
+    """The image of each request, in order, each batch as soon as it is done, with whatever is attached to the base."""
+    return images(Session(base, batch_size=batch_size).draw(requests))

@@ -52,7 +52,7 @@ def parse(prompt: str) -> Prompt:
     >>> text, [(name, str(weighting)) for name, weighting in uses]
     ('a dog', [('rex', '0.8:0.5:stop=0.5'), ('ink', '1')])
     """
-    uses = tuple(Use(*use(match[1], match[2], match[0])) for match in TAG.finditer(prompt))
+    uses = tuple(Use(*parse_tag(match[1], match[2], match[0])) for match in TAG.finditer(prompt))
     text = TAG.sub("", prompt)
     if lost := OPENING.search(text):
         raise RecipeError(f"a tag is not closed: {text[lost.start() : lost.start() + 40]}", "write <lora:NAME:0.8>")
@@ -65,8 +65,8 @@ def _gap(match: re.Match[str]) -> str:
     return " " if inside else ""
 
 
-def use(kind: str, inside: str, tag: str) -> tuple[str, Weighting]:
-    """What stands between < and >."""
+def parse_tag(kind: str, inside: str, tag: str) -> tuple[str, Weighting]:
+    """The name and weighting that stand between < and >."""
     name, *pieces = [piece.strip() for piece in inside.split(":")]
     if kind.lower() == "hypernet":
         raise RecipeError(f"{tag}: hypernetworks are not supported", "adapters are written <lora:NAME:0.8>")
@@ -81,8 +81,8 @@ def use(kind: str, inside: str, tag: str) -> tuple[str, Weighting]:
         raise RecipeError(f"{tag}: {error.what}", error.hint) from error
 
 
-def untagged(negative: str) -> str:
-    """A negative prompt, which names no adapters. Raises RecipeError where it does."""
+def check_negative(negative: str) -> str:
+    """The negative prompt, which must name no adapters. Raises RecipeError where it does."""
     if parse(negative).uses:
         raise RecipeError(f"adapters go into the prompt, not into the negative one: {negative[:60]}", "move the tag")
     return negative
@@ -100,21 +100,21 @@ def tag(name: str, weighting: Weighting) -> str:
     return ":".join([f"<lora:{name}:{said}", *more, *filter(None, [weighting.inside])]) + ">"
 
 
-def tagged(text: str, uses: Iterable[Use]) -> str:
+def with_tags(text: str, uses: Iterable[Use]) -> str:
     """A prompt with its tags behind it, as UIs write it into pictures."""
     return " ".join(filter(None, [text, *(tag(name, weighting) for name, weighting in uses)]))
 
 
-def nameable(text: str) -> str:
+def tag_name(text: str) -> str:
     """A file's name as it can stand in a tag.
 
-    >>> nameable("rex: v2 <best>")
+    >>> tag_name("rex: v2 <best>")
     'rex_ v2 _best_'
     """
     return re.sub(r"[:<>]", "_", text).strip()
 
 
-def find(name: str, known: Iterable[str]) -> str:
+def find_name(name: str, known: Iterable[str]) -> str:
     """The known name that a tag means; case does not matter. Raises RecipeError that names the nearest."""
     known = list(known)
     same = [one for one in known if one == name] or [one for one in known if one.lower() == name.lower()]
@@ -125,7 +125,7 @@ def find(name: str, known: Iterable[str]) -> str:
     return same[0]
 
 
-def from_file(path: Path) -> list[str]:
+def read_prompts(path: Path) -> list[str]:
     """One prompt per line; empty lines and those that begin with # are left out. Raises RecipeError."""
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
@@ -136,3 +136,6 @@ def from_file(path: Path) -> list[str]:
     if not (prompts := [line for line in lines if line and not line.startswith("#")]):
         raise RecipeError(f"there are no prompts in {path}", "one per line; # begins a comment")
     return prompts
+
+
+from_file = read_prompts  # its old name, until the command has the new one

@@ -1,126 +1,121 @@
-"""Pictures from a base (with whatever adapters are attached to it): draw, label, save.
+"""The loop over timesteps: requests to latents and pixels, with whatever adapters are attached to the base.
 
-Each picture is a function of its own prompt and seed only. Noise is always drawn on the CPU, one generator per
-picture, so a picture keeps its composition in any batch and on any device.
+Each image is a function of its own prompt and seed only. Noise is always drawn on the CPU, one generator per
+image, so an image keeps its composition in any batch and on any device.
 """
 
 from __future__ import annotations
 
 import contextlib
 import inspect
-import json
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+from PIL import Image
+from torch import Tensor
 
-from ..adapters.strengths.grammar import WHOLE, Weighting
+from ..adapters.adapter import Adapter
+from ..adapters.strengths.grammar import Weighting
 from ..families.cond import Cond
-from ..io import atomic
-from ..recipe.fields import Sampling
-from ..recipe.samplers import AUTO
-from ..tuning.attach import attached_to
-from .prompts import Use, tagged
-from .schedulers import Shape, Size, latent_shape, make_sampler, sampler_of
+from ..tuning.attach import attach, attached_to
+from .schedulers import make_sampler
 
 if TYPE_CHECKING:
     from ..models.model import Base
-    from .img2img import Beginning
+    from .img2img import InitLatents
+    from .request import Request
 
-Turn = Callable[[int, int], Iterable[str]]
-DEFAULTS = Sampling()
+Steps = Generator[tuple[int, int], None, Tensor]  # (steps done, steps in all) after each step; returns a tensor
 
 
 @torch.no_grad()
-def drawing(
-    base: Base,
-    prompts: Sequence[str],
-    seeds: Sequence[int],
-    *,
-    steps: int = DEFAULTS.sample_steps,
-    guidance: float = DEFAULTS.guidance,
-    negative: str = "",
-    sampler: str = DEFAULTS.sampler,
-    size: Size | None = None,
-    batch_size: int = 8,
-) -> Iterator[Image.Image]:
-    """One picture per (prompt, seed) pair, in order, with whatever is attached to the base; each batch as soon as it is done.
+def draw_batch(
+    base: Base, requests: Sequence[Request], stack: Sequence[tuple[Adapter, Weighting]] = (), start: InitLatents | None = None
+) -> Steps:
+    """Draw requests that differ in prompt and seed only: yields (steps done, steps in all), returns pixels [b, 3, h, w].
 
-    `size` is the side or (width, height) in pixels, the base's own by default. `guidance` is classifier-free guidance
-    (Ho & Salimans 2022, https://arxiv.org/abs/2207.12598): 1 is the plain conditional model. `sampler` is a
-    name of samplers.py; auto is the one that the base's scheduler config names. Prompts are read as they stand: tags are for
-    `draw`.
+    The adapters of `stack` are attached for as long as it takes; without any, what is attached to the base counts. However it
+    ends, also by `close()`, the base is as it was.
     """
-    if len(prompts) != len(seeds):
-        raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds: give one seed per picture")
-    shape = latent_shape(base, size)
-    batch_size = 1 if base.tiled else batch_size  # memory is short
-    how: dict[str, Any] = {"steps": steps, "guidance": guidance, "negative": negative, "sampler": sampler}
-    for first in range(0, len(prompts), batch_size):
-        chunk = slice(first, first + batch_size)
-        yield from pictures(base, prompts[chunk], seeds[chunk], shape, **how)
+    with attach(base, stack) if stack else contextlib.nullcontext(), eval_mode(base):
+        latents = yield from denoise_steps(base, requests, start)
+        return base.decode(latents)
+
+
+def denoise(base: Base, requests: Sequence[Request], start: InitLatents | None = None) -> Tensor:
+    """Latents [b, c, h, w] of requests that differ in prompt and seed only, at once. See `denoise_steps`."""
+    steps = denoise_steps(base, requests, start)
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            latents: Tensor = end.value
+            return latents
 
 
 @torch.no_grad()
-def pictures(base: Base, prompts: Sequence[str], seeds: Sequence[int], shape: Shape, **how: Any) -> list[Image.Image]:
-    """One batch, of latents [c, h, w] each; `how` is as for `diffuse`. Warns of what came out as nothing."""
-    with evaluating(base):
-        pixels = base.decode(diffuse(base, prompts, seeds, shape, **how))
-    if not pixels.isfinite().all():
-        hint = "its weights or an adapter's are damaged" if base.dtype == torch.float32 else "try --precision float32"
-        dtype = str(base.dtype).removeprefix("torch.")
-        warnings.warn(f"{base.name} drew what is no picture, but numbers that are not finite in {dtype}: {hint}", stacklevel=2)
-    return to_pictures(pixels)
-
-
-@torch.no_grad()
-def diffuse(
-    base: Base,
-    prompts: Sequence[str],
-    seeds: Sequence[int],
-    shape: Shape,
-    *,
-    steps: int,
-    guidance: float,
-    negative: str,
-    sampler: str = AUTO,
-    beginning: Beginning | None = None,
-) -> torch.Tensor:
+def denoise_steps(base: Base, requests: Sequence[Request], start: InitLatents | None = None) -> Steps:
     """Noise [b, c, h, w] to latents [b, c, h, w] along the scheduler's timesteps, both halves of the guidance in one call.
 
-    Adapters on the base follow their schedules; where the text encoder's change, the prompts are read anew.
+    Yields after each step. Adapters on the base follow their schedules; where the text encoder's change, the prompts are
+    embedded anew.
     """
-    scheduler = make_sampler(base, steps, sampler)
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    one, prompts = requests[0], [request.prompt for request in requests]
+    shape = tuple(start.latents.shape[1:]) if start else latent_shape(base, one.size)
+    scheduler = make_sampler(base, one.steps, one.sampler)
+    generators = [torch.Generator().manual_seed(request.seed) for request in requests]
     own = {"generator": generators} if "generator" in inspect.signature(scheduler.step).parameters else {}
     noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(base.device)
     timesteps, latents = scheduler.timesteps, noise * scheduler.init_noise_sigma
-    if beginning:
-        timesteps, latents = beginning.enter(scheduler, steps, noise)
-    cond, count = None, -(-len(timesteps) // scheduler.order)  # some samplers ask twice for each step
-    with following(base) as turn:
+    if start:
+        timesteps, latents = start.enter(scheduler, one.steps, noise)
+    cond, order = None, scheduler.order  # how many timesteps, and calls of the model, make a step
+    count = -(-len(timesteps) // order)
+    with adapter_schedule(base) as turn:
         for i, t in enumerate(timesteps):
-            changed = turn(i // scheduler.order, count)
+            changed = turn(i // order, count)
             if cond is None or any(part.startswith("text_encoder") for part in changed):
-                cond = conditioning(base, prompts, negative, guidance)
-            output = predict(base, scheduler.scale_model_input(latents, t), t, cond, guidance)
+                cond = conditioning(base, prompts, one.negative, one.guidance)
+            output = predict(base, scheduler.scale_model_input(latents, t), t, cond, one.guidance)
             latents = scheduler.step(output.float(), t, latents, **own).prev_sample
+            if (i + 1) % order == 0 or i + 1 == len(timesteps):
+                yield i // order + 1, count
     return latents
 
 
 @contextlib.contextmanager
-def following(base: Base) -> Iterator[Turn]:
-    """What brings the base's adapters to a step, and says which parts changed; afterwards they are at their beginning again."""
+def adapter_schedule(base: Base) -> Iterator[Callable[[int, int], Iterable[str]]]:
+    """A function that brings the base's adapters to their strengths at step i of n and returns the parts that changed.
+
+    Afterwards they are at step 0 again.
+    """
     attached = attached_to(base)
     try:
         yield attached.turn if attached else lambda step, steps: ()
     finally:
         if attached:
             attached.turn(0, 1)
+
+
+@contextlib.contextmanager
+def eval_mode(base: Base) -> Iterator[None]:
+    """Inside, dropout is off; afterwards each module is in the mode it was in."""
+    modules = [module for model in base.parts.values() for module in model.modules()]
+    before = [module.training for module in modules]
+    try:
+        for model in base.parts.values():
+            model.eval()
+        yield
+    finally:
+        for module, training in zip(modules, before, strict=True):
+            module.training = training
+
+
+def to_images(pixels: Tensor) -> list[Image.Image]:
+    """[b, 3, h, w] in [-1, 1] to RGB images."""
+    levels = (pixels.float().clamp(-1, 1) * 127.5 + 127.5).round().to(torch.uint8)
+    return [Image.fromarray(image.permute(1, 2, 0).contiguous().cpu().numpy()) for image in levels]
 
 
 def conditioning(base: Base, prompts: Sequence[str], negative: str, guidance: float) -> Cond:
@@ -147,142 +142,16 @@ def predict(base: Base, latents: torch.Tensor, t: torch.Tensor, cond: Cond, guid
     return without + guidance * (with_prompt - without)
 
 
-@contextlib.contextmanager
-def evaluating(base: Base) -> Iterator[None]:
-    """Dropout off while pictures are drawn, and back to what it was afterwards."""
-    modules = [module for model in base.parts.values() for module in model.modules()]
-    before = [module.training for module in modules]
-    try:
-        for model in base.parts.values():
-            model.eval()
-        yield
-    finally:
-        for module, training in zip(modules, before, strict=True):
-            module.training = training
+MOVED = (
+    *("drawing", "diffuse", "evaluating", "to_pictures", "save_picture", "save_sheet", "enlarged", "grid", "settings_of"),
+    *("read_parameters", "Parameters", "DEFAULTS"),
+)
 
 
-def to_pictures(pixels: torch.Tensor) -> list[Image.Image]:
-    """[b, 3, h, w] in [-1, 1] to RGB pictures."""
-    levels = (pixels.float().clamp(-1, 1) * 127.5 + 127.5).round().to(torch.uint8)
-    return [Image.fromarray(picture.permute(1, 2, 0).contiguous().cpu().numpy()) for picture in levels]
+def __getattr__(name: str) -> Any:
+    """Old names, until their callers have the new ones."""
+    if name not in MOVED:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
 
-
-@dataclass(frozen=True)
-class Stacked:
-    """An adapter as it was used for a picture: its name, how much of it, and its file's hash."""
-
-    name: str
-    weighting: Weighting = WHOLE
-    sha256: str = ""
-
-    def record(self) -> dict[str, str]:
-        """As `--adapter` takes it, and the file's hash."""
-        return {"name": self.name, "strength": str(self.weighting), "sha256": self.sha256}
-
-
-@dataclass(frozen=True)
-class Parameters:
-    """Everything that decides a picture, as UIs write it into PNG files."""
-
-    prompt: str  # without tags
-    seed: int
-    steps: int
-    guidance: float
-    size: tuple[int, int]
-    sampler: str
-    model: str
-    negative: str = ""
-    adapters: tuple[Stacked, ...] = ()
-    image: str = ""  # the picture that it began with, and how much of that was drawn anew
-    denoise: float | None = None
-    precision: str = "float32"
-
-    def record(self) -> dict[str, Any]:
-        """As JSON gives it back."""
-        plain = {key: value for key, value in vars(self).items() if key != "adapters"}
-        return dict(json.loads(json.dumps(plain | {"adapters": [used.record() for used in self.adapters]})))
-
-    def infotext(self, version: str) -> str:
-        """AUTOMATIC1111's `parameters` text: prompt with `<lora:NAME:TE:UNET>`, negative prompt, then one line of settings."""
-        prompt = tagged(self.prompt, [Use(used.name, used.weighting) for used in self.adapters])
-        negative = f"\nNegative prompt: {self.negative}" if self.negative else ""
-        settings = {
-            "Steps": self.steps,
-            "Sampler": self.sampler,
-            "CFG scale": f"{self.guidance:g}",
-            "Seed": self.seed,
-            "Size": f"{self.size[0]}x{self.size[1]}",
-            "Model": self.model,
-        }
-        if self.denoise is not None:
-            settings["Denoising strength"] = f"{self.denoise:g}"
-        if hashes := ", ".join(dict.fromkeys(f"{a.name}: {a.sha256[:12]}" for a in self.adapters if a.sha256)):
-            settings["Lora hashes"] = f'"{hashes}"'
-        settings["Version"] = f"personalize {version}"
-        return f"{prompt}{negative}\n" + ", ".join(f"{key}: {value}" for key, value in settings.items())
-
-
-def save_picture(picture: Image.Image, path: Path, parameters: Parameters) -> Path:
-    """Write a PNG that carries its parameters twice: as text for UIs (`parameters`) and as JSON (`personalize`)."""
-    from .. import __version__
-
-    info = PngImagePlugin.PngInfo()
-    info.add_itxt("parameters", parameters.infotext(__version__))
-    info.add_itxt("personalize", json.dumps(parameters.record() | {"version": __version__}, ensure_ascii=False))
-    with atomic(path) as temporary:
-        picture.save(temporary, format="PNG", pnginfo=info)
-    return path
-
-
-def save_sheet(sheet: Image.Image, path: Path) -> Path:
-    """Write a plain PNG, whole or not at all."""
-    with atomic(path) as temporary:
-        sheet.save(temporary, format="PNG")
-    return path
-
-
-def enlarged(picture: Image.Image, side: int = 192) -> Image.Image:
-    """A small picture grown by a whole factor to at least `side` pixels, every pixel kept square; a large one as it is."""
-    factor = max(1, -(-side // max(picture.size)))
-    return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
-
-
-def grid(
-    pictures: Sequence[Image.Image], columns: int, *, rows: Sequence[str] = (), heads: Sequence[str] = (), side: int = 192
-) -> Image.Image:
-    """A contact sheet on white, `columns` wide: `heads` label the columns, `rows` (e.g. prompts) stand above their row."""
-    cells = [enlarged(picture, side) for picture in pictures]
-    width, height = max(cell.width for cell in cells), max(cell.height for cell in cells)
-    gap, line = 8, 22
-    top, label = (line if heads else 0) + gap, line if rows else 0
-    lines = -(-len(cells) // columns)
-    sheet = Image.new("RGB", (gap + columns * (width + gap), top + lines * (label + height + gap)), "white")
-    for i, head in enumerate(heads[:columns]):
-        write(sheet, (gap + i * (width + gap), gap // 2), head, width)
-    for i, row in enumerate(rows[:lines]):
-        write(sheet, (gap, top + i * (label + height + gap)), row, sheet.width - 2 * gap)
-    for i, cell in enumerate(cells):
-        sheet.paste(cell, (gap + i % columns * (width + gap), top + i // columns * (label + height + gap) + label))
-    return sheet
-
-
-def write(sheet: Image.Image, at: tuple[int, int], text: str, width: int) -> None:
-    """One line of text, shortened with … to fit into `width` pixels."""
-    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(15)
-    shown = text
-    while len(shown) > 1 and pen.textlength(shown, font) > width:
-        shown = shown[:-2].rstrip() + "…"
-    pen.text(at, shown, fill="#333333", font=font)
-
-
-def settings_of(base: Base, adapters: Sequence[Stacked] = (), *, sampler: str = AUTO, **drawn: Any) -> Parameters:
-    """Parameters of a picture of `base`: its name, its precision, and the sampler's name as UIs write it, are filled in."""
-    precision = str(base.dtype).removeprefix("torch.")
-    own = {"model": base.name, "sampler": sampler_of(base, sampler), "precision": precision}
-    return Parameters(adapters=tuple(adapters), **own | drawn)
-
-
-def read_parameters(path: Path) -> Mapping[str, Any]:
-    """The JSON that `save_picture` wrote into a PNG; empty for other pictures."""
-    with Image.open(path) as picture:
-        return dict(json.loads(picture.info.get("personalize", "{}")))
+    return getattr(importlib.import_module(".moved", __package__), name)

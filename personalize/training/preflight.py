@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import functools
-import json
 import shutil
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -241,5 +240,5 @@ def rehearse(job: Job) -> None:
 
 def is_drawn(path: Path, parameters: sample.Parameters) -> bool:
     """Whether a picture is there that was drawn with just these parameters."""
-    wanted = json.loads(json.dumps(asdict(parameters)))  # tuples become lists
+    wanted = parameters.record()
     return path.is_file() and wanted == {key: sample.read_parameters(path).get(key) for key in wanted}

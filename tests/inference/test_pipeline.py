@@ -18,9 +18,14 @@ from personalize.adapters.delta import Decomposed, Dense, LowRank, Structured
 from personalize.adapters.ops.bake import bake
 from personalize.adapters.strengths.grammar import read
 from personalize.errors import AdapterError, PersonalizeError, RecipeError
-from personalize.inference import img2img as beginning
+from personalize.inference import img2img
 from personalize.inference import sampling as sample
-from personalize.inference.pipeline import Job, draw, drawn
+from personalize.inference.events import images
+from personalize.inference.library import Library
+from personalize.inference.pipeline import draw
+from personalize.inference.prompts import Use
+from personalize.inference.request import Request
+from personalize.inference.session import Session
 from personalize.models.model import Base
 from personalize.tuning.attach import attach
 from personalize.tuning.targets import adaptable
@@ -49,19 +54,17 @@ def adapter_of(base: Base, seed: int, rank: int = 2, every: int = 3) -> Adapter:
 
 
 @pytest.fixture(scope="module")
-def shelf(base: Base) -> dict[str, Adapter]:
+def adapters(base: Base) -> dict[str, Adapter]:
     return {"rex": adapter_of(base, 0), "ink": adapter_of(base, 1, rank=3)}
 
 
 def latents(base: Base, stack: Any = (), steps: int = STEPS, **how: Any) -> Tensor:
     """[1, c, h, w] in fp32, with a stack attached."""
-    prompts = ["a zwx cat"]
-    options = {"steps": steps, "guidance": 3.0, "negative": "fog"} | how
-    seeds, shape = [0], sample.latent_shape(base, None)
+    requests = [Request("a zwx cat", **({"steps": steps, "guidance": 3.0, "negative": "fog"} | how))]
     if not stack:
-        return sample.diffuse(base, prompts, seeds, shape, **options)
+        return sample.denoise(base, requests)
     with attach(base, stack):
-        return sample.diffuse(base, prompts, seeds, shape, **options)
+        return sample.denoise(base, requests)
 
 
 def apart(a: Tensor, b: Tensor) -> float:
@@ -84,16 +87,17 @@ def everything(base: Base) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("typed", ["0.8:0.3", "-0.5:lbw=BASE+MID+OUT00", "1:*attn2*=0.25:unet.conv_*=2", "0.6@0:stop=1"])
-def test_pictures_are_those_of_the_baked_checkpoint(base: Base, shelf: dict[str, Adapter], typed: str, tmp_path: Path) -> None:
+def test_pictures_are_those_of_the_baked_checkpoint(base: Base, adapters: dict[str, Adapter], typed: str, tmp_path: Path) -> None:
     first, second = read(typed.split(":")), read(["0.4"])
-    seen = latents(base, [(shelf["rex"], first), (shelf["ink"], second)])
-    fixed = [(shelf["rex"].weighted(first.at(0, 1)), 1.0), (shelf["ink"].weighted(second), 1.0)]
+    seen = latents(base, [(adapters["rex"], first), (adapters["ink"], second)])
+    fixed = [(adapters["rex"].weighted(first.at(0, 1)), 1.0), (adapters["ink"].weighted(second), 1.0)]
     bake(base.path, fixed, tmp_path / "baked")
     baked = Base.load(tmp_path / "baked")
     assert apart(seen, latents(baked)) < 1e-4 < 0.05 < apart(seen, latents(base))
-    job = Job("a zwx cat", 0, steps=STEPS)
-    tags = replace(job, uses=(("rex", first), ("ink", second)))  # type: ignore[arg-type]
-    one, two = (np.asarray(next(drawn(where, [what], shelf)), dtype=int) for where, what in ((base, tags), (baked, job)))
+    request = Request("a zwx cat", 0, steps=STEPS)
+    tags = replace(request, adapters=(Use("rex", first), Use("ink", second)))
+    sessions = (Session(base, Library(adapters)), tags), (Session(baked), request)
+    one, two = (np.asarray(next(images(session.draw([what]))), dtype=int) for session, what in sessions)
     assert abs(one - two).max() <= 1
 
 
@@ -124,30 +128,32 @@ def by_hand(base: Base, strengths: list[list[tuple[Adapter, Any]]]) -> Tensor:
     ],
 )
 def test_a_schedule_is_another_strength_at_every_step(
-    base: Base, shelf: dict[str, Adapter], typed: str, levels: list[tuple[float, float]]
+    base: Base, adapters: dict[str, Adapter], typed: str, levels: list[tuple[float, float]]
 ) -> None:
-    wanted = by_hand(base, [[(shelf["rex"], {"unet": unet, "text_encoder": te}), (shelf["ink"], 0.4)] for unet, te in levels])
-    seen = latents(base, [(shelf["rex"], typed), (shelf["ink"], 0.4)])
+    wanted = by_hand(
+        base, [[(adapters["rex"], {"unet": unet, "text_encoder": te}), (adapters["ink"], 0.4)] for unet, te in levels]
+    )
+    seen = latents(base, [(adapters["rex"], typed), (adapters["ink"], 0.4)])
     assert apart(seen, wanted) < 1e-4
-    assert apart(seen, latents(base, [(shelf["rex"], 1.0), (shelf["ink"], 0.4)])) > 0.02
+    assert apart(seen, latents(base, [(adapters["rex"], 1.0), (adapters["ink"], 0.4)])) > 0.02
 
 
-def test_two_schedules_at_once(base: Base, shelf: dict[str, Adapter]) -> None:
-    seen = latents(base, [(shelf["rex"], "1:stop=2"), (shelf["ink"], "1:start=2")])
-    assert apart(seen, by_hand(base, [[(shelf["rex"], 1.0)]] * 2 + [[(shelf["ink"], 1.0)]] * 2)) < 1e-4
+def test_two_schedules_at_once(base: Base, adapters: dict[str, Adapter]) -> None:
+    seen = latents(base, [(adapters["rex"], "1:stop=2"), (adapters["ink"], "1:start=2")])
+    assert apart(seen, by_hand(base, [[(adapters["rex"], 1.0)]] * 2 + [[(adapters["ink"], 1.0)]] * 2)) < 1e-4
 
 
 def test_prompts_are_read_anew_only_where_the_text_encoder_changes(
-    base: Base, shelf: dict[str, Adapter], monkeypatch: pytest.MonkeyPatch
+    base: Base, adapters: dict[str, Adapter], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read, embed = [], Base.embed
     monkeypatch.setattr(Base, "embed", lambda self, prompts, **how: read.append(prompts) or embed(self, prompts, **how))
     counts = {}
     for name, adapter, typed in [
-        ("all", shelf["rex"], "0@0,1@1"),
-        ("text at rest", shelf["rex"], "unet=0@0,1@1:te=1"),
-        ("no text", shelf["rex"].part("unet"), "0@0,1@1"),
-        ("one turn", shelf["rex"], "1:stop=2"),
+        ("all", adapters["rex"], "0@0,1@1"),
+        ("text at rest", adapters["rex"], "unet=0@0,1@1:te=1"),
+        ("no text", adapters["rex"].part("unet"), "0@0,1@1"),
+        ("one turn", adapters["rex"], "1:stop=2"),
     ]:
         latents(base, [(adapter, typed)], guidance=1)
         counts[name] = len(read)
@@ -155,18 +161,18 @@ def test_prompts_are_read_anew_only_where_the_text_encoder_changes(
     assert counts == {"all": STEPS, "text at rest": 1, "no text": 1, "one turn": 2}
 
 
-def test_a_schedule_that_stays_is_the_constant(base: Base, shelf: dict[str, Adapter]) -> None:
-    constant = latents(base, [(shelf["rex"], 0.7)])
+def test_a_schedule_that_stays_is_the_constant(base: Base, adapters: dict[str, Adapter]) -> None:
+    constant = latents(base, [(adapters["rex"], 0.7)])
     for typed in ("0.7@0,0.7@1", "0.7:start=0:stop=1", "0.7@0:stop=99"):
-        assert apart(latents(base, [(shelf["rex"], typed)]), constant) < 1e-5
-    assert torch.equal(latents(base, [(shelf["rex"], "0@0,0@1")]), latents(base))
+        assert apart(latents(base, [(adapters["rex"], typed)]), constant) < 1e-5
+    assert torch.equal(latents(base, [(adapters["rex"], "0@0,0@1")]), latents(base))
 
 
-def test_steps_are_steps_where_the_sampler_asks_twice_for_each(base: Base, shelf: dict[str, Adapter]) -> None:
+def test_steps_are_steps_where_the_sampler_asks_twice_for_each(base: Base, adapters: dict[str, Adapter]) -> None:
     """Heun's method calls the model 2 n - 1 times: a schedule counts n steps."""
     heun = replace(base, scheduler_config={**base.scheduler_config, "_class_name": "HeunDiscreteScheduler"})
     turns: list[tuple[int, int]] = []
-    with attach(heun, shelf["rex"]) as attached:
+    with attach(heun, adapters["rex"]) as attached:
         attached.turn = lambda step, steps: turns.append((step, steps)) or set()  # type: ignore[method-assign, func-returns-value]
         latents(heun)
     assert turns == [*((step, STEPS) for step in (0, 0, 1, 1, 2, 2, 3)), (0, 1)]
@@ -175,10 +181,10 @@ def test_steps_are_steps_where_the_sampler_asks_twice_for_each(base: Base, shelf
 # ---------------------------------------------------------------- tags, batches
 
 
-def test_every_prompt_gets_its_own_stack(base: Base, shelf: dict[str, Adapter]) -> None:
+def test_every_prompt_gets_its_own_stack(base: Base, adapters: dict[str, Adapter]) -> None:
     prompts = ["a <lora:rex:0.5> cat", "a cat", "a cat <lora:ink:1><lora:REX:0.5>", "a <lora:rex:0.5> cat"]
-    seen = draw(base, prompts, [0, 0, 0, 1], adapters=shelf, steps=2)
-    stacks: list[list[tuple[Adapter, float]]] = [[(shelf["rex"], 0.5)], [], [(shelf["ink"], 1), (shelf["rex"], 0.5)]]
+    seen = draw(base, prompts, [0, 0, 0, 1], adapters=adapters, steps=2)
+    stacks: list[list[tuple[Adapter, float]]] = [[(adapters["rex"], 0.5)], [], [(adapters["ink"], 1), (adapters["rex"], 0.5)]]
     for picture, stack in zip(seen, stacks, strict=False):
         with attach(base, stack):
             (alone,) = draw(base, ["a cat"], [0], steps=2)
@@ -186,27 +192,27 @@ def test_every_prompt_gets_its_own_stack(base: Base, shelf: dict[str, Adapter]) 
     assert len({picture.tobytes() for picture in seen}) == 4
 
 
-def test_names_that_are_not_there_are_told_before_anything_is_drawn(base: Base, shelf: dict[str, Adapter]) -> None:
+def test_names_that_are_not_there_are_told_before_anything_is_drawn(base: Base, adapters: dict[str, Adapter]) -> None:
     with pytest.raises(RecipeError, match=r"no adapter is called 'rexx' \(did you mean rex\?\)"):
-        draw(base, ["a <lora:rexx:1> cat"], [0], adapters=shelf)
+        draw(base, ["a <lora:rexx:1> cat"], [0], adapters=adapters)
     with pytest.raises(RecipeError, match="no adapter is called 'rex'"):
         draw(base, ["a <lora:rex:1> cat"], [0])
     with pytest.warns(UserWarning, match="no prompt says <lora:ink:1>"):
-        draw(base, ["a <lora:rex:1> cat"], [0], adapters=shelf, steps=1)
+        draw(base, ["a <lora:rex:1> cat"], [0], adapters=adapters, steps=1)
 
 
-def test_attached_adapters_and_tags_do_not_mix(base: Base, shelf: dict[str, Adapter]) -> None:
-    with attach(base, shelf["rex"]), pytest.raises(AdapterError, match="already carries an adapter"):
-        draw(base, ["a <lora:rex:1> cat"], [0], adapters={"rex": shelf["rex"]}, steps=1)
+def test_attached_adapters_and_tags_do_not_mix(base: Base, adapters: dict[str, Adapter]) -> None:
+    with attach(base, adapters["rex"]), pytest.raises(AdapterError, match="already carries an adapter"):
+        draw(base, ["a <lora:rex:1> cat"], [0], adapters={"rex": adapters["rex"]}, steps=1)
 
 
 # ---------------------------------------------------------------- nothing leaks
 
 
-def test_a_call_leaves_nothing_behind(base: Base, shelf: dict[str, Adapter]) -> None:
+def test_a_call_leaves_nothing_behind(base: Base, adapters: dict[str, Adapter]) -> None:
     before = everything(base)
     prompts = ["a <lora:rex:1@0,0@1:te=1@0,0@1> cat", "a cat", "a <lora:ink:1:stop=1> cat"]
-    draw(base, prompts, [0, 1, 2], adapters=shelf, steps=2)
+    draw(base, prompts, [0, 1, 2], adapters=adapters, steps=2)
     assert everything(base) == before
 
 
@@ -220,10 +226,10 @@ def test_even_the_sign_of_a_zero_is_kept(base: Base) -> None:
     bias.data.copy_(kept)
 
 
-def test_nothing_is_attached_while_a_picture_is_handed_over(base: Base, shelf: dict[str, Adapter]) -> None:
+def test_nothing_is_attached_while_a_picture_is_handed_over(base: Base, adapters: dict[str, Adapter]) -> None:
     before = everything(base)
-    jobs = [Job("a cat", seed, (("rex", read(["1", "stop=0.5"])),), steps=2) for seed in range(3)]  # type: ignore[arg-type]
-    pictures = drawn(base, jobs, shelf, batch_size=1)
+    requests = [Request.parse("a <lora:rex:1:stop=0.5> cat", seed=seed, steps=2) for seed in range(3)]
+    pictures = images(Session(base, Library(adapters), batch_size=1).draw(requests))
     next(pictures)
     assert everything(base) == before
     pictures.close()
@@ -233,7 +239,7 @@ def test_nothing_is_attached_while_a_picture_is_handed_over(base: Base, shelf: d
 @pytest.mark.parametrize("failing", ["unet", "text_encoder", "vae"])
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_a_call_that_fails_half_way_leaves_nothing_behind(
-    base: Base, shelf: dict[str, Adapter], failing: str, error: type[BaseException], monkeypatch: pytest.MonkeyPatch
+    base: Base, adapters: dict[str, Adapter], failing: str, error: type[BaseException], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = everything(base)
     verb = {"unet": "denoise", "text_encoder": "embed", "vae": "decode"}[failing]
@@ -247,12 +253,12 @@ def test_a_call_that_fails_half_way_leaves_nothing_behind(
 
     with monkeypatch.context() as patch, pytest.raises(error):
         patch.setattr(Base, verb, failed)
-        draw(base, ["a <lora:rex:1@0,0@1> cat"], [0], adapters={"rex": shelf["rex"]}, steps=3)
+        draw(base, ["a <lora:rex:1@0,0@1> cat"], [0], adapters={"rex": adapters["rex"]}, steps=3)
     assert everything(base) == before
 
 
 def test_an_attachment_that_fails_half_way_leaves_nothing_behind(
-    base: Base, shelf: dict[str, Adapter], monkeypatch: pytest.MonkeyPatch
+    base: Base, adapters: dict[str, Adapter], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module = sys.modules["personalize.tuning.attach"]
     before, real, placed = everything(base), module.place, []
@@ -265,29 +271,29 @@ def test_an_attachment_that_fails_half_way_leaves_nothing_behind(
 
     with monkeypatch.context() as patch, pytest.raises(MemoryError):
         patch.setattr(module, "place", place)
-        attach(base, shelf["rex"])
+        attach(base, adapters["rex"])
     assert everything(base) == before
 
 
-def test_a_schedule_on_a_held_base_begins_anew_with_every_call(base: Base, shelf: dict[str, Adapter]) -> None:
+def test_a_schedule_on_a_held_base_begins_anew_with_every_call(base: Base, adapters: dict[str, Adapter]) -> None:
     before = everything(base)
-    wanted = draw(base, ["a <lora:rex:1@0,0@1> cat"], [0], adapters={"rex": shelf["rex"]}, steps=3)
-    with attach(base, [(shelf["rex"], "1@0,0@1")]):
+    wanted = draw(base, ["a <lora:rex:1@0,0@1> cat"], [0], adapters={"rex": adapters["rex"]}, steps=3)
+    with attach(base, [(adapters["rex"], "1@0,0@1")]):
         seen = predicted(base)
         assert draw(base, ["a cat"], [0], steps=3) == draw(base, ["a cat"], [0], steps=3) == wanted
         assert torch.equal(predicted(base), seen)
     assert everything(base) == before and "attached" not in vars(base)
 
 
-def test_taking_off_twice_leaves_the_next_ones_alone(base: Base, shelf: dict[str, Adapter]) -> None:
+def test_taking_off_twice_leaves_the_next_ones_alone(base: Base, adapters: dict[str, Adapter]) -> None:
     before = everything(base)
-    with attach(base, shelf["rex"]) as first:
+    with attach(base, adapters["rex"]) as first:
         first.detach()
-        second = attach(base, shelf["ink"])
+        second = attach(base, adapters["ink"])
         seen = predicted(base)
     assert torch.equal(predicted(base), seen)
     with pytest.raises(AdapterError, match="nothing of this is on"):
-        first.swap(shelf["rex"])
+        first.swap(adapters["rex"])
     second.detach()
     assert everything(base) == before
 
@@ -301,15 +307,13 @@ def predicted(base: Base) -> Tensor:
         return base.denoise(x, torch.tensor([3, 700]), base.embed(["zwx", "a cat"]))
 
 
-def test_swapping_is_detaching_and_attaching(base: Base, shelf: dict[str, Adapter]) -> None:
+def test_swapping_is_detaching_and_attaching(base: Base, adapters: dict[str, Adapter]) -> None:
     before = everything(base)
-    rex, ink = (latents(base, [(shelf[name], "0.9@0,0@1")]) for name in ("rex", "ink"))
-    with attach(base, [(shelf["rex"], "0.9@0,0@1")]) as attached:
+    rex, ink = (latents(base, [(adapters[name], "0.9@0,0@1")]) for name in ("rex", "ink"))
+    with attach(base, [(adapters["rex"], "0.9@0,0@1")]) as attached:
         for name, wanted in (("ink", ink), ("rex", rex)):
-            attached.swap([(shelf[name], "0.9@0,0@1")])
-            seen = sample.diffuse(base, ["a zwx cat"], [0], sample.latent_shape(base, None),
-                                  steps=STEPS, guidance=3.0, negative="fog")  # fmt: skip
-            assert torch.equal(seen, wanted)
+            attached.swap([(adapters[name], "0.9@0,0@1")])
+            assert torch.equal(latents(base), wanted)
         seen_before = predicted(base)
         stranger = Adapter({"unet.nowhere": LowRank(torch.ones(4, 1), torch.ones(1, 4), 1)})
         with pytest.raises(PersonalizeError, match="does not fit"):
@@ -318,14 +322,14 @@ def test_swapping_is_detaching_and_attaching(base: Base, shelf: dict[str, Adapte
     assert everything(base) == before
 
 
-def test_a_swap_reads_no_weights(base: Base, shelf: dict[str, Adapter], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_swap_reads_no_weights(base: Base, adapters: dict[str, Adapter], monkeypatch: pytest.MonkeyPatch) -> None:
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("a base was loaded")
 
     monkeypatch.setattr(Base, "load", never)
     kept = [parameter.data_ptr() for parameter in base.unet.parameters()]
-    with attach(base, shelf["rex"]) as attached:
-        attached.swap(shelf["ink"])
+    with attach(base, adapters["rex"]) as attached:
+        attached.swap(adapters["ink"])
     assert [parameter.data_ptr() for parameter in base.unet.parameters()] == kept
 
 
@@ -346,7 +350,7 @@ def test_all_of_the_way_is_a_new_picture(base: Base) -> None:
 
 def test_none_of_the_way_is_the_picture_through_the_vae(base: Base) -> None:
     with torch.no_grad():
-        (wanted,) = sample.to_pictures(base.decode(beginning.latents_of(base, photo())))
+        (wanted,) = sample.to_images(base.decode(img2img.encode_image(base, photo())))
     assert draw(base, ["a cat"], [3], steps=3, image=photo(), denoise=0.0) == [wanted]
 
 
@@ -369,12 +373,14 @@ def test_a_very_large_picture_is_shrunk_to_the_bases_area(base: Base) -> None:
         (small,) = draw(base, ["a cat"], [0], image=large, **how)
     assert small.size == (80, 56)
     assert draw(base, ["a cat"], [0], image=large, size=(80, 56), **how) == [small]
-    with pytest.warns(UserWarning, match="--size 1000x2008 keeps"):
-        assert beginning.fitted(base, photo(1007, 2015)).size == (48, 88)
+    shrunk, warning = img2img.fit_image(base, photo(1007, 2015))
+    assert shrunk.size == (48, 88) and "--size 1000x2008 keeps" in warning
     for size in ((128, 128), (160, 100)):  # up to four times the base's area is kept, whatever the shape
-        assert beginning.fitted(base, photo(*size)).size == (size[0], size[1] // 8 * 8)
+        whole, warning = img2img.fit_image(base, photo(*size))
+        assert whole.size == (size[0], size[1] // 8 * 8) and not warning
     for asked in (64, (96, 200)):
-        assert beginning.fitted(base, large, asked).size == ((64, 64) if asked == 64 else asked)
+        fitted, warning = img2img.fit_image(base, large, asked)
+        assert fitted.size == ((64, 64) if asked == 64 else asked) and not warning
 
 
 def test_the_picture_and_how_much_of_it_matter(base: Base) -> None:
@@ -409,9 +415,9 @@ def kinds(base: Base) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("kind", ["LoHa", "LoKr", "OFT", "DoRA", "full", "norm and bias"])
-def test_every_kind_can_change_from_step_to_step(base: Base, shelf: dict[str, Adapter], kind: str) -> None:
+def test_every_kind_can_change_from_step_to_step(base: Base, adapters: dict[str, Adapter], kind: str) -> None:
     before, adapter = everything(base), Adapter(kinds(base)[kind])
-    seen = latents(base, [(adapter, "1@0,0@0.7"), (shelf["rex"], 0.5)], steps=3)
-    wanted = by_hand(base, [[(adapter, level), (shelf["rex"], 0.5)] for level in (1.0, 1 - 0.5 / 0.7, 0.0)])
-    assert apart(seen, wanted) < 1e-4 < apart(seen, latents(base, [(shelf["rex"], 0.5)], steps=3))
+    seen = latents(base, [(adapter, "1@0,0@0.7"), (adapters["rex"], 0.5)], steps=3)
+    wanted = by_hand(base, [[(adapter, level), (adapters["rex"], 0.5)] for level in (1.0, 1 - 0.5 / 0.7, 0.0)])
+    assert apart(seen, wanted) < 1e-4 < apart(seen, latents(base, [(adapters["rex"], 0.5)], steps=3))
     assert everything(base) == before

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from personalize.adapters.strengths.curves import Curve, Window
 from personalize.adapters.strengths.grammar import PARTS, Weighting, split
 from personalize.errors import RecipeError
-from personalize.inference.prompts import find, parse, tag, tagged
+from personalize.inference.prompts import find_name, parse, tag, with_tags
 
 WILD = [  # tag, the same behind a file's name
     ("<lora:rex>", ""),
@@ -82,10 +82,10 @@ def test_what_says_nothing_is_refused_by_name(prompt: str, message: str) -> None
 
 
 def test_names_are_found_in_any_case_and_the_nearest_is_named() -> None:
-    assert find("rex", ["Rex", "rex"]) == "rex"
-    assert find("REX", ["ink", "Rex"]) == "Rex"
+    assert find_name("rex", ["Rex", "rex"]) == "rex"
+    assert find_name("REX", ["ink", "Rex"]) == "Rex"
     with pytest.raises(RecipeError, match=r"no adapter is called 'rxe' \(did you mean rex\?\)"):
-        find("rxe", ["ink", "rex"])
+        find_name("rxe", ["ink", "rex"])
 
 
 numbers = st.floats(-8, 8, allow_nan=False).map(lambda value: value + 0.0)  # no -0
@@ -111,5 +111,5 @@ weightings = st.builds(
 @given(weightings)
 def test_every_weighting_can_be_written_and_read_again(weighting: Weighting) -> None:
     assert split(f"rex.safetensors:{weighting}") == ("rex.safetensors", weighting)
-    text, uses = parse(tagged("a dog", [("rex", weighting), ("ink", weighting)]))  # type: ignore[list-item]
+    text, uses = parse(with_tags("a dog", [("rex", weighting), ("ink", weighting)]))  # type: ignore[list-item]
     assert (text, uses) == ("a dog", (("rex", weighting), ("ink", weighting)))

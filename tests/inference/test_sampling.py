@@ -9,11 +9,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from personalize.adapters.strengths.grammar import read
+from personalize.adapters.strengths.grammar import WHOLE, read
 from personalize.errors import OutputError, RecipeError
 from personalize.inference import sampling as sample
 from personalize.inference.pipeline import draw
-from personalize.inference.prompts import parse
+from personalize.inference.png import read_record, save_picture
+from personalize.inference.prompts import Use, parse
+from personalize.inference.request import InitImage, Request
+from personalize.inference.sheet import contact_sheet, enlarge
 from personalize.models.model import Base
 
 
@@ -87,7 +90,7 @@ def test_training_mode_is_left_as_it_was(base: Base) -> None:
     base.unet.eval()
 
 
-def parameters(**changes: object) -> sample.Parameters:
+def request(**changes: object) -> Request:
     values = {
         "prompt": "a zwx cat",
         "seed": 7,
@@ -97,22 +100,23 @@ def parameters(**changes: object) -> sample.Parameters:
         "sampler": "DDIM",
         "model": "pocket",
     }
-    return sample.Parameters(**(values | changes))  # type: ignore[arg-type]
+    return Request(**(values | changes))  # type: ignore[arg-type]
 
 
 def test_png_carries_its_parameters_as_uis_write_them(tmp_path: Path) -> None:
-    used = (sample.Stacked("zwx", read(["0.8", "0.5", "stop=0.5"]), "ab" * 32), sample.Stacked("ink"))
-    about = parameters(negative="blurry — ünscharf", adapters=used, image="cat.png", denoise=0.6)
-    path = sample.save_picture(Image.new("RGB", (64, 64)), tmp_path / "a.png", about)
+    used, hashes = (Use("zwx", read(["0.8", "0.5", "stop=0.5"])), Use("ink", WHOLE)), {"zwx": "ab" * 32}
+    cat = InitImage(None, "cat.png")
+    about = request(negative="blurry — ünscharf", adapters=used, hashes=hashes, image=cat, denoise=0.6)
+    path = save_picture(Image.new("RGB", (64, 64)), tmp_path / "a.png", about)
     with Image.open(path) as picture:
         text = picture.info["parameters"].splitlines()
     assert text[0] == "a zwx cat <lora:zwx:0.5:0.8:stop=0.5> <lora:ink:1>"
-    assert parse(text[0]) == ("a zwx cat", tuple((one.name, one.weighting) for one in used))
+    assert parse(text[0]) == ("a zwx cat", used)
     assert text[1] == "Negative prompt: blurry — ünscharf"
     start = "Steps: 20, Sampler: DDIM, CFG scale: 4, Seed: 7, Size: 64x64, Model: pocket, Denoising strength: 0.6, Lora hashes: "
     assert text[2].startswith(start)
     assert '"zwx: abababababab", Version: personalize ' in text[2]
-    record = sample.read_parameters(path)
+    record = read_record(path)
     assert record["seed"] == 7 and record["adapters"][0]["strength"] == "0.8:0.5:stop=0.5" and record["image"] == "cat.png"
 
 
@@ -120,7 +124,7 @@ def test_a_picture_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     in_the_way = tmp_path / "file"
     in_the_way.write_text("not a folder")
     with pytest.raises(OutputError, match="cannot write"):
-        sample.save_picture(Image.new("RGB", (8, 8)), in_the_way / "a.png", parameters())
+        save_picture(Image.new("RGB", (8, 8)), in_the_way / "a.png", request())
     assert in_the_way.read_text() == "not a folder"
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
@@ -131,14 +135,14 @@ def pieces() -> Callable[[int, int], list[Image.Image]]:
 
 
 def test_small_pictures_grow_by_whole_factors() -> None:
-    assert sample.enlarged(Image.new("RGB", (64, 64))).size == (192, 192)
-    assert sample.enlarged(Image.new("RGB", (50, 40)), 192).size == (200, 160)
-    assert sample.enlarged(Image.new("RGB", (512, 512))).size == (512, 512)
+    assert enlarge(Image.new("RGB", (64, 64))).size == (192, 192)
+    assert enlarge(Image.new("RGB", (50, 40)), 192).size == (200, 160)
+    assert enlarge(Image.new("RGB", (512, 512))).size == (512, 512)
 
 
 def test_grid_places_every_picture(pieces: Callable[[int, int], list[Image.Image]]) -> None:
-    sheet = sample.grid(pieces(5, 64), 3, rows=["a very long prompt " * 20, "second"], heads=["seed 0", "seed 1", "seed 2"])
+    sheet = contact_sheet(pieces(5, 64), 3, rows=["a very long prompt " * 20, "second"], heads=["seed 0", "seed 1", "seed 2"])
     assert sheet.width == 8 + 3 * 200
     colours = {colour for _, colour in sheet.getcolors(1 << 16) or []}
     assert {(40 * i, 90, 160) for i in range(5)} <= colours
-    assert sample.grid(pieces(1, 512), 1).size == (528, 528)
+    assert contact_sheet(pieces(1, 512), 1).size == (528, 528)
