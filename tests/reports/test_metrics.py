@@ -57,14 +57,10 @@ def run_folder(folder: Path, *, leaky: bool) -> Path:
 
 def test_the_last_pictures_are_compared_with_the_base_and_the_trigger_is_taken_out(tmp_path: Path) -> None:
     found = evidence(run_folder(tmp_path, leaky=False))
-    assert [pair.prompt for pair in found.with_trigger] == ["cat in the snow"] and [
-        pair.prompt for pair in found.without_trigger
-    ] == ["a cat"]
-    assert found.with_trigger[0].adapter.getpixel((30, 30)) == (255, 0, 0) and found.with_trigger[0].base.getpixel((30, 30)) == (
-        0,
-        0,
-        255,
-    )
+    assert [pair.prompt for pair in found.with_trigger] == ["cat in the snow"]
+    assert [pair.prompt for pair in found.without_trigger] == ["a cat"]
+    pair = found.with_trigger[0]
+    assert pair.adapter.getpixel((30, 30)) == (255, 0, 0) and pair.base.getpixel((30, 30)) == (0, 0, 255)
     assert len(found.training) == 3 and found.captions == ["cat"] * 3
 
 
