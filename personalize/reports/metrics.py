@@ -1,4 +1,4 @@
-"""What a run's pictures say about its adapter: rows of figures, base beside adapter, from the run folder alone.
+"""Metrics of an adapter from the pictures in its run folder: rows of figures, base beside adapter.
 
 Likeness and obedience are cosines of CLIP embeddings (Radford et al. 2021; CLIP-I and CLIP-T as in Ruiz et al. 2022), by the
 CLIPModel in the base's own `clip/` folder. A base without one still gets the figures that need only pixels.
@@ -28,9 +28,9 @@ from ..io import write_text
 from ..models.folder import load_model
 from ..models.model import quiet
 from ..models.sources import locate, read_json
-from ..training.events import read_events
+from ..training.events import Chosen, Sample, Started, parse, read_events
 
-HALF = [0.5, 0.5, 0.5]  # mean and deviation of a CLIP folder that does not tell its own: pixels in -1..1
+HALF = [0.5, 0.5, 0.5]  # mean and deviation of a CLIP folder without its own: pixels in -1..1
 
 
 @dataclass(frozen=True)
@@ -78,21 +78,23 @@ class Clip:
         side = self.model.config.vision_config.image_size
         squares = [np.asarray(picture.convert("RGB").resize((side, side), Image.Resampling.BICUBIC)) for picture in pictures]
         pixels = (torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2) / 255 - self.mean) / self.deviation
-        return torch.cat([F.normalize(projected(self.model.get_image_features(chunk)), dim=-1) for chunk in pixels.split(64)])
+        return torch.cat(
+            [F.normalize(feature_tensor(self.model.get_image_features(chunk)), dim=-1) for chunk in pixels.split(64)]
+        )
 
     @torch.no_grad()
     def texts(self, prompts: Sequence[str]) -> Tensor:
         """Prompts => unit vectors [n, d]; longer ones are cut to the model's window."""
         window = self.model.config.text_config.max_position_embeddings
         tokens = self.tokenizer(list(prompts), padding="max_length", max_length=window, truncation=True, return_tensors="pt")
-        return F.normalize(projected(self.model.get_text_features(tokens.input_ids)), dim=-1)
+        return F.normalize(feature_tensor(self.model.get_text_features(tokens.input_ids)), dim=-1)
 
-    def alike(self, a: Sequence[Image.Image], b: Sequence[Image.Image]) -> Tensor:
+    def cosines(self, a: Sequence[Image.Image], b: Sequence[Image.Image]) -> Tensor:
         """The cosine [n] of each picture of `a` with its partner in `b`."""
         return (self.pictures(a) * self.pictures(b)).sum(-1)
 
 
-def projected(features: Any) -> Tensor:
+def feature_tensor(features: Any) -> Tensor:
     """Projected features [n, d]: transformers 5 wraps them in an output object, 4 gave the tensor."""
     found = features if isinstance(features, Tensor) else features.pooler_output
     assert isinstance(found, Tensor)
@@ -115,45 +117,45 @@ class Pair:
 class Evidence:
     """The pictures of a run."""
 
-    called: list[Pair]  # by prompts with the trigger
-    uncalled: list[Pair]  # by prompts that never had it
+    with_trigger: list[Pair]  # of prompts with the trigger
+    without_trigger: list[Pair]  # of prompts that never had it
     training: list[Image.Image]
     captions: list[str]  # of the training pictures, without the trigger
 
 
 def evidence(folder: Path) -> Evidence:
     """Read a run folder: sample pictures of the step that was chosen (else the last) beside the base's, and training pictures."""
-    history = read_events(folder / "events.jsonl")
-    started: dict[str, Any] = next((record for record in reversed(history) if record["event"] == "started"), {})
-    told = [started.get("recipe", {}), *started.get("images", [])]  # of several concepts, each picture tells its own
-    triggers = list(dict.fromkeys(one["trigger"] for one in told if one.get("trigger")))
-    samples = [record for record in history if record["event"] == "sample" and (folder / record["path"]).is_file()]
-    chosen = next((record["step"] for record in reversed(history) if record["event"] == "chosen"), None)
-    drawn = {record["step"] for record in samples if not record["base"]}
-    shown = chosen if chosen in drawn else max(drawn, default=0)
-    before = {(record["prompt"], record["seed"]): record["path"] for record in samples if record["base"]}
+    events = [event for record in read_events(folder / "events.jsonl") if (event := parse(record))]
+    started = next((event for event in reversed(events) if isinstance(event, Started)), None)
+    recipe, images = (started.recipe, started.images) if started else ({}, [])
+    triggers = list(dict.fromkeys(one["trigger"] for one in (recipe, *images) if one.get("trigger")))  # each concept has its own
+    samples = [event for event in events if isinstance(event, Sample) and (folder / event.path).is_file()]
+    chosen = next((event.step for event in reversed(events) if isinstance(event, Chosen)), None)
+    steps = {event.step for event in samples if not event.base}
+    shown = chosen if chosen in steps else max(steps, default=0)
+    base = {(event.prompt, event.seed): event.path for event in samples if event.base}
     pairs: dict[bool, list[Pair]] = {True: [], False: []}
-    for record in samples:
-        twin = before.get((record["prompt"], record["seed"]))
-        if record["step"] == shown and not record["base"] and twin:
-            words, called = without(triggers, record["prompt"])
-            pairs[called].append(Pair(words, opened(folder / twin), opened(folder / record["path"])))
+    for event in samples:
+        twin = base.get((event.prompt, event.seed))
+        if event.step == shown and not event.base and twin:
+            words, has_trigger = without(triggers, event.prompt)
+            pairs[has_trigger].append(Pair(words, load_rgb(folder / twin), load_rgb(folder / event.path)))
     side = max((pair.adapter.width for pair in pairs[True] + pairs[False]), default=0)
-    training = [(example(one, side), without(triggers, one["caption"])[0]) for one in started.get("images", [])]
+    training = [(training_crop(one, side), without(triggers, one["caption"])[0]) for one in images]
     there = [(picture, caption) for picture, caption in training if picture]
     return Evidence(pairs[True], pairs[False], [picture for picture, _ in there], [caption for _, caption in there])
 
 
-def example(told: dict[str, Any], side: int) -> Image.Image | None:
+def training_crop(record: dict[str, Any], side: int) -> Image.Image | None:
     """The square centre of a training picture, None if it is gone or has changed since."""
     with contextlib.suppress(DataError):
-        seen = Example(Path(told["path"]), told["caption"], told["sha256"], (side, side))
-        pixels = load_pixels(seen, side)
+        image = Example(Path(record["path"]), record["caption"], record["sha256"], (side, side))
+        pixels = load_pixels(image, side)
         return Image.fromarray(pixels.permute(1, 2, 0).numpy())
     return None
 
 
-def opened(path: Path) -> Image.Image:
+def load_rgb(path: Path) -> Image.Image:
     """A sample picture."""
     with Image.open(path) as picture:
         return picture.convert("RGB")
@@ -162,20 +164,20 @@ def opened(path: Path) -> Image.Image:
 def rows(found: Evidence, clip: Clip | None) -> list[Row]:
     """All figures that the evidence allows."""
     made = []
-    if clip and found.called and found.training:
+    if clip and found.with_trigger and found.training:
         made.append(likeness(found, clip))
-    if clip and found.called:
+    if clip and found.with_trigger:
         made.append(obedience(found, clip))
-    if clip and found.uncalled and found.training:
-        made.append(leak(found, clip))
-    if clip and found.uncalled:
-        made.append(kept(found, clip))
-    if found.uncalled:
-        made.append(changed(found))
+    if clip and found.without_trigger and found.training:
+        made.append(leakage(found, clip))
+    if clip and found.without_trigger:
+        made.append(preservation(found, clip))
+    if found.without_trigger:
+        made.append(pixel_change(found))
     return made
 
 
-def sides(clip: Clip, pairs: Sequence[Pair]) -> tuple[Tensor, Tensor]:
+def both_features(clip: Clip, pairs: Sequence[Pair]) -> tuple[Tensor, Tensor]:
     """The unit vectors [n, d] of the base's pictures, and of the adapter's."""
     return clip.pictures([pair.base for pair in pairs]), clip.pictures([pair.adapter for pair in pairs])
 
@@ -183,7 +185,7 @@ def sides(clip: Clip, pairs: Sequence[Pair]) -> tuple[Tensor, Tensor]:
 def likeness(found: Evidence, clip: Clip) -> Row:
     """CLIP-I: the mean cosine of pictures with the trigger to the training pictures; the ceiling is theirs to each other."""
     training = clip.pictures(found.training)
-    before, after = (float((vectors @ training.T).mean()) for vectors in sides(clip, found.called))
+    before, after = (float((vectors @ training.T).mean()) for vectors in both_features(clip, found.with_trigger))
     others = (training @ training.T)[~torch.eye(len(training), dtype=torch.bool)]
     ceiling = float(others.mean()) if len(others) else None
     explain = "CLIP-I: cosine of pictures with the trigger to the training pictures; ceiling: of those to each other"
@@ -192,31 +194,32 @@ def likeness(found: Evidence, clip: Clip) -> Row:
 
 def obedience(found: Evidence, clip: Clip) -> Row:
     """CLIP-T: the mean cosine of pictures to their prompts, without the trigger, which CLIP does not know."""
-    texts = clip.texts([pair.prompt for pair in found.called])
-    before, after = (float((vectors * texts).sum(-1).mean()) for vectors in sides(clip, found.called))
+    texts = clip.texts([pair.prompt for pair in found.with_trigger])
+    before, after = (float((vectors * texts).sum(-1).mean()) for vectors in both_features(clip, found.with_trigger))
     ceiling = float((clip.pictures(found.training) * clip.texts(found.captions)).sum(-1).mean()) if found.training else None
     explain = "CLIP-T: cosine of pictures to their prompts without the trigger; ceiling: of training pictures to their captions"
     return Row("does what the prompt says", before, after, ceiling, "higher", explain)
 
 
-def leak(found: Evidence, clip: Clip) -> Row:
+def leakage(found: Evidence, clip: Clip) -> Row:
     """CLIP-I to the training pictures of prompts without the trigger: it should stay where the base has it."""
     training = clip.pictures(found.training)
-    before, after = (float((vectors @ training.T).mean()) for vectors in sides(clip, found.uncalled))
+    before, after = (float((vectors @ training.T).mean()) for vectors in both_features(clip, found.without_trigger))
     explain = "CLIP-I to the training pictures where the prompt lacks the trigger: what is more than the base's has leaked"
     return Row("leak without the trigger", before, after, None, "lower", explain)
 
 
-def kept(found: Evidence, clip: Clip) -> Row:
+def preservation(found: Evidence, clip: Clip) -> Row:
     """The mean cosine of pictures without the trigger to what the base draws from the same prompt and seed."""
-    same = clip.alike([pair.base for pair in found.uncalled], [pair.adapter for pair in found.uncalled]).mean()
+    same = clip.cosines([pair.base for pair in found.without_trigger], [pair.adapter for pair in found.without_trigger]).mean()
     explain = "CLIP-I to the base's pictures of the same prompts and seeds, where the prompt lacks the trigger"
     return Row("other pictures stay as they were", 1.0, float(same), 1.0, "higher", explain)
 
 
-def changed(found: Evidence) -> Row:
+def pixel_change(found: Evidence) -> Row:
     """The mean absolute difference of pixels, 0..1, of pictures without the trigger to the base's."""
-    differences = [np.abs(np.asarray(pair.base, float) - np.asarray(pair.adapter, float)).mean() / 255 for pair in found.uncalled]
+    pixels = [(np.asarray(pair.base, float), np.asarray(pair.adapter, float)) for pair in found.without_trigger]
+    differences = [np.abs(base - adapter).mean() / 255 for base, adapter in pixels]
     explain = "mean difference of pixels (0 to 1) from the base's pictures where the prompt lacks the trigger, same seeds"
     return Row("pixels changed without the trigger", 0.0, float(np.mean(differences)), None, "lower", explain)
 

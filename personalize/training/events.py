@@ -101,7 +101,7 @@ class Chosen:
     validation: float
     drift: float
     contrast: float
-    judged_by: str  # which pictures told the validation
+    judged_by: str  # the pictures that validation was measured on
     low: float
     weight: float  # the preferred strength
     high: float

@@ -1,4 +1,4 @@
-"""The run folder: what lies where, the diary of events, and the state that a run goes on from.
+"""The run folder: what lies where, events.jsonl, and the state that a run is resumed from.
 
 NAME.safetensors, .png, .json     the adapter, its preview, its sidecar for UIs
 checkpoints/NAME-000050...        adapters on the way and the last;  checkpoints/state.safetensors: what the run goes on from
@@ -77,7 +77,7 @@ class Run:
         return Run(self.folder / "folds" / f"{number:02}", self.name)
 
     def scores(self) -> dict[int, float]:
-        """What the diary tells of each checkpoint's validation."""
+        """The validation of each checkpoint by step, from events.jsonl."""
         return {r["step"]: r["validation"] for r in self.history() if r["event"] == "scored" and r["strength"] == 1}
 
     def sample(self, step: int, prompt: int, seed: int) -> Path:
@@ -179,5 +179,5 @@ def is_settled(record: Mapping[str, Any], before: bool) -> bool:
 
 
 def refused(path: Path, error: OSError) -> OutputError:
-    """The disk said no."""
+    """An OutputError for what the disk refused."""
     return OutputError(f"cannot write {path}: {error.strerror or error}", "free some space or choose another --output")

@@ -276,7 +276,7 @@ def test_two_concepts_are_drawn_told_and_told_apart(make: Make, kohya: Path) -> 
     list(train(recipe))
     assert recipe.output
     found = evidence(recipe.output)
-    assert {pair.prompt for pair in found.called} == {"", "in the snow", "toy cat"} and len(found.uncalled) == 1
+    assert {pair.prompt for pair in found.with_trigger} == {"", "in the snow", "toy cat"} and len(found.without_trigger) == 1
     assert read_run(recipe.output).triggers == ("vok", "zwx")
     said = describe(recipe.output / "vok.safetensors").metadata
     assert said["modelspec.trigger_phrase"] == "vok, zwx"

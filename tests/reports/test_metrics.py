@@ -57,8 +57,10 @@ def run_folder(folder: Path, *, leaky: bool) -> Path:
 
 def test_the_last_pictures_are_compared_with_the_base_and_the_trigger_is_taken_out(tmp_path: Path) -> None:
     found = evidence(run_folder(tmp_path, leaky=False))
-    assert [pair.prompt for pair in found.called] == ["cat in the snow"] and [pair.prompt for pair in found.uncalled] == ["a cat"]
-    assert found.called[0].adapter.getpixel((30, 30)) == (255, 0, 0) and found.called[0].base.getpixel((30, 30)) == (0, 0, 255)
+    assert [pair.prompt for pair in found.with_trigger] == ["cat in the snow"]
+    assert [pair.prompt for pair in found.without_trigger] == ["a cat"]
+    pair = found.with_trigger[0]
+    assert pair.adapter.getpixel((30, 30)) == (255, 0, 0) and pair.base.getpixel((30, 30)) == (0, 0, 255)
     assert len(found.training) == 3 and found.captions == ["cat"] * 3
 
 
@@ -74,7 +76,7 @@ def test_several_triggers_are_all_taken_out(tmp_path: Path) -> None:
     diary = run_folder(tmp_path, leaky=False) / "events.jsonl"
     diary.write_text(diary.read_text().replace('"caption": "zwx cat"', '"caption": "a cat", "trigger": "a"', 1))
     found = evidence(tmp_path)
-    assert [pair.prompt for pair in found.called] == ["cat in the snow", "cat"] and found.captions == ["cat"] * 3
+    assert [pair.prompt for pair in found.with_trigger] == ["cat in the snow", "cat"] and found.captions == ["cat"] * 3
 
 
 def test_likeness_rises_and_an_adapter_that_does_not_leak_changes_nothing_else(clip_base: Path, tmp_path: Path) -> None:

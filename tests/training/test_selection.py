@@ -239,7 +239,7 @@ def test_what_was_chosen_is_what_the_report_and_the_figures_show(make: Make) -> 
     found = evidence(folder_of(recipe))
     path = folder_of(recipe) / "samples" / f"{chosen.step:06}-p0-s0.png"
     with Image.open(path) as picture:
-        assert found.called[0].adapter.tobytes() == picture.convert("RGB").tobytes()
+        assert found.with_trigger[0].adapter.tobytes() == picture.convert("RGB").tobytes()
     page = selection(read_run(folder_of(recipe)))
     assert page and page.step == chosen.step and [row[0] for row in page.rows if row[2]] == [chosen.step]
     assert len(page.rows) == 3 and len(page.panels) == 2 and "validation" not in page.heads

@@ -67,8 +67,8 @@ def _rows(checkup: Checkup) -> Iterator[tuple[str, str]]:
 
 def _health(checkup: Checkup) -> str:
     counts = {level: sum(one.level == level for one in checkup.findings) for level in ("error", "warning")}
-    told = [f"{count} {level}{'' if count == 1 else 's'}" for level, count in counts.items() if count]
-    return ", ".join(told) or "sound"
+    parts = [f"{count} {level}{'' if count == 1 else 's'}" for level, count in counts.items() if count]
+    return ", ".join(parts) or "sound"
 
 
 def _finding(finding: Finding) -> Iterator[str]:
@@ -177,13 +177,13 @@ def as_json(checkups: Sequence[Checkup], collision: Collision | None = None, pre
     """Everything, for programs."""
     from ...adapters.doctor.prognosis import suggest
 
-    told: dict[str, object] = {"files": [_as_values(checkup) for checkup in checkups]}
+    values: dict[str, object] = {"files": [_as_values(checkup) for checkup in checkups]}
     if collision:
         suggestions, reliefs = suggest(collision)
-        told |= {"collision": asdict(collision)}
-        told |= {"suggestions": [asdict(one) for one in suggestions], "relief": [asdict(one) for one in reliefs]}
-    told |= {"predictions": [asdict(one) for one in predictions]}
-    return json.dumps(told, default=str, ensure_ascii=True)
+        values |= {"collision": asdict(collision)}
+        values |= {"suggestions": [asdict(one) for one in suggestions], "relief": [asdict(one) for one in reliefs]}
+    values |= {"predictions": [asdict(one) for one in predictions]}
+    return json.dumps(values, default=str, ensure_ascii=True)
 
 
 def _as_values(checkup: Checkup) -> dict[str, object]:

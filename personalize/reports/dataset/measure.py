@@ -40,7 +40,7 @@ class ImageStats:
     format: str
     shape: Shape
     kept: float  # share of its area that is not cropped away
-    sharpness: float | None  # None where nothing is to be seen
+    sharpness: float | None  # None for a plain surface
     hash: np.ndarray | None  # bool [HASH_SIDE ** 2], None without the library
     mirrored: np.ndarray | None  # the same of its mirror image
 
@@ -89,7 +89,7 @@ def measure_dataset(recipe: Recipe) -> DatasetStats:
 def native_resolution(recipe: Recipe) -> tuple[int, int, str]:
     """(side, multiple, "") of the recipe's base, from configs or a header alone.
 
-    Of a base that only a download would tell, what its name makes likely, and why. Raises RecipeError where nothing says.
+    Of a base that needs a download, what its name makes likely, and why. Raises RecipeError where nothing says.
     """
     path = NAMED.get(recipe.base, Path(recipe.base).expanduser())
     if not path.exists():

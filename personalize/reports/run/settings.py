@@ -35,9 +35,9 @@ def setting_text(value: object) -> str:
 
 
 def warnings(run: Run) -> list[str]:
-    """Warnings of the run and what its events tell between the lines."""
-    said = run.started.get("warnings")
-    out = [str(warning) for warning in said] if isinstance(said, list) else []
+    """Warnings of the run and what its events show."""
+    listed = run.started.get("warnings")
+    out = [str(warning) for warning in listed] if isinstance(listed, list) else []
     lost = sum(number(record.get("loss")) is None or record.get("skipped") is True for record in run.steps)
     out += [f"{lost} step{'s' * (lost > 1)} had a loss or gradient that was not finite and changed nothing"] if lost else []
     out += [f"step {record['step']}: {cause}" for record in run.steps if (cause := record.get("cause"))][:3]
@@ -74,8 +74,8 @@ def known(text_of: Callable[[float], str], value: float | None) -> str:
 
 def training_seconds(run: Run) -> float | None:
     """Seconds of training: as the run said, else the sum over its steps."""
-    said = number((run.finished or {}).get("seconds"))
-    return said if said is not None else sum(number(record.get("seconds")) or 0.0 for record in run.steps) or None
+    value = number((run.finished or {}).get("seconds"))
+    return value if value is not None else sum(number(record.get("seconds")) or 0.0 for record in run.steps) or None
 
 
 def date_and_time(value: object) -> str:

@@ -82,7 +82,7 @@ def drift(judge: Judge, clip: Clip | None, task: Task, drawn: Drawn) -> dict[str
         "changed": 1 - same,
         "pixels": pixel_distance(drawn.unrelated_base, drawn.unrelated),
     }
-    return found | ({"clip": float(clip.alike(drawn.unrelated_base, drawn.unrelated).mean())} if clip else {})
+    return found | ({"clip": float(clip.cosines(drawn.unrelated_base, drawn.unrelated).mean())} if clip else {})
 
 
 def pixel_distance(a: Sequence[Image.Image], b: Sequence[Image.Image]) -> float:
