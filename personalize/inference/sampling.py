@@ -19,7 +19,7 @@ from ..adapters.adapter import Adapter
 from ..adapters.strengths.grammar import Weighting
 from ..families.cond import Cond
 from ..tuning.attach import attach, attached_to
-from .schedulers import make_sampler
+from .schedulers import latent_shape, make_sampler
 
 if TYPE_CHECKING:
     from ..models.model import Base
