@@ -22,6 +22,7 @@ from ...formats.checkpoint import Weights, check_destination, close, rewrite
 from ...formats.header import short
 from ..adapter import Adapter
 from ..delta import Delta, Dense, LowRank, frobenius
+from ..strengths.grammar import every_part
 from . import linalg
 from .resize import RULES, Cut, check_rule
 
@@ -231,7 +232,8 @@ def _by_part(adapter: Adapter, strengths: Strengths) -> dict[str, float]:
             raise AdapterError(f"no part of a model is called {short(part)!r}", nearest(part, keys.PARTS))
         if not math.isfinite(strength):
             raise AdapterError(f"a strength of {strength} makes no sense", "use a finite number")
-    return {part: named.get(part, 1.0) for part in adapter.parts}
+    known = every_part(named)
+    return {part: known[part] for part in adapter.parts}
 
 
 def _name(adapter: Adapter) -> str:
