@@ -239,12 +239,12 @@ def addresses(family: Family) -> Mapping[str, Address]:
     """Canonical path of every parameter of the denoiser and the text encoders => its address in a single file.
 
     Paths name parameters: `unet.conv_in` is the weight, `unet.conv_in.bias` the bias; norms and embedding tables are there too.
-    The VAE has no canonical paths: nothing in this package changes one.
+    The VAE has no canonical paths: nothing in this package changes one. Empty for a family that is not read from single files.
     """
     rows = {row.part: row for row in family.networks}
     paths = (*weights(family), *(f"{row.part}.{name}" for row in family.texts for name in row.tables()))
     found = {path: rows[path.partition(".")[0]].address(path.partition(".")[2]) for path in paths}
-    return {path: address for path, address in found.items() if address}
+    return {path: address for path, address in found.items() if address} if all(found.values()) else {}
 
 
 @cache

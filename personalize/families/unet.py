@@ -54,7 +54,7 @@ class UNet:
     @property
     def multiple(self) -> int:
         """It halves the latents once between any two of its levels."""
-        return int(2 ** (len(self.channels) - 1))
+        return 1 << max(0, len(self.channels) - 1)
 
     @property
     def structure(self) -> str:

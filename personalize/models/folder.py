@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..errors import BaseModelError
 from ..families.family import Family
+from ..families.names import ROWS
 from ..families.recognition import detect
 from ..formats.header import PICKLES, read_header
 from ..text import first_line
@@ -48,6 +49,9 @@ def examine(folder: Path) -> Family:
     config = read_json(folder / part / CONFIG)
     texts = [text for text in TEXTS if (folder / text).is_dir()]
     family = detect(config, texts, part)
+    if family.denoiser.part != part:
+        what = f"{folder} is no base of a known family: its {part} is {config.get('_class_name', 'unknown')}"
+        raise BaseModelError(what, f"known: {', '.join(ROWS)}")
     check_family(folder, family, int(config.get("in_channels", 4)) - int(config.get("out_channels", 4)))
     for each in (part, "vae", *texts):
         check_weights(folder / each)

@@ -19,6 +19,7 @@ from ..data.folder import read_folder, regularization
 from ..data.latents import grid_of
 from ..errors import OutputError, RecipeError, nearest
 from ..inference import sampling as sample
+from ..inference import schedulers
 from ..models.model import Base, device_of
 from ..models.precision import dtype_of, precision_of
 from ..recipe.fields import Recipe
@@ -117,8 +118,8 @@ def check(recipe: Recipe, *, fresh: bool = False, base: Base | None = None) -> J
     device = torch.device(device_of(recipe.device))
     precision = precision_of(recipe.fitting, device)
     base = base or Base.of(recipe, "cpu", dtype_of(precision))
-    sample.make_sampler(base, recipe.sampling.sample_steps, recipe.sampling.sampler)
-    sample.latent_shape(base, recipe.data.resolution or None)
+    schedulers.make_sampler(base, recipe.sampling.sample_steps, recipe.sampling.sampler)
+    schedulers.latent_shape(base, recipe.data.resolution or None)
     grid_of(base, recipe)
     brought = class_folder(recipe)
     run = Run(recipe.output, recipe.name)

@@ -30,6 +30,7 @@ from ..data.batches import generator
 from ..data.captions import without
 from ..data.latents import Latents
 from ..inference import sampling as sample
+from ..inference import schedulers
 from ..models.model import Base
 from ..tuning.attach import Attached
 from .events import Chosen, Event, Scored
@@ -176,7 +177,7 @@ def drawings(job: Job, batch: int) -> Sheet:
     """What the base itself draws from prompts without the trigger, noisy."""
     prompts = uncalled(job)
     seeds = range(len(prompts))
-    shape, guidance = sample.latent_shape(job.base, job.side), job.recipe.sampling.guidance
+    shape, guidance = schedulers.latent_shape(job.base, job.side), job.recipe.sampling.guidance
     how: dict[str, Any] = {"steps": DRAWN, "guidance": guidance, "negative": ""}
     chunks = [slice(first, first + batch // 2) for first in range(0, len(prompts), batch // 2)]
     with torch.no_grad(), sample.evaluating(job.base):

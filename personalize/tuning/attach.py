@@ -172,10 +172,10 @@ def attach(
     base: Base,
     what: AdapterSpec | Adapter | Iterable[tuple[Adapter, Strengths]],
     *,
-    parts: Sequence[str] = ("unet",),
+    parts: Sequence[str] = (),
     seed: int = 0,
 ) -> Attached:
-    """Attach a fresh adapter of a spec's shape to `parts`, or loaded adapters, each with its strength.
+    """Attach a fresh adapter of a spec's shape to `parts` (none: the denoiser), or loaded adapters, each with its strength.
 
     A fresh adapter starts as the identity (Hu et al. 2021: up = 0, down uniform, drawn from `seed`). A strength is a number,
     or one per part: {"unet": 0.8, "text_encoder": 0.5}, or what one types: "0.8:lbw=OUTD", "0@0,1@0.5:stop=10"; what changes
@@ -185,7 +185,7 @@ def attach(
     if any(isinstance(module, LoraLayer) for model in base.parts.values() for module in model.modules()):
         raise AdapterError(f"{base.name} already carries an adapter", "detach() it first; to stack several, attach them together")
     if isinstance(what, AdapterSpec):
-        return inject(Attached(base), fresh(base, what, parts, seed), what.dropout)
+        return inject(Attached(base), fresh(base, what, parts or [base.family.denoiser.part], seed), what.dropout)
     pairs = stack_of(what)
     for adapter, _ in pairs:
         check_fit(base, adapter)

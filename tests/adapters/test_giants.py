@@ -40,6 +40,7 @@ from personalize.families.checkpoint import open_weights
 from personalize.families.names import modules, part_of
 from personalize.formats.header import read_header
 from personalize.inference import sampling as sample
+from personalize.inference import schedulers
 from personalize.models.model import Base
 from personalize.recipe.resolve import resolve
 from personalize.training.loop import train
@@ -236,7 +237,7 @@ def ours(loud: dict[str, Any]) -> dict[str, Any]:
         base.scheduler_config["timestep_spacing"] = "trailing"
         drawn[name] = picture(base)
         if name == "base":
-            loud["sigmas"] = sample.make_sampler(base, STEPS).sigmas.tolist()
+            loud["sigmas"] = schedulers.make_sampler(base, STEPS).sigmas.tolist()
             with attach(base, Adapter.load(loud["adapter"])):
                 drawn["adapter"] = picture(base)
         del base

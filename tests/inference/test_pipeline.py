@@ -18,7 +18,7 @@ from personalize.adapters.delta import Decomposed, Dense, LowRank, Structured
 from personalize.adapters.ops.bake import bake
 from personalize.adapters.strengths.grammar import read
 from personalize.errors import AdapterError, PersonalizeError, RecipeError
-from personalize.inference import img2img
+from personalize.inference import img2img, schedulers
 from personalize.inference import sampling as sample
 from personalize.inference.events import images
 from personalize.inference.library import Library
@@ -106,8 +106,8 @@ def test_pictures_are_those_of_the_baked_checkpoint(base: Base, adapters: dict[s
 
 def by_hand(base: Base, strengths: list[list[tuple[Adapter, Any]]]) -> Tensor:
     """The sampler's loop written out, with another stack attached at every step."""
-    sampler = sample.make_sampler(base, len(strengths))
-    noise = [torch.randn(sample.latent_shape(base, None), generator=torch.Generator().manual_seed(0))]
+    sampler = schedulers.make_sampler(base, len(strengths))
+    noise = [torch.randn(schedulers.latent_shape(base, None), generator=torch.Generator().manual_seed(0))]
     now = torch.stack(noise) * sampler.init_noise_sigma
     with torch.no_grad():
         for stack, t in zip(strengths, sampler.timesteps, strict=True):

@@ -11,7 +11,7 @@ from PIL import Image
 
 from personalize.adapters.strengths.grammar import WHOLE, read
 from personalize.errors import OutputError, RecipeError
-from personalize.inference import sampling as sample
+from personalize.inference import schedulers
 from personalize.inference.pipeline import draw
 from personalize.inference.png import read_record, save_picture
 from personalize.inference.prompts import Use, parse
@@ -58,13 +58,13 @@ def test_seed_prompt_guidance_and_negative_matter(base: Base) -> None:
 def test_the_sampler_is_the_one_the_base_names(base: Base, name: str) -> None:
     config = {key: base.scheduler_config[key] for key in ("beta_start", "beta_end", "beta_schedule", "prediction_type")}
     other = Base(**(vars(base) | {"scheduler_config": config | {"_class_name": name}}))
-    assert type(sample.make_sampler(other, 4)).__name__ == name
+    assert type(schedulers.make_sampler(other, 4)).__name__ == name
     one, two = draw(other, ["a cat", "a dog"], [0, 1], steps=4), draw(other, ["a dog"], [1], steps=4)
     assert abs(levels(one[1]) - levels(two[0])).max() <= 1
 
 
 def test_zero_terminal_snr_starts_at_pure_noise(base: Base) -> None:
-    sampler = sample.make_sampler(base, 5)
+    sampler = schedulers.make_sampler(base, 5)
     assert int(sampler.timesteps[0]) == 999
     assert float(sampler.alphas_cumprod[-1]) == 0
     assert sampler.config.prediction_type == "v_prediction"

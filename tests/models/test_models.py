@@ -148,6 +148,13 @@ def misfitting(folder: Path) -> Path:
     return folder
 
 
+def another_transformer(folder: Path) -> Path:
+    (folder / "unet").rename(folder / "transformer")
+    config = folder / "transformer" / "config.json"
+    config.write_text(json.dumps({"_class_name": "FluxTransformer2DModel", "num_layers": 2}))
+    return folder
+
+
 def two_encoders(folder: Path) -> Path:
     config = folder / "unet" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"projection_class_embeddings_input_dim": 2816}))
@@ -176,6 +183,7 @@ BAD = {
     "lacking a UNet weight": (lambda folder: incomplete(folder, "unet"), "unet lacks 1 weights|unet cannot be loaded"),
     "broken config": (garbled, "config.json cannot be read"),
     "weights of another shape": (misfitting, "unet cannot be loaded"),
+    "another transformer": (another_transformer, "no base of a known family: its transformer is FluxTransformer2DModel"),
     "SDXL with one encoder": (two_encoders, "lacks its second text encoder"),
 }
 

@@ -17,6 +17,7 @@ from personalize.adapters.adapter import Adapter
 from personalize.adapters.delta import LowRank
 from personalize.errors import BaseModelError, RecipeError
 from personalize.inference import sampling as sample
+from personalize.inference import schedulers
 from personalize.inference.img2img import Beginning
 from personalize.inference.pipeline import draw
 from personalize.models.model import Base
@@ -96,19 +97,19 @@ def test_an_unknown_name_is_told_with_the_nearest(base: Base, typed: str, near: 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_every_name_is_its_own(base: Base, name: str) -> None:
     """What a row makes is called by the row's name, and no other row makes the same."""
-    made = sample.make_sampler(base, 4, name)
+    made = schedulers.make_sampler(base, 4, name)
     assert samplers.name_of(type(made).__name__, made.config) == name
     kind = type(made).__name__.removesuffix("Scheduler")
     assert [row.name for row in SAMPLERS.values() if row.names(kind, made.config)] == [name]
 
 
 def test_the_bases_own_sampler_is_told_by_its_name(base: Base) -> None:
-    assert sample.sampler_of(base) == "DDIM" == sample.sampler_of(of(base, **NOISE))
-    assert sample.sampler_of(of(base, **NOISE, _class_name="EulerDiscreteScheduler")) == "Euler"
-    assert sample.sampler_of(of(base, **NOISE, _class_name="PNDMScheduler", skip_prk_steps=True)) == "PLMS"
+    assert schedulers.sampler_of(base) == "DDIM" == schedulers.sampler_of(of(base, **NOISE))
+    assert schedulers.sampler_of(of(base, **NOISE, _class_name="EulerDiscreteScheduler")) == "Euler"
+    assert schedulers.sampler_of(of(base, **NOISE, _class_name="PNDMScheduler", skip_prk_steps=True)) == "PLMS"
     karras = {"_class_name": "DPMSolverMultistepScheduler", "use_karras_sigmas": True}
-    assert sample.sampler_of(of(base, **NOISE, **karras)) == "DPM++ 2M Karras"
-    assert sample.sampler_of(of(base, **NOISE, _class_name="TCDScheduler")) == "TCD"
+    assert schedulers.sampler_of(of(base, **NOISE, **karras)) == "DPM++ 2M Karras"
+    assert schedulers.sampler_of(of(base, **NOISE, _class_name="TCDScheduler")) == "TCD"
     told = sample.settings_of(of(base, **NOISE, **karras), prompt="", seed=0, steps=1, guidance=1.0, size=(64, 64))
     assert "Sampler: DPM++ 2M Karras, " in told.infotext("1")
 
@@ -148,7 +149,7 @@ def test_a_picture_is_the_same_alone_and_in_any_batch(base: Base, name: str) -> 
 @pytest.mark.parametrize("name", SAMPLERS)
 @pytest.mark.parametrize("steps", [1, 2])
 def test_few_steps_end_in_a_picture(base: Base, name: str, steps: int) -> None:
-    shape = sample.latent_shape(base, None)
+    shape = schedulers.latent_shape(base, None)
     found = sample.diffuse(base, ["a cat"], [0], shape, steps=steps, guidance=3.0, negative="", sampler=name)
     assert found.isfinite().all() and found.std() > 0
 
@@ -212,7 +213,7 @@ def test_every_sampler_follows_strengths_that_change(base: Base, name: str, deno
 def test_zero_terminal_snr_is_set_up_right(base: Base) -> None:
     """Where the base's noise ends without signal, other samplers go on its own noise to nearly none, and no further down."""
     for name in set(SAMPLERS) - {"DDIM"}:
-        made = sample.make_sampler(base, 20, name)
+        made = schedulers.make_sampler(base, 20, name)
         signal = made.alphas_cumprod
         assert float(signal[-1]) == pytest.approx(1e-4, rel=0.01) and bool((signal[1:] < signal[:-1]).all()), name
         assert torch.allclose(signal[:970], base.noise.alphas_cumprod[:970], atol=1e-5), name
@@ -223,12 +224,12 @@ def test_other_bases_noise_is_left_as_it_is(base: Base) -> None:
     other = of(base, **NOISE, prediction_type="epsilon")
     assert torch.allclose(other.noise.finite().float(), diffusers.DDPMScheduler(**NOISE).betas, atol=1e-6)
     for name in SAMPLERS:
-        assert torch.equal(sample.make_sampler(other, 4, name).alphas_cumprod, other.noise.alphas_cumprod), name
+        assert torch.equal(schedulers.make_sampler(other, 4, name).alphas_cumprod, other.noise.alphas_cumprod), name
 
 
 def test_what_a_base_asks_of_its_own_sampler_is_no_matter_to_others(base: Base) -> None:
     own = {"_class_name": "DPMSolverMultistepScheduler", "use_karras_sigmas": True, "algorithm_type": "sde-dpmsolver++"}
-    made = sample.make_sampler(of(base, **NOISE, **own), 4, "DPM++ 2M")
+    made = schedulers.make_sampler(of(base, **NOISE, **own), 4, "DPM++ 2M")
     assert not made.config.use_karras_sigmas and made.config.algorithm_type == "dpmsolver++"
 
 

@@ -16,6 +16,7 @@ from ...formats.header import short
 from ..adapter import Adapter
 from ..delta import frobenius
 from ..fit import check_fit
+from ..strengths.grammar import every_part
 from .checkpoints import Change, Report, Source, check_same_shapes, in_fp32, open_source, shared_paths
 
 Strengths = float | Mapping[str, float]  # one for all, or per part; parts that are not named count 1.0
@@ -65,7 +66,8 @@ def _strengths_by_part(adapter: Adapter, strengths: Strengths) -> dict[str, floa
             raise AdapterError(f"no part of a model is called {short(part)!r}", nearest(part, PARTS))
         if not math.isfinite(strength):
             raise AdapterError(f"a strength of {strength} makes no sense", "use a finite number")
-    return {part: named.get(part, 1.0) for part in adapter.parts}
+    known = every_part(named)
+    return {part: known[part] for part in adapter.parts}
 
 
 def _name(adapter: Adapter) -> str:

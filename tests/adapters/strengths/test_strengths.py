@@ -129,7 +129,7 @@ def test_curves_are_numpys_interpolation(drawn: list[tuple[float, float]], steps
 
 def test_parts_go_their_own_ways() -> None:
     _, weighting = split("a.safetensors:unet=0@0,1@1:te=0.5:lbw=MID")
-    assert weighting.at(1, 3).parts == {"unet": 0.5, "text_encoder": 0.5, "text_encoder_2": 0.5}
+    assert weighting.at(1, 3).parts == dict.fromkeys(keys.PARTS, 0.5)
     assert weighting.at(1, 3).blocks == "MID"
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from personalize.inference import sampling as sample
+from personalize.inference import schedulers
 from personalize.io import atomic
 from personalize.models.model import Base
 
@@ -36,7 +37,7 @@ class Artist:
 
     def __init__(self, base: Base, cache: Path, options: argparse.Namespace) -> None:
         self.base, self.cache, self.identity = base, cache, identity(base.path)
-        sampler = sample.sampler_of(base, options.sampler)
+        sampler = schedulers.sampler_of(base, options.sampler)
         self.how = {"sampler": sampler, "steps": options.sampler_steps, "guidance": options.guidance}
         self.told = f"{options.sampler_steps} steps of {sampler}, guidance {options.guidance:g}"
 
