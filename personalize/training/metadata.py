@@ -24,7 +24,7 @@ from ..families.configs import A1111
 from ..models.model import Base
 from ..recipe.fields import Recipe
 from ..recipe.resolve import to_json
-from .memory.ladder import Fit
+from .memory.ladder import ComputePlan
 
 MIXED = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}  # kohya's words
 PREDICTION = {"epsilon": "epsilon", "v_prediction": "v", "sample": "sample"}  # modelspec's words
@@ -37,7 +37,7 @@ def describe_run(
     name: str,
     step: int,
     sample: Path | None,
-    fit: Fit,
+    fit: ComputePlan,
     estimate: Any = None,
     classes: Dataset | None = None,
     peak: int | None = None,

@@ -33,7 +33,9 @@ from personalize.recipe.fields import Recipe
 from personalize.recipe.resolve import from_json, resolve
 from personalize.recipe.settings import settings
 from personalize.training.events import Event, Finished, Sample, Saved, Started, Step, Sweep, event_record
-from personalize.training.loop import feed, is_due, prepare, train, unbroken
+from personalize.training.inputs import prepare_data, training_batches
+from personalize.training.loop import train, uninterrupted
+from personalize.training.milestones import is_due
 from personalize.training.preflight import check
 from personalize.training.rundir import Run
 from personalize.training.selection import STRENGTHS
@@ -298,7 +300,7 @@ def done_quiet(tiny_base: Path, pictures: Path, tmp_path_factory: pytest.TempPat
 def test_ctrl_c_waits_for_the_end_of_a_step() -> None:
     reached = []
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background is born deaf to it
-    with pytest.raises(KeyboardInterrupt), unbroken():
+    with pytest.raises(KeyboardInterrupt), uninterrupted():
         signal.raise_signal(signal.SIGINT)
         reached.append("the end")
     assert reached == ["the end"]
@@ -594,7 +596,7 @@ def test_the_text_encoder_stays_as_it_is_after_its_share(make: Make, tmp_path: P
 @pytest.mark.parametrize("prior", ["images", "output"])
 def test_the_prior_holds_its_share_of_rows(make: Make, prior: str, share: float, rows: int) -> None:
     job = check(make(prior=prior, prior_share=share, batch_size=4, prior_images=3, sample_steps=1))
-    inputs = next(feed(job, prepare(job), 0))
+    inputs = next(training_batches(job, prepare_data(job), 0))
     assert len(inputs.mean) == (4 + rows if prior == "images" else 4)
     assert (inputs.class_images if prior == "images" else len(inputs.class_cond)) == rows
 
@@ -617,16 +619,16 @@ def test_class_images_are_drawn_once_and_of_each_prompt_in_turn(make: Make) -> N
 
 def test_prior_output_holds_the_class_prompts_too(make: Make, tmp_path: Path) -> None:
     job = check(make(prior="output", prior_prompts=["a {class}, ink drawing", "a house"], output=tmp_path / "run"))
-    lesson = prepare(job)
+    data = prepare_data(job)
     captions = job.class_captions
     assert captions[-2:] == ["a cat, ink drawing", "a house"] and len(captions) == len(job.dataset.examples) + 2
-    assert lesson.class_cond is not None
-    shown = [inputs.class_cond_off for inputs in islice(feed(job, lesson, 0), 6)]
+    assert data.class_cond is not None
+    shown = [inputs.class_cond_off for inputs in islice(training_batches(job, data, 0), 6)]
     held = {
-        i for cond in shown for row in cond.tokens for i in range(len(captions)) if torch.equal(row, lesson.class_cond.tokens[i])
+        i for cond in shown for row in cond.tokens for i in range(len(captions)) if torch.equal(row, data.class_cond.tokens[i])
     }
     assert {len(captions) - 2, len(captions) - 1} < held
-    again = next(feed(job, lesson, 5)).class_cond_off
+    again = next(training_batches(job, data, 5)).class_cond_off
     assert torch.equal(again.tokens, shown[5].tokens)  # a run that goes on holds the same
 
 

@@ -18,8 +18,8 @@ from personalize.families.cond import Cond
 from personalize.families.noise import Schedule
 from personalize.models.model import Base
 from personalize.recipe.fields import Objective
-from personalize.training.objectives import denoise as objectives
-from personalize.training.objectives.denoise import Inputs, Rng, build, noised, timesteps, weights
+from personalize.training.objectives.denoise import noised, timesteps, weights
+from personalize.training.objectives.objective import Denoise, Inputs, Off, Rng, answer, make_objective
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
@@ -41,6 +41,16 @@ def rng(seed: int = 0, step: int = 0) -> Rng:
 def inputs(b: int = 4, std: float = 0.0) -> Inputs:
     mean = torch.randn(b, 16, 8, 8, generator=torch.Generator().manual_seed(7))
     return Inputs(mean, torch.full_like(mean, std), said(0.0, b))
+
+
+def build(settings: Objective, schedule: Schedule, off: Off = contextlib.nullcontext) -> Callable[..., Tensor]:
+    """The losses [b] of a batch under a recipe's objective."""
+    objective = make_objective(settings, schedule)
+
+    def losses(denoise: Denoise, inputs: Inputs, rng: Rng) -> Tensor:
+        return answer([objective.loss(objective.draw(inputs, rng))], denoise, off)[0]
+
+    return losses
 
 
 def said(value: float, rows: int = 2) -> Cond:
@@ -238,7 +248,7 @@ def test_follows_the_config_of_a_real_base(
         "_class_name": "DDIMScheduler",
     }
     base = Base("", tmp_path, None, torch.device("cpu"), torch.float32, config, None, None, None, None)  # type: ignore[arg-type]
-    losses = objectives.build(Objective(), base.schedule)(zero, inputs(), rng())
+    losses = build(Objective(), base.schedule)(zero, inputs(), rng())
     assert losses.isfinite().all()
     assert torch.equal(losses, build(Objective(), schedule_of(prediction, zero_snr))(zero, inputs(), rng()))
 
