@@ -26,7 +26,7 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "output": "personalize.training.objectives.prior:ClassOutput",
     },
     "optimizers": {"adamw": "personalize.training.optimizers:adamw"},
-    "backends": {"local": "personalize.backends.local:LocalBackend"},
+    "backends": {"local": "personalize.backends.local:LOCAL"},
 }
 
 

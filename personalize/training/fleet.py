@@ -7,10 +7,8 @@ either goes on with what the other has begun.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
 
 from ..errors import PersonalizeError, RecipeError
 from ..models.model import Base
@@ -65,10 +63,9 @@ def train_alone(number: int, plan: RunPlan, fresh: bool) -> Iterator[Numbered]:
     """A run that goes with no other."""
     last = 0
     try:
-        with closing(cast("Iterator", train(plan.recipe, fresh=fresh))) as events:
-            for event in events:
-                last = event.step if isinstance(event, Step) else last
-                yield number, event
+        for event in train(plan.recipe, fresh=fresh):
+            last = event.step if isinstance(event, Step) else last
+            yield number, event
     except PersonalizeError as error:
         yield number, Failed(last, str(error))
 

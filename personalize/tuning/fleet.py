@@ -30,7 +30,7 @@ class Fleet:
         for path in starts[0] if starts else ():
             parent, leaf = place_of(base, path)
             own = parent.get_submodule(leaf)
-            specs = [lora_of(start[path], own.weight.shape) for start in starts]  # type: ignore[union-attr, arg-type]
+            specs = [lora_of(start[path], own.weight.shape) for start in starts]  # type: ignore[arg-type]
             self.layers[path] = AdapterLayer(own, LORA, specs, self.active, base.device, dropout)
         kind = LayerAdapter if len(starts) == 1 else Member
         self.members = [kind(base, self.layers, self.active, number) for number in range(len(starts))]

@@ -105,7 +105,7 @@ class AdapterLayer(nn.Module):
         """[..., in] => [..., out], or [b, in, h, w] => [b, out, h', w']."""
         who = self.active.who
         if not who:
-            return self.base_layer(x)  # type: ignore[no-any-return]
+            return self.base_layer(x)
         if len(self.strengths) > 1:
             return self._forward_several(x, who)
         if x.dtype == torch.float32 or isinstance(self.base_layer, nn.Conv2d):
@@ -116,8 +116,7 @@ class AdapterLayer(nn.Module):
         out: Tensor = self.base_layer(x)
         seen = F.dropout(x, self.dropout) if self.dropping and self.dropout else x
         if self.kind.forward is None:
-            tensors = {role: factor.weight for role, factor in self.factors.items()}
-            return out + self._changed(seen, tensors, 0)
+            return out + self._change_of(seen, {role: factor.weight for role, factor in self.factors.items()}, 0)
         tensors = {role: factor.cast(x.dtype) for role, factor in self.factors.items()}
         return self.kind.forward(self.base_layer, seen, out, tensors, self.scale(0))
 
@@ -128,10 +127,10 @@ class AdapterLayer(nn.Module):
             return out + BATCHED[self.kind.name](self.base_layer, x, tensors, self._scales(who, x)).reshape(out.shape)
         changes = []
         for m, rows in zip(who, x.chunk(len(who)), strict=True):
-            changes.append(self._changed(rows, {role: factor.weight[m] for role, factor in self.factors.items()}, m))
+            changes.append(self._change_of(rows, {role: factor.weight[m] for role, factor in self.factors.items()}, m))
         return out + torch.cat(changes)
 
-    def _changed(self, x: Tensor, tensors: Mapping[str, Tensor], number: int) -> Tensor:
+    def _change_of(self, x: Tensor, tensors: Mapping[str, Tensor], number: int) -> Tensor:
         """strength * dW x, by dW itself."""
         weight = self.weight
         delta = self.strengths[number] * self.kind.delta(tensors, weight.float(), self.alphas[number])

@@ -13,7 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ import pytest
 import torch
 from PIL import Image
 
+from personalize import registry
 from personalize.adapters.adapter import Adapter
 from personalize.adapters.describe import describe
 from personalize.data.folder import class_images
@@ -228,8 +229,8 @@ EVERYTHING = {
 KILLED = """
 import os, signal, sys
 from personalize.training.events import Saved, Step
-from personalize.recipe import resolve
-from personalize.train import train
+from personalize.recipe.resolve import resolve
+from personalize.training.loop import train
 output, start, kind, step = sys.argv[1:]
 for event in train(resolve(flags={"preset": start, "output": output})):
     if type(event).__name__ == kind and event.step == int(step):
@@ -281,6 +282,20 @@ def test_closed_or_interrupted_anywhere_it_goes_on(make: Make, done_quiet: str, 
     assert [event.step for event in rest if isinstance(event, Step)] == list(range(steps + 1, 5))
     assert digest(recipe) == done_quiet
     assert [record["step"] for record in diary(recipe) if record["event"] == "step"] == [1, 2, 3, 4]
+
+
+@pytest.mark.usefixtures("sgd")
+def test_a_run_with_another_optimizer_goes_on_to_the_same_bytes(make: Make, tmp_path: Path) -> None:
+    whole, broken = (make(optimizer="sgd", lr=0.1, output=tmp_path / name) for name in ("whole", "broken"))
+    run(whole)
+    events = train(broken)
+    list(islice(events, 4))
+    events.close()
+    run(broken)
+    assert digest(whole) == digest(broken)
+    state = Run(tmp_path / "broken", "zwx").load_state()
+    assert state and {name.rpartition(".")[2] for name in state.tensors} == {"up", "down", "momentum_buffer"}
+    assert describe(adapter_of(broken)).metadata["ss_optimizer"] == "sgd"
 
 
 @pytest.fixture(scope="module")
@@ -498,6 +513,7 @@ CHANGES: dict[str, tuple[Any, dict[str, Any]]] = {
     "prior_images": (3, {"prior": "images"}), "prior_prompts": (["the {class}", "an {class}"], {"prior": "images"}),
     "lr": (2e-3, {}), "text_encoder_lr": (1e-3, {}), "schedule": ("constant", {"warmup": 0}), "warmup": (1, {}),
     "weight_decay": (0.5, {}), "beta1": (0.5, {}), "beta2": (0.9, {}), "clip": (0.01, {}), "accumulate": (2, {}),
+    "optimizer": ("sgd", {}),
     "precision": ("bfloat16", {}), "quantize": ("nf4", {}),
     "prediction": ("epsilon", {}), "zero_snr": ("no", {}), "clip_skip": (2, {}),
     "holdout": ("1", {}),
@@ -528,11 +544,20 @@ ELSEWHERE = {
 }  # tested above or below, in test_choose.py and test_fit.py, or with one value
 
 
+@pytest.fixture
+def sgd() -> Iterator[None]:
+    """An optimizer that another package has added."""
+    registry.table("optimizers").add("sgd", lambda groups, optim: torch.optim.SGD(groups, lr=0.0, momentum=0.5))
+    yield
+    registry.table("optimizers").remove("sgd")
+
+
 def test_the_table_of_changes_is_complete() -> None:
     sampling = {name for name, setting in settings().items() if setting.section == "sampling"}
     assert set(CHANGES) | ELSEWHERE | sampling == set(settings())
 
 
+@pytest.mark.usefixtures("sgd")
 @pytest.mark.parametrize("name", CHANGES)
 def test_every_setting_changes_the_adapter(
     make: Make, tmp_path: Path, weights_of: Callable[[Recipe], dict[str, torch.Tensor]], name: str

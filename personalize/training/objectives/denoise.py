@@ -7,7 +7,7 @@ predicts, and the noise schedule, are the base's own; nothing here is chosen by 
 from __future__ import annotations
 
 from collections.abc import Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -64,9 +64,11 @@ class NoisyRows:
 
     def _piece(self, i: int, n: int) -> NoisyRows:
         own, held = share_of(self.batch, i, n), share_of(self.prior_batch, i, n)
-        prior = None if self.prior is None else self.prior[held]
-        conds = [None if cond is None else cond[held] for cond in (self.prior_cond, self.prior_cond_off)]
-        return NoisyRows(self.x[own], self.cond[own], self.batch, prior, *conds, self.prior_batch)
+        own_rows = replace(self, x=self.x[own], cond=self.cond[own])
+        if self.prior is None or self.prior_cond is None:
+            return own_rows
+        off = None if self.prior_cond_off is None else self.prior_cond_off[held]
+        return replace(own_rows, prior=self.prior[held], prior_cond=self.prior_cond[held], prior_cond_off=off)
 
     def add_prior(self, losses: Tensor, weight: float) -> Tensor:
         """The images' losses [b'] of [b' + k'], with these rows' share of the prior's mean on each.
