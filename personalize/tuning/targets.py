@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters.delta import LowRank
+from ..adapters.kinds import DOWN, UP, lora
 from ..errors import RecipeError, nearest
 from ..families.names import canonical
 from ..models.model import Base
@@ -30,11 +30,9 @@ def fresh(base: Base, spec: AdapterSpec, parts: Sequence[str], seed: int) -> dic
 
 
 def identity(module: nn.Module, rank: int, alpha: float, generator: torch.Generator) -> LowRank:
-    """A LowRank for `module` with dW = 0: down ~ U(-1/sqrt(fan_in), 1/sqrt(fan_in)), which is peft's and kohya's; up = 0."""
-    out, *fan_in = weight_of(module).shape
-    bound = 1 / math.sqrt(math.prod(fan_in))
-    down = torch.empty(rank, *fan_in).uniform_(-bound, bound, generator=generator)
-    return LowRank(torch.zeros(out, rank, *[1] * (len(fan_in) - 1)), down, alpha)
+    """A LowRank for `module` with dW = 0, as its kind starts."""
+    tensors = lora.start(tuple(weight_of(module).shape), rank, alpha, generator)
+    return LowRank(tensors[UP], tensors[DOWN], alpha)
 
 
 def select(base: Base, part: str, targets: Sequence[str]) -> dict[str, nn.Module]:

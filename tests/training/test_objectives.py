@@ -13,13 +13,14 @@ import torch
 from diffusers import DDPMScheduler
 from torch import Tensor
 
+from personalize import registry
 from personalize.data.batches import generator
 from personalize.families.cond import Cond
-from personalize.families.noise import VP
+from personalize.families.noise import Schedule
 from personalize.models.model import Base
 from personalize.recipe.fields import Objective
-from personalize.training.objectives import denoise as objectives
-from personalize.training.objectives.denoise import Inputs, Rng, build, noised, timesteps
+from personalize.training.objectives.denoise import noised, share_of, timesteps, weights
+from personalize.training.objectives.objective import Denoise, Inputs, Off, Rng, answer, make_objective, needs_of
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
@@ -30,8 +31,8 @@ def scheduler(prediction: str, zero_snr: bool) -> DDPMScheduler:
     return DDPMScheduler(**BETAS, prediction_type=prediction, rescale_betas_zero_snr=zero_snr)
 
 
-def schedule_of(prediction: str, zero_snr: bool = True) -> VP:
-    return VP(scheduler(prediction, zero_snr).alphas_cumprod, prediction)
+def schedule_of(prediction: str, zero_snr: bool = True) -> Schedule:
+    return Schedule(scheduler(prediction, zero_snr).alphas_cumprod, prediction)
 
 
 def rng(seed: int = 0, step: int = 0) -> Rng:
@@ -41,6 +42,16 @@ def rng(seed: int = 0, step: int = 0) -> Rng:
 def inputs(b: int = 4, std: float = 0.0) -> Inputs:
     mean = torch.randn(b, 16, 8, 8, generator=torch.Generator().manual_seed(7))
     return Inputs(mean, torch.full_like(mean, std), said(0.0, b))
+
+
+def build(settings: Objective, schedule: Schedule, off: Off = contextlib.nullcontext) -> Callable[..., Tensor]:
+    """The losses [b] of a batch under a recipe's objective."""
+    objective = make_objective(settings, schedule)
+
+    def losses(denoise: Denoise, inputs: Inputs, rng: Rng) -> Tensor:
+        return answer([objective.loss(objective.draw(inputs, rng))], denoise, off)[0]
+
+    return losses
 
 
 def said(value: float, rows: int = 2) -> Cond:
@@ -90,18 +101,18 @@ def test_min_snr_weighs_the_error_in_x0_by_min_snr_gamma_whatever_is_predicted(p
 
     squared = (as_predicted(guess) - as_predicted(x0)).square().mean(dim=(1, 2, 3))
     wanted = (alpha / sigma).square().flatten().clamp(max=gamma) * (guess - x0).square().mean(dim=(1, 2, 3))
-    assert torch.allclose(schedule.weight(t, gamma).double() * squared, wanted, rtol=1e-4)
+    assert torch.allclose(weights(t, schedule, gamma).double() * squared, wanted, rtol=1e-4)
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_weights_are_finite_and_bounded_with_zero_terminal_snr(prediction: str) -> None:
     schedule = schedule_of(prediction)
     assert schedule.snr(torch.tensor([999])) == 0
-    found = schedule.weight(ALL_T, 5.0)
+    found = weights(ALL_T, schedule, 5.0)
     assert found.isfinite().all() and (found >= 0).all()
     assert found.max() <= (5.0 if prediction == "sample" else 1.0)
     assert found[-1] == (1.0 if prediction == "epsilon" else 0.0)
-    assert torch.equal(schedule.weight(ALL_T, 0.0), torch.ones(1000))
+    assert torch.equal(weights(ALL_T, schedule, 0.0), torch.ones(1000))
 
 
 def test_one_loss_per_picture_in_fp32() -> None:
@@ -133,7 +144,7 @@ def test_every_draw_depends_on_seed_step_and_purpose_only() -> None:
 
 
 def test_latents_are_drawn_afresh_from_the_posterior() -> None:
-    schedule = VP(torch.ones(1000) - 1e-7, "sample")  # hardly any noise: x_t is x_0
+    schedule = Schedule(torch.ones(1000) - 1e-7, "sample")  # hardly any noise: x_t is x_0
     given = inputs(2, std=0.5)
     drawn = torch.stack([noised(given, schedule, 0.0, rng(step=i)).target for i in range(200)])
     assert torch.allclose(drawn.mean(0), given.mean, atol=0.25)
@@ -238,7 +249,7 @@ def test_follows_the_config_of_a_real_base(
         "_class_name": "DDIMScheduler",
     }
     base = Base("", tmp_path, None, torch.device("cpu"), torch.float32, config, None, None, None, None)  # type: ignore[arg-type]
-    losses = objectives.build(Objective(), base.noise)(zero, inputs(), rng())
+    losses = build(Objective(), base.noise)(zero, inputs(), rng())
     assert losses.isfinite().all()
     assert torch.equal(losses, build(Objective(), schedule_of(prediction, zero_snr))(zero, inputs(), rng()))
 
@@ -295,3 +306,58 @@ def test_priors_are_not_masked() -> None:
 
     loss = masked(0.0, "output", prior_weight=1.0)[2]
     assert torch.allclose(loss(apart, held, rng()) - masked(0.0)[2](apart, given, rng()), torch.ones(3))
+
+
+# ---------------------------------------------------------------- every row of the table
+
+
+def batch_for(name: str, b: int, seed: int = 7) -> Inputs:
+    """A batch with all that an objective needs: b images, 2 rows for its prior."""
+    needs = needs_of(Objective(prior=name))
+    k = 2 if needs.class_images else 0
+    mean = torch.randn(b + k, 16, 8, 8, generator=torch.Generator().manual_seed(seed))
+    conds = {"class_cond": said(0.3), "class_cond_off": said(0.1)} if needs.class_captions else {}
+    return Inputs(mean, torch.full_like(mean, 0.1), said(0.2, b + k), class_images=k, **conds)
+
+
+ROWS = list(registry.table("objectives"))
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_every_objective_has_a_loss_for_each_image_that_depends_on_seed_and_step(name: str) -> None:
+    net = Switched()
+    loss = build(Objective(prior=name), schedule_of("epsilon"), net.off)
+    one = loss(net, batch_for(name, 4), rng(0, 3))
+    torch.manual_seed(5)
+    assert one.shape == (4,) and one.dtype == torch.float32 and one.isfinite().all() and one.requires_grad
+    assert torch.equal(loss(net, batch_for(name, 4), rng(0, 3)), one)
+    assert not torch.equal(loss(net, batch_for(name, 4), rng(0, 4)), one)
+
+
+@pytest.mark.parametrize("n", [2, 3, 4])
+@pytest.mark.parametrize("name", ROWS)
+def test_pieces_of_every_objective_have_the_gradient_of_the_whole(name: str, n: int) -> None:
+    net, objective = Switched(), make_objective(Objective(prior=name, prior_weight=2.0), schedule_of("epsilon"))
+    rows = objective.draw(batch_for(name, 4), rng())
+    assert rows.batch == 4 and rows.split(1)[0] is rows
+    whole = answer([objective.loss(rows)], net, net.off)[0].mean()
+    (wanted,) = torch.autograd.grad(whole, net.gain)
+    pieces = [answer([objective.loss(piece)], net, net.off)[0] for piece in rows.split(n)]
+    assert [len(piece) for piece in pieces] == [len(range(4)[share_of(4, i, n)]) for i in range(n)]
+    total = sum(piece.sum() for piece in pieces) / 4
+    (found,) = torch.autograd.grad(total, net.gain)
+    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(total, whole)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_batches_of_every_objective_are_answered_side_by_side(name: str) -> None:
+    net, objective = Switched(), make_objective(Objective(prior=name), schedule_of("epsilon"))
+    rows = [objective.draw(batch_for(name, 3, seed), rng(seed)) for seed in range(3)]
+    alone = [answer([objective.loss(one)], net, net.off)[0] for one in rows]
+    calls = len(net.calls) // 3
+    net.calls.clear()
+    together = answer([objective.loss(one) for one in rows], net, net.off)
+    assert len(net.calls) == calls and len({one.shape for one in rows}) == 1
+    for one, other in zip(together, alone, strict=True):
+        torch.testing.assert_close(one, other)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from personalize.families.cond import Cond
 from personalize.models.model import Base
-from personalize.training.objectives.denoise import Denoise, Inputs
+from personalize.training.objectives.objective import Denoise, Inputs
 
 
 class Positional(nn.Module):
@@ -38,5 +38,5 @@ def graphed(base: Base, inputs: Inputs) -> Denoise:
     """`Base.denoise` for batches of the shape of `inputs`, captured on the GPU with what is attached."""
     timesteps = torch.zeros(len(inputs.mean), dtype=torch.long, device=base.device)
     sample: Any = arguments(base, inputs.mean, timesteps, inputs.cond)
-    unet: Any = torch.cuda.make_graphed_callables(Positional(base.unet), sample)
+    unet: Any = torch.cuda.make_graphed_callables(Positional(base.denoiser), sample)
     return lambda latents, t, cond: unet(*arguments(base, latents, t, cond))

@@ -26,12 +26,11 @@ from ...models.model import Base, quiet
 from ...models.precision import dtype_of
 from ...recipe.fields import Recipe
 from ...tuning.attach import Attached, attach
-from ..objectives import denoise as objectives
-from ..objectives.denoise import Inputs
+from ..objectives.objective import Inputs, make_objective, needs_of
 from ..optimizers import Optimizer
-from ..step import gradients
-from .apply import place
-from .ladder import Fit, pieces
+from ..step import Learner, gradients
+from .apply import apply_plan
+from .ladder import ComputePlan, pieces
 from .meter import Count, bytes_of, counting, tensors_of
 
 DRAWN = 8  # pictures drawn at once, where memory is no matter
@@ -53,7 +52,7 @@ class Configs:
 
 
 @dataclass(frozen=True)
-class Load:
+class Workload:
     """What a run asks of a base: everything that decides a step's shapes."""
 
     recipe: Recipe
@@ -78,7 +77,7 @@ class Estimate:
         return max(self.weights + self.adapter + self.activations, self.sampling)
 
 
-def estimate(configs: Configs, load: Load, fit: Fit, parts: tuple[str, ...]) -> Estimate:
+def estimate(configs: Configs, load: Workload, fit: ComputePlan, parts: tuple[str, ...]) -> Estimate:
     """What a run will take. A few seconds the first time, for a true base; then it is remembered on disk."""
     asked = load.recipe.model_dump(mode="json", include={"adapter", "objective", "optim", "batch_size"})
     shapes = [load.height, load.width, load.windows, load.drawn, load.prompts]
@@ -98,7 +97,7 @@ def _code() -> str:
     return store.key(sources=[path.read_text(encoding="utf-8") for path in files], torch=torch.__version__)
 
 
-def _estimate(configs: Configs, load: Load, fit: Fit, parts: tuple[str, ...]) -> Estimate:
+def _estimate(configs: Configs, load: Workload, fit: ComputePlan, parts: tuple[str, ...]) -> Estimate:
     with quiet():
         base = ghost(configs, fit)
         attached = attach(base, load.recipe.adapter, parts=parts)
@@ -106,7 +105,7 @@ def _estimate(configs: Configs, load: Load, fit: Fit, parts: tuple[str, ...]) ->
         models = [base.denoiser, base.vae, *(text.model for text in base.texts)]
         base.device = torch.device("cpu")  # of shapes: kernels are chosen by device
         solidify(models)
-        opt = Optimizer(attached.groups(), load.recipe.optim, load.recipe.steps, scaled=fit.precision == "float16")
+        opt = Optimizer(attached.parameters(), load.recipe.optim, load.recipe.steps, scaled=fit.precision == "float16")
         learned = list(opt.parameters.values())
         moments = [torch.zeros_like(p) for p in learned for _ in range(2)]
         leaving = [model for model in models[1:] if fit.lean and not any(p.requires_grad for p in model.parameters())]
@@ -122,26 +121,26 @@ def _estimate(configs: Configs, load: Load, fit: Fit, parts: tuple[str, ...]) ->
     return Estimate(weights, adapter, step - weights - adapter, sampling)
 
 
-def learn(base: Base, load: Load, fit: Fit, attached: Attached, opt: Optimizer, inputs: Inputs) -> Tensor:
+def learn(base: Base, load: Workload, fit: ComputePlan, attached: Attached, opt: Optimizer, inputs: Inputs) -> Tensor:
     """Forward and backward of one step; the losses and the gradient's norm."""
-    loss = objectives.build(load.recipe.objective, base.noise, attached.off)
+    objective = make_objective(load.recipe.objective, base.noise)
+    learner = Learner(attached, objective, opt, pieces(fit, load.recipe.batch_size))
     generator = torch.Generator().manual_seed(0)
-    batch = (inputs, lambda _: generator, lambda _: 0)
-    return gradients(base.denoise, loss, attached, opt, pieces(fit, load.recipe.batch_size), [batch])
+    return gradients([learner], [[(inputs, lambda _: generator, lambda _: 0)]])[0]
 
 
-def largest(base: Base, load: Load, parts: tuple[str, ...]) -> Inputs:
+def largest(base: Base, load: Workload, parts: tuple[str, ...]) -> Inputs:
     """The largest batch, all of zeros."""
     recipe, b = load.recipe, load.recipe.batch_size
-    k = recipe.prior_rows if recipe.objective.prior != "none" else 0
-    images, output = (k if recipe.objective.prior == kind else 0 for kind in ("images", "output"))
+    needs, k = needs_of(recipe.objective), recipe.prior_rows
+    images, output = k * needs.class_images, k * needs.class_captions
     latents = torch.zeros(b + images, base.channels, load.height, load.width)
     held = [cond_of(base, load, parts, output) for _ in range(2)] if output else [None, None]
     return Inputs(latents, latents, cond_of(base, load, parts, b + images), images, *held)
 
 
 @torch.no_grad()
-def draw(base: Base, load: Load, fit: Fit, count: Count, away: int) -> int:
+def draw(base: Base, load: Workload, fit: ComputePlan, count: Count, away: int) -> int:
     """Bytes at most while pictures are drawn: reading, one guided step, decoding. `away` bytes of encoders come in turn."""
     rows, here = 1 if fit.tiled else load.drawn, count.now - away
     latents = torch.zeros(rows, base.channels, load.height, load.width)
@@ -155,15 +154,15 @@ def draw(base: Base, load: Load, fit: Fit, count: Count, away: int) -> int:
     return max(reading, steps, decoding)
 
 
-def cond_of(base: Base, load: Load, parts: tuple[str, ...], rows: int) -> Cond:
+def cond_of(base: Base, load: Workload, parts: tuple[str, ...], rows: int) -> Cond:
     """Conditioning of so many captions: what text encoders that learn make of them, else only its shape."""
     learning = any(text.part in parts for text in base.texts)
     read = [text.blank(rows, load.windows, base.dtype, learning) for text in base.texts]
     return base.family.combine(base.family, read)
 
 
-def ghost(configs: Configs, fit: Fit) -> Base:
-    """A base of these shapes that holds nothing, as a Fit makes it compute."""
+def ghost(configs: Configs, fit: ComputePlan) -> Base:
+    """A base of these shapes that holds nothing, as a ComputePlan makes it compute."""
     from diffusers import AutoencoderKL
 
     dtype, meta = dtype_of(fit.precision), torch.device("meta")
@@ -176,7 +175,7 @@ def ghost(configs: Configs, fit: Fit) -> Base:
     for model in (denoiser, vae, *(text.model for text in texts)):
         model.requires_grad_(False).eval()
     base = Base("shapes", Path(), family, meta, dtype, dict(family.scheduler), texts, denoiser, vae, {})
-    place(base, replace(fit, compile=False, lean=False), meta)
+    apply_plan(base, replace(fit, compile=False, lean=False), meta)
     return base
 
 
