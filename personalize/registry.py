@@ -21,12 +21,12 @@ BUILT_IN: dict[str, dict[str, str]] = {
     "kinds": {},
     "families": {},
     "objectives": {
-        "none": "personalize.training.objectives.denoise:build",
-        "images": "personalize.training.objectives.denoise:build",
-        "output": "personalize.training.objectives.denoise:build",
+        "none": "personalize.training.objectives.denoise:Denoising",
+        "images": "personalize.training.objectives.prior:ClassImages",
+        "output": "personalize.training.objectives.prior:ClassOutput",
     },
-    "optimizers": {"adamw": "personalize.training.optimizers:Optimizer"},
-    "backends": {},
+    "optimizers": {"adamw": "personalize.training.optimizers:adamw"},
+    "backends": {"local": "personalize.backends.local:LOCAL"},
 }
 
 

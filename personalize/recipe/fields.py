@@ -140,8 +140,13 @@ class Objective(Part):
 
 
 class Optim(Part):
-    """AdamW (Loshchilov & Hutter 2017), its schedule and its brakes."""
+    """The optimizer, its schedule and its brakes."""
 
+    optimizer: Annotated[str, OneOf("optimizers")] = Field(
+        "adamw",
+        exclude_if=lambda name: name == "adamw",
+        description="optimizer: AdamW (Loshchilov & Hutter 2017), or one that was added",
+    )
     lr: float = Field(1e-3, ge=0, description="learning rate of the UNet adapter; 0 leaves the UNet alone")
     text_encoder_lr: float = Field(0.0, ge=0, description="learning rate of the text-encoder adapter; 0 leaves it alone")
     text_encoder_share: float = Field(

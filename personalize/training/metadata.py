@@ -24,9 +24,10 @@ from ..families.configs import A1111
 from ..models.model import Base
 from ..recipe.fields import Recipe
 from ..recipe.resolve import to_json
-from .memory.ladder import Fit
+from .memory.ladder import ComputePlan
 
 MIXED = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}  # kohya's words
+ADAMW = "torch.optim.adamw.AdamW(weight_decay={optim.weight_decay},betas=({optim.beta1}, {optim.beta2}))"  # kohya's words too
 PREDICTION = {"epsilon": "epsilon", "v_prediction": "v", "sample": "sample"}  # modelspec's words
 
 
@@ -37,7 +38,7 @@ def describe_run(
     name: str,
     step: int,
     sample: Path | None,
-    fit: Fit,
+    fit: ComputePlan,
     estimate: Any = None,
     classes: Dataset | None = None,
     peak: int | None = None,
@@ -94,7 +95,7 @@ def kohya_keys(recipe: Recipe, base: Base, dataset: Dataset, name: str, step: in
         "ss_learning_rate": optim.lr,
         "ss_unet_lr": optim.lr,
         "ss_text_encoder_lr": optim.text_encoder_lr,
-        "ss_optimizer": f"torch.optim.adamw.AdamW(weight_decay={optim.weight_decay},betas=({optim.beta1}, {optim.beta2}))",
+        "ss_optimizer": ADAMW.format(optim=optim) if optim.optimizer == "adamw" else optim.optimizer,
         "ss_lr_scheduler": optim.schedule,
         "ss_lr_warmup_steps": optim.warmup,
         "ss_max_grad_norm": optim.clip,

@@ -1,19 +1,25 @@
-"""AdamW on an adapter's parameters, one learning rate per part, and its schedule."""
+"""Optimizers on an adapter's parameters: one learning rate per part, its schedule, clipping, and a state of named tensors.
+
+An optimizer is a row of `registry.table("optimizers")`: a function from parameter groups and the recipe's settings to a
+torch.optim.Optimizer. Learning rates are set before each step.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .. import registry
 from ..recipe.fields import Optim
 
 GROWTH = 200  # steps without overflow after which float16's loss scale doubles; torch's own 2000 is longer than most runs here
 SCALE = "loss scale"  # its name in the state
-MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # torch's names for AdamW's state
+NUMBER = "="  # ends the names of what an optimizer holds as a plain number
 
 
 @dataclass
@@ -41,8 +47,16 @@ class Scale:
         self.value, self.good = max(1.0, self.value / 2), 0
 
 
+Groups = list[dict[str, Any]]  # torch's parameter groups
+
+
+def adamw(groups: Groups, optim: Optim) -> torch.optim.Optimizer:
+    """AdamW (Loshchilov & Hutter 2017)."""
+    return torch.optim.AdamW(groups, betas=(optim.beta1, optim.beta2), weight_decay=optim.weight_decay, fused=True)
+
+
 class Optimizer:
-    """AdamW (Loshchilov & Hutter 2017) with a schedule, gradient clipping and accumulation; its state is plain named tensors.
+    """The recipe's optimizer with a schedule, gradient clipping and accumulation; its state is plain named tensors.
 
     With `scaled`, losses are scaled for float16, and gradients are scaled back before anything looks at them.
     """
@@ -56,12 +70,9 @@ class Optimizer:
         text = {part: part.startswith("text_encoder") for part in groups}
         self.peak_lr = {part: optim.text_encoder_lr if is_text else optim.lr for part, is_text in text.items()}
         self.steps = {part: optim.text_encoder_steps(steps) if is_text else steps for part, is_text in text.items()}
-        self.adamw = torch.optim.AdamW(
-            [{"params": list(group.values()), "part": part} for part, group in groups.items()],
-            betas=(optim.beta1, optim.beta2),
-            weight_decay=optim.weight_decay,
-            fused=True,
-        )
+        made = [{"params": list(group.values()), "part": part} for part, group in groups.items()]
+        self.rule: torch.optim.Optimizer = registry.table("optimizers")[optim.optimizer](made, optim)
+        self._at_start = dict(group_numbers(self.rule))
 
     def backward(self, losses: Tensor, of: int = 0, again: bool = False) -> None:
         """Add the gradient of the mean of `losses` [b]; over `accumulate` calls the gradients average.
@@ -86,16 +97,16 @@ class Optimizer:
         """Clip and update, as the step after `done` steps; the gradients are spent."""
         if self.optim.clip:
             nn.utils.clip_grads_with_norm_(self.parameters.values(), self.optim.clip, norm)
-        for group in self.adamw.param_groups:
+        for group in self.rule.param_groups:
             group["lr"] = self.lr(group["part"], done)
-        self.adamw.step()
+        self.rule.step()
         self.skip()
         if self.scale:
             self.scale.grew()
 
     def skip(self) -> None:
         """Drop the gradients without an update."""
-        self.adamw.zero_grad()
+        self.rule.zero_grad()
 
     def overflowed(self) -> bool:
         """After an infinite gradient: whether the loss scale was to blame, and is smaller now."""
@@ -110,10 +121,11 @@ class Optimizer:
         return self.peak_lr[part] * factor(self.optim, done, steps) if done < steps else 0.0
 
     def state(self) -> dict[str, Tensor]:
-        """Parameters and moments, on the CPU: name -> parameter, name + '.exp_avg' -> moment, ..."""
+        """Parameters and what the optimizer holds of them, on the CPU: name -> parameter, name + '.exp_avg' -> moment, ..."""
         tensors = {name: p.detach() for name, p in self.parameters.items()}
         for name, p in self.parameters.items():
-            tensors |= {f"{name}.{moment}": value for moment, value in self.adamw.state.get(p, {}).items()}
+            tensors |= dict(named_values(name, self.rule.state.get(p, {})))
+        tensors |= {key: as_tensor(value) for key, value in group_numbers(self.rule) if self._at_start.get(key) != value}
         if self.scale:
             tensors[SCALE] = torch.tensor([self.scale.value, self.scale.good], dtype=torch.float64)
         return {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
@@ -121,15 +133,59 @@ class Optimizer:
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Take over what `state` gave. Raises KeyError for a parameter that is not in it."""
+        of_parameter: dict[str, dict[str, Any]] = {}
+        for key in (key for key in tensors if key not in self.parameters):
+            name, _, value = key.rpartition(".")
+            of_parameter.setdefault(name, {})[value.removesuffix(NUMBER)] = value_of(key, tensors)
         for name, p in self.parameters.items():
             p.copy_(tensors[name])
-            moments = {m: tensors[f"{name}.{m}"].to(p.device, copy=True) for m in MOMENTS if f"{name}.{m}" in tensors}
-            self.adamw.state.pop(p, None)
-            if moments:  # there are none where no step was taken yet
-                self.adamw.state[p] = moments
+            self.rule.state.pop(p, None)
+            if held := of_parameter.get(name):  # there is nothing where no step was taken yet
+                self.rule.state[p] = {
+                    key: value.to(p.device, copy=True) if isinstance(value, Tensor) else value for key, value in held.items()
+                }
+        for group in self.rule.param_groups:
+            for key in group_keys(group):
+                name = group_name(group, key)
+                group[key] = value_of(name, tensors) if name in tensors else self._at_start[name]
         if self.scale and SCALE in tensors:
             value, good = tensors[SCALE].tolist()
             self.scale = Scale(value, int(good))
+
+
+def named_values(name: str, held: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """What an optimizer holds of a parameter, as named tensors; what is None is left out."""
+    for key, value in held.items():
+        if isinstance(value, Tensor):
+            yield f"{name}.{key}", value
+        elif value is not None:
+            yield f"{name}.{key}{NUMBER}", as_tensor(value)
+
+
+def group_numbers(rule: torch.optim.Optimizer) -> Iterator[tuple[str, float]]:
+    """Plain numbers that an optimizer holds of a whole group, some of which it changes, by name; rates are the loop's."""
+    for group in rule.param_groups:
+        yield from ((group_name(group, key), group[key]) for key in group_keys(group))
+
+
+def group_keys(group: Mapping[str, Any]) -> list[str]:
+    """The keys of a group's plain numbers."""
+    return [key for key, value in group.items() if key != "lr" and isinstance(value, int | float)]
+
+
+def group_name(group: Mapping[str, Any], key: str) -> str:
+    """What a group's number is called in the state."""
+    return f"group {group['part']} {key}{NUMBER}"
+
+
+def as_tensor(value: float) -> Tensor:
+    """A number as a tensor that keeps it exactly: int64, bool or float64."""
+    return torch.tensor(value, dtype=torch.float64 if isinstance(value, float) else None)
+
+
+def value_of(key: str, tensors: Mapping[str, Tensor]) -> Any:
+    """A tensor, or the plain number that it stands for."""
+    return tensors[key].item() if key.endswith(NUMBER) else tensors[key]
 
 
 def factor(optim: Optim, done: int, steps: int) -> float:

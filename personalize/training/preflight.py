@@ -27,6 +27,7 @@ from ..recipe.resolve import to_toml
 from ..recipe.settings import flatten
 from ..tuning.targets import fresh as fresh_deltas
 from .events import Finished
+from .objectives.objective import needs_of
 from .rundir import Run, State
 
 # Settings that change nothing about the training itself: a run may go on with other ones.
@@ -39,7 +40,7 @@ MARGIN = 64 * 2**20  # bytes of disk for everything small
 
 
 @dataclass(frozen=True)
-class Job:
+class RunPlan:
     """A checked run: its recipe with every default filled in, its base and pictures, and where it stands."""
 
     recipe: Recipe
@@ -103,7 +104,7 @@ class Job:
         return fill(template, concept.trigger, concept.class_name)
 
 
-def check(recipe: Recipe, *, fresh: bool = False, base: Base | None = None) -> Job:
+def check(recipe: Recipe, *, fresh: bool = False, base: Base | None = None) -> RunPlan:
     """Check a recipe against the world: pictures, base, targets, prompts, dialect, what the output holds, disk.
 
     Raises PersonalizeError for the first thing that is wrong. Changes nothing but for making the run folder. `base` is the one
@@ -132,10 +133,10 @@ def check(recipe: Recipe, *, fresh: bool = False, base: Base | None = None) -> J
     if state:
         check_same(run, state.about, about)
     finished = run.finished() if state and state.done == recipe.steps and run.recipe_text() == to_toml(recipe) else None
-    job = Job(recipe, base, device, dataset, held, run, about, state, finished, brought)
+    plan = RunPlan(recipe, base, device, dataset, held, run, about, state, finished, brought)
     if not finished:
-        rehearse(job)
-    return job
+        rehearse(plan)
+    return plan
 
 
 def class_folder(recipe: Recipe) -> Dataset | None:
@@ -193,7 +194,7 @@ def parts(recipe: Recipe, base: Base) -> tuple[str, ...]:
 
 def compared(recipe: Recipe) -> dict[str, Any]:
     """The settings that must not change when a run goes on. Class images depend on how pictures are sampled."""
-    free = HARMLESS | (SAMPLING if recipe.objective.prior != "images" else set())
+    free = HARMLESS | (SAMPLING if not needs_of(recipe.objective).class_images else set())
     return {name: value for name, value in flatten(recipe).items() if name not in free}
 
 
@@ -224,18 +225,18 @@ def check_same(run: Run, before: dict[str, Any], now: dict[str, Any]) -> None:
         raise RecipeError(what, "start over with --fresh, choose another --output, or set it back")
 
 
-def rehearse(job: Job) -> None:
+def rehearse(plan: RunPlan) -> None:
     """Save the adapter as it will be, still empty, read it back and remove it: targets, dialect, output and disk are sound."""
-    deltas = fresh_deltas(job.base, job.recipe.adapter, parts(job.recipe, job.base), job.recipe.seed)
-    job.run.make()
-    path = job.run.folder / ".rehearsal.safetensors"
-    Adapter(deltas).save(path, job.recipe.dialect)
-    size, free = path.stat().st_size, shutil.disk_usage(job.run.folder).free
+    deltas = fresh_deltas(plan.base, plan.recipe.adapter, parts(plan.recipe, plan.base), plan.recipe.seed)
+    plan.run.make()
+    path = plan.run.folder / ".rehearsal.safetensors"
+    Adapter(deltas).save(path, plan.recipe.dialect)
+    size, free = path.stat().st_size, shutil.disk_usage(plan.run.folder).free
     path.unlink()
-    saves = 2 + (job.recipe.steps // job.recipe.checkpoint_every if job.recipe.checkpoint_every else 0)
+    saves = 2 + (plan.recipe.steps // plan.recipe.checkpoint_every if plan.recipe.checkpoint_every else 0)
     need = size * (saves + 6) + MARGIN  # the state is three adapters, and a new one is written before the old one goes
     if free < need:
-        what = f"{job.run.folder} has {free / 2**20:.0f} MiB free and the run needs about {need / 2**20:.0f} MiB"
+        what = f"{plan.run.folder} has {free / 2**20:.0f} MiB free and the run needs about {need / 2**20:.0f} MiB"
         raise OutputError(what, "free some space, choose another --output, or a larger --checkpoint-every")
 
 

@@ -31,10 +31,10 @@ from ..data.captions import without
 from ..data.latents import Latents
 from ..inference import sampling as sample
 from ..models.model import Base
-from ..tuning.attach import Attached
+from ..tuning.tunable import Tunable
 from .events import Chosen, Event, Scored
-from .objectives import denoise as objectives
-from .preflight import Job
+from .objectives.denoise import target
+from .preflight import RunPlan
 
 # How much is asked, in rows: one prediction each. A training step on 4 pictures costs about as much as 20 of them.
 TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)  # places on the schedule
@@ -131,23 +131,23 @@ def score(found: Figures) -> float:
 # ---------------------------------------------------------------- the questions
 
 
-def prepare(job: Job, trained: Latents, held: Latents | None, attached: Attached) -> Exam:
+def prepare_exam(plan: RunPlan, trained: Latents, held: Latents | None, tunable: Tunable) -> Exam:
     """Everything that is asked of every checkpoint, and what the base says."""
-    examples = job.dataset.examples, job.held
+    examples = plan.dataset.examples, plan.held
     asked = [(latents, side, i) for latents, side in zip((trained, held), examples, strict=True) if latents
              for i in spread(len(side), PICTURES)]  # fmt: skip
-    shape = job.side, job.side  # all are asked about as squares: no question depends on what else there is
+    shape = plan.side, plan.side  # all are asked about as squares: no question depends on what else there is
     x0, shown = torch.stack([latents.posterior(i, shape, False)[0] for latents, _, i in asked]), [side[i] for _, side, i in asked]
     captions, names = [example.caption for example in shown], [example.sha256 for example in shown]
-    called, target = noisy(job, x0, names, captions, TIMES)
+    called, right = noisy(plan, x0, names, captions, TIMES)
     few = at_few(len(called.t))
-    without_trigger = tuple(without(job.dataset.triggers, called.prompts[i])[0] for i in few)
+    without_trigger = tuple(without(plan.dataset.triggers, called.prompts[i])[0] for i in few)
     bare = Sheet(called.latents[few], called.t[few], without_trigger)
-    batch = ROWS * job.recipe.batch_size
-    with attached.off():
-        others = drawings(job, batch)
-        off = answers(job.base, called, batch), answers(job.base, bare, batch), answers(job.base, others, batch)
-    return Exam(job.base, batch, min(len(examples[0]), PICTURES), called, bare, others, target, off)
+    batch = ROWS * plan.recipe.batch_size
+    with tunable.off():
+        others = drawings(plan, batch)
+        off = answers(plan.base, called, batch), answers(plan.base, bare, batch), answers(plan.base, others, batch)
+    return Exam(plan.base, batch, min(len(examples[0]), PICTURES), called, bare, others, right, off)
 
 
 def spread(n: int, most: int) -> list[int]:
@@ -159,36 +159,38 @@ def spread(n: int, most: int) -> list[int]:
     return [i * n // min(n, most) for i in range(min(n, most))]
 
 
-def noisy(job: Job, x0: Tensor, names: Sequence[str], prompts: Sequence[str], times: Sequence[float]) -> tuple[Sheet, Tensor]:
+def noisy(
+    plan: RunPlan, x0: Tensor, names: Sequence[str], prompts: Sequence[str], times: Sequence[float]
+) -> tuple[Sheet, Tensor]:
     """Latents x0 [p, c, h, w] at all times, each with noise that depends on (seed, name, timestep); and the right answers."""
-    schedule = job.base.schedule
+    schedule = plan.base.schedule
     steps = [int(time * len(schedule.alphas_cumprod)) for time in times]
     draws = [
-        torch.randn(x0.shape[1:], generator=generator(job.recipe.seed, f"choose {name}", t)) for name in names for t in steps
+        torch.randn(x0.shape[1:], generator=generator(plan.recipe.seed, f"choose {name}", t)) for name in names for t in steps
     ]
     eps, t = torch.stack(draws), torch.tensor(steps).repeat(len(x0))
     x0, where = x0.float().cpu().repeat_interleave(len(steps), 0), t.to(schedule.alphas_cumprod.device)
     latents = schedule.signal(where).cpu() * x0 + schedule.noise(where).cpu() * eps
-    right = objectives.target(x0.to(where.device), eps.to(where.device), where, schedule).cpu()
+    right = target(x0.to(where.device), eps.to(where.device), where, schedule).cpu()
     return Sheet(latents, t, tuple(prompt for prompt in prompts for _ in steps)), right
 
 
-def drawings(job: Job, batch: int) -> Sheet:
+def drawings(plan: RunPlan, batch: int) -> Sheet:
     """What the base itself draws from prompts without the trigger, noisy."""
-    prompts = uncalled(job)
+    prompts = uncalled(plan)
     seeds = range(len(prompts))
-    shape, guidance = sample.latent_shape(job.base, job.side), job.recipe.sampling.guidance
+    shape, guidance = sample.latent_shape(plan.base, plan.side), plan.recipe.sampling.guidance
     how: dict[str, Any] = {"steps": DRAWN, "guidance": guidance, "negative": ""}
     chunks = [slice(first, first + batch // 2) for first in range(0, len(prompts), batch // 2)]
-    with torch.no_grad(), sample.evaluating(job.base):
-        drawn = [sample.diffuse(job.base, prompts[part], seeds[part], shape, **how).float().cpu() for part in chunks]
-    return noisy(job, torch.cat(drawn), prompts, prompts, [TIMES[i] for i in FEW])[0]
+    with torch.no_grad(), sample.evaluating(plan.base):
+        drawn = [sample.diffuse(plan.base, prompts[part], seeds[part], shape, **how).float().cpu() for part in chunks]
+    return noisy(plan, torch.cat(drawn), prompts, prompts, [TIMES[i] for i in FEW])[0]
 
 
-def uncalled(job: Job) -> list[str]:
+def uncalled(plan: RunPlan) -> list[str]:
     """Prompts without the trigger: half of the run's own, about the class, and as many about anything."""
-    own = [prompt for prompt in job.prompts if not without(job.dataset.triggers, prompt)[1]]
-    near = list(dict.fromkeys([*own, *job.class_prompts, *job.class_captions]))[: OTHERS - len(EVERYDAY)]
+    own = [prompt for prompt in plan.prompts if not without(plan.dataset.triggers, prompt)[1]]
+    near = list(dict.fromkeys([*own, *plan.class_prompts, *plan.class_captions]))[: OTHERS - len(EVERYDAY)]
     return [*near, *(prompt for prompt in EVERYDAY if prompt not in near)]
 
 
@@ -209,35 +211,35 @@ def answers(base: Base, sheet: Sheet, batch: int) -> Tensor:
 # ---------------------------------------------------------------- the choice
 
 
-def choose(job: Job, trained: Latents, held: Latents | None, attached: Attached) -> Iterator[Event]:
+def choose(plan: RunPlan, trained: Latents, held: Latents | None, tunable: Tunable) -> Iterator[Event]:
     """Examine every checkpoint, then the chosen one at other strengths; leaves it attached. The last event says which it is.
 
     With `choose = "last"` it is the last one whatever the scores say; they are told all the same.
     """
-    exam, steps, left_out = prepare(job, trained, held, attached), job.recipe.steps, unseen(job)
-    files: Mapping[int, Path | None] = job.run.checkpoints() or {steps: None}
+    exam, steps, left_out = prepare_exam(plan, trained, held, tunable), plan.recipe.steps, unseen(plan)
+    files: Mapping[int, Path | None] = plan.run.checkpoints() or {steps: None}
     asked: dict[int, Figures] = {}
     found: dict[int, Figures] = {}
     for step, file in files.items():
         if file:
-            attached.put(Adapter.load(file))
+            tunable.put(Adapter.load(file))
         asked[step] = exam.figures()
         found[step] = replace(asked[step], validation=left_out.get(step, asked[step].validation))
-        yield job.run.record(scored(step, 1.0, found[step]))
+        yield plan.run.record(scored(step, 1.0, found[step]))
     most = max(map(score, found.values()))
     best = max(step for step, figures in found.items() if score(figures) >= most - EQUAL)
-    step = best if job.recipe.choosing.choose == "best" else steps
+    step = best if plan.recipe.choosing.choose == "best" else steps
     if file := files[step]:
-        attached.put(Adapter.load(file))
+        tunable.put(Adapter.load(file))
     f, by_strength = found[step], {1.0: asked[step]}
     for strength in STRENGTHS:
-        with attached.at(strength):
+        with tunable.at(strength):
             by_strength[strength] = exam.figures()
-        yield job.run.record(scored(step, strength, by_strength[strength]))
+        yield plan.run.record(scored(step, strength, by_strength[strength]))
     scores = {strength: score(figures) for strength, figures in by_strength.items()}
     low, weight, high = strengths(scores, CLOSE * max(0.0, asked[step].fit))
-    judges = judged_by(job, left_out)
-    yield job.run.record(Chosen(step, best, len(found), f.fit, f.validation, f.drift, f.contrast, judges, low, weight, high))
+    judges = judged_by(plan, left_out)
+    yield plan.run.record(Chosen(step, best, len(found), f.fit, f.validation, f.drift, f.contrast, judges, low, weight, high))
 
 
 def scored(step: int, strength: float, f: Figures) -> Scored:
@@ -245,18 +247,18 @@ def scored(step: int, strength: float, f: Figures) -> Scored:
     return Scored(step, strength, f.fit, f.validation, f.drift, f.contrast, score(f))
 
 
-def unseen(job: Job) -> dict[int, float]:
+def unseen(plan: RunPlan) -> dict[int, float]:
     """Validation by step on pictures left out in turn: means over the runs that left one out, for steps that all of them have."""
-    found = [run.scores() for run in job.folds]
+    found = [run.scores() for run in plan.folds]
     common = set.intersection(*map(set, found)) if found else set()
     return {step: sum(scores[step] for scores in found) / len(found) for step in sorted(common)}
 
 
-def judged_by(job: Job, left_out: Mapping[int, float]) -> str:
+def judged_by(plan: RunPlan, left_out: Mapping[int, float]) -> str:
     """Which pictures told the validation, in words."""
     if left_out:
-        return f"pictures left out in turn ({len(job.folds)} trainings)"
-    return f"{len(job.held)} held-back picture{'s' * (len(job.held) > 1)}" if job.held else "the training pictures"
+        return f"pictures left out in turn ({len(plan.folds)} trainings)"
+    return f"{len(plan.held)} held-back picture{'s' * (len(plan.held) > 1)}" if plan.held else "the training pictures"
 
 
 def strengths(scores: Mapping[float, float], close: float) -> tuple[float, float, float]:

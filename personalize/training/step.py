@@ -1,33 +1,98 @@
-"""One step's gradients: forward and backward, in as many pieces as fit into memory."""
+"""One step's gradients, of one run or of many: forward and backward passes of as many rows as fit into memory.
+
+A pass has rows of one shape: a piece of one run's batch, or pieces of several runs' batches side by side.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import collections
+import contextlib
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..tuning.attach import Attached
-from .objectives.denoise import Denoise, Inputs, Loss, Piece, Rng
+from ..tuning.tunable import Tunable
+from .objectives.objective import Inputs, Objective, Rng, answer
 from .optimizers import Optimizer
 
 Seeds = Callable[[int], int]  # piece -> seed of its dropout
+Batch = tuple[Inputs, Rng, Seeds]
 
 
-def gradients(
-    denoise: Denoise, loss: Loss, attached: Attached, opt: Optimizer, n: int, batches: Iterable[tuple[Inputs, Rng, Seeds]]
-) -> Tensor:
-    """Add up the gradients of some batches, each in `n` pieces: [losses of all pictures..., the gradient's norm].
+@dataclass
+class Learner:
+    """What takes a step: values that learn, what their loss is, and how they follow its gradient."""
 
+    tunable: Tunable
+    objective: Objective
+    opt: Optimizer
+    pieces: int = 1  # in so many passes a batch is computed
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Rows of a learner's batch that are computed at once."""
+
+    learner: Learner
+    number: int  # of the learner
+    rows: Any  # objective.Rows
+    seed: int  # of its dropout
+    again: bool  # later pieces go back through the same text encoder's pass
+
+
+def gradients(learners: Sequence[Learner], batches: Sequence[Iterable[Batch]], at_once: int | None = None) -> list[Tensor]:
+    """Compute the gradients of a step that has some batches of each learner: [losses of all its images..., gradient's norm] each.
+
+    Learners with more than one in common share one base. At most `at_once` of them go through it in one pass (None: all).
     Nothing here waits for the device.
     """
-    told: list[Tensor] = []
-    with attached.lowered():
-        for inputs, rng, seeds in batches:
-            for i in range(n):
-                again = inputs.cond.tokens.requires_grad and i < n - 1  # all pieces go back through the text encoder's pass
-                with attached.dropping(seeds(i)):  # checkpointed blocks drop the same again in the backward pass
-                    losses = loss(denoise, inputs, rng, Piece(i, n))  # [b], one per picture
-                    opt.backward(losses, of=len(inputs.mean) - inputs.class_images, again=again)
-                told.append(losses.detach())
-    return torch.cat([*told, opt.norm()[None]])
+    first = learners[0].tunable
+    first.drop_gradients()
+    losses: list[list[Tensor]] = [[] for _ in learners]
+    with first.lowered():
+        for micro_step in itertools.zip_longest(*batches):
+            for group in passes(learners, micro_step, at_once):
+                for piece, loss in zip(group, backward(group), strict=True):
+                    losses[piece.number].append(loss)
+    for learner in learners:
+        learner.tunable.collect_gradients()
+    return [torch.cat([*own, learner.opt.norm()[None]]) for own, learner in zip(losses, learners, strict=True)]
+
+
+def passes(learners: Sequence[Learner], batches: Sequence[Batch | None], at_once: int | None) -> Iterator[list[Piece]]:
+    """The passes of one batch of each learner (None: it has no more): pieces of one shape that ask the same questions."""
+    split = [pieces_of(learners[i], i, batch) for i, batch in enumerate(batches) if batch is not None]
+    for pieces in itertools.zip_longest(*split):
+        groups: dict[Any, list[Piece]] = collections.defaultdict(list)
+        for piece in pieces:
+            if piece is not None:
+                groups[piece.rows.shape, type(piece.learner.objective)].append(piece)
+        for group in groups.values():
+            size = at_once or len(group)
+            yield from (group[first : first + size] for first in range(0, len(group), size))
+
+
+def pieces_of(learner: Learner, number: int, batch: Batch) -> list[Piece]:
+    """A learner's batch, drawn whole and split."""
+    inputs, rng, seeds = batch
+    rows = learner.objective.draw(inputs, rng).split(learner.pieces)
+    again, last = inputs.cond.tokens.requires_grad, len(rows) - 1
+    return [Piece(learner, number, one, seeds(i), again and i < last) for i, one in enumerate(rows)]
+
+
+def backward(group: Sequence[Piece]) -> list[Tensor]:
+    """One pass through the base per question, and one back: the losses [b] of each piece."""
+    first, *others = (piece.learner.tunable for piece in group)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(first.computing(*others))
+        for piece in group:  # checkpointed blocks drop the same again in the backward pass
+            stack.enter_context(piece.learner.tunable.dropout(piece.seed))
+        losses = answer([piece.learner.objective.loss(piece.rows) for piece in group], first.base.denoise, first.off)
+        shares = [piece.learner.opt.share(loss, piece.rows.batch) for piece, loss in zip(group, losses, strict=True)]
+        total = shares[0] if len(shares) == 1 else torch.stack(shares).sum()
+        total.backward(retain_graph=any(piece.again for piece in group))
+    return [loss.detach() for loss in losses]

@@ -1,6 +1,6 @@
-"""Adapters on a base's modules, through peft: attach(base, spec | adapters) <-> detach() -> Adapter.
+"""Adapters on a base's modules: attach(base, spec | adapters) <-> detach() -> Adapter.
 
-Module paths are canonical everywhere outside this file: `unet.` or `text_encoder.text_model.` and the module's own path,
+Module paths are canonical everywhere outside this folder: `unet.` or `text_encoder.text_model.` and the module's own path,
 although transformers' CLIPTextModel has lost its `text_model` level.
 """
 
@@ -9,36 +9,40 @@ from __future__ import annotations
 import contextlib
 import functools
 import operator
-import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from typing import Any
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora import LoraLayer
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..adapters.adapter import Adapter
-from ..adapters.delta import Delta, Dense, LowRank, as_low_rank
+from ..adapters.delta import Delta, Dense
+from ..adapters.kinds.kind import DOWN
 from ..adapters.strengths.grammar import Weighting, read
 from ..errors import AdapterError, FamilyMismatchError
-from ..families.configs import canonical, native
+from ..families.configs import native
 from ..families.names import PARTS, same
 from ..models.model import Base
 from ..recipe.fields import AdapterSpec
-from .layers import NAME, Following, follow, lowered
+from .kinds import LORA
+from .layers import ActiveRows, AdapterLayer
+from .placement import check_free, place_of, put_layers, restore_layers
 from .scheduled import Moving, Vector, side_by_side
-from .targets import fresh, weight_of
+from .targets import fresh
+from .tunable import LayerAdapter, lora_of
 
+REGISTERED = "attached"  # under this name a base knows what it carries
 Strengths = float | Mapping[str, float] | str | Weighting  # a text is what stands behind a file's name: "0.8:lbw=OUTD"
 
 
-class Attached:
-    """Adapter layers on a base, until `detach()` or the end of the `with` block; the base's own weights never change."""
+class Attached(LayerAdapter):
+    """Adapter layers on a base, until `detach()` or the end of the `with` block; the base's own weights never change.
+
+    A Tunable. Of a stack, `parameters` are those of the sum; norms and biases carry their update in place.
+    """
 
     def __init__(self, base: Base, moving: Moving | None = None) -> None:
-        self.base, self.moving = base, moving or Moving()
-        self.layers: dict[str, LoraLayer] = {}
+        super().__init__(base, {}, ActiveRows(0))
+        self.moving = moving or Moving()
         self.vectors: dict[str, Vector] = {}
 
     def __enter__(self) -> Attached:
@@ -47,18 +51,10 @@ class Attached:
     def __exit__(self, *_: object) -> None:
         self._remove()
 
-    def groups(self) -> dict[str, dict[str, nn.Parameter]]:
-        """Trainable parameters: part -> {module path + '.down' or '.up': parameter, fp32}."""
-        groups: dict[str, dict[str, nn.Parameter]] = {}
-        for path, layer in self.layers.items():
-            group = groups.setdefault(path.partition(".")[0], {})
-            group[f"{path}.down"], group[f"{path}.up"] = layer.lora_A[NAME].weight, layer.lora_B[NAME].weight
-        return groups
-
     def snapshot(self, metadata: Mapping[str, str] | None = None) -> Adapter:
         """A copy of what is attached now, on the CPU."""
-        deltas: dict[str, Delta] = {path: lift(layer) for path, layer in self.layers.items()}
-        return Adapter(deltas | {path: vector.delta for path, vector in self.vectors.items()}, metadata or {})
+        layers = super().snapshot().deltas
+        return Adapter({**layers, **{path: vector.delta for path, vector in self.vectors.items()}}, metadata or {})
 
     def detach(self) -> Adapter:
         """What was attached; the base is left exactly as it was before."""
@@ -88,59 +84,25 @@ class Attached:
         self.moving = moving
         return inject(self, deltas, 0.0)
 
-    def put(self, adapter: Adapter) -> None:
-        """Another adapter of the same shape in the place of what is attached; the parameters of `groups` stay as they were."""
-        for path, layer in self.layers.items():
-            place(layer, as_low_rank(adapter.deltas[path]), self.base.device)
-
     @contextlib.contextmanager
     def off(self) -> Iterator[None]:
         """Inside, the base predicts as if nothing were attached."""
-        for layer in self.layers.values():
-            layer.enable_adapters(False)
         self._shift(0.0)
         try:
-            yield
+            with super().off():
+                yield
         finally:
-            for layer in self.layers.values():
-                layer.enable_adapters(True)
             self._shift(1.0)
 
     @contextlib.contextmanager
     def at(self, strength: float) -> Iterator[None]:
         """Inside, everything attached counts `strength` times."""
-        before = [layer.scaling[NAME] for layer in self.layers.values()]
-        for layer, scaling in zip(self.layers.values(), before, strict=True):
-            layer.scaling[NAME] = scaling * strength
         self._shift(strength)
         try:
-            yield
-        finally:
-            for layer, scaling in zip(self.layers.values(), before, strict=True):
-                layer.scaling[NAME] = scaling
-            self._shift(1.0)
-
-    @contextlib.contextmanager
-    def dropping(self, seed: int) -> Iterator[None]:
-        """Inside, dropout is active, and drawn from `seed`; outside it never is."""
-        drops = [drop for layer in self.layers.values() if isinstance(drop := layer.lora_dropout[NAME], nn.Dropout)]
-        if not drops:
-            yield
-            return
-        with torch.random.fork_rng(devices=[self.base.device] if self.base.device.type == "cuda" else []):
-            torch.manual_seed(seed)
-            for drop in drops:
-                drop.train()
-            try:
+            with super().at(strength):
                 yield
-            finally:
-                for drop in drops:
-                    drop.eval()
-
-    def lowered(self) -> contextlib.AbstractContextManager[None]:
-        """Inside, factors are cast to the base's dtype once for all layers and passes; they must not change meanwhile."""
-        factors: list[Following] = [side[NAME] for one in self.layers.values() for side in (one.lora_A, one.lora_B)]
-        return lowered(factors, self.base.dtype)
+        finally:
+            self._shift(1.0)
 
     @torch.no_grad()
     def _shift(self, strength: float) -> None:
@@ -154,18 +116,11 @@ class Attached:
         if attached_to(self.base) is not self:
             return
         self._shift(0.0)
-        for part, model in self.base.parts.items():
-            found = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
-            gone = [name for name in found if canonical(part, name) not in keep]
-            for name in gone:
-                parent, _, leaf = name.rpartition(".")
-                setattr(model.get_submodule(parent), leaf, found[name].base_layer)
-            if len(gone) == len(found):
-                vars(model).pop("peft_config", None)
+        restore_layers(self.base, [path for path in self.layers if path not in keep])
         self.layers = {path: layer for path, layer in self.layers.items() if path in keep}
         self.vectors, self.moving = {}, Moving()
         if not keep:
-            vars(self.base).pop("attached", None)
+            vars(self.base).pop(REGISTERED, None)
 
 
 def attach(
@@ -182,8 +137,7 @@ def attach(
     from step to step is brought there by `turn`. A stack is exact: sum of strength * dW, whatever the ranks and alphas.
     Raises RecipeError for a target that matches nothing, FamilyMismatchError for an adapter that does not fit.
     """
-    if any(isinstance(module, LoraLayer) for model in base.parts.values() for module in model.modules()):
-        raise AdapterError(f"{base.name} already carries an adapter", "detach() it first; to stack several, attach them together")
+    check_free(base)
     if isinstance(what, AdapterSpec):
         return inject(Attached(base), fresh(base, what, parts, seed), what.dropout)
     pairs = stack_of(what)
@@ -195,7 +149,7 @@ def attach(
 
 def attached_to(base: Base) -> Attached | None:
     """What a base carries."""
-    found: Attached | None = vars(base).get("attached")
+    found: Attached | None = vars(base).get(REGISTERED)
     return found
 
 
@@ -261,24 +215,19 @@ def vector(parameter: Tensor, delta: Delta) -> Vector:
 
 
 def inject(attached: Attached, deltas: Mapping[str, Delta], dropout: float) -> Attached:
-    """Put deltas on a base's modules as peft layers; those of norms and biases go into the base until they are taken off.
+    """Put deltas on a base's modules as layers; those of norms and biases go into the base until they are taken off.
 
-    If anything fails on the way, the base is as it was.
+    Layers that are there already get other values. If anything fails on the way, the base is as it was.
     """
     base, single = attached.base, {path for path, delta in deltas.items() if len(delta.shape) == 1}
     with contextlib.ExitStack() as undo:
         undo.callback(attached._remove)
-        vars(base)["attached"] = attached
-        for part, model in base.parts.items():
-            own = {native(path, base.parts)[1]: path for path in deltas if path.startswith(f"{part}.") and path not in single}
-            if new := [name for name, path in own.items() if path not in attached.layers]:
-                pattern = "|".join(map(re.escape, new))  # full paths, so that peft's match by ending cannot find others
-                config = LoraConfig(r=1, lora_alpha=1, lora_dropout=dropout, target_modules=pattern, init_lora_weights=False)
-                vars(model).pop("peft_config", None)
-                inject_adapter_in_model(config, model, NAME, low_cpu_mem_usage=True)  # on no device: place() brings the values
-            for name, path in own.items():
-                layer = attached.layers[path] = place(model.get_submodule(name), as_low_rank(deltas[path]), base.device)
-                attached.moving.take(path, layer.lora_A[NAME].weight)
+        vars(base)[REGISTERED] = attached
+        for path in in_order_of_parts(base, deltas):
+            if path not in single:
+                attached.layers[path] = layer_with(attached, path, deltas[path], dropout)
+                attached.moving.take(path, attached.layers[path].factors[DOWN].weight)
+        put_layers(base, attached.layers)
         attached.vectors = {path: vector(weight_named(base, path), deltas[path]) for path in single}
         attached._shift(1.0)
         attached.turn(0, 1)
@@ -286,26 +235,18 @@ def inject(attached: Attached, deltas: Mapping[str, Delta], dropout: float) -> A
     return attached
 
 
-def place(layer: Any, delta: LowRank, device: torch.device) -> LoraLayer:
-    """Give a peft layer the factors of a delta, as trainable fp32 parameters. Each layer may have its own rank and alpha."""
-    rank = delta.rank
-    layer.r[NAME], layer.lora_alpha[NAME], layer.scaling[NAME] = rank, delta.alpha, delta.alpha / rank
-    weight = weight_of(layer.base_layer)
-    kernel = weight.shape[2:]
-    layer.lora_A[NAME].weight = parameter(delta.down.reshape(rank, weight.shape[1], *kernel), device)
-    layer.lora_B[NAME].weight = parameter(delta.up.reshape(weight.shape[0], rank, *[1] * len(kernel)), device)
-    layer.cast_input_dtype_enabled = False
-    for module in (layer, layer.lora_A[NAME], layer.lora_B[NAME]):
-        follow(module)
-    return layer.eval()
+def in_order_of_parts(base: Base, paths: Iterable[str]) -> list[str]:
+    """Paths part by part, in the base's order of parts."""
+    return [path for part in base.parts for path in paths if path.startswith(f"{part}.")]
 
 
-def lift(layer: LoraLayer) -> LowRank:
-    """A copy of a peft layer's factors, on the CPU."""
-    down, up = (side[NAME].weight.detach().to("cpu", copy=True) for side in (layer.lora_A, layer.lora_B))
-    return LowRank(up, down, float(layer.lora_alpha[NAME]))
-
-
-def parameter(values: Tensor, device: torch.device) -> nn.Parameter:
-    """A trainable fp32 copy."""
-    return nn.Parameter(values.to(device, torch.float32, copy=True).contiguous())
+def layer_with(attached: Attached, path: str, delta: Delta, dropout: float) -> AdapterLayer:
+    """The layer that carries a delta: the one that is at its path, with other values, or a new one. Ranks may differ."""
+    parent, leaf = place_of(attached.base, path)
+    own = parent.get_submodule(leaf)
+    if isinstance(own, AdapterLayer):
+        own.replace(lora_of(delta, own.weight.shape))
+        return own
+    weight = own.weight
+    assert isinstance(weight, Tensor)
+    return AdapterLayer(own, LORA, [lora_of(delta, weight.shape)], attached.active, attached.base.device, dropout)

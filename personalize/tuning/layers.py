@@ -1,92 +1,214 @@
-"""Adapter layers that compute in their input's dtype, while their factors are fp32 parameters.
+"""The layer that every adapter is: a frozen layer of the base, with the tensors of one adapter, or of several for their rows.
 
-Each of them alone would cast its two factors in every forward pass, and their gradients in every backward pass: `lowered` casts
-those of all layers at once.
+The adapter's tensors are fp32 parameters; the layer computes in its input's dtype. Each layer alone would cast its tensors in
+every forward pass, and their gradients in every backward pass: `cast_once` casts those of all layers together.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from peft.tuners import lora
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-NAME = "personalize"  # peft's name for what is attached
+from ..adapters.kinds.kind import DOWN, UP
+from .kinds import Kind
+
+Spec = tuple[Mapping[str, Tensor], float | None]  # an adapter's tensors for one layer, by role, and its alpha
 
 
-class Following:
-    """A factor: an fp32 weight that follows its input's dtype. Peft would keep an fp32 copy of each layer's input instead."""
+class ActiveRows:
+    """Whose rows go through the base: those of some adapters, in order and in equal shares; of nobody: the base is alone."""
 
-    weight: Tensor
-    low: Tensor | None = None  # the weight, cast already
+    def __init__(self, *who: int) -> None:
+        self.who = who
 
-    def factor(self, dtype: torch.dtype) -> Tensor:
+    @contextlib.contextmanager
+    def of(self, *who: int) -> Iterator[None]:
+        """Inside, rows are theirs."""
+        before, self.who = self.who, who
+        try:
+            yield
+        finally:
+            self.who = before
+
+
+class Factor(nn.Module):
+    """A tensor of an adapter as a trainable fp32 parameter; where a layer has several adapters, that of each: [m, ...]."""
+
+    def __init__(self, values: Sequence[Tensor], device: torch.device) -> None:
+        super().__init__()
+        whole = torch.stack(list(values)) if len(values) > 1 else values[0]
+        self.weight = nn.Parameter(whole.to(device, torch.float32, copy=True).contiguous())
+        self.low: Tensor | None = None  # the weight in the base's dtype, inside `cast_once`
+
+    def cast(self, dtype: torch.dtype) -> Tensor:
         """The weight in a dtype."""
         return (self.weight if self.low is None else self.low).to(dtype)
 
+    def cast_of(self, who: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """The weights of some of several adapters in a dtype, [len(who), ...]; a view where they are neighbours."""
+        whole, first = self.cast(dtype), who[0]
+        return whole[first : first + len(who)] if who == tuple(range(first, first + len(who))) else whole[list(who)]
 
-class FollowingLinear(Following, nn.Linear):
-    """A factor of a linear layer."""
+
+class AdapterLayer(nn.Module):
+    """W x + strength * dW x: a frozen linear or convolution layer, quantized or not, and the adapters of one kind on it.
+
+    One adapter is added by its kind's own formula. Of several, adapter m changes the m-th share of the rows.
+    A kind without a formula of its own (`Kind.forward`) computes W + dW.
+    """
+
+    def __init__(
+        self,
+        layer: nn.Module,
+        kind: Kind,
+        adapters: Sequence[Spec],
+        active: ActiveRows,
+        device: torch.device,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.base_layer, self.kind, self.active, self.dropout = layer, kind, active, dropout
+        self.dropping = False
+        self.alphas = [alpha for _, alpha in adapters]
+        self.strengths = [1.0] * len(adapters)
+        self.factors = {role: Factor([tensors[role] for tensors, _ in adapters], device) for role in adapters[0][0]}
+        for role, factor in self.factors.items():
+            self.add_module(role.replace(".", "_"), factor)
+        self.train(layer.training)
+
+    def replace(self, adapter: Spec) -> None:
+        """Another adapter of the same kind and of any rank in the place of the only one, as new parameters."""
+        tensors, alpha = adapter
+        for role, factor in self.factors.items():
+            factor.weight = Factor([tensors[role]], factor.weight.device).weight
+        self.alphas, self.strengths = [alpha], [1.0]
+
+    @property
+    def weight(self) -> Tensor:
+        """The frozen layer's, without the adapter."""
+        weight = self.base_layer.weight
+        assert isinstance(weight, Tensor)
+        return weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        bias = self.base_layer.bias
+        assert bias is None or isinstance(bias, Tensor)
+        return bias
 
     def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(x, self.factor(x.dtype))
+        """[..., in] => [..., out], or [b, in, h, w] => [b, out, h', w']."""
+        who = self.active.who
+        if not who:
+            return self.base_layer(x)
+        if len(self.strengths) > 1:
+            return self._forward_several(x, who)
+        if x.dtype == torch.float32 or isinstance(self.base_layer, nn.Conv2d):
+            return self._forward_one(x)
+        return self._forward_one(x.flatten(0, -2)).unflatten(0, x.shape[:-1])  # rows, so that a kind can add to W x in place
 
-
-class FollowingConv(Following, nn.Conv2d):
-    """A factor of a convolution."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self._conv_forward(x, self.factor(x.dtype), None)
-
-
-class Adapted:
-    """A peft layer with our adapter alone, in fewer operations. In fp32 the bits are peft's."""
-
-    def forward(self: Any, x: Tensor) -> Tensor:
-        if self.disable_adapters or self.merged or self.active_adapters != [NAME]:
-            result: Tensor = super().forward(x)  # type: ignore[misc]
-            return result
-        return self.adapted(x, self.lora_A[NAME], self.lora_B[NAME], self.lora_dropout[NAME], self.scaling[NAME])
-
-    def adapted(self: Any, x: Tensor, down: nn.Module, up: nn.Module, dropout: nn.Module, scale: float) -> Tensor:
-        """W x + scale * up down x."""
+    def _forward_one(self, x: Tensor) -> Tensor:
         out: Tensor = self.base_layer(x)
-        change: Tensor = up(down(dropout(x)))
-        return out + (change if scale == 1 else change * scale)
+        seen = F.dropout(x, self.dropout) if self.dropping and self.dropout else x
+        if self.kind.forward is None:
+            return out + self._change_of(seen, {role: factor.weight for role, factor in self.factors.items()}, 0)
+        tensors = {role: factor.cast(x.dtype) for role, factor in self.factors.items()}
+        return self.kind.forward(self.base_layer, seen, out, tensors, self.scale(0))
+
+    def _forward_several(self, x: Tensor, who: tuple[int, ...]) -> Tensor:
+        out: Tensor = self.base_layer(x)
+        if self.kind.name in BATCHED:
+            tensors = {role: factor.cast_of(who, x.dtype) for role, factor in self.factors.items()}
+            return out + BATCHED[self.kind.name](self.base_layer, x, tensors, self._scales(who, x)).reshape(out.shape)
+        changes = []
+        for m, rows in zip(who, x.chunk(len(who)), strict=True):
+            changes.append(self._change_of(rows, {role: factor.weight[m] for role, factor in self.factors.items()}, m))
+        return out + torch.cat(changes)
+
+    def _change_of(self, x: Tensor, tensors: Mapping[str, Tensor], number: int) -> Tensor:
+        """strength * dW x, by dW itself."""
+        weight = self.weight
+        delta = self.strengths[number] * self.kind.delta(tensors, weight.float(), self.alphas[number])
+        delta = delta.reshape(weight.shape).to(x.dtype)
+        if isinstance(self.base_layer, nn.Conv2d):
+            return self.base_layer._conv_forward(x, delta, None)
+        return F.linear(x, delta)
+
+    def scale(self, number: int) -> float:
+        """What multiplies an adapter's update: alpha / rank, and its strength."""
+        down, alpha = self.factors.get(DOWN), self.alphas[number]
+        if down is None or alpha is None:
+            return self.strengths[number]
+        return alpha / down.weight.shape[int(len(self.strengths) > 1)] * self.strengths[number]
+
+    def _scales(self, who: tuple[int, ...], x: Tensor) -> Tensor | float:
+        """One for all, or [m, 1, 1]."""
+        scales = [self.scale(m) for m in who]
+        return scales[0] if len(set(scales)) == 1 else x.new_tensor(scales)[:, None, None]
+
+    def tensors(self, number: int = 0) -> dict[str, Tensor]:
+        """An adapter's tensors by role, on the device: views."""
+        several = len(self.strengths) > 1
+        return {role: f.weight.data[number] if several else f.weight.data for role, f in self.factors.items()}
+
+    # What diffusers asks of peft's layers, when a model is called with `cross_attention_kwargs={"scale": 0.5}`.
+
+    @property
+    def active_adapters(self) -> list[str]:
+        return ["personalize"]
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply all strengths."""
+        self.strengths = [strength * scale for strength in self.strengths]
+
+    def unscale_layer(self, scale: float) -> None:
+        """Take that back."""
+        self.strengths = [strength / scale for strength in self.strengths]
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Set all strengths."""
+        self.strengths = [scale] * len(self.strengths)
 
 
-class AdaptedLinear(Adapted, lora.Linear):
-    """In other dtypes than fp32 `up` is multiplied, scaled and added in one operation, which also rounds but once."""
-
-    def adapted(self, x: Tensor, down: nn.Module, up: Any, dropout: nn.Module, scale: float) -> Tensor:
-        if x.dtype == torch.float32:
-            return super().adapted(x, down, up, dropout, scale)
-        rows = x.flatten(0, -2)
-        out: Tensor = self.base_layer(rows)
-        return out.addmm_(down(dropout(rows)), up.factor(x.dtype).T, alpha=scale).unflatten(0, x.shape[:-1])
+# ---------------------------------------------------------------- several LoRAs at once
+# Vectorizing a whole step over stacked parameters (torch.func.vmap) gives the same numbers, but takes attention apart on devices
+# whose kernel has no batching rule, and knows neither checkpointing nor quantized layers.
 
 
-class AdaptedConv(Adapted, lora.Conv2d):
-    """A convolution."""
+def batched_lora(layer: Any, x: Tensor, tensors: Mapping[str, Tensor], scale: Tensor | float) -> Tensor:
+    """scale_m up_m down_m x on the rows of adapter m, by two batched products.
+
+    x [m * b, ..., in], down [m, r, in], up [m, out, r] => [m, rows, out]; or x [m * b, in, h, w], down [m, r, in, kh, kw],
+    up [m, out, r, 1, 1] => [m, b, out, h', w'].
+    """
+    down, up = tensors[DOWN], tensors[UP]
+    if not isinstance(layer, nn.Conv2d):
+        return _times(x.reshape(len(down), -1, x.shape[-1]) @ down.mT, scale) @ up.mT
+    m, r = down.shape[:2]
+    side_by_side = x.unflatten(0, (m, -1)).transpose(0, 1).flatten(1, 2)  # [b, m * in, h, w]
+    how: Any = {"stride": layer.stride, "padding": layer.padding, "dilation": layer.dilation}
+    low = F.conv2d(side_by_side, down.flatten(0, 1), groups=m, **how)  # [b, m * r, h', w']
+    low = low.unflatten(1, (m, r)).permute(1, 2, 0, 3, 4)  # [m, r, b, h', w']
+    return (up.flatten(2) @ _times(low.flatten(2), scale)).unflatten(2, low.shape[2:]).transpose(1, 2)
 
 
-FOLLOWING = {
-    nn.Linear: FollowingLinear,
-    nn.Conv2d: FollowingConv,
-    lora.Linear: AdaptedLinear,
-    lora.Conv2d: AdaptedConv,
-}
+def _times(low: Tensor, scale: Tensor | float) -> Tensor:
+    """Scaled, where that changes anything."""
+    return low if isinstance(scale, float) and scale == 1 else low * scale
 
 
-def follow(module: nn.Module) -> None:
-    """Let a peft layer, or a factor of one, follow its input's dtype; one that does so already stays as it is."""
-    module.__class__ = FOLLOWING.get(type(module), type(module))
+BATCHED = {"LoRA": batched_lora}  # by kind; of other kinds each adapter's rows are computed by themselves
 
 
-class Lower(torch.autograd.Function):
+# ---------------------------------------------------------------- casting
+
+
+class Cast(torch.autograd.Function):
     """fp32 tensors => the same in another dtype, in one operation; so their gradients come back."""
 
     @staticmethod
@@ -105,12 +227,13 @@ class Lower(torch.autograd.Function):
 
 
 @contextlib.contextmanager
-def lowered(factors: Sequence[Following], dtype: torch.dtype) -> Iterator[None]:
-    """Inside, factors are in a base's dtype as they are at the beginning, and gradients reach their weights all the same."""
+def cast_once(layers: Iterable[AdapterLayer], dtype: torch.dtype) -> Iterator[None]:
+    """Inside, the tensors of layers are in a base's dtype as they are at the beginning; gradients reach the parameters."""
+    factors = [factor for layer in layers if layer.kind.forward for factor in layer.factors.values()]
     if dtype == torch.float32 or not factors:
         yield
         return
-    for factor, low in zip(factors, Lower.apply(dtype, *(factor.weight for factor in factors)), strict=True):
+    for factor, low in zip(factors, Cast.apply(dtype, *(factor.weight for factor in factors)), strict=True):
         factor.low = low
     try:
         yield

@@ -29,7 +29,8 @@ from personalize.recipe.fields import Data, Recipe
 from personalize.recipe.resolve import resolve
 from personalize.reports.metrics import evidence
 from personalize.reports.run.read import read_run
-from personalize.training.loop import feed, prepare, train
+from personalize.training.inputs import prepare_data, training_batches
+from personalize.training.loop import train
 from personalize.training.preflight import check
 
 Make = Callable[..., Recipe]
@@ -331,7 +332,7 @@ def test_masks_follow_their_pictures_into_the_batch(make: Make, tmp_path: Path, 
     folder = filled(tmp_path / "zwx", "a.png", "b.png")
     white((64, 64), 0, 0, 16, 64).save(folder / "a-masklabel.png")
     job = check(make(folder, prior=prior, prior_images=1, **{"class": "cat"}))
-    for inputs in islice(feed(job, prepare(job), 0), 6):
+    for inputs in islice(training_batches(job, prepare_data(job), 0), 6):
         assert inputs.mask is not None and inputs.mask.shape == (2, 1, 8, 8)
         shares = sorted(inputs.mask.mean(dim=(1, 2, 3)).tolist())
         assert shares == [0.25, 1.0]
@@ -345,7 +346,7 @@ def test_regularization_pictures_are_the_class_images_in_the_step_s_shape(make: 
     classes = filled(tmp_path / "reg", "1_cat/a.png", "1_cat/b.png", size=(100, 90))
     recipe = make(folder, prior="images", regularization=classes)
     job = check(recipe)
-    seen = list(islice(feed(job, prepare(job), 0), 4))
+    seen = list(islice(training_batches(job, prepare_data(job), 0), 4))
     assert {tuple(inputs.mean.shape) for inputs in seen} == {(4, 16, 10, 6), (4, 16, 6, 10)}
     assert all(inputs.class_images == 2 for inputs in seen)
     told = weights(recipe)
@@ -365,7 +366,7 @@ def test_class_images_have_no_masks_and_whole_captions(make: Make, tmp_path: Pat
     job = check(recipe)
     with torch.no_grad():
         whole = job.base.embed(["a cat, by day, at night, asleep"])
-    for inputs in islice(feed(job, prepare(job), 0), 5):
+    for inputs in islice(training_batches(job, prepare_data(job), 0), 5):
         assert inputs.mask is None and all(torch.equal(cond, whole.tokens[0]) for cond in inputs.cond.tokens[2:])
 
 

@@ -269,7 +269,7 @@ def test_what_is_no_picture_is_told(tiny_base: Path, dtype: str, hint: str) -> N
 
 
 def test_sample_pictures_are_drawn_with_it(tiny_base: Path, pictures: Path, tmp_path: Path) -> None:
-    from personalize.training.loop import draw as draw_samples
+    from personalize.training.milestones import draw_samples
 
     flags = {"folder": pictures, "base": str(tiny_base), "sample_steps": 2, "sample_prompts": ["a cat"], "sample_seeds": [0]}
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from personalize.errors import TrainingError
-from personalize.training.memory.ladder import Fit
+from personalize.training.memory.ladder import ComputePlan
 from tools.bench import fleet
 from tools.bench.__main__ import main, parser
 from tools.bench.resuming import device_of
@@ -32,7 +32,7 @@ def test_a_fleet_is_timed_beside_runs_alone(tmp_path: Path, capsys: pytest.Captu
 def test_a_step_of_the_benchmark_is_each_members_own() -> None:
     options = parser().parse_args(FLAGS)
     configs = tiny("pocket")[1]
-    take = fleet.fleet(configs, recipe_of(1, 2), Fit("float32", micro_batch=1), device_of(options), 3)
+    take = fleet.fleet(configs, recipe_of(1, 2), ComputePlan("float32", micro_batch=1), device_of(options), 3)
     *losses, _, _, _ = first = take()
     assert isinstance(first, list) and len(first) == 6 and len(set(losses)) == 3  # a loss and a norm for each
     assert take() != first

@@ -14,8 +14,8 @@ import torch
 
 from personalize.errors import DataError, TrainingError
 from personalize.models.model import Base
-from personalize.training.memory.estimate import Load
-from personalize.training.memory.ladder import Fit
+from personalize.training.memory.estimate import Workload
+from personalize.training.memory.ladder import ComputePlan
 from tools.bench import beside, ladder, memory, pairs, scripts, step, svd, throughput
 from tools.bench.__main__ import main, parser
 from tools.bench.counting import Work, phases
@@ -98,7 +98,7 @@ def test_phases_are_those_of_the_methods() -> None:
 
 
 def test_shapes_launch_what_a_real_step_launches(counted: dict[str, Any]) -> None:
-    take = throughput.trainer(POCKET, RECIPE, Fit("float32"), torch.device("cpu"))
+    take = throughput.trainer(POCKET, RECIPE, ComputePlan("float32"), torch.device("cpu"))
     take()
     with phases(work := Work(), step.OURS), work:
         take()
@@ -214,7 +214,7 @@ def test_scripts_get_a_base_that_diffusers_loads(tmp_path: Path) -> None:
 def test_on_a_gpu_graphs_take_the_steps_of_an_eager_run() -> None:
     def steps(graphs: bool) -> list[list[float]]:
         torch.manual_seed(0)
-        take = throughput.trainer(POCKET, RECIPE, Fit("bfloat16", channels_last=True), torch.device("cuda"), graphs=graphs)
+        take = throughput.trainer(POCKET, RECIPE, ComputePlan("bfloat16", channels_last=True), torch.device("cuda"), graphs=graphs)
         return [take() for _ in range(3)]  # type: ignore[misc]
 
     torch.testing.assert_close(steps(True), steps(False), rtol=0.02, atol=0.02)
@@ -240,7 +240,7 @@ def test_out_of_memory_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
         raise torch.OutOfMemoryError
 
     monkeypatch.setattr(ladder, "tried", full)
-    row = ladder.taken(POCKET, Load(RECIPE, 8, 8), Fit(), torch.device("cpu"))
+    row = ladder.taken(POCKET, Workload(RECIPE, 8, 8), ComputePlan(), torch.device("cpu"))
     told = {"case": ["sdxl", 1024, 4, "checkpointing"], "step_estimate": 2**33, "sample_estimate": 2**32, **row}
     assert ladder.cells(told) == ["sdxl", "1024", "4", "checkpointing", "out of memory", "8.00", "–", "4.00"]
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from personalize.adapters.adapter import Adapter, distance
+from personalize.adapters.kinds.kind import DOWN
 from personalize.errors import TrainingError
 from personalize.models.model import Base
 from personalize.recipe.fields import AdapterSpec, Recipe
@@ -19,11 +20,11 @@ from personalize.recipe.resolve import resolve
 from personalize.training.events import Event, Failed, Finished, Started, Step, Warned
 from personalize.training.fleet import train_fleet
 from personalize.training.loop import train
-from personalize.training.memory.apply import place
-from personalize.training.memory.ladder import Fit
+from personalize.training.memory.apply import apply_plan
+from personalize.training.memory.ladder import ComputePlan
 from personalize.training.rundir import Run
 from personalize.tuning.attach import attach
-from personalize.tuning.crew import Crew
+from personalize.tuning.fleet import Fleet
 from personalize.tuning.targets import fresh
 
 Make = Callable[..., Recipe]
@@ -77,7 +78,7 @@ def losses(events: list[Event]) -> list[float]:
 def test_rows_meet_their_own_factors_forward_and_backward(tiny_base: Path, b: int, checkpointing: bool) -> None:
     base, spec, n = Base.load(tiny_base), AdapterSpec(rank=3, alpha=1.5, targets=EVERYTHING), 3
     if checkpointing:
-        place(base, Fit("float32", checkpointing=True), base.device)
+        apply_plan(base, ComputePlan("float32", checkpointing=True), base.device)
         base.unet.train()  # diffusers checkpoints nothing outside of training
     starts = [fresh(base, spec, ("unet",), seed) for seed in range(n)]
     for start in starts:
@@ -91,23 +92,24 @@ def test_rows_meet_their_own_factors_forward_and_backward(tiny_base: Path, b: in
             y = base.denoise(x[rows], t[rows], cond[rows])
             y.square().mean().backward()
             wanted.append(y.detach())
-            gradients.append({name: p.grad for group in attached.groups().values() for name, p in group.items()})
+            gradients.append({name: p.grad for group in attached.parameters().values() for name, p in group.items()})
     with torch.no_grad():
         plain = base.denoise(x, t, cond)
-    with Crew(base, starts) as crew:
-        with crew.rows.of(0, 1, 2):
+    with Fleet(base, starts) as company:
+        with company.active.of(0, 1, 2):
             y = base.denoise(x, t, cond)
             y.square().mean(dim=(1, 2, 3)).view(n, b).mean(1).sum().backward()
-        crew.share_out()
+        for member in company.members:
+            member.collect_gradients()
         assert torch.allclose(y, torch.cat(wanted), atol=1e-4 * float(plain.abs().max()))
         assert not torch.allclose(y, plain, atol=1e-3)
-        for member, theirs in zip(crew.members, gradients, strict=True):
-            own = {name: p.grad for group in member.groups().values() for name, p in group.items()}
+        for member, theirs in zip(company.members, gradients, strict=True):
+            own = {name: p.grad for group in member.parameters().values() for name, p in group.items()}
             assert own.keys() == theirs.keys()
             for name, gradient in own.items():
                 assert gradient is not None and theirs[name] is not None
                 assert (gradient - theirs[name]).norm() <= 1e-3 * theirs[name].norm(), name
-        with torch.no_grad(), crew.rows.of(2, 0):
+        with torch.no_grad(), company.active.of(2, 0):
             order = [*range(2 * b, 3 * b), *range(b)]
             some = base.denoise(x[order], t[order], cond[order])
         assert torch.allclose(some, torch.cat([wanted[2], wanted[0]]), atol=1e-4 * float(plain.abs().max()))
@@ -126,16 +128,18 @@ def test_in_other_dtypes_factors_are_cast_all_at_once(tiny_base: Path, dtype: to
             delta.up.normal_(std=0.1)
     x, t, cond = torch.randn(2, 16, 8, 8, dtype=dtype), torch.tensor([200, 800]), base.embed(["a", "b"])
     found = []
-    with Crew(base, starts) as crew:
-        for lower in (contextlib.nullcontext, crew.lowered):
-            with crew.rows.of(0, 1), lower():
+    with Fleet(base, starts) as company:
+        for lower in (contextlib.nullcontext, company.lowered):
+            with company.active.of(0, 1), lower():
                 base.denoise(x, t, cond).float().square().mean().backward()
-            crew.share_out()
-            learned = [p for one in crew.members for group in one.groups().values() for p in group.values()]
+            for member in company.members:
+                member.collect_gradients()
+            learned = [p for one in company.members for group in one.parameters().values() for p in group.values()]
             found.append([p.grad.clone() for p in learned if p.grad is not None])
-            crew.forget()
-        layer = crew.layers["unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"]
-        assert layer.down.weight.dtype == torch.float32 and layer.down.low is None
+            company.members[0].drop_gradients()
+        layer = company.layers["unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"]
+        down = layer.factors[DOWN]
+        assert down.weight.dtype == torch.float32 and down.low is None
     assert all(torch.equal(a, b) and a.dtype == torch.float32 for a, b in zip(*found, strict=True)) and len(found[0]) > 100
 
 
@@ -154,17 +158,17 @@ def test_a_member_is_an_adapter_that_is_attached(tiny_base: Path) -> None:
     plain = seen()
     with attach(base, [(Adapter(other), 0.5)]):
         half = seen()
-    with Crew(base, starts) as crew:
-        one = crew.members[1]
+    with Fleet(base, starts) as company:
+        one = company.members[1]
         assert distance(one.snapshot(), Adapter(starts[1])) == 0
-        with crew.rows.of(1):
+        with company.active.of(1):
             one.put(Adapter(other))
             assert distance(one.snapshot(), Adapter(other)) < 1e-6
             with one.off():
                 assert torch.equal(seen(), plain)
             with one.at(0.5):
                 assert torch.allclose(seen(), half, atol=1e-4)
-        with crew.rows.of(0):
+        with company.active.of(0):
             assert torch.equal(seen(), plain)  # still nothing
 
 

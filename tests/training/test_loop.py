@@ -13,7 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ import pytest
 import torch
 from PIL import Image
 
+from personalize import registry
 from personalize.adapters.adapter import Adapter
 from personalize.adapters.describe import describe
 from personalize.data.folder import class_images
@@ -33,7 +34,9 @@ from personalize.recipe.fields import Recipe
 from personalize.recipe.resolve import from_json, resolve
 from personalize.recipe.settings import settings
 from personalize.training.events import Event, Finished, Sample, Saved, Started, Step, Sweep, event_record
-from personalize.training.loop import feed, is_due, prepare, train, unbroken
+from personalize.training.inputs import prepare_data, training_batches
+from personalize.training.loop import train, uninterrupted
+from personalize.training.milestones import is_due
 from personalize.training.preflight import check
 from personalize.training.rundir import Run
 from personalize.training.selection import STRENGTHS
@@ -226,8 +229,8 @@ EVERYTHING = {
 KILLED = """
 import os, signal, sys
 from personalize.training.events import Saved, Step
-from personalize.recipe import resolve
-from personalize.train import train
+from personalize.recipe.resolve import resolve
+from personalize.training.loop import train
 output, start, kind, step = sys.argv[1:]
 for event in train(resolve(flags={"preset": start, "output": output})):
     if type(event).__name__ == kind and event.step == int(step):
@@ -281,6 +284,20 @@ def test_closed_or_interrupted_anywhere_it_goes_on(make: Make, done_quiet: str, 
     assert [record["step"] for record in diary(recipe) if record["event"] == "step"] == [1, 2, 3, 4]
 
 
+@pytest.mark.usefixtures("sgd")
+def test_a_run_with_another_optimizer_goes_on_to_the_same_bytes(make: Make, tmp_path: Path) -> None:
+    whole, broken = (make(optimizer="sgd", lr=0.1, output=tmp_path / name) for name in ("whole", "broken"))
+    run(whole)
+    events = train(broken)
+    list(islice(events, 4))
+    events.close()
+    run(broken)
+    assert digest(whole) == digest(broken)
+    state = Run(tmp_path / "broken", "zwx").load_state()
+    assert state and {name.rpartition(".")[2] for name in state.tensors} == {"up", "down", "momentum_buffer"}
+    assert describe(adapter_of(broken)).metadata["ss_optimizer"] == "sgd"
+
+
 @pytest.fixture(scope="module")
 def done_quiet(tiny_base: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     """The digest of the unbroken run of `make()`."""
@@ -298,7 +315,7 @@ def done_quiet(tiny_base: Path, pictures: Path, tmp_path_factory: pytest.TempPat
 def test_ctrl_c_waits_for_the_end_of_a_step() -> None:
     reached = []
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background is born deaf to it
-    with pytest.raises(KeyboardInterrupt), unbroken():
+    with pytest.raises(KeyboardInterrupt), uninterrupted():
         signal.raise_signal(signal.SIGINT)
         reached.append("the end")
     assert reached == ["the end"]
@@ -496,6 +513,7 @@ CHANGES: dict[str, tuple[Any, dict[str, Any]]] = {
     "prior_images": (3, {"prior": "images"}), "prior_prompts": (["the {class}", "an {class}"], {"prior": "images"}),
     "lr": (2e-3, {}), "text_encoder_lr": (1e-3, {}), "schedule": ("constant", {"warmup": 0}), "warmup": (1, {}),
     "weight_decay": (0.5, {}), "beta1": (0.5, {}), "beta2": (0.9, {}), "clip": (0.01, {}), "accumulate": (2, {}),
+    "optimizer": ("sgd", {}),
     "precision": ("bfloat16", {}), "quantize": ("nf4", {}),
     "prediction": ("epsilon", {}), "zero_snr": ("no", {}), "clip_skip": (2, {}),
     "holdout": ("1", {}),
@@ -526,11 +544,20 @@ ELSEWHERE = {
 }  # tested above or below, in test_choose.py and test_fit.py, or with one value
 
 
+@pytest.fixture
+def sgd() -> Iterator[None]:
+    """An optimizer that another package has added."""
+    registry.table("optimizers").add("sgd", lambda groups, optim: torch.optim.SGD(groups, lr=0.0, momentum=0.5))
+    yield
+    registry.table("optimizers").remove("sgd")
+
+
 def test_the_table_of_changes_is_complete() -> None:
     sampling = {name for name, setting in settings().items() if setting.section == "sampling"}
     assert set(CHANGES) | ELSEWHERE | sampling == set(settings())
 
 
+@pytest.mark.usefixtures("sgd")
 @pytest.mark.parametrize("name", CHANGES)
 def test_every_setting_changes_the_adapter(
     make: Make, tmp_path: Path, weights_of: Callable[[Recipe], dict[str, torch.Tensor]], name: str
@@ -594,7 +621,7 @@ def test_the_text_encoder_stays_as_it_is_after_its_share(make: Make, tmp_path: P
 @pytest.mark.parametrize("prior", ["images", "output"])
 def test_the_prior_holds_its_share_of_rows(make: Make, prior: str, share: float, rows: int) -> None:
     job = check(make(prior=prior, prior_share=share, batch_size=4, prior_images=3, sample_steps=1))
-    inputs = next(feed(job, prepare(job), 0))
+    inputs = next(training_batches(job, prepare_data(job), 0))
     assert len(inputs.mean) == (4 + rows if prior == "images" else 4)
     assert (inputs.class_images if prior == "images" else len(inputs.class_cond)) == rows
 
@@ -617,16 +644,16 @@ def test_class_images_are_drawn_once_and_of_each_prompt_in_turn(make: Make) -> N
 
 def test_prior_output_holds_the_class_prompts_too(make: Make, tmp_path: Path) -> None:
     job = check(make(prior="output", prior_prompts=["a {class}, ink drawing", "a house"], output=tmp_path / "run"))
-    lesson = prepare(job)
+    data = prepare_data(job)
     captions = job.class_captions
     assert captions[-2:] == ["a cat, ink drawing", "a house"] and len(captions) == len(job.dataset.examples) + 2
-    assert lesson.class_cond is not None
-    shown = [inputs.class_cond_off for inputs in islice(feed(job, lesson, 0), 6)]
+    assert data.class_cond is not None
+    shown = [inputs.class_cond_off for inputs in islice(training_batches(job, data, 0), 6)]
     held = {
-        i for cond in shown for row in cond.tokens for i in range(len(captions)) if torch.equal(row, lesson.class_cond.tokens[i])
+        i for cond in shown for row in cond.tokens for i in range(len(captions)) if torch.equal(row, data.class_cond.tokens[i])
     }
     assert {len(captions) - 2, len(captions) - 1} < held
-    again = next(feed(job, lesson, 5)).class_cond_off
+    again = next(training_batches(job, data, 5)).class_cond_off
     assert torch.equal(again.tokens, shown[5].tokens)  # a run that goes on holds the same
 
 

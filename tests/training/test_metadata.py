@@ -18,7 +18,7 @@ from personalize.models.model import Base
 from personalize.recipe.fields import Recipe
 from personalize.recipe.resolve import resolve
 from personalize.training.loop import train
-from personalize.training.memory.ladder import Fit
+from personalize.training.memory.ladder import ComputePlan
 from personalize.training.metadata import describe_run, sidecar
 
 KEYS = ("ss_base_model_version", "ss_v2", "modelspec.architecture", "modelspec.prediction_type")
@@ -45,10 +45,10 @@ def test_an_adapter_says_what_it_is_for(name: str, pictures: Path, tmp_path: Pat
     dataset = read_folder(recipe.data)
     for prediction in ("epsilon", "v_prediction"):
         base, (version, *wanted) = Base.load(file, prediction=prediction), SAID[name, prediction]
-        said = describe_run(recipe, base, dataset, "zwx", 1, None, Fit())
+        said = describe_run(recipe, base, dataset, "zwx", 1, None, ComputePlan())
         assert [said[key] for key in KEYS] == wanted
         assert json.loads(sidecar(recipe, base, dataset, 1, 1.0))["sd version"] == version
-        on_a_gpu = describe_run(recipe, base, dataset, "zwx", 1, None, Fit(), peak=5)
+        on_a_gpu = describe_run(recipe, base, dataset, "zwx", 1, None, ComputePlan(), peak=5)
         assert json.loads(on_a_gpu["personalize.fit"]) == json.loads(said["personalize.fit"]) | {"peak": 5}
 
 

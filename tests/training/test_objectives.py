@@ -13,13 +13,14 @@ import torch
 from diffusers import DDPMScheduler
 from torch import Tensor
 
+from personalize import registry
 from personalize.data.batches import generator
 from personalize.families.cond import Cond
 from personalize.families.noise import Schedule
 from personalize.models.model import Base
 from personalize.recipe.fields import Objective
-from personalize.training.objectives import denoise as objectives
-from personalize.training.objectives.denoise import Inputs, Rng, build, noised, timesteps, weights
+from personalize.training.objectives.denoise import noised, share_of, timesteps, weights
+from personalize.training.objectives.objective import Denoise, Inputs, Off, Rng, answer, make_objective, needs_of
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
@@ -41,6 +42,16 @@ def rng(seed: int = 0, step: int = 0) -> Rng:
 def inputs(b: int = 4, std: float = 0.0) -> Inputs:
     mean = torch.randn(b, 16, 8, 8, generator=torch.Generator().manual_seed(7))
     return Inputs(mean, torch.full_like(mean, std), said(0.0, b))
+
+
+def build(settings: Objective, schedule: Schedule, off: Off = contextlib.nullcontext) -> Callable[..., Tensor]:
+    """The losses [b] of a batch under a recipe's objective."""
+    objective = make_objective(settings, schedule)
+
+    def losses(denoise: Denoise, inputs: Inputs, rng: Rng) -> Tensor:
+        return answer([objective.loss(objective.draw(inputs, rng))], denoise, off)[0]
+
+    return losses
 
 
 def said(value: float, rows: int = 2) -> Cond:
@@ -238,7 +249,7 @@ def test_follows_the_config_of_a_real_base(
         "_class_name": "DDIMScheduler",
     }
     base = Base("", tmp_path, None, torch.device("cpu"), torch.float32, config, None, None, None, None)  # type: ignore[arg-type]
-    losses = objectives.build(Objective(), base.schedule)(zero, inputs(), rng())
+    losses = build(Objective(), base.schedule)(zero, inputs(), rng())
     assert losses.isfinite().all()
     assert torch.equal(losses, build(Objective(), schedule_of(prediction, zero_snr))(zero, inputs(), rng()))
 
@@ -295,3 +306,58 @@ def test_priors_are_not_masked() -> None:
 
     loss = masked(0.0, "output", prior_weight=1.0)[2]
     assert torch.allclose(loss(apart, held, rng()) - masked(0.0)[2](apart, given, rng()), torch.ones(3))
+
+
+# ---------------------------------------------------------------- every row of the table
+
+
+def batch_for(name: str, b: int, seed: int = 7) -> Inputs:
+    """A batch with all that an objective needs: b images, 2 rows for its prior."""
+    needs = needs_of(Objective(prior=name))
+    k = 2 if needs.class_images else 0
+    mean = torch.randn(b + k, 16, 8, 8, generator=torch.Generator().manual_seed(seed))
+    conds = {"class_cond": said(0.3), "class_cond_off": said(0.1)} if needs.class_captions else {}
+    return Inputs(mean, torch.full_like(mean, 0.1), said(0.2, b + k), class_images=k, **conds)
+
+
+ROWS = list(registry.table("objectives"))
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_every_objective_has_a_loss_for_each_image_that_depends_on_seed_and_step(name: str) -> None:
+    net = Switched()
+    loss = build(Objective(prior=name), schedule_of("epsilon"), net.off)
+    one = loss(net, batch_for(name, 4), rng(0, 3))
+    torch.manual_seed(5)
+    assert one.shape == (4,) and one.dtype == torch.float32 and one.isfinite().all() and one.requires_grad
+    assert torch.equal(loss(net, batch_for(name, 4), rng(0, 3)), one)
+    assert not torch.equal(loss(net, batch_for(name, 4), rng(0, 4)), one)
+
+
+@pytest.mark.parametrize("n", [2, 3, 4])
+@pytest.mark.parametrize("name", ROWS)
+def test_pieces_of_every_objective_have_the_gradient_of_the_whole(name: str, n: int) -> None:
+    net, objective = Switched(), make_objective(Objective(prior=name, prior_weight=2.0), schedule_of("epsilon"))
+    rows = objective.draw(batch_for(name, 4), rng())
+    assert rows.batch == 4 and rows.split(1)[0] is rows
+    whole = answer([objective.loss(rows)], net, net.off)[0].mean()
+    (wanted,) = torch.autograd.grad(whole, net.gain)
+    pieces = [answer([objective.loss(piece)], net, net.off)[0] for piece in rows.split(n)]
+    assert [len(piece) for piece in pieces] == [len(range(4)[share_of(4, i, n)]) for i in range(n)]
+    total = sum(piece.sum() for piece in pieces) / 4
+    (found,) = torch.autograd.grad(total, net.gain)
+    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(total, whole)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_batches_of_every_objective_are_answered_side_by_side(name: str) -> None:
+    net, objective = Switched(), make_objective(Objective(prior=name), schedule_of("epsilon"))
+    rows = [objective.draw(batch_for(name, 3, seed), rng(seed)) for seed in range(3)]
+    alone = [answer([objective.loss(one)], net, net.off)[0] for one in rows]
+    calls = len(net.calls) // 3
+    net.calls.clear()
+    together = answer([objective.loss(one) for one in rows], net, net.off)
+    assert len(net.calls) == calls and len({one.shape for one in rows}) == 1
+    for one, other in zip(together, alone, strict=True):
+        torch.testing.assert_close(one, other)

@@ -25,10 +25,10 @@ from personalize.reports.run.read import read_run
 from personalize.training import selection as choosing
 from personalize.training.events import Chosen, Event, Fold, Scored, Started
 from personalize.training.events import Sample as Drawn
-from personalize.training.loop import prepare as lesson_of
+from personalize.training.inputs import prepare_data
 from personalize.training.loop import train
-from personalize.training.preflight import Job, check
-from personalize.training.selection import STRENGTHS, Exam, Figures, called_for, prepare, score, strengths, uncalled
+from personalize.training.preflight import RunPlan, check
+from personalize.training.selection import STRENGTHS, Exam, Figures, called_for, prepare_exam, score, strengths, uncalled
 from personalize.tuning.attach import Attached, attach
 
 Make = Callable[..., Recipe]
@@ -82,33 +82,33 @@ def same(a: Path, b: Path) -> bool:
 
 
 @pytest.fixture(scope="module")
-def examined(make: Make) -> Iterator[tuple[Job, Attached, Exam]]:
+def examined(make: Make) -> Iterator[tuple[RunPlan, Attached, Exam]]:
     """A job, a fresh adapter on its base, and the exam of it."""
     job = check(make("examined", rank=4))
     with attach(job.base, job.recipe.adapter) as attached:
-        yield job, attached, prepare(job, lesson_of(job).latents, None, attached)
+        yield job, attached, prepare_exam(job, prepare_data(job).latents, None, attached)
 
 
 def nudge(attached: Attached, size: float) -> None:
     """Give a fresh adapter an effect."""
     rng = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for name, parameter in attached.groups()["unet"].items():
+        for name, parameter in attached.parameters()["unet"].items():
             if name.endswith("up"):
                 parameter.copy_(size * torch.randn(parameter.shape, generator=rng))
 
 
-def test_a_fresh_adapter_has_learned_nothing_and_moved_nothing(examined: tuple[Job, Attached, Exam]) -> None:
+def test_a_fresh_adapter_has_learned_nothing_and_moved_nothing(examined: tuple[RunPlan, Attached, Exam]) -> None:
     found = examined[2].figures()
     assert (found.fit, found.validation, found.drift, found.contrast) == (pytest.approx(0, abs=1e-5),) * 2 + (0, 0)
 
 
-def test_the_same_questions_get_the_same_answers_and_strength_counts(examined: tuple[Job, Attached, Exam]) -> None:
+def test_the_same_questions_get_the_same_answers_and_strength_counts(examined: tuple[RunPlan, Attached, Exam]) -> None:
     job, attached, exam = examined
     nudge(attached, 0.02)
     once = exam.figures()
     assert exam.figures() == once and once.drift > 0
-    again = prepare(job, lesson_of(job).latents, None, attached)
+    again = prepare_exam(job, prepare_data(job).latents, None, attached)
     assert torch.equal(again.called.latents, exam.called.latents) and torch.equal(again.off[2], exam.off[2])
     with attached.at(0.5):
         assert 0 < exam.figures().drift < once.drift
@@ -117,16 +117,16 @@ def test_the_same_questions_get_the_same_answers_and_strength_counts(examined: t
     nudge(attached, 0)
 
 
-def test_noise_depends_on_the_picture_and_not_on_its_neighbours(make: Make, examined: tuple[Job, Attached, Exam]) -> None:
+def test_noise_depends_on_the_picture_and_not_on_its_neighbours(make: Make, examined: tuple[RunPlan, Attached, Exam]) -> None:
     job, attached, exam = examined
     alone = replace(job, dataset=replace(job.dataset, examples=job.dataset.examples[2:3]))
-    rows = prepare(alone, lesson_of(alone).latents, None, attached).called.latents
+    rows = prepare_exam(alone, prepare_data(alone).latents, None, attached).called.latents
     assert torch.equal(rows, exam.called.latents[-len(rows) :])  # of pictures 0 and 2
     other = replace(job, recipe=job.recipe.model_copy(update={"seed": 1}))
-    assert not torch.equal(prepare(other, lesson_of(job).latents, None, attached).called.latents, exam.called.latents)
+    assert not torch.equal(prepare_exam(other, prepare_data(job).latents, None, attached).called.latents, exam.called.latents)
 
 
-def test_as_many_rows_are_asked_as_the_constants_say(examined: tuple[Job, Attached, Exam]) -> None:
+def test_as_many_rows_are_asked_as_the_constants_say(examined: tuple[RunPlan, Attached, Exam]) -> None:
     job, _, exam = examined
     times, few = len(choosing.TIMES), len(choosing.FEW)
     assert [len(sheet.t) for sheet in (exam.called, exam.bare, exam.others)] == [2 * times, 2 * few, 2 * few]
@@ -134,7 +134,7 @@ def test_as_many_rows_are_asked_as_the_constants_say(examined: tuple[Job, Attach
     assert len(set(exam.called.t.tolist())) == times
 
 
-def test_no_prompt_of_the_drift_has_the_trigger(examined: tuple[Job, Attached, Exam]) -> None:
+def test_no_prompt_of_the_drift_has_the_trigger(examined: tuple[RunPlan, Attached, Exam]) -> None:
     job, _, exam = examined
     assert uncalled(job) == ["a cat", "a house"] and not any(without("zwx", prompt)[1] for prompt in uncalled(job))
     assert not any(without("zwx", prompt)[1] for prompt in exam.bare.prompts)

@@ -150,7 +150,7 @@ def test_starts_as_nothing_and_leaves_no_trace(base: Base, latents: Tensor, part
     before, plain = fingerprint(base), predict(base, latents)
     attached = attach(base, EVERYTHING, parts=parts)
     assert torch.equal(predict(base, latents), plain)
-    assert set(attached.groups()) == set(parts)
+    assert set(attached.parameters()) == set(parts)
     adapter = attached.detach()
     assert set(adapter.parts) == set(parts)
     assert fingerprint(base) == before
@@ -159,11 +159,11 @@ def test_starts_as_nothing_and_leaves_no_trace(base: Base, latents: Tensor, part
 
 def test_only_the_adapter_is_trainable(base: Base, latents: Tensor) -> None:
     with attach(base, EVERYTHING, parts=BOTH) as attached:
-        own = {id(p) for group in attached.groups().values() for p in group.values()}
+        own = {id(p) for group in attached.parameters().values() for p in group.values()}
         trainable = {id(p) for model in base.parts.values() for p in model.parameters() if p.requires_grad}
         assert own == trainable
         base.denoise(latents, torch.tensor([3, 700]), base.embed(["zwx", "a cat"])).square().mean().backward()
-        ups = [p for group in attached.groups().values() for name, p in group.items() if name.endswith(".up")]
+        ups = [p for group in attached.parameters().values() for name, p in group.items() if name.endswith(".up")]
         assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in ups)
 
 
@@ -182,7 +182,7 @@ def test_seed_decides_the_start(base: Base) -> None:
 def test_what_is_detached_is_a_copy(base: Base) -> None:
     with attach(base, AdapterSpec(rank=2)) as attached:
         before = attached.snapshot()
-        for p in attached.groups()["unet"].values():
+        for p in attached.parameters()["unet"].values():
             p.data.fill_(7)
         assert all((delta.up == 0).all() for delta in before.deltas.values())
         assert all((delta.up == 7).all() for delta in attached.snapshot().deltas.values())
@@ -191,14 +191,14 @@ def test_what_is_detached_is_a_copy(base: Base) -> None:
 def test_dropout_acts_only_where_it_is_asked_for_and_by_its_seed(base: Base, latents: Tensor) -> None:
     state = torch.get_rng_state()
     with attach(base, AdapterSpec(rank=4, dropout=0.5)) as attached:
-        for name, p in attached.groups()["unet"].items():
+        for name, p in attached.parameters()["unet"].items():
             if name.endswith(".up"):
                 p.data.fill_(0.05)
         calm = predict(base, latents)
         assert torch.equal(predict(base, latents), calm)
         drawn = []
         for seed in (1, 1, 2):
-            with attached.dropping(seed):
+            with attached.dropout(seed):
                 drawn.append(predict(base, latents))
         assert torch.equal(predict(base, latents), calm)
     assert torch.equal(drawn[0], drawn[1])
@@ -289,7 +289,7 @@ def test_a_saved_adapter_predicts_what_the_attached_one_did(
 
 def test_a_loaded_adapter_can_be_trained_on(base: Base, shelf: list[Adapter]) -> None:
     with attach(base, shelf[0]) as attached:
-        groups = attached.groups()
+        groups = attached.parameters()
     assert all(p.requires_grad for group in groups.values() for p in group.values())
     assert torch.equal(groups["unet"]["unet.conv_in.down"], shelf[0].deltas["unet.conv_in"].down)
 

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import importlib
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners import lora
 from torch import Tensor, nn
 
+from personalize.adapters.adapter import Adapter
+from personalize.adapters.delta import LowRank
+from personalize.adapters.kinds.kind import DOWN
 from personalize.adapters.strengths.grammar import Weighting
 from personalize.data.batches import generator
 from personalize.inference.sampling import diffuse
@@ -20,22 +26,26 @@ from personalize.models.model import Base
 from personalize.recipe.fields import AdapterSpec, Recipe
 from personalize.recipe.resolve import resolve
 from personalize.training.events import Step
-from personalize.training.loop import feed, prepare, train
-from personalize.training.memory.apply import place
-from personalize.training.memory.ladder import Fit
-from personalize.training.objectives.denoise import build
+from personalize.training.inputs import prepare_data, training_batches
+from personalize.training.loop import train
+from personalize.training.memory.apply import apply_plan
+from personalize.training.memory.ladder import ComputePlan
+from personalize.training.objectives.objective import make_objective
 from personalize.training.optimizers import Optimizer
 from personalize.training.preflight import check, parts
 from personalize.training.rundir import Run
-from personalize.training.step import gradients
+from personalize.training.step import Learner, gradients
 from personalize.tuning.attach import Attached, attach
-from personalize.tuning.layers import NAME, Following
+from personalize.tuning.kinds import Kind
+from personalize.tuning.layers import ActiveRows, AdapterLayer
+from personalize.tuning.placement import place_of, put_layers, restore_layers
+from personalize.tuning.tunable import LayerAdapter, Tunable
 from tools.bench.counting import Work
 
+CPU = torch.device("cpu")
 LOW = [torch.bfloat16, torch.float16]
 SPEC = AdapterSpec(rank=2, alpha=2, targets=("attention", "feedforward", "conv"))
 HALF = AdapterSpec(rank=2, alpha=1, targets=("attention", "feedforward", "conv"), dropout=0.3)
-PEFT = {"AdaptedLinear": lora.Linear, "AdaptedConv": lora.Conv2d}
 Make = Callable[..., Recipe]
 
 
@@ -64,13 +74,13 @@ def started(base: Base, spec: AdapterSpec, parts: tuple[str, ...] = ("unet",)) -
 
 
 def learned(attached: Attached) -> dict[str, nn.Parameter]:
-    return {name: p for group in attached.groups().values() for name, p in group.items()}
+    return {name: p for group in attached.parameters().values() for name, p in group.items()}
 
 
 def passed(attached: Attached) -> list[Tensor]:
     """A prediction, and all gradients that it leads to."""
     base, latents = attached.base, torch.randn(2, 16, 8, 8, generator=torch.Generator().manual_seed(1))
-    with attached.lowered(), attached.dropping(3):
+    with attached.lowered(), attached.dropout(3):
         out = base.denoise(latents, torch.tensor([3, 700]), base.embed(["zwx", "a cat"]))
         out.float().square().mean().backward()
     grads = [p.grad for p in learned(attached).values()]
@@ -86,10 +96,41 @@ def far(some: list[Tensor], others: list[Tensor]) -> float:
     return float((sum(gap for gap, _ in gaps) / sum(size for _, size in gaps)).sqrt())
 
 
-def as_peft(attached: Attached) -> None:
-    """Give the layers their own forward pass back, which casts factors one by one."""
-    for layer in attached.layers.values():
-        layer.__class__ = PEFT[type(layer).__name__]
+@contextlib.contextmanager
+def by_peft(base: Base, adapter: Adapter, dropout: float, order: list[str]) -> Iterator[dict[str, lora.LoraLayer]]:
+    """Inside, an adapter of one rank and alpha is on the UNet by peft's own layers, which cast factors one by one."""
+    names = {path.removeprefix("unet."): adapter.deltas[path] for path in order}
+    first = next(iter(names.values()))
+    assert isinstance(first, LowRank)
+    pattern = "|".join(map(re.escape, names))
+    config = LoraConfig(r=first.rank, lora_alpha=first.alpha, lora_dropout=dropout, target_modules=pattern)  # type: ignore[arg-type]
+    inject_adapter_in_model(config, base.unet, "theirs")
+    layers = {f"unet.{name}": base.unet.get_submodule(name) for name in names}
+    for path, layer in layers.items():
+        delta = adapter.deltas[path]
+        assert isinstance(delta, LowRank)
+        for side, values in ((layer.lora_A["theirs"], delta.down), (layer.lora_B["theirs"], delta.up)):
+            side.weight.data.copy_(values.reshape(side.weight.shape))
+        layer.eval()
+        layer.lora_dropout.train()
+    try:
+        yield layers
+    finally:
+        for path, layer in layers.items():
+            parent, leaf = place_of(base, path)
+            setattr(parent, leaf, layer.base_layer)
+        del base.unet.peft_config
+
+
+def passed_by_peft(base: Base, adapter: Adapter, dropout: float, order: list[str]) -> list[Tensor]:
+    """What `passed` gives, by peft's layers."""
+    latents = torch.randn(2, 16, 8, 8, generator=torch.Generator().manual_seed(1))
+    with by_peft(base, adapter, dropout, order) as layers, torch.random.fork_rng():
+        torch.manual_seed(3)
+        out = base.denoise(latents, torch.tensor([3, 700]), base.embed(["zwx", "a cat"]))
+        out.float().square().mean().backward()
+        sides = [side["theirs"] for layer in layers.values() for side in (layer.lora_A, layer.lora_B)]
+        return [out.detach(), *(side.weight.grad for side in sides)]  # type: ignore[misc]
 
 
 # ---------------------------------------------------------------- one pass
@@ -98,10 +139,9 @@ def as_peft(attached: Attached) -> None:
 @pytest.mark.parametrize("spec", [SPEC, HALF], ids=["scale 1", "scale 0.5, dropout"])
 def test_fp32_gives_the_bits_of_peft_and_other_dtypes_their_rounding(base: Base, spec: AdapterSpec) -> None:
     with started(base, spec) as attached:
-        ours = passed(attached)
-        as_peft(attached)
-        theirs = passed(attached)
-        assert len(ours) == len(theirs) == 1 + 2 * len(attached.layers)
+        ours, adapter, order = passed(attached), attached.snapshot(), list(attached.layers)
+    theirs = passed_by_peft(base, adapter, spec.dropout, order)
+    assert len(ours) == len(theirs) == 1 + 2 * len(adapter.deltas)
     if base.dtype == torch.float32:
         assert all(map(torch.equal, ours, theirs))
     else:
@@ -120,13 +160,12 @@ def test_casting_all_at_once_gives_the_bits_of_casting_each(base: Base, monkeypa
 def test_factors_are_low_inside_only_and_as_they_are_then(base: Base) -> None:
     with started(base, SPEC) as attached:
         layer = next(iter(attached.layers.values()))
-        down = layer.lora_A[NAME]
-        assert isinstance(down, Following)
+        down = layer.factors[DOWN]
         for value in (1.0, 2.0):
             down.weight.data.fill_(value)
             with contextlib.suppress(ZeroDivisionError), attached.lowered():
                 assert (down.low is None) == (base.dtype == torch.float32)
-                assert down.factor(base.dtype).eq(value).all() and down.factor(base.dtype).dtype == base.dtype
+                assert down.cast(base.dtype).eq(value).all() and down.cast(base.dtype).dtype == base.dtype
                 raise ZeroDivisionError
             assert down.low is None and down.weight.dtype == torch.float32
 
@@ -177,16 +216,91 @@ def test_drawing_casts_once_a_step(base: Base, monkeypatch: pytest.MonkeyPatch) 
 
 def test_another_adapter_beside_ours_is_added_by_peft(base: Base) -> None:
     with started(base, SPEC) as attached:
-        layer = next(one for path, one in attached.layers.items() if path.endswith("attn1.to_q"))
-        x = torch.randn(3, layer.in_features, dtype=base.dtype, generator=torch.Generator().manual_seed(1))
+        path = next(path for path in attached.layers if path.endswith("attn1.to_q"))
+        layer = attached.layers[path]
+        x = torch.randn(3, layer.weight.shape[1], dtype=base.dtype, generator=torch.Generator().manual_seed(1))
         with torch.no_grad():
             alone = layer(x)
-            layer.update_layer("other", 2, lora_alpha=2, config=lora.LoraConfig(init_lora_weights=False))
-            layer.lora_A["other"].to(base.dtype), layer.lora_B["other"].to(base.dtype)
-            layer.set_adapter([NAME, "other"])
+            config = LoraConfig(r=2, lora_alpha=2, init_lora_weights=False, target_modules=["base_layer"])
+            inject_adapter_in_model(config, layer, "other")
+            theirs: Any = layer.base_layer
+            theirs.lora_A["other"].to(base.dtype), theirs.lora_B["other"].to(base.dtype)
             both = layer(x)
-            change = layer.lora_B["other"](layer.lora_A["other"](x))
+            change = theirs.lora_B["other"](theirs.lora_A["other"](x))
+            layer.base_layer = theirs.base_layer
         torch.testing.assert_close(both, alone + change, rtol=0.02, atol=0.02)
+
+
+# ---------------------------------------------------------------- any kind, one adapter or several
+
+
+def loha_delta(tensors: Any, weight: Tensor | None, alpha: float | None) -> Tensor:
+    """LoHa (Hyeon-Woo et al. 2021): (w1_a @ w1_b) * (w2_a @ w2_b), scaled by alpha / rank."""
+    a, b = (tensors[f"hada_w{i}_a"] @ tensors[f"hada_w{i}_b"] for i in (1, 2))
+    return a * b * ((alpha or 0) / len(tensors["hada_w1_b"]))
+
+
+LOHA = Kind("LoHa", loha_delta)
+
+
+def loha(out: int, inside: int, seed: int) -> dict[str, Tensor]:
+    """Tensors of rank 2."""
+    shapes = {"hada_w1_a": (out, 2), "hada_w1_b": (2, inside), "hada_w2_a": (out, 2), "hada_w2_b": (2, inside)}
+    generator = torch.Generator().manual_seed(seed)
+    return {role: torch.randn(shape, generator=generator) for role, shape in shapes.items()}
+
+
+@pytest.mark.parametrize(
+    "make_layer", [lambda: nn.Linear(6, 5), lambda: nn.Conv2d(6, 5, 3, padding=1, stride=2)], ids=["linear", "conv"]
+)
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_kind_without_a_formula_of_its_own_adds_its_dw(make_layer: Callable[[], Any], count: int) -> None:
+    torch.manual_seed(0)
+    layer = make_layer().requires_grad_(False)
+    x = torch.randn(2 * count, 6, 4, 4) if isinstance(layer, nn.Conv2d) else torch.randn(2 * count, 7, 6)
+    specs = [(loha(5, layer.weight[0].numel(), m), 1.0) for m in range(count)]
+    adapted = AdapterLayer(layer, LOHA, specs, ActiveRows(*range(count)), CPU)
+    wanted = []
+    for rows, (tensors, alpha) in zip(x.chunk(count), specs, strict=True):
+        merged = copy.deepcopy(layer)
+        merged.weight += loha_delta(tensors, None, alpha).reshape(layer.weight.shape)
+        wanted.append(merged(rows))
+    out = adapted(x)
+    torch.testing.assert_close(out, torch.cat(wanted), rtol=1e-4, atol=1e-4)
+    out.square().sum().backward()
+    assert all(factor.weight.grad is not None and factor.weight.grad.abs().sum() > 0 for factor in adapted.factors.values())
+    with adapted.active.of():
+        assert torch.equal(adapted(x), layer(x))
+    adapted.strengths = [0.0] * count
+    torch.testing.assert_close(adapted(x), layer(x))
+
+
+def test_a_kind_is_a_tunable_like_any_other(tiny_base: Path) -> None:
+    base = Base.load(tiny_base)
+    path = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    parent, leaf = place_of(base, path)
+    own: Any = parent.get_submodule(leaf)
+    active = ActiveRows(0)
+    layers = {path: AdapterLayer(own, LOHA, [(loha(*own.weight.shape, 0), 1.0)], active, CPU)}
+    tunable: Tunable = LayerAdapter(base, layers, active)
+    assert sorted(tunable.parameters()["unet"]) == [f"{path}.hada_w{i}_{side}" for i in (1, 2) for side in "ab"]
+    saved = tunable.snapshot()
+    torch.testing.assert_close(saved.deltas[path].delta(), loha_delta(loha(*own.weight.shape, 0), None, 1.0))
+    put_layers(base, layers)
+    try:
+        x, t, cond = torch.randn(1, 16, 8, 8), torch.tensor([300]), base.embed(["a cat"])
+        with torch.no_grad():
+            one = base.denoise(x, t, cond)
+            tunable.put(Adapter({path: saved.deltas[path] * 2.0}))
+            twice = base.denoise(x, t, cond)
+            tunable.put(saved)
+            with tunable.at(2.0):
+                torch.testing.assert_close(base.denoise(x, t, cond), twice)
+            assert torch.equal(base.denoise(x, t, cond), one)
+            with tunable.off():
+                assert not torch.equal(base.denoise(x, t, cond), one)
+    finally:
+        restore_layers(base, layers)
 
 
 # ---------------------------------------------------------------- whole steps and runs
@@ -200,15 +314,18 @@ def test_a_step_has_the_gradient_of_casts_in_each_layer(
     make: Make, monkeypatch: pytest.MonkeyPatch, precision: str, flags: dict[str, Any]
 ) -> None:
     job = check(make(precision=precision, **flags))
-    recipe, base, lesson = job.recipe, job.base, prepare(job)
-    place(base, Fit(precision, checkpointing=recipe.fitting.checkpointing == "yes", micro_batch=1), job.device)
+    recipe, base, data = job.recipe, job.base, prepare_data(job)
+    apply_plan(base, ComputePlan(precision, checkpointing=recipe.fitting.checkpointing == "yes", micro_batch=1), job.device)
 
     def stepped() -> list[Tensor]:
         with started(base, recipe.adapter, parts(recipe, base)) as attached:
-            opt = Optimizer(attached.groups(), recipe.optim, 4, scaled=precision == "float16")
-            loss, inputs = build(recipe.objective, base.schedule, attached.off), feed(job, lesson, 0)
+            opt = Optimizer(attached.parameters(), recipe.optim, 4, scaled=precision == "float16")
+            learner, inputs = (
+                Learner(attached, make_objective(recipe.objective, base.schedule), opt, 2),
+                training_batches(job, data, 0),
+            )
             seen = ((next(inputs), lambda what, i=i: generator(0, what, i), lambda n: n) for i in range(recipe.optim.accumulate))
-            told = gradients(base.denoise, loss, attached, opt, 2, seen)  # type: ignore[arg-type]
+            told = gradients([learner], [seen])[0]  # type: ignore[list-item]
             grads = [p.grad for p in learned(attached).values() if p.grad is not None]
             assert len(grads) == 2 * len(attached.layers)
             opt.step(1, told[-1])

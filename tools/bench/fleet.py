@@ -16,13 +16,13 @@ import torch
 from personalize.io import write_text
 from personalize.models.model import quiet
 from personalize.recipe.fields import Recipe
-from personalize.training.fleet import pass_through
-from personalize.training.memory.apply import lacking, place
+from personalize.training.memory.apply import apply_plan, lacking
 from personalize.training.memory.estimate import Configs, ghost
-from personalize.training.memory.ladder import Fit
-from personalize.training.objectives.denoise import WHOLE, asking
+from personalize.training.memory.ladder import ComputePlan
+from personalize.training.objectives.objective import make_objective
 from personalize.training.optimizers import Optimizer
-from personalize.tuning.crew import Crew
+from personalize.training.step import Learner, gradients
+from personalize.tuning.fleet import Fleet
 from personalize.tuning.targets import fresh
 
 from ..pocket.proof.figures import markdown
@@ -83,7 +83,7 @@ def row_of(family: str, members: int, mode: str, options: argparse.Namespace, de
     """Seconds per step of a fleet, or of a run alone, and the most bytes held; or why not."""
     side, configs = tiny(family) if options.tiny else true(family)
     recipe, gpu = recipe_of(options.batch, options.rank), device.type == "cuda"
-    fit = Fit(options.precision, micro_batch=options.batch, channels_last=gpu, compile=mode == "compiled")
+    fit = ComputePlan(options.precision, micro_batch=options.batch, channels_last=gpu, compile=mode == "compiled")
     if fit.compile and (why := lacking(device)):
         return {"side": side, "failed": why}
     try:
@@ -96,28 +96,25 @@ def row_of(family: str, members: int, mode: str, options: argparse.Namespace, de
     return {"side": side, "seconds": seconds, "bytes": taken}
 
 
-def fleet(configs: Configs, recipe: Recipe, fit: Fit, device: torch.device, members: int) -> Callable[[], object]:
+def fleet(configs: Configs, recipe: Recipe, fit: ComputePlan, device: torch.device, members: int) -> Callable[[], object]:
     """A function that takes the next step of all members, as `train_fleet` does: the losses of all, and the gradients' norms."""
     with quiet():
-        base = ghost(configs, Fit(fit.precision))
+        base = ghost(configs, ComputePlan(fit.precision))
     fill(base.unet, device)
-    place(base, fit, device)
-    crew = Crew(base, [fresh(base, recipe.adapter, ("unet",), seed) for seed in range(members)])
-    opts = [Optimizer(one.groups(), recipe.optim, recipe.steps) for one in crew.members]
+    apply_plan(base, fit, device)
+    together = Fleet(base, [fresh(base, recipe.adapter, ("unet",), seed) for seed in range(members)]).__enter__()
+    objective = make_objective(recipe.objective, base.schedule)
+    learners = [Learner(one, objective, Optimizer(one.parameters(), recipe.optim, recipe.steps)) for one in together.members]
     inputs, steps = batch_of(base, recipe, configs.unet["sample_size"]), itertools.count()
 
     def take() -> list[float]:
-        done, who = next(steps), range(members)
-        generators = [torch.Generator().manual_seed(done * members + m) for m in who]
-        asks = [asking(recipe.objective, base.schedule)(inputs, lambda _, one=one: one, WHOLE) for one in generators]  # type: ignore[misc]
-        losses = pass_through(crew, who, asks, opts)
-        crew.share_out()
-        norms = [opt.norm() for opt in opts]
-        told: list[float] = torch.cat([*(loss.detach() for loss in losses), torch.stack(norms)]).tolist()
-        for opt, norm in zip(opts, norms, strict=True):
-            opt.step(done, norm)
-        crew.forget()
-        return told
+        done = next(steps)
+        generators = [torch.Generator().manual_seed(done * members + m) for m in range(members)]
+        values = gradients(learners, [[(inputs, lambda _, one=one: one, lambda piece: piece)] for one in generators])  # type: ignore[misc]
+        numbers: list[float] = torch.cat(values).tolist()
+        for learner, own in zip(learners, values, strict=True):
+            learner.opt.step(done, own[-1])
+        return numbers
 
     return take
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from personalize.families.cond import Cond
 from personalize.models.model import Base
-from personalize.training.objectives.denoise import Denoise, Inputs
+from personalize.training.objectives.objective import Denoise, Inputs
 
 
 class Positional(nn.Module):

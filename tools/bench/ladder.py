@@ -13,10 +13,10 @@ import torch
 from personalize.io import write_text
 from personalize.models.model import Base, quiet
 from personalize.recipe.resolve import resolve
-from personalize.training.memory.apply import place
-from personalize.training.memory.estimate import Configs, Load, cond_of, estimate, ghost, largest, learn
-from personalize.training.memory.ladder import Fit
-from personalize.training.memory.recover import measured
+from personalize.training.memory.apply import apply_plan
+from personalize.training.memory.estimate import Configs, Workload, cond_of, estimate, ghost, largest, learn
+from personalize.training.memory.ladder import ComputePlan
+from personalize.training.memory.recover import measure_peak
 from personalize.training.optimizers import Optimizer
 from personalize.tuning.attach import attach
 
@@ -47,7 +47,7 @@ def main(options: argparse.Namespace) -> None:
 
     def row(*case: Any) -> Row:
         family, side, batch, _ = case
-        load = Load(resolve(flags={"batch_size": batch, "rank": options.rank}), side // 8, side // 8)
+        load = Workload(resolve(flags={"batch_size": batch, "rank": options.rank}), side // 8, side // 8)
         configs = shapes(options, family)[1]
         expected = told.get(case) or asdict(estimate(configs, load, known[case], ("unet",)))
         step = sum(expected[name] for name in ("weights", "adapter", "activations"))
@@ -69,7 +69,7 @@ def shapes(options: argparse.Namespace, family: str) -> tuple[int, Configs]:
     return side, memory.configs_of(pairs.family(family), side)
 
 
-def fits(options: argparse.Namespace) -> dict[tuple[Any, ...], Fit]:
+def fits(options: argparse.Namespace) -> dict[tuple[Any, ...], ComputePlan]:
     """Every case (family, side, batch, rung), and how it is done."""
     return {
         (family, shapes(options, family)[0], batch, rung): fit
@@ -92,7 +92,7 @@ def published(options: argparse.Namespace) -> dict[tuple[Any, ...], Row]:
 # ---------------------------------------------------------------- measuring
 
 
-def taken(configs: Configs, load: Load, fit: Fit, device: torch.device) -> Row:
+def taken(configs: Configs, load: Workload, fit: ComputePlan, device: torch.device) -> Row:
     """Bytes at most in a step and in a sample, as CUDA counts them (on a CPU: those of tensors); or why not."""
     try:
         return tried(configs, load, fit, device)
@@ -102,37 +102,37 @@ def taken(configs: Configs, load: Load, fit: Fit, device: torch.device) -> Row:
         resuming.tidy(device)
 
 
-def tried(configs: Configs, load: Load, fit: Fit, device: torch.device) -> Row:
+def tried(configs: Configs, load: Workload, fit: ComputePlan, device: torch.device) -> Row:
     """The same, where there is enough."""
     base = solid(configs, fit, device)
     attached = attach(base, load.recipe.adapter)
-    opt = Optimizer(attached.groups(), load.recipe.optim, STEPS, scaled=fit.precision == "float16")
+    opt = Optimizer(attached.parameters(), load.recipe.optim, STEPS, scaled=fit.precision == "float16")
     with torch.device(device):
         inputs = largest(base, load, ("unet",))
-    with measured(base, attached) as peak:
+    with measure_peak(base, attached) as peak:
         for done in range(STEPS):
             told = learn(base, load, fit, attached, opt, inputs)
             opt.step(done, told[-1])
         del told
         step = peak()
-    with measured(base, attached) as peak, torch.no_grad(), attached.lowered():
+    with measure_peak(base, attached) as peak, torch.no_grad(), attached.lowered():
         sample(base, load, fit, device)
         drawn = peak()
     return {"step": step, "sample": drawn}
 
 
-def solid(configs: Configs, fit: Fit, device: torch.device) -> Base:
-    """A base of random weights that computes as a Fit says."""
+def solid(configs: Configs, fit: ComputePlan, device: torch.device) -> Base:
+    """A base of random weights that computes as a ComputePlan says."""
     with quiet():
-        base = ghost(configs, Fit(fit.precision))
+        base = ghost(configs, ComputePlan(fit.precision))
     for model in (base.unet, base.vae, *(text.model for text in base.texts)):
         fill(model, device)
-    place(base, replace(fit, compile=False), device)
+    apply_plan(base, replace(fit, compile=False), device)
     return base
 
 
 @torch.no_grad()
-def sample(base: Base, load: Load, fit: Fit, device: torch.device) -> None:
+def sample(base: Base, load: Workload, fit: ComputePlan, device: torch.device) -> None:
     """Read prompts, take one guided step, decode: as many pictures at once as a run draws."""
     rows = 1 if fit.tiled else load.drawn
     with torch.device(device):

@@ -15,8 +15,8 @@ from personalize.families.configs import text_config, unet_config
 from personalize.families.names import Family
 from personalize.io import write_text
 from personalize.recipe.resolve import resolve
-from personalize.training.memory.estimate import Configs, Estimate, Load, estimate
-from personalize.training.memory.ladder import LADDER, Fit
+from personalize.training.memory.estimate import Configs, Estimate, Workload, estimate
+from personalize.training.memory.ladder import LADDER, ComputePlan
 
 from ..pocket.proof.figures import FIGURES, markdown
 from . import pairs
@@ -51,22 +51,22 @@ def main(options: Any) -> None:
     for name, side in CASES:
         for batch in options.batches if name in options.families else ():
             configs = configs_of(pairs.family(name), side)
-            load = Load(resolve(flags={"batch_size": batch, "rank": options.rank}), side // 8, side // 8)
+            load = Workload(resolve(flags={"batch_size": batch, "rank": options.rank}), side // 8, side // 8)
             for rung, fit, told in walk(configs, load, options.precision):
                 rows.append({"family": name, "side": side, "batch": batch, "rung": rung, **asdict(fit), **asdict(told)})
                 print(f"{name} {side} px, batch {batch}, {rung}: {told.peak / 2**30:.2f} GiB", flush=True)
     publish(options, rows)
 
 
-def walk(configs: Configs, load: Load, precision: str) -> Iterator[tuple[str, Fit, Estimate]]:
+def walk(configs: Configs, load: Workload, precision: str) -> Iterator[tuple[str, ComputePlan, Estimate]]:
     """Every rung with what it takes."""
     for rung, fit in rungs(load.recipe.batch_size, precision):
         yield rung, fit, estimate(configs, load, fit, ("unet",))
 
 
-def rungs(batch: int, precision: str) -> Iterator[tuple[str, Fit]]:
+def rungs(batch: int, precision: str) -> Iterator[tuple[str, ComputePlan]]:
     """Every rung from the first to the last that changes anything, then nf4 instead of int8."""
-    rung, fit = "everything at once", Fit(precision, micro_batch=batch, channels_last=True)
+    rung, fit = "everything at once", ComputePlan(precision, micro_batch=batch, channels_last=True)
     while True:
         yield rung, fit
         below = next(((one.name, one.of(fit)) for one in LADDER if one.of(fit) != fit), None)

@@ -17,7 +17,7 @@ from personalize.io import write_text
 from personalize.models.model import quiet
 from personalize.recipe.fields import Recipe
 from personalize.training.memory.estimate import Configs, ghost
-from personalize.training.memory.ladder import Fit
+from personalize.training.memory.ladder import ComputePlan
 
 from ..pocket.proof import peer
 
@@ -113,7 +113,7 @@ def write_weights(folder: Path, configs: Configs, device: torch.device) -> None:
         return
     write_base(folder, configs)
     with quiet():
-        base = ghost(configs, Fit("bfloat16"))
+        base = ghost(configs, ComputePlan("bfloat16"))
         for part, model in {**base.parts, "vae": base.vae}.items():
             fill(model, device)
             model.save_pretrained(folder / part)

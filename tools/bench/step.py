@@ -19,12 +19,11 @@ from personalize.io import write_text
 from personalize.models.model import Base, quiet
 from personalize.recipe.fields import Recipe
 from personalize.recipe.resolve import resolve
-from personalize.training.memory.estimate import Configs, Load, cond_of, ghost, solidify
-from personalize.training.memory.ladder import Fit
-from personalize.training.objectives import denoise as objectives
-from personalize.training.objectives.denoise import Inputs
+from personalize.training.memory.estimate import Configs, Workload, cond_of, ghost, solidify
+from personalize.training.memory.ladder import ComputePlan
+from personalize.training.objectives.objective import Inputs, make_objective
 from personalize.training.optimizers import Optimizer
-from personalize.training.step import gradients
+from personalize.training.step import Learner, gradients
 from personalize.tuning.attach import Attached, attach
 
 from ..pocket.proof.figures import FIGURES, markdown
@@ -81,15 +80,15 @@ def recipe_of(batch: int, rank: int) -> Recipe:
 
 
 def ours(configs: Configs, recipe: Recipe, side: int, precision: str) -> dict[str, Any]:
-    """The second step of a run, from a batch to the update, as `train.onward` takes it."""
-    fit = Fit(precision, micro_batch=recipe.batch_size, channels_last=precision != "float32")
+    """The second step of a run, from a batch to the update, as `loop.advance` takes it."""
+    fit = ComputePlan(precision, micro_batch=recipe.batch_size, channels_last=precision != "float32")
     with quiet():
         base = ghost(configs, fit)
         attached = attach(base, recipe.adapter)
     with FakeTensorMode(), torch.random.fork_rng(devices=[]):
         base.device = torch.device("cpu")
         solidify([base.unet])
-        opt = Optimizer(attached.groups(), recipe.optim, recipe.steps)
+        opt = Optimizer(attached.parameters(), recipe.optim, recipe.steps)
         inputs = batch_of(base, recipe, side // base.factor)
         for done in range(STEPS):
             with phases(work := Work(values=False), OURS), work:
@@ -101,11 +100,11 @@ def batch_of(base: Base, recipe: Recipe, side: int) -> Inputs:
     """A batch of kept latents and captions, on the base's device."""
     with torch.device(base.device):
         latents = torch.zeros(recipe.batch_size, base.unet.config["in_channels"], side, side)
-        return Inputs(latents, torch.ones_like(latents), cond_of(base, Load(recipe, side, side), (), recipe.batch_size))
+        return Inputs(latents, torch.ones_like(latents), cond_of(base, Workload(recipe, side, side), (), recipe.batch_size))
 
 
 def step(base: Base, attached: Attached, opt: Optimizer, recipe: Recipe, inputs: Inputs, done: int) -> list[float]:
-    """A step as `train.onward` takes it: the losses, and the gradient's norm."""
+    """A step as `loop.advance` takes it: the losses, and the gradient's norm."""
     values = learn(base, attached, opt, recipe, inputs, done)
     told: list[float] = values.tolist()
     opt.step(done, values[-1])
@@ -114,9 +113,9 @@ def step(base: Base, attached: Attached, opt: Optimizer, recipe: Recipe, inputs:
 
 def learn(base: Base, attached: Attached, opt: Optimizer, recipe: Recipe, inputs: Inputs, done: int = 0) -> Tensor:
     """A step's gradients: forward and backward."""
-    loss = objectives.build(recipe.objective, base.schedule, attached.off)
+    learner = Learner(attached, make_objective(recipe.objective, base.schedule), opt)
     generator = torch.Generator().manual_seed(done)
-    return gradients(base.denoise, loss, attached, opt, 1, [(inputs, lambda _: generator, lambda piece: piece)])
+    return gradients([learner], [[(inputs, lambda _: generator, lambda piece: piece)]])[0]
 
 
 # ---------------------------------------------------------------- theirs

@@ -17,9 +17,9 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from personalize.io import write_text
 from personalize.models.model import Base, quiet
 from personalize.recipe.fields import Recipe
-from personalize.training.memory.apply import lacking, place
+from personalize.training.memory.apply import apply_plan, lacking
 from personalize.training.memory.estimate import Configs, ghost, solidify
-from personalize.training.memory.ladder import Fit
+from personalize.training.memory.ladder import ComputePlan
 from personalize.training.optimizers import Optimizer
 from personalize.tuning.attach import Attached, attach
 
@@ -101,7 +101,7 @@ def tiny(family: str) -> tuple[int, Configs]:
 def own(configs: Configs, recipe: Recipe, mode: str, seconds: float, device: torch.device) -> Row:
     """Seconds per step and bytes of ours; or why there are none."""
     gpu = device.type == "cuda"
-    fit = Fit("bfloat16", micro_batch=recipe.batch_size, channels_last=gpu, compile=mode == "compiled")
+    fit = ComputePlan("bfloat16", micro_batch=recipe.batch_size, channels_last=gpu, compile=mode == "compiled")
     if fit.compile and (why := lacking(device)):
         return {"failed": why}
     if mode == "graphs" and not gpu:
@@ -119,19 +119,21 @@ def own(configs: Configs, recipe: Recipe, mode: str, seconds: float, device: tor
     return {"seconds": spent, "bytes": taken}
 
 
-def trainer(configs: Configs, recipe: Recipe, fit: Fit, device: torch.device, *, graphs: bool = False) -> Callable[[], object]:
+def trainer(
+    configs: Configs, recipe: Recipe, fit: ComputePlan, device: torch.device, *, graphs: bool = False
+) -> Callable[[], object]:
     """A function that takes the next step of a run on random weights. The encoders are nowhere: a step does not need them."""
     base, attached = shapes(configs, recipe, replace(fit, compile=False))
     fill(base.unet, device)
-    place(base, fit, device)
-    opt = Optimizer(attached.groups(), recipe.optim, recipe.steps)
+    apply_plan(base, fit, device)
+    opt = Optimizer(attached.parameters(), recipe.optim, recipe.steps)
     inputs, steps = batch_of(base, recipe, configs.unet["sample_size"]), itertools.count()
     if graphs:
         vars(base)["denoise"] = graphed(base, inputs)
     return lambda: step(base, attached, opt, recipe, inputs, next(steps))
 
 
-def shapes(configs: Configs, recipe: Recipe, fit: Fit) -> tuple[Base, Attached]:
+def shapes(configs: Configs, recipe: Recipe, fit: ComputePlan) -> tuple[Base, Attached]:
     """A base without weights, and an adapter on it."""
     with quiet():
         base = ghost(configs, fit)
@@ -176,11 +178,11 @@ def flops_of(configs: Configs, recipe: Recipe) -> int:
             g, q, k, v
         ),
     }
-    base, attached = shapes(configs, recipe, Fit("bfloat16", micro_batch=recipe.batch_size))
+    base, attached = shapes(configs, recipe, ComputePlan("bfloat16", micro_batch=recipe.batch_size))
     with FakeTensorMode(), torch.random.fork_rng(devices=[]):
         base.device = torch.device("cpu")
         solidify([base.unet])
-        opt = Optimizer(attached.groups(), recipe.optim, recipe.steps)
+        opt = Optimizer(attached.parameters(), recipe.optim, recipe.steps)
         inputs = batch_of(base, recipe, configs.unet["sample_size"])
         with FlopCounterMode(display=False, custom_mapping=ours) as counter:
             learn(base, attached, opt, recipe, inputs)

@@ -1,4 +1,4 @@
-"""A Fit, done to a base."""
+"""A compute plan, applied to a base."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ import torch
 
 from ...models.model import Base
 from ...models.quantized import quantize
-from .ladder import Fit
+from .ladder import ComputePlan
 
 
-def place(base: Base, fit: Fit, device: torch.device) -> None:
-    """Make a base compute as a Fit says, with or without adapters on it. What is quantized or compiled already stays so."""
-    base.place(device, lean=fit.lean, tiled=fit.tiled)
-    if fit.quantize != "none":
-        quantize(base.unet, fit.quantize)
-    if fit.checkpointing:
+def apply_plan(base: Base, compute: ComputePlan, device: torch.device) -> None:
+    """Make a base compute as a plan says, with or without adapters on it. What is quantized or compiled already stays so."""
+    base.place(device, lean=compute.lean, tiled=compute.tiled)
+    if compute.quantize != "none":
+        quantize(base.unet, compute.quantize)
+    if compute.checkpointing:
         base.unet.enable_gradient_checkpointing()
     else:
         base.unet.disable_gradient_checkpointing()
-    if fit.channels_last:
+    if compute.channels_last:
         base.unet.to(memory_format=torch.channels_last)
-    if fit.compile and not lacking(device) and not compiled(base):
+    if compute.compile and not lacking(device) and not compiled(base):
         base.unet.compile_repeated_blocks()
 
 

@@ -27,12 +27,11 @@ from ...models.precision import dtype_of
 from ...models.single import SCHEDULER
 from ...recipe.fields import Recipe
 from ...tuning.attach import Attached, attach
-from ..objectives import denoise as objectives
-from ..objectives.denoise import Inputs
+from ..objectives.objective import Inputs, make_objective, needs_of
 from ..optimizers import Optimizer
-from ..step import gradients
-from .apply import place
-from .ladder import Fit, pieces
+from ..step import Learner, gradients
+from .apply import apply_plan
+from .ladder import ComputePlan, pieces
 from .meter import Count, bytes_of, counting, tensors_of
 
 DRAWN = 8  # pictures drawn at once, where memory is no matter
@@ -53,7 +52,7 @@ class Configs:
 
 
 @dataclass(frozen=True)
-class Load:
+class Workload:
     """What a run asks of a base: everything that decides a step's shapes."""
 
     recipe: Recipe
@@ -78,7 +77,7 @@ class Estimate:
         return max(self.weights + self.adapter + self.activations, self.sampling)
 
 
-def estimate(configs: Configs, load: Load, fit: Fit, parts: tuple[str, ...]) -> Estimate:
+def estimate(configs: Configs, load: Workload, fit: ComputePlan, parts: tuple[str, ...]) -> Estimate:
     """What a run will take. A few seconds the first time, for a true base; then it is remembered on disk."""
     asked = load.recipe.model_dump(mode="json", include={"adapter", "objective", "optim", "batch_size"})
     shapes = [load.height, load.width, load.windows, load.drawn, load.prompts]
@@ -95,12 +94,15 @@ def _code() -> str:
     """What decides an estimate beside its arguments."""
     here = Path(__file__).parent
     return store.key(
-        sources=[path.read_text(encoding="utf-8") for path in (*sorted(here.glob("*.py")), here.parent / "objectives.py")],
+        sources=[
+            path.read_text(encoding="utf-8")
+            for path in (*sorted(here.glob("*.py")), *sorted((here.parent / "objectives").glob("*.py")))
+        ],
         torch=torch.__version__,
     )
 
 
-def _estimate(configs: Configs, load: Load, fit: Fit, parts: tuple[str, ...]) -> Estimate:
+def _estimate(configs: Configs, load: Workload, fit: ComputePlan, parts: tuple[str, ...]) -> Estimate:
     with quiet():
         base = ghost(configs, fit)
         attached = attach(base, load.recipe.adapter, parts=parts)
@@ -108,7 +110,7 @@ def _estimate(configs: Configs, load: Load, fit: Fit, parts: tuple[str, ...]) ->
         models = [base.unet, base.vae, *(text.model for text in base.texts)]
         base.device = torch.device("cpu")  # of shapes: kernels are chosen by device
         solidify(models)
-        opt = Optimizer(attached.groups(), load.recipe.optim, load.recipe.steps, scaled=fit.precision == "float16")
+        opt = Optimizer(attached.parameters(), load.recipe.optim, load.recipe.steps, scaled=fit.precision == "float16")
         learned = list(opt.parameters.values())
         moments = [torch.zeros_like(p) for p in learned for _ in range(2)]
         leaving = [model for model in models[1:] if fit.lean and not any(p.requires_grad for p in model.parameters())]
@@ -124,26 +126,26 @@ def _estimate(configs: Configs, load: Load, fit: Fit, parts: tuple[str, ...]) ->
     return Estimate(weights, adapter, step - weights - adapter, sampling)
 
 
-def learn(base: Base, load: Load, fit: Fit, attached: Attached, opt: Optimizer, inputs: Inputs) -> Tensor:
+def learn(base: Base, load: Workload, fit: ComputePlan, attached: Attached, opt: Optimizer, inputs: Inputs) -> Tensor:
     """Forward and backward of one step; the losses and the gradient's norm."""
-    loss = objectives.build(load.recipe.objective, base.schedule, attached.off)
     generator = torch.Generator().manual_seed(0)
-    batch = (inputs, lambda _: generator, lambda _: 0)
-    return gradients(base.denoise, loss, attached, opt, pieces(fit, load.recipe.batch_size), [batch])
+    objective = make_objective(load.recipe.objective, base.schedule)
+    learner = Learner(attached, objective, opt, pieces(fit, load.recipe.batch_size))
+    return gradients([learner], [[(inputs, lambda _: generator, lambda _: 0)]])[0]
 
 
-def largest(base: Base, load: Load, parts: tuple[str, ...]) -> Inputs:
+def largest(base: Base, load: Workload, parts: tuple[str, ...]) -> Inputs:
     """The largest batch, all of zeros."""
     recipe, b = load.recipe, load.recipe.batch_size
-    k = recipe.prior_rows if recipe.objective.prior != "none" else 0
-    images, output = (k if recipe.objective.prior == kind else 0 for kind in ("images", "output"))
+    needs, k = needs_of(recipe.objective), recipe.prior_rows
+    images, output = k * needs.class_images, k * needs.class_captions
     latents = torch.zeros(b + images, base.unet.config["in_channels"], load.height, load.width)
     held = [cond_of(base, load, parts, output) for _ in range(2)] if output else [None, None]
     return Inputs(latents, latents, cond_of(base, load, parts, b + images), images, *held)
 
 
 @torch.no_grad()
-def draw(base: Base, load: Load, fit: Fit, count: Count, away: int) -> int:
+def draw(base: Base, load: Workload, fit: ComputePlan, count: Count, away: int) -> int:
     """Bytes at most while pictures are drawn: reading, one guided step, decoding. `away` bytes of encoders come in turn."""
     rows, here = 1 if fit.tiled else load.drawn, count.now - away
     latents = torch.zeros(rows, base.unet.config["in_channels"], load.height, load.width)
@@ -157,7 +159,7 @@ def draw(base: Base, load: Load, fit: Fit, count: Count, away: int) -> int:
     return max(reading, steps, decoding)
 
 
-def cond_of(base: Base, load: Load, parts: tuple[str, ...], rows: int) -> Cond:
+def cond_of(base: Base, load: Workload, parts: tuple[str, ...], rows: int) -> Cond:
     """Conditioning of so many captions: what text encoders that learn make of them, else only its shape."""
     tokens, width, pooled = 77 * load.windows, base.unet.config["cross_attention_dim"], None
     if base.sized:
@@ -170,8 +172,8 @@ def cond_of(base: Base, load: Load, parts: tuple[str, ...], rows: int) -> Cond:
     return Cond(torch.cat(states, dim=-1).reshape(rows, tokens, width), pooled)
 
 
-def ghost(configs: Configs, fit: Fit) -> Base:
-    """A base of these shapes that holds nothing, as a Fit makes it compute."""
+def ghost(configs: Configs, fit: ComputePlan) -> Base:
+    """A base of these shapes that holds nothing, as a ComputePlan makes it compute."""
     from diffusers import AutoencoderKL, UNet2DConditionModel
 
     dtype, meta = dtype_of(fit.precision), torch.device("meta")
@@ -183,7 +185,7 @@ def ghost(configs: Configs, fit: Fit) -> Base:
     for model in (unet, vae, *(text.model for text in texts)):
         model.requires_grad_(False).eval()
     base = Base("shapes", Path(), UNKNOWN, meta, dtype, SCHEDULER, texts, unet, vae, {})
-    place(base, replace(fit, compile=False, lean=False), meta)
+    apply_plan(base, replace(fit, compile=False, lean=False), meta)
     return base
 
 

@@ -13,7 +13,7 @@ from ...recipe.fields import Fitting
 
 
 @dataclass(frozen=True)
-class Fit:
+class ComputePlan:
     """How a run computes. Every field changes what it takes, and next to nothing of what it learns."""
 
     precision: str = "float32"
@@ -45,17 +45,17 @@ class Rung:
     name: str
     cost: str
     setting: str  # of the recipe, open while it is "auto" or 0
-    field: str  # of Fit
-    value: Callable[[Fit], Any]  # what the field becomes
+    field: str  # of ComputePlan
+    value: Callable[[ComputePlan], Any]  # what the field becomes
     cpu: bool = True  # whether it helps on a CPU
 
     def open(self, wanted: Fitting, device: torch.device) -> bool:
         """Whether this may give way."""
         return getattr(wanted, self.setting) in ("auto", 0) and (self.cpu or device.type != "cpu")
 
-    def of(self, fit: Fit) -> Fit:
-        """A Fit with this given way."""
-        return replace(fit, **{self.field: self.value(fit)})
+    def of(self, compute: ComputePlan) -> ComputePlan:
+        """A plan with this given way."""
+        return replace(compute, **{self.field: self.value(compute)})
 
 
 LADDER = (
@@ -64,14 +64,14 @@ LADDER = (
         "activations are computed twice: a step takes about a third longer, its gradients are the same",
         "checkpointing",
         "checkpointing",
-        lambda fit: True,
+        lambda compute: True,
     ),
     Rung(
         "free encoders",
         "the VAE and text encoders travel to the GPU and back for each set of sample pictures",
         "free_encoders",
         "lean",
-        lambda fit: True,
+        lambda compute: True,
         cpu=False,  # there is nowhere to go
     ),
     Rung(
@@ -79,28 +79,28 @@ LADDER = (
         "sample pictures are drawn one at a time and decoded in tiles, whose seams are blended",
         "tile_vae",
         "tiled",
-        lambda fit: True,
+        lambda compute: True,
     ),
     Rung(
         "quantize",
         "the UNet's frozen linear layers are held in 8 bits: 0.4 % off, and unpacked at each use",
         "quantize",
         "quantize",
-        lambda fit: "int8" if fit.quantize == "none" else fit.quantize,
+        lambda compute: "int8" if compute.quantize == "none" else compute.quantize,
     ),
     Rung(
         "smaller batch",
         "half as many pictures at once; their gradients add up to the batch's",
         "micro_batch",
         "micro_batch",
-        lambda fit: -(-fit.micro_batch // 2),
+        lambda compute: -(-compute.micro_batch // 2),
     ),
 )
 
 
-def first(wanted: Fitting, batch: int, device: torch.device, before: Fit | None = None) -> Fit:
+def first(wanted: Fitting, batch: int, device: torch.device, before: ComputePlan | None = None) -> ComputePlan:
     """What is tried first: what the recipe forces, and where it forces nothing, what an earlier part of the run came to."""
-    kept, precision = before or Fit(micro_batch=batch), precision_of(wanted, device)
+    kept, precision = before or ComputePlan(micro_batch=batch), precision_of(wanted, device)
     chosen = {"auto": None, "yes": True, "no": False}
     forced: dict[str, Any] = {
         "checkpointing": chosen[wanted.checkpointing],
@@ -110,18 +110,18 @@ def first(wanted: Fitting, batch: int, device: torch.device, before: Fit | None 
         "micro_batch": wanted.micro_batch or None,
     }
     gpu = device.type == "cuda" and precision != "float32"  # what tensor cores read; a CPU gains nothing
-    fit = replace(kept, precision=precision, compile=wanted.compile, channels_last=gpu)
-    return replace(fit, **{name: value for name, value in forced.items() if value is not None})
+    compute = replace(kept, precision=precision, compile=wanted.compile, channels_last=gpu)
+    return replace(compute, **{name: value for name, value in forced.items() if value is not None})
 
 
-def down(fit: Fit, wanted: Fitting, device: torch.device) -> tuple[Rung, Fit] | None:
-    """The next rung and what it makes of a Fit; None on the lowest."""
+def down(compute: ComputePlan, wanted: Fitting, device: torch.device) -> tuple[Rung, ComputePlan] | None:
+    """The next rung and what it makes of a plan; None on the lowest."""
     for rung in LADDER:
-        if rung.open(wanted, device) and (lower := rung.of(fit)) != fit:
+        if rung.open(wanted, device) and (lower := rung.of(compute)) != compute:
             return rung, lower
     return None
 
 
-def pieces(fit: Fit, batch: int) -> int:
+def pieces(compute: ComputePlan, batch: int) -> int:
     """In how many pieces a batch is computed."""
-    return -(-batch // fit.micro_batch)
+    return -(-batch // compute.micro_batch)

@@ -32,19 +32,25 @@ from personalize.recipe.fields import AdapterSpec, Fitting, Objective, Optim, Re
 from personalize.recipe.resolve import resolve
 from personalize.reports.run import write_report
 from personalize.training.events import Event, Started, Step, SteppedDown, Warned
-from personalize.training.loop import feed, prepare, train, try_out
-from personalize.training.memory import recover as fitting
-from personalize.training.memory.apply import place
-from personalize.training.memory.estimate import Configs, Estimate, Load, estimate
-from personalize.training.memory.ladder import Fit, down, first, pieces
+from personalize.training.inputs import prepare_data, training_batches
+from personalize.training.loop import train
+from personalize.training.memory import plan as planning
+from personalize.training.memory import recover
+from personalize.training.memory.apply import apply_plan
+from personalize.training.memory.estimate import Configs, Estimate, Workload, estimate
+from personalize.training.memory.ladder import ComputePlan, down, first, pieces
 from personalize.training.memory.meter import Count, counting, tensors_of
 from personalize.training.memory.pace import LAST, WARM, Pace
-from personalize.training.memory.recover import begin, load_of, plan, probe
-from personalize.training.objectives.denoise import Inputs, Piece, build
+from personalize.training.memory.plan import choose_memory_plan, workload_of
+from personalize.training.memory.recover import probe
+from personalize.training.milestones import probe_run
+from personalize.training.objectives.denoise import Denoising, share_of
+from personalize.training.objectives.objective import Inputs, make_objective
 from personalize.training.optimizers import GROWTH, Optimizer, Scale
 from personalize.training.preflight import check, parts
+from personalize.training.run import start_run
 from personalize.training.rundir import Run
-from personalize.training.step import gradients
+from personalize.training.step import Learner, gradients
 from personalize.tuning.attach import attach
 from tools.bench import memory, pairs
 
@@ -142,7 +148,7 @@ def test_only_large_frozen_linear_layers_are_packed(tiny_base: Path) -> None:
         assert quantize(base.unet, "int8") > 20 and quantize(base.unet, "int8") == 0
         after = {name: p for name, p in base.unet.named_parameters() if p.requires_grad}
         assert set(before) == set(after) and all(torch.equal(before[name], after[name]) for name in before)
-        assert not any(isinstance(side, Quantized) for layer in attached.layers.values() for side in layer.lora_A.values())
+        assert not any(isinstance(one, Quantized) for layer in attached.layers.values() for one in layer.factors.values())
         assert isinstance(next(iter(attached.layers.values())).base_layer, Quantized)
     assert type(base.unet.conv_in) is nn.Conv2d
     facts = base.facts
@@ -156,22 +162,22 @@ def test_only_large_frozen_linear_layers_are_packed(tiny_base: Path) -> None:
 
 @given(st.integers(1, 12), st.integers(1, 12))
 def test_pieces_are_a_partition(rows: int, n: int) -> None:
-    shares = [list(range(rows))[Piece(i, n).of(rows)] for i in range(n)]
+    shares = [list(range(rows))[share_of(rows, i, n)] for i in range(n)]
     assert [row for share in shares for row in share] == list(range(rows))
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
-def step_of(job: Any, lesson: Any, n: int) -> tuple[dict[str, Tensor], Tensor]:
+def step_of(job: Any, data: Any, n: int) -> tuple[dict[str, Tensor], Tensor]:
     """Gradients and what is told, of one step in n pieces."""
     recipe, base = job.recipe, job.base
     with attach(base, recipe.adapter, parts=parts(recipe, base), seed=1) as attached:
-        for name, p in ((name, p) for group in attached.groups().values() for name, p in group.items()):
+        for name, p in ((name, p) for group in attached.parameters().values() for name, p in group.items()):
             if name.endswith(".up"):  # which starts at nothing, and hides the gradient of the other half
                 nn.init.normal_(p, std=0.01, generator=torch.Generator().manual_seed(len(name)))
-        opt = Optimizer(attached.groups(), recipe.optim, 4)
-        loss = build(recipe.objective, base.schedule, attached.off)
-        batch = (next(feed(job, lesson, 0)), lambda purpose: generator(0, purpose, 0), lambda i: i)
-        told = gradients(base.denoise, loss, attached, opt, n, [batch])
+        opt = Optimizer(attached.parameters(), recipe.optim, 4)
+        learner = Learner(attached, make_objective(recipe.objective, base.schedule), opt, n)
+        batch = (next(training_batches(job, data, 0)), lambda purpose: generator(0, purpose, 0), lambda i: i)
+        told = gradients([learner], [[batch]])[0]
         return {name: p.grad.clone() for name, p in opt.parameters.items() if p.grad is not None}, told
 
 
@@ -181,11 +187,11 @@ def step_of(job: Any, lesson: Any, n: int) -> tuple[dict[str, Tensor], Tensor]:
 ], ids=["none", "images", "output", "few", "text"])  # fmt: skip
 def test_pieces_have_the_gradient_of_the_whole(make: Make, flags: dict[str, Any]) -> None:
     job = check(make(batch_size=4, **flags))
-    lesson = prepare(job)
-    whole, told = step_of(job, lesson, 1)
+    data = prepare_data(job)
+    whole, told = step_of(job, data, 1)
     assert max(float(g.abs().max()) for g in whole.values()) > 0
     for n in (2, 3, 4):
-        parted, said = step_of(job, lesson, n)
+        parted, said = step_of(job, data, n)
         assert set(parted) == set(whole) and far(parted, whole) < 1e-5
         assert said[:-1].mean() == pytest.approx(float(told[:-1].mean()), rel=1e-2 if n == 3 else 1e-5)
         assert float(said[-1]) == pytest.approx(float(told[-1]), rel=1e-4)
@@ -203,11 +209,11 @@ def test_a_micro_batch_changes_nothing_but_the_rounding(make: Make, tmp_path: Pa
 
 def test_checkpointing_gives_the_same_bits(make: Make) -> None:
     job = check(make())
-    lesson = prepare(job)
-    kept, told = step_of(job, lesson, 1)
-    place(job.base, Fit(checkpointing=True, micro_batch=2), CPU)
+    data = prepare_data(job)
+    kept, told = step_of(job, data, 1)
+    apply_plan(job.base, ComputePlan(checkpointing=True, micro_batch=2), CPU)
     assert job.base.unet.is_gradient_checkpointing
-    again, said = step_of(job, lesson, 1)
+    again, said = step_of(job, data, 1)
     assert torch.equal(told, said) and all(torch.equal(kept[name], again[name]) for name in kept)
 
 
@@ -269,7 +275,7 @@ def test_the_adapter_stays_float32_in_a_half_base(tiny_base: Path) -> None:
         cond = base.embed(["a cat"])
         out = base.denoise(torch.randn(1, 16, 8, 8), torch.tensor([3]), cond)
         out.float().square().mean().backward()
-        learned = [p for group in attached.groups().values() for p in group.values()]
+        learned = [p for group in attached.parameters().values() for p in group.values()]
         assert out.dtype == torch.bfloat16 and {p.dtype for p in learned} == {torch.float32}
         assert {p.grad.dtype for p in learned if p.grad is not None} == {torch.float32}
 
@@ -346,25 +352,25 @@ def test_a_float16_run_that_was_stopped_ends_with_the_same_bytes(make: Make, tmp
 
 
 @pytest.mark.parametrize("fit", [
-    Fit(micro_batch=4), Fit(checkpointing=True, micro_batch=2), Fit(quantize="nf4", micro_batch=4),
-    Fit("bfloat16", micro_batch=4),
+    ComputePlan(micro_batch=4), ComputePlan(checkpointing=True, micro_batch=2), ComputePlan(quantize="nf4", micro_batch=4),
+    ComputePlan("bfloat16", micro_batch=4),
 ], ids=["plain", "checkpointing", "nf4", "bfloat16"])  # fmt: skip
-def test_the_estimate_is_what_a_real_step_takes(tiny_base: Path, pictures: Path, fit: Fit) -> None:
+def test_the_estimate_is_what_a_real_step_takes(tiny_base: Path, pictures: Path, fit: ComputePlan) -> None:
     recipe = resolve(flags={"folder": pictures, "rank": 2, "batch_size": 4})
     base = Base.load(tiny_base, dtype=getattr(torch, fit.precision))
-    place(base, fit, CPU)
-    told = estimate(Configs.of(base), Load(recipe, 8, 8, drawn=2), fit, ("unet",))
+    apply_plan(base, fit, CPU)
+    told = estimate(Configs.of(base), Workload(recipe, 8, 8, drawn=2), fit, ("unet",))
     zeros = torch.zeros(4, 16, 8, 8)
     inputs = Inputs(zeros, zeros, Cond(torch.zeros(4, 77, 192, dtype=base.dtype)))
     with attach(base, recipe.adapter) as attached:
-        opt = Optimizer(attached.groups(), recipe.optim, 4)
+        opt = Optimizer(attached.parameters(), recipe.optim, 4)
         models = [base.unet, base.vae, *(text.model for text in base.texts)]
         moments = [torch.zeros_like(p) for p in opt.parameters.values() for _ in range(2)]
-        loss = build(recipe.objective, base.schedule, attached.off)
+        learner = Learner(attached, make_objective(recipe.objective, base.schedule), opt, pieces(fit, 4))
         batch = (inputs, lambda purpose: generator(0, purpose), lambda i: i)
         with counting(tensors_of(models), moments) as count:
             held = count.now
-            gradients(base.denoise, loss, attached, opt, pieces(fit, 4), [batch])
+            gradients([learner], [[batch]])
             assert told.weights + told.adapter // 4 * 3 == held
             assert told.weights + told.adapter + told.activations == pytest.approx(count.peak, rel=0.01)
             opt.skip()
@@ -386,7 +392,7 @@ def test_counting_forgets_what_is_gone() -> None:
 @pytest.mark.slow
 def test_sdxl_fits_into_five_gigabytes() -> None:
     configs, recipe = memory.configs_of(pairs.family("sdxl"), 1024), resolve(flags={"batch_size": 1, "rank": 8})
-    rows = dict((rung, (fit, told)) for rung, fit, told in memory.walk(configs, Load(recipe, 128, 128), "bfloat16"))
+    rows = dict((rung, (fit, told)) for rung, fit, told in memory.walk(configs, Workload(recipe, 128, 128), "bfloat16"))
     fit, told = rows["quantize"]
     assert told.peak < memory.GOAL and fit.checkpointing and fit.lean and fit.tiled and fit.quantize == "int8"
     assert rows["everything at once"][1].peak > 3 * told.peak
@@ -400,7 +406,7 @@ def needs(tiny_base: Path, pictures: Path, tmp_path_factory: pytest.TempPathFact
     job = check(resolve(flags={**flags, "sample_prompts": ["a cat", "a dog"], "sample_steps": 1}))
     fit, found = first(job.recipe.fitting, 4, CPU), {}
     while True:
-        found[fit.words(4)] = fitting.estimate_of(job, fit).peak
+        found[fit.words(4)] = planning.estimate_of(job, fit).peak
         step = down(fit, job.recipe.fitting, CPU)
         if step is None:
             return found
@@ -458,11 +464,11 @@ def test_a_budget_is_kept_to_and_told(make: Make, needs: dict[str, int]) -> None
 def guessed(monkeypatch: pytest.MonkeyPatch) -> None:
     """A base of 100 bytes, 60 if packed; a picture takes 40, or 10 with checkpointing; samples take 150, or 20 in tiles."""
 
-    def guess(configs: Configs, load: Load, fit: Fit, parts: tuple[str, ...]) -> Estimate:
+    def guess(configs: Configs, load: Workload, fit: ComputePlan, parts: tuple[str, ...]) -> Estimate:
         weights = 100 if fit.quantize == "none" else 60
         return Estimate(weights, 0, fit.micro_batch * (10 if fit.checkpointing else 40), weights + (20 if fit.tiled else 150))
 
-    monkeypatch.setattr(fitting, "estimate", guess)
+    monkeypatch.setattr(planning, "estimate", guess)
 
 
 BUDGETS = {
@@ -477,15 +483,15 @@ BUDGETS = {
 @pytest.mark.usefixtures("guessed")
 @pytest.mark.parametrize("budget", BUDGETS)
 def test_the_ladder_is_walked_until_it_fits(make: Make, budget: int) -> None:
-    choice = plan(check(make(batch_size=4, memory=str(budget))))
-    assert (choice.fit.words(4), len(choice.why)) == BUDGETS[budget]
+    choice = choose_memory_plan(check(make(batch_size=4, memory=str(budget))))
+    assert (choice.compute.words(4), len(choice.why)) == BUDGETS[budget]
     assert choice.estimate and choice.estimate.peak <= budget == choice.budget
 
 
 @pytest.mark.usefixtures("guessed")
 def test_what_did_not_help_is_taken_back(make: Make) -> None:
-    choice = plan(check(make(batch_size=1, memory="140")))  # it is the samples that do not fit
-    assert choice.fit == Fit(tiled=True) and len(choice.why) == 1
+    choice = choose_memory_plan(check(make(batch_size=1, memory="140")))  # it is the samples that do not fit
+    assert choice.compute == ComputePlan(tiled=True) and len(choice.why) == 1
     assert choice.why[0].startswith("tiled VAE: without it, 250 B of 140 B")
 
 
@@ -517,17 +523,17 @@ def test_what_is_no_amount_of_memory(text: str) -> None:
 def test_the_probe_leaves_no_trace(make: Make) -> None:
     job = check(make(memory="1GB", sample_prompts=["a cat"], precision="float16", dropout=0.1))
     job.run.make()
-    lesson, choice = prepare(job), plan(job)
+    data, choice = prepare_data(job), choose_memory_plan(job)
     with attach(job.base, job.recipe.adapter, seed=0) as attached:
-        work = begin(job, attached, choice)
-        work.opt.backward(work.loss(job.base.denoise, next(feed(job, lesson, 0)), lambda _: generator(0, "x"), Piece()))
-        work.opt.step(0, work.opt.norm())  # moments and a scale that could be spoiled
+        work = start_run(job, data, attached, choice)
+        batch = (next(training_batches(job, data, 0)), lambda _: generator(0, "x"), lambda i: i)
+        work.opt.step(0, gradients([work.learner], [[batch]])[0][-1])  # moments and a scale that could be spoiled
         before, rng = work.opt.state(), torch.get_rng_state()
         marks = [fingerprint(dict(model.state_dict())) for model in (job.base.unet, job.base.vae)]
         files = sorted(job.run.folder.rglob("*"))
-        try_out(work, lesson)
+        probe_run(work)
         after = work.opt.state()
-        assert work.probed and set(before) == set(after) and all(torch.equal(before[name], after[name]) for name in before)
+        assert work.probe and set(before) == set(after) and all(torch.equal(before[name], after[name]) for name in before)
         assert torch.equal(rng, torch.get_rng_state()) and files == sorted(job.run.folder.rglob("*"))
         assert marks == [fingerprint(dict(model.state_dict())) for model in (job.base.unet, job.base.vae)]
         assert all(p.grad is None for p in work.opt.parameters.values())
@@ -544,11 +550,11 @@ def test_a_probed_run_ends_as_one_that_was_not(make: Make, tmp_path: Path) -> No
 @pytest.mark.usefixtures("guessed")
 def test_out_of_memory_in_the_probe_takes_the_next_rung(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     def short(work: Any, *rest: Any) -> int:
-        if not work.fit.checkpointing:
+        if not work.compute.checkpointing:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         return probe(work, *rest)
 
-    monkeypatch.setattr(fitting, "probe", short)
+    monkeypatch.setattr(recover, "probe", short)
     started = next(event for event in run(make(memory="1GB", steps=1)) if isinstance(event, Started))
     assert started.fit["checkpointing"] and not started.fit["tiled"]
     assert started.fit["why"] == [
@@ -564,7 +570,7 @@ def failing(monkeypatch: pytest.MonkeyPatch, at: set[int]) -> None:
     """Run out of memory in the calls with these numbers."""
     calls = iter(range(1, 100))
 
-    def gradients_or_not(*given: Any) -> Tensor:
+    def gradients_or_not(*given: Any) -> list[Tensor]:
         told = gradients(*given)
         if next(calls) in at:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
@@ -612,19 +618,20 @@ def test_out_of_memory_on_the_lowest_rung_ends_the_run(make: Make, monkeypatch: 
 
 def spoiled(monkeypatch: pytest.MonkeyPatch, at: set[int]) -> None:
     """Make the first loss of these steps not a number."""
+    draw, loss = Denoising.draw, Denoising.loss
+    bad: dict[int, bool] = {}
 
-    def build_spoiled(*given: Any) -> Any:
-        loss = build(*given)
+    def draw_spoiled(self: Denoising, inputs: Inputs, rng: Any) -> Any:
+        rows, seed = draw(self, inputs, rng), rng("noise").initial_seed()
+        bad[id(rows)] = any(seed == generator(0, "noise", step - 1).initial_seed() for step in at)
+        return rows
 
-        def spoil(denoise: Any, inputs: Any, rng: Any, piece: Any) -> Tensor:
-            losses = loss(denoise, inputs, rng, piece)
-            seed = rng("noise").initial_seed()
-            bad = any(seed == generator(0, "noise", step - 1).initial_seed() for step in at)
-            return losses * torch.tensor([torch.nan if bad else 1.0] + [1.0] * (len(losses) - 1))
+    def spoil(self: Denoising, rows: Any) -> Any:
+        losses = yield from loss(self, rows)
+        return losses * torch.tensor([torch.nan if bad[id(rows)] else 1.0] + [1.0] * (len(losses) - 1))
 
-        return spoil
-
-    monkeypatch.setattr(fitting.objectives, "build", build_spoiled)
+    monkeypatch.setattr(Denoising, "draw", draw_spoiled)
+    monkeypatch.setattr(Denoising, "loss", spoil)
 
 
 def test_a_loss_that_is_not_finite_goes_back_to_the_last_checkpoint(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -745,16 +752,16 @@ def test_attention_is_fused_with_and_without_an_adapter(tiny_base: Path) -> None
 
 def test_a_step_waits_for_the_device_once(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     job = check(make())
-    lesson = prepare(job)
+    data = prepare_data(job)
     with attach(job.base, job.recipe.adapter, seed=0) as attached:
-        opt = Optimizer(attached.groups(), job.recipe.optim, 4)
-        loss = build(Objective(), job.base.schedule, attached.off)
-        batch = (next(feed(job, lesson, 0)), lambda purpose: generator(0, purpose), lambda i: i)
+        opt = Optimizer(attached.parameters(), job.recipe.optim, 4)
+        learner = Learner(attached, make_objective(Objective(), job.base.schedule), opt)
+        batch = (next(training_batches(job, data, 0)), lambda purpose: generator(0, purpose), lambda i: i)
         asked = list[int]()
         tolist = Tensor.tolist
         monkeypatch.setattr(Tensor, "tolist", lambda self: asked.append(self.numel()) or tolist(self))
         with Count() as count:
-            told = gradients(job.base.denoise, loss, attached, opt, 1, [batch])
+            told = gradients([learner], [[batch]])[0]
             told.tolist()
             opt.step(0, told[-1])
         assert asked == [3] and count.waits == 0  # two losses and the gradient's norm
@@ -799,5 +806,5 @@ def test_on_a_gpu_bitsandbytes_reads_what_torch_packed() -> None:
 
 
 def test_what_the_run_asks_of_the_base(make: Make) -> None:
-    load = load_of(check(make(sample_prompts=["a", "b"], sample_seeds=[0, 1, 2, 3, 4])))
+    load = workload_of(check(make(sample_prompts=["a", "b"], sample_seeds=[0, 1, 2, 3, 4])))
     assert (load.height, load.width, load.windows, load.drawn) == (8, 8, 1, 8)

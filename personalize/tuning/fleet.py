@@ -1,0 +1,72 @@
+"""Adapters of one shape on one frozen base: their rows go through it side by side, and each meets its own tensors."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+
+from torch import nn
+
+from ..adapters.delta import LowRank
+from ..models.model import Base
+from .attach import REGISTERED
+from .kinds import LORA
+from .layers import ActiveRows, AdapterLayer, cast_once
+from .placement import check_free, place_of, put_layers, restore_layers
+from .tunable import LayerAdapter, lora_of
+
+
+class Fleet:
+    """The adapters of one run or many on their base, until the end of the `with` block; the base's weights never change.
+
+    `starts` are their values by module path, of the same modules and ranks for all. `members` are Tunables: outside of
+    `LayerAdapter.computing` rows are nobody's, unless there is one member alone.
+    """
+
+    def __init__(self, base: Base, starts: Sequence[Mapping[str, LowRank]], dropout: float = 0.0) -> None:
+        check_free(base)
+        self.base, self.active = base, ActiveRows(*([0] if len(starts) == 1 else []))
+        self.layers: dict[str, AdapterLayer] = {}
+        for path in starts[0] if starts else ():
+            parent, leaf = place_of(base, path)
+            own = parent.get_submodule(leaf)
+            specs = [lora_of(start[path], own.weight.shape) for start in starts]  # type: ignore[arg-type]
+            self.layers[path] = AdapterLayer(own, LORA, specs, self.active, base.device, dropout)
+        kind = LayerAdapter if len(starts) == 1 else Member
+        self.members = [kind(base, self.layers, self.active, number) for number in range(len(starts))]
+
+    def __enter__(self) -> Fleet:
+        put_layers(self.base, self.layers)
+        vars(self.base)[REGISTERED] = self
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        restore_layers(self.base, self.layers)
+        vars(self.base).pop(REGISTERED, None)
+
+    def turn(self, step: int, steps: int) -> set[str]:
+        """Strengths of adapters that are trained do not change from step to step."""
+        return set()
+
+    def lowered(self) -> contextlib.AbstractContextManager[None]:
+        """Inside, tensors are cast to the base's dtype once for all layers and passes; they must not change meanwhile."""
+        return cast_once(self.layers.values(), self.base.dtype)
+
+
+class Member(LayerAdapter):
+    """One of several adapters: its parameters are views of the layers', which hold those of all."""
+
+    def __init__(self, base: Base, layers: Mapping[str, AdapterLayer], active: ActiveRows, number: int) -> None:
+        super().__init__(base, layers, active, number)
+        self._own = {
+            path: {role: nn.Parameter(tensor) for role, tensor in layer.tensors(number).items()} for path, layer in layers.items()
+        }
+
+    def _parameters_of(self, path: str, layer: AdapterLayer) -> Iterator[tuple[str, nn.Parameter]]:
+        yield from self._own[path].items()
+
+    def collect_gradients(self) -> None:
+        for path, layer in self.layers.items():
+            for role, factor in layer.factors.items():
+                whole = factor.weight.grad
+                self._own[path][role].grad = None if whole is None else whole[self.number]

@@ -1,0 +1,188 @@
+"""What learns on a base: the interface that training, choosing and drawing work with, and adapters on layers, which have it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ..adapters.adapter import Adapter
+from ..adapters.delta import Delta, LowRank, Structured, as_low_rank
+from ..adapters.kinds.kind import ALPHA, DOWN, UP
+from ..models.model import Base
+from .kinds import LORA
+from .layers import ActiveRows, AdapterLayer, Spec, cast_once
+
+SHORT = {DOWN: "down", UP: "up"}  # roles as a state file names them; others by their own name
+
+
+class Tunable(Protocol):
+    """What learns on a base. Its values can be taken off, scaled, replaced and saved while the base stays as it is."""
+
+    @property
+    def base(self) -> Base:
+        """The base that it changes."""
+        ...
+
+    def parameters(self) -> dict[str, dict[str, nn.Parameter]]:
+        """Trainable fp32 parameters: part of the base -> {name: parameter}."""
+        ...
+
+    def off(self) -> contextlib.AbstractContextManager[None]:
+        """Inside, the base predicts as if nothing had been learned."""
+        ...
+
+    def at(self, strength: float) -> contextlib.AbstractContextManager[None]:
+        """Inside, what was learned counts `strength` times."""
+        ...
+
+    def dropout(self, seed: int) -> contextlib.AbstractContextManager[None]:
+        """Inside, dropout is active, and drawn from `seed`; outside it never is."""
+        ...
+
+    def computing(self, *others: Any) -> contextlib.AbstractContextManager[None]:
+        """Inside, rows go through the base with this one's values; with `others`, each has the same share of them, in order."""
+        ...
+
+    def lowered(self) -> contextlib.AbstractContextManager[None]:
+        """Inside, values are cast to the base's dtype once for all passes; they must not change meanwhile."""
+        ...
+
+    def collect_gradients(self) -> None:
+        """After backward passes: give each parameter its gradient."""
+        ...
+
+    def drop_gradients(self) -> None:
+        """Forget all gradients, those of others that share a pass with this one among them."""
+        ...
+
+    def put(self, saved: Adapter) -> None:
+        """Take over the values of something of the same shape, e.g. of an earlier checkpoint."""
+        ...
+
+    def snapshot(self, metadata: Mapping[str, str] | None = None) -> Adapter:
+        """A copy of the values, on the CPU."""
+        ...
+
+    def save(self, path: Path, dialect: str, metadata: Mapping[str, str] | None = None) -> Path:
+        """Write a snapshot. Raises OutputError where that is not possible."""
+        ...
+
+
+class LayerAdapter:
+    """Adapter `number` of those that layers of a base hold: a Tunable."""
+
+    def __init__(self, base: Base, layers: Mapping[str, AdapterLayer], active: ActiveRows, number: int = 0) -> None:
+        self.base, self.active, self.number = base, active, number
+        self.layers: dict[str, AdapterLayer] = dict(layers)
+
+    def parameters(self) -> dict[str, dict[str, nn.Parameter]]:
+        """Part -> {module path + '.down' or '.up' (other kinds: their role): parameter}."""
+        groups: dict[str, dict[str, nn.Parameter]] = {}
+        for path, layer in self.layers.items():
+            group = groups.setdefault(path.partition(".")[0], {})
+            group |= {f"{path}.{SHORT.get(role, role)}": parameter for role, parameter in self._parameters_of(path, layer)}
+        return groups
+
+    def _parameters_of(self, path: str, layer: AdapterLayer) -> Iterator[tuple[str, nn.Parameter]]:
+        """Roles and parameters of one layer."""
+        yield from ((role, factor.weight) for role, factor in layer.factors.items())
+
+    def snapshot(self, metadata: Mapping[str, str] | None = None) -> Adapter:
+        """A copy of what is attached now, on the CPU."""
+        return Adapter({path: delta_of(layer, self.number) for path, layer in self.layers.items()}, metadata or {})
+
+    def save(self, path: Path, dialect: str, metadata: Mapping[str, str] | None = None) -> Path:
+        """Write a snapshot. Raises OutputError where that is not possible."""
+        return self.snapshot().save(path, dialect, metadata)
+
+    @contextlib.contextmanager
+    def computing(self, *others: LayerAdapter) -> Iterator[None]:
+        """Inside, rows go through the base with this adapter; with `others`, each has the same share of them, in order."""
+        with self.active.of(self.number, *(other.number for other in others)):
+            yield
+
+    def lowered(self) -> contextlib.AbstractContextManager[None]:
+        """Inside, tensors are cast to the base's dtype once for all layers and passes; they must not change meanwhile."""
+        return cast_once(self.layers.values(), self.base.dtype)
+
+    def collect_gradients(self) -> None:
+        """Nothing: the parameters are the layers' own."""
+
+    def drop_gradients(self) -> None:
+        """Forget all gradients in these layers."""
+        for layer in self.layers.values():
+            for factor in layer.factors.values():
+                factor.weight.grad = None
+
+    @torch.no_grad()
+    def put(self, saved: Adapter) -> None:
+        """Take over the values of an adapter of the same shape."""
+        for path, layer in self.layers.items():
+            tensors, layer.alphas[self.number] = spec_of(layer, saved.deltas[path])
+            for role, own in layer.tensors(self.number).items():
+                own.copy_(tensors[role].reshape(own.shape))
+
+    @contextlib.contextmanager
+    def off(self) -> Iterator[None]:
+        """Inside, the base predicts as if nothing were attached."""
+        with self.active.of():
+            yield
+
+    @contextlib.contextmanager
+    def at(self, strength: float) -> Iterator[None]:
+        """Inside, the adapter counts `strength` times."""
+        before = [layer.strengths[self.number] for layer in self.layers.values()]
+        for layer, own in zip(self.layers.values(), before, strict=True):
+            layer.strengths[self.number] = own * strength
+        try:
+            yield
+        finally:
+            for layer, own in zip(self.layers.values(), before, strict=True):
+                layer.strengths[self.number] = own
+
+    @contextlib.contextmanager
+    def dropout(self, seed: int) -> Iterator[None]:
+        """Inside, dropout is active, and drawn from `seed`; outside it never is."""
+        layers = [layer for layer in self.layers.values() if layer.dropout]
+        if not layers:
+            yield
+            return
+        with torch.random.fork_rng(devices=[self.base.device] if self.base.device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            for layer in layers:
+                layer.dropping = True
+            try:
+                yield
+            finally:
+                for layer in layers:
+                    layer.dropping = False
+
+
+def delta_of(layer: AdapterLayer, number: int) -> Delta:
+    """A copy of one of a layer's adapters, on the CPU."""
+    tensors, alpha = {role: one.to("cpu", copy=True) for role, one in layer.tensors(number).items()}, layer.alphas[number]
+    if layer.kind is LORA:
+        assert alpha is not None
+        return LowRank(tensors[UP], tensors[DOWN], alpha)
+    return Structured(layer.kind.name, tensors, alpha, tuple(layer.weight.shape))
+
+
+def spec_of(layer: AdapterLayer, delta: Delta) -> Spec:
+    """A delta's tensors by role, and its alpha, for a layer of that kind."""
+    if layer.kind is LORA:
+        return lora_of(delta, layer.weight.shape)
+    stored = dict(delta.stored())
+    alpha = stored.pop(ALPHA, None)
+    return stored, None if alpha is None else float(alpha)
+
+
+def lora_of(delta: Delta, shape: Sequence[int]) -> tuple[dict[str, Tensor], float]:
+    """Any delta as LoRA's two factors for a weight [out, in(, kh, kw)], and their alpha; exact."""
+    factors, (out, inside, *kernel) = as_low_rank(delta), shape
+    down = factors.down.reshape(factors.rank, inside, *kernel)
+    return {DOWN: down, UP: factors.up.reshape(out, factors.rank, *[1] * len(kernel))}, factors.alpha
