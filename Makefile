@@ -1,5 +1,6 @@
 # make demo   train on five pictures, offline, and leave a report to look at
-# make test   run the tests          make lint / types / format / docs / bench / bench-gpu / wheel / clean
+# make test   what must hold, in about five minutes on two cores      make test-all   all that needs no GPU, the laboratory too
+# make lint / types / format / docs / bench / bench-gpu / wheel / clean
 #
 # The first call makes .venv and installs into it; later calls find it ready. Without an NVIDIA card, a CPU build of
 # torch saves 3 GB on Linux: install it into .venv first, or point pip at an index that has one.
@@ -17,12 +18,15 @@ JOBS ?= 2
 demo: $(READY)
 	$(BIN)/personalize train sample_data/subject --trigger zwx --class cat --preset pocket-subject --output $(RUN)
 
-# Tiny models: one thread is fastest, and does not fight with a neighbour for the cores. Each of JOBS needs about 1.5 GB.
+# Tiny models: one thread is fastest, and does not fight with a neighbour for the cores. Each of JOBS needs about 1.5 GB. Each takes
+# whole files, and what another has left of its own at the end, so that what a file's tests share is made once.
+PYTEST = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+
 test: $(READY)
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n $(JOBS)
+	$(PYTEST)
 
 test-all: $(READY)
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -m "not gpu" -n $(JOBS)
+	$(PYTEST) -m "not gpu"
 
 lint: $(READY)
 	$(BIN)/ruff check .

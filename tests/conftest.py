@@ -131,6 +131,17 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="module")
+def short_exam() -> Iterator[None]:
+    """Checkpoints are asked fewer questions: what is asked does not matter to what is done with the answers."""
+    from personalize.training import selection
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {"PICTURES": 2, "OTHERS": 2, "EVERYDAY": ("a house",), "DRAWN": 1}.items():
+            patch.setattr(selection, name, value)
+        yield
+
+
 @pytest.fixture(scope="session")
 def base_builder() -> Callable[..., Path]:
     """`build_base`, for tests that need another scheduler or seed."""

@@ -217,7 +217,7 @@ def _explicit(path: str) -> str:
     """The canonical path behind an explicit one, which may lack its part or use old attention names; "" if unknown."""
     if part_of(path) not in PARTS:
         homes = {"text_model": "text_encoder", "encoder": "text_encoder", "text_projection": "text_encoder_2"}
-        part = (homes | tops()).get(part_of(path), "")
+        part = {**homes, **tops()}.get(part_of(path), "")
         path = f"{part}.{path}" if part else ""
     if old := _OLD_ATTENTION.search(path):
         leaf = f"to_{old[1]}" if part_of(path) in DENOISERS else f"{old[1]}_proj"

@@ -29,6 +29,7 @@ from personalize.models.model import Base
 from personalize.recipe.fields import Recipe
 from personalize.training.events import Chosen, Fold
 
+pytestmark = pytest.mark.usefixtures("short_exam")
 QUICK = ["--steps", "4", "--batch-size", "2", "--sample-steps", "1", "--sample-seeds", "0", "--sample-prompts", "a {trigger}",
          "--sample-prompts", "a cat", "--sample-every", "0", "--checkpoint-every", "2", "--rank", "2"]  # fmt: skip
 

@@ -23,6 +23,8 @@ from personalize.families import names as keys
 from tools.bench import algebra, pairs, peers
 from tools.bench.__main__ import main, parser
 
+pytestmark = pytest.mark.slow
+
 ROW = pairs.family("pocket")
 RANK = 4
 

@@ -15,6 +15,8 @@ from tools.bench.resuming import device_of
 from tools.bench.step import recipe_of
 from tools.bench.throughput import tiny
 
+pytestmark = pytest.mark.slow
+
 FLAGS = ["fleet", "--tiny", "--modes", "eager", "--seconds", "0", "--rank", "2", "--precision", "float32"]
 
 

@@ -20,6 +20,8 @@ from tools.bench import beside, ladder, memory, pairs, scripts, step, svd, throu
 from tools.bench.__main__ import main, parser
 from tools.bench.counting import Work, phases
 
+pytestmark = pytest.mark.slow
+
 POCKET = memory.configs_of(pairs.family("pocket"), 64)
 RECIPE = step.recipe_of(1, 4)
 

@@ -13,6 +13,8 @@ from tools.pocket.art_canvas import shades
 from tools.pocket.art_looks import invent_look
 from tools.pocket.world import COLOURS, DRAWINGS, Scene
 
+pytestmark = pytest.mark.slow
+
 SCENE = Scene("cat", "red", "large", "middle", "meadow", "plain", 3)
 
 

@@ -17,6 +17,8 @@ from tools.pocket.judge import HEADS, NONE, UNCLEAR, Judge, agreement, draw_labe
 from tools.pocket.running import Plan
 from tools.pocket.world import SUBJECTS, Scene, render, scenes
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def judge() -> Judge:

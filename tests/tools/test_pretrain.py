@@ -73,6 +73,7 @@ def train_one_of_two(rank: int, folder: Path) -> None:
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_learn_what_one_does_and_the_first_writes(tmp_path: Path) -> None:
     torch.multiprocessing.spawn(train_one_of_two, (tmp_path,), 2)
     alone, first, second = trained(tmp_path / "alone"), *(torch.load(tmp_path / f"weights-{rank}.pt") for rank in (0, 1))
@@ -193,6 +194,7 @@ def test_a_pool_has_as_many_pictures_as_were_asked_for(tmp_path: Path) -> None:
     assert pictures.shape == (5, 32, 32, 3) and len(captions) == 5 and pictures[4].std() > 0
 
 
+@pytest.mark.slow
 def test_settings_are_compared_alike_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = ["epsilon, no zero SNR", "text encoder untrained", "narrower, 64 and 128"]
     words = ["--images", "16", "--batch", "8", "--pool", "24", "-n", "2", "--sampler-steps", "2", "--no-muon", "--size", "64"]
@@ -238,6 +240,7 @@ def test_a_batch_that_the_processes_cannot_share_is_refused(tmp_path: Path, caps
     assert "--processes 4 cannot share batches of 10" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("clip_steps, same", [(0, True), (5, False)])
 def test_a_text_encoder_that_is_not_trained_on_keeps_its_tokens(clip_steps: int, same: bool, tmp_path: Path) -> None:
     words = ["--work", str(tmp_path), "--start", str(WEIGHTS), "--pool", "40", "--clip-steps", str(clip_steps), "--no-muon"]
@@ -246,6 +249,7 @@ def test_a_text_encoder_that_is_not_trained_on_keeps_its_tokens(clip_steps: int,
     assert (mine == shipped) == same
 
 
+@pytest.mark.slow
 def test_parts_that_are_not_trained_on_stay_as_they_are_and_two_processes_train_one(tmp_path: Path) -> None:
     kept = ("--vae-steps", "0", "--clip-steps", "0", "--decoder-steps", "0", "--unet-steps", "0")
     words = ["--start", str(WEIGHTS), "--pool", "40", "--workers", "1", "--no-muon", *kept]
@@ -302,6 +306,7 @@ class HereAndNow:
             yield function(job)
 
 
+@pytest.mark.slow
 def test_the_gpu_s_command_makes_a_base_of_128_pixels_in_calls_that_end(tmp_path: Path) -> None:
     """What `make pretrain-gpu TINY=1` runs, from nothing to a base that draws; a call whose time is over is gone on with."""
     make = ["make", "--no-print-directory", "-n", "pretrain-gpu", "TINY=1", f"WORK={tmp_path}"]

@@ -68,6 +68,7 @@ def test_prompts_for_the_base_tell_all_that_is_judged(held_out: bool) -> None:
         assert base.tells_all(trial.prompt, trial.scene) and is_held_out(trial.scene) == held_out
 
 
+@pytest.mark.slow
 def test_true_renders_obey_and_their_ceiling_is_near_one() -> None:
     asked = base.trials(60, 1, False)
     found = obeyed(Judge.load(), renders(asked, 64), asked, base.HEADS)
@@ -108,6 +109,7 @@ def test_settings_for_tuning_reach_the_recipe(tmp_path: Path) -> None:
     assert recipe.data.class_name == "cat" and recipe.sampling.sample_seeds == ()
 
 
+@pytest.mark.slow
 def test_base_benchmark_on_a_base_that_knows_nothing(tiny_base: Path, tmp_path: Path) -> None:
     folders = ("--cache", str(tmp_path / "cache"), "--to", str(tmp_path / "figures"))
     base.main(options("base", "--base", str(tiny_base), "-n", "4", "--sampler-steps", "1", *folders))
@@ -118,6 +120,7 @@ def test_base_benchmark_on_a_base_that_knows_nothing(tiny_base: Path, tmp_path: 
     assert (tmp_path / "figures/base-seen.png").is_file()
 
 
+@pytest.mark.slow
 def test_personalization_benchmark_trains_measures_and_keeps(
     tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -136,6 +139,7 @@ def test_personalization_benchmark_trains_measures_and_keeps(
     assert capsys.readouterr().out.count("already measured") == 2
 
 
+@pytest.mark.slow
 def test_the_stand_in_offers_what_the_script_uses(tmp_path: Path) -> None:
     if len(launcher := peer.launcher(tmp_path)) == 1:
         pytest.skip("torchvision is installed")
@@ -157,6 +161,7 @@ def pixels(path: Path) -> bytes:
         return picture.tobytes()
 
 
+@pytest.mark.slow
 def test_sample_data_is_what_the_command_writes(tmp_path: Path) -> None:
     samples.write_samples(tmp_path)
     shipped = Path(__file__).parents[2] / "sample_data"
@@ -197,6 +202,7 @@ def test_peer_tables_hold_the_rates_of_their_kind() -> None:
     assert list(peer.tables(records[:1])) == named[:2]
 
 
+@pytest.mark.slow
 def test_choice_benchmark_trains_scores_and_measures_every_checkpoint(
     tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -27,6 +27,7 @@ from personalize.tuning.attach import attach
 from personalize.tuning.fleet import Fleet
 from personalize.tuning.targets import fresh
 
+pytestmark = pytest.mark.usefixtures("short_exam")
 Make = Callable[..., Recipe]
 EVERYTHING = ("attention", "feedforward", "conv")
 CLOSE = 2e-4  # of dW: sums in another order, through a few steps of AdamW, whose first ones go by the gradient's sign
@@ -196,6 +197,7 @@ def test_a_fleet_gives_what_runs_of_their_own_give(make: Make) -> None:
     assert distance(adapter(together[0]), adapter(together[1])) > 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prior", ["output", "images"])
 def test_text_encoders_and_priors_learn_in_a_fleet_as_alone(make: Make, prior: str) -> None:
     flags = {"text_encoder_lr": 1e-3, "prior": prior, "prior_images": 2, "caption_dropout": 0.3}
@@ -241,6 +243,7 @@ def test_a_stopped_fleet_goes_on_and_so_does_a_run_of_its_own(make: Make) -> Non
     assert [type(event) for event in fleet(whole[:2])[1]] == [Finished]  # nothing is left to do
 
 
+@pytest.mark.slow
 def test_fewer_at_once_change_nothing_but_rounding(make: Make) -> None:
     all_of_them, one_by_one = ([make(f"{name}{i}", seed=i) for i in range(3)] for name in "ab")
     fleet(all_of_them)
@@ -271,6 +274,7 @@ def test_where_memory_runs_out_fewer_go_at_once(make: Make, monkeypatch: pytest.
         fleet([make(f"none{i}", seed=i) for i in range(2)])
 
 
+@pytest.mark.slow
 def test_a_budget_limits_how_many_go_at_once(make: Make) -> None:
     told = fleet([make(f"{i}", seed=i, memory="400MB") for i in range(2)])
     assert all(isinstance(events[-1], Finished) for events in told.values())

@@ -41,6 +41,7 @@ from personalize.training.preflight import check
 from personalize.training.rundir import Run
 from personalize.training.selection import STRENGTHS
 
+pytestmark = pytest.mark.usefixtures("short_exam")
 Make = Callable[..., Recipe]
 
 
@@ -211,6 +212,7 @@ def test_the_resolved_recipe_is_a_preset_that_repeats_the_run(done: tuple[Recipe
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_training_lowers_the_loss(make: Make) -> None:
     events = run(make(steps=40, batch_size=4, lr=5e-3, flip=False, checkpoint_every=0, rank=8, min_snr=0))
     losses = [event.loss for event in events if isinstance(event, Step)]
@@ -518,6 +520,19 @@ CHANGES: dict[str, tuple[Any, dict[str, Any]]] = {
     "prediction": ("epsilon", {}), "zero_snr": ("no", {}), "clip_skip": (2, {}),
     "holdout": ("1", {}),
 }  # fmt: skip
+# Some of each section; the others are slow.
+TELLING = [
+    "resolution",
+    "caption_dropout",
+    "rank",
+    "targets",
+    "text_rank",
+    "prior_share",
+    "lr",
+    "accumulate",
+    "quantize",
+    "holdout",
+]
 ELSEWHERE = {
     "kind",
     "folder",
@@ -558,7 +573,7 @@ def test_the_table_of_changes_is_complete() -> None:
 
 
 @pytest.mark.usefixtures("sgd")
-@pytest.mark.parametrize("name", CHANGES)
+@pytest.mark.parametrize("name", [name if name in TELLING else pytest.param(name, marks=pytest.mark.slow) for name in CHANGES])
 def test_every_setting_changes_the_adapter(
     make: Make, tmp_path: Path, weights_of: Callable[[Recipe], dict[str, torch.Tensor]], name: str
 ) -> None:

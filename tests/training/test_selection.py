@@ -31,16 +31,8 @@ from personalize.training.preflight import RunPlan, check
 from personalize.training.selection import STRENGTHS, Exam, Figures, called_for, prepare_exam, score, strengths, uncalled
 from personalize.tuning.attach import Attached, attach
 
+pytestmark = pytest.mark.usefixtures("short_exam")
 Make = Callable[..., Recipe]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def few_questions() -> Iterator[None]:
-    """A shorter exam: what is asked does not matter to what is done with it."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in {"PICTURES": 2, "OTHERS": 2, "EVERYDAY": ("a house",), "DRAWN": 1}.items():
-            patch.setattr(choosing, name, value)
-        yield
 
 
 @pytest.fixture(scope="module")

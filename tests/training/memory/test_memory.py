@@ -252,7 +252,9 @@ def on_pocket(output: Path, **flags: Any) -> Recipe:
     return resolve(flags={"folder": folder, "output": output, "trigger": "zwx", "class": "cat", **steady, **flags})
 
 
-@pytest.mark.parametrize(("precision", "packed"), NEAR)
+@pytest.mark.parametrize(
+    ("precision", "packed"), [pytest.param(*row, marks=pytest.mark.slow if row[1] == "none" else ()) for row in NEAR]
+)
 def test_other_precisions_learn_nearly_the_same(exact: dict[str, Tensor], tmp_path: Path, precision: str, packed: str) -> None:
     recipe = on_pocket(tmp_path, precision=precision, quantize=packed)
     events = run(recipe)
@@ -319,7 +321,7 @@ def test_a_scaled_gradient_is_scaled_back_exactly() -> None:
 
 
 def test_an_overflow_is_told_lowers_the_scale_and_counts_for_nothing(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = make(precision="float16", steps=6)
+    recipe = make(precision="float16", batch_size=1, resolution=32, steps=6)
     first_norm, called = Optimizer.norm, list[float]()
 
     def overflowing(self: Optimizer) -> Tensor:
@@ -336,7 +338,9 @@ def test_an_overflow_is_told_lowers_the_scale_and_counts_for_nothing(make: Make,
 
 @pytest.mark.parametrize("stop", [3])
 def test_a_float16_run_that_was_stopped_ends_with_the_same_bytes(make: Make, tmp_path: Path, stop: int) -> None:
-    whole, broken = (make(precision="float16", output=tmp_path / name) for name in ("whole", "broken"))
+    whole, broken = (
+        make(precision="float16", batch_size=1, resolution=32, output=tmp_path / name) for name in ("whole", "broken")
+    )
     run(whole)
     events = train(broken)
     list(islice(events, stop))
@@ -353,7 +357,7 @@ def test_a_float16_run_that_was_stopped_ends_with_the_same_bytes(make: Make, tmp
 
 @pytest.mark.parametrize("fit", [
     ComputePlan(micro_batch=4), ComputePlan(checkpointing=True, micro_batch=2), ComputePlan(quantize="nf4", micro_batch=4),
-    ComputePlan("bfloat16", micro_batch=4),
+    pytest.param(ComputePlan("bfloat16", micro_batch=4), marks=pytest.mark.slow),
 ], ids=["plain", "checkpointing", "nf4", "bfloat16"])  # fmt: skip
 def test_the_estimate_is_what_a_real_step_takes(tiny_base: Path, pictures: Path, fit: ComputePlan) -> None:
     recipe = resolve(flags={"folder": pictures, "rank": 2, "batch_size": 4})
