@@ -9,12 +9,13 @@ from PIL import Image
 from torch import Tensor
 
 from ..models.model import Base
+from ..recipe.samplers import AUTO
 from .img2img import InitLatents
 from .pipeline import draw_images
 from .png import read_record as read_parameters
 from .png import save_picture
 from .request import DEFAULTS, Request
-from .sampling import AUTO, denoise
+from .sampling import denoise
 from .sampling import eval_mode as evaluating
 from .sampling import to_images as to_pictures
 from .schedulers import Shape, Size

@@ -22,7 +22,7 @@ from personalize.recipe.fields import Objective
 from personalize.recipe.resolve import resolve
 from personalize.training.events import Finished, Step
 from personalize.training.loop import train
-from personalize.training.objectives.denoise import Inputs, build
+from personalize.training.objectives.objective import Inputs, answer, make_objective
 
 PROMPTS = ["a red cat", "a photograph of a house on a hill"]
 
@@ -113,7 +113,8 @@ def test_a_steps_loss_is_that_of_the_dreambooth_script(base: Base) -> None:
         return torch.Generator().manual_seed(generators[purpose])
 
     with torch.no_grad():
-        losses = build(Objective(min_snr=0), noise)(base.denoise, Inputs(x0, torch.zeros_like(x0), cond), rng)
+        objective = make_objective(Objective(min_snr=0), noise)
+        losses = answer([objective.loss(objective.draw(Inputs(x0, torch.zeros_like(x0), cond), rng))], base.denoise)[0]
         eps, t = torch.randn(x0.shape, generator=rng("noise")), noise.draw_t(3, rng("timesteps"))
         scheduler = FlowMatchEulerDiscreteScheduler.from_config(base.scheduler_config)
         indices = scheduler.config.num_train_timesteps - 1 - t

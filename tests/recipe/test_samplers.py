@@ -18,7 +18,7 @@ from personalize.adapters.delta import LowRank
 from personalize.errors import BaseModelError, RecipeError
 from personalize.inference import sampling as sample
 from personalize.inference import schedulers
-from personalize.inference.img2img import Beginning
+from personalize.inference.img2img import InitLatents
 from personalize.inference.pipeline import draw
 from personalize.models.model import Base
 from personalize.recipe import samplers
@@ -173,7 +173,7 @@ def test_every_sampler_begins_where_it_says(base: Base, name: str, denoise: floa
     """What the model is first shown is signal * x0 + noise * eps of the timestep it is told, and at the end x0 is found."""
     oracle = of(base, Oracle, **NOISE, prediction_type="epsilon")
     oracle.seen = []
-    start, steps = Beginning(torch.full((1, 16, 8, 8), 0.5), denoise), 10
+    start, steps = InitLatents(torch.full((1, 16, 8, 8), 0.5), denoise), 10
     how: dict[str, Any] = {"steps": steps, "guidance": 1, "negative": "", "sampler": name}
     found = sample.diffuse(oracle, ["a cat"], [0], (16, 8, 8), beginning=start, **how)
     first, t, _ = oracle.seen[0]
@@ -191,7 +191,7 @@ def test_every_sampler_follows_strengths_that_change(base: Base, name: str, deno
     oracle = of(base, Oracle, **NOISE, prediction_type="epsilon")
     path = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
     fading = Adapter({path: LowRank(torch.ones(192, 1), torch.ones(1, 192), 1)})
-    start = None if denoise is None else Beginning(torch.full((1, 16, 8, 8), 0.5), denoise)
+    start = None if denoise is None else InitLatents(torch.full((1, 16, 8, 8), 0.5), denoise)
     oracle.seen = []
     with attach(oracle, [(fading, "1@0,0@1")]) as attached:
         (rows,) = attached.moving.rows.values()

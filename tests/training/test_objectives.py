@@ -16,10 +16,10 @@ from torch import Tensor
 from personalize import registry
 from personalize.data.batches import generator
 from personalize.families.cond import Cond
-from personalize.families.noise import Schedule
+from personalize.families.noise import VP, Noise
 from personalize.models.model import Base
 from personalize.recipe.fields import Objective
-from personalize.training.objectives.denoise import noised, share_of, timesteps, weights
+from personalize.training.objectives.denoise import noised, share_of, timesteps
 from personalize.training.objectives.objective import Denoise, Inputs, Off, Rng, answer, make_objective, needs_of
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -31,8 +31,8 @@ def scheduler(prediction: str, zero_snr: bool) -> DDPMScheduler:
     return DDPMScheduler(**BETAS, prediction_type=prediction, rescale_betas_zero_snr=zero_snr)
 
 
-def schedule_of(prediction: str, zero_snr: bool = True) -> Schedule:
-    return Schedule(scheduler(prediction, zero_snr).alphas_cumprod, prediction)
+def schedule_of(prediction: str, zero_snr: bool = True) -> VP:
+    return VP(scheduler(prediction, zero_snr).alphas_cumprod, prediction)
 
 
 def rng(seed: int = 0, step: int = 0) -> Rng:
@@ -44,7 +44,7 @@ def inputs(b: int = 4, std: float = 0.0) -> Inputs:
     return Inputs(mean, torch.full_like(mean, std), said(0.0, b))
 
 
-def build(settings: Objective, schedule: Schedule, off: Off = contextlib.nullcontext) -> Callable[..., Tensor]:
+def build(settings: Objective, schedule: Noise, off: Off = contextlib.nullcontext) -> Callable[..., Tensor]:
     """The losses [b] of a batch under a recipe's objective."""
     objective = make_objective(settings, schedule)
 
@@ -101,18 +101,18 @@ def test_min_snr_weighs_the_error_in_x0_by_min_snr_gamma_whatever_is_predicted(p
 
     squared = (as_predicted(guess) - as_predicted(x0)).square().mean(dim=(1, 2, 3))
     wanted = (alpha / sigma).square().flatten().clamp(max=gamma) * (guess - x0).square().mean(dim=(1, 2, 3))
-    assert torch.allclose(weights(t, schedule, gamma).double() * squared, wanted, rtol=1e-4)
+    assert torch.allclose(schedule.weight(t, gamma).double() * squared, wanted, rtol=1e-4)
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_weights_are_finite_and_bounded_with_zero_terminal_snr(prediction: str) -> None:
     schedule = schedule_of(prediction)
     assert schedule.snr(torch.tensor([999])) == 0
-    found = weights(ALL_T, schedule, 5.0)
+    found = schedule.weight(ALL_T, 5.0)
     assert found.isfinite().all() and (found >= 0).all()
     assert found.max() <= (5.0 if prediction == "sample" else 1.0)
     assert found[-1] == (1.0 if prediction == "epsilon" else 0.0)
-    assert torch.equal(weights(ALL_T, schedule, 0.0), torch.ones(1000))
+    assert torch.equal(schedule.weight(ALL_T, 0.0), torch.ones(1000))
 
 
 def test_one_loss_per_picture_in_fp32() -> None:
@@ -144,7 +144,7 @@ def test_every_draw_depends_on_seed_step_and_purpose_only() -> None:
 
 
 def test_latents_are_drawn_afresh_from_the_posterior() -> None:
-    schedule = Schedule(torch.ones(1000) - 1e-7, "sample")  # hardly any noise: x_t is x_0
+    schedule = VP(torch.ones(1000) - 1e-7, "sample")  # hardly any noise: x_t is x_0
     given = inputs(2, std=0.5)
     drawn = torch.stack([noised(given, schedule, 0.0, rng(step=i)).target for i in range(200)])
     assert torch.allclose(drawn.mean(0), given.mean, atol=0.25)

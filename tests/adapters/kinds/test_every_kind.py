@@ -22,8 +22,7 @@ from personalize.adapters.describe import describe
 from personalize.adapters.kinds.kind import ALPHA, DORA, DOWN, MAGNITUDE, MID, UP, Kind, Shapes, ratio, shapes_of
 from personalize.adapters.ops.convert import convert
 from personalize.adapters.ops.merge import merge
-from personalize.families.family import FAMILIES, Shape, weights
-from personalize.families.names import same
+from personalize.families.names import FAMILIES, Shape, same, weights
 from personalize.registry import table
 
 POCKET = weights(FAMILIES[0])
