@@ -215,7 +215,7 @@ def _explicit(path: str) -> str:
     """The canonical path behind an explicit one, which may lack its part or use old attention names; "" if unknown."""
     if keys.part_of(path) not in keys.PARTS:
         homes = {"text_model": "text_encoder", "encoder": "text_encoder", "text_projection": "text_encoder_2"}
-        part = (homes | keys.TOPS).get(keys.part_of(path), "")
+        part = {**homes, **keys.tops()}.get(keys.part_of(path), "")
         path = f"{part}.{path}" if part else ""
     if old := _OLD_ATTENTION.search(path):
         leaf = f"to_{old[1]}" if keys.part_of(path) in keys.DENOISERS else f"{old[1]}_proj"

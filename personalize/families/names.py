@@ -23,8 +23,6 @@ DENOISERS = tuple(dict.fromkeys(family.denoiser.part for family in FAMILIES))  #
 PARTS = (*DENOISERS, *sorted({row.part for family in FAMILIES for row in family.texts}))
 TEXT_PARTS = PARTS[len(DENOISERS) :]
 KOHYA_PREFIXES = tuple(dict.fromkeys(f"{prefix}_" for family in FAMILIES for row in family.networks for prefix in row.prefixes))
-# The first word of a path inside a denoiser => which one.
-TOPS = {layer.path.partition(".")[0]: row.denoiser.part for row in FAMILIES for layer in row.denoiser.layers()}
 
 
 def canonical(path: str) -> str:
@@ -51,6 +49,12 @@ def part_of(path: str) -> str:
     'unet'
     """
     return path.partition(".")[0]
+
+
+@cache
+def tops() -> Mapping[str, str]:
+    """The first word of a path inside a denoiser => which one, for paths that lack their part."""
+    return {layer.path.partition(".")[0]: family.denoiser.part for family in FAMILIES for layer in family.denoiser.layers()}
 
 
 # --- names ----------------------------------------------------------------------------------------------------------
@@ -134,7 +138,9 @@ def find_kohya(shapes: Mapping[str, Shape], metadata: Mapping[str, str]) -> Mapp
         wrong = sum(not same(shapes[name], known[paths[name]]) for name in named)
         return len(shapes) - len(named), wrong, not says(metadata, family)
 
-    return kohya_paths(min(FAMILIES, key=misfit))
+    best = 0, 0, not any(says(metadata, family) for family in FAMILIES)
+    perfect = (family for family in FAMILIES if misfit(family) == best)  # so that tables of the families behind it are not made
+    return kohya_paths(next(perfect, None) or min(FAMILIES, key=misfit))
 
 
 # --- shapes ---------------------------------------------------------------------------------------------------------
