@@ -25,6 +25,9 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "sd2": "personalize.families.sd:SD2",
         "sdxl": "personalize.families.sdxl:SDXL",
         "sdxl-refiner": "personalize.families.sdxl:REFINER",
+        "sd35-large": "personalize.families.sd3:LARGE",
+        "sd3": "personalize.families.sd3:SD3",  # whose layers are among those of the next
+        "sd35-medium": "personalize.families.sd3:MEDIUM",
     },
     "objectives": {
         "none": "personalize.training.objectives.denoise:build",

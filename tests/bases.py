@@ -110,6 +110,35 @@ def single(
     return path
 
 
+def sd3(path: Path, *, name: str = "sd35-medium", t5: bool = True) -> Path:
+    """A diffusers folder of Stable Diffusion 3's structure, in fp32; T5's tokenizer knows letters only."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+    from transformers import T5Config, T5TokenizerFast
+
+    from personalize.families.sd3 import T5, Mmdit
+
+    torch.manual_seed(3)
+    row = ROWS[name]
+    assert isinstance(row.denoiser, Mmdit)
+    numbers = {"count": 2, "heads": 2, "head": 16, "context": 128, "pooled": 96, "side": 8, "largest": 16}
+    denoiser = replace(row.denoiser, dual=min(row.denoiser.dual, 1), **numbers)
+    clips = [replace(text, width=width, layer_count=3) for text, width in zip(row.texts, (32, 64), strict=False)]  # type: ignore[type-var]
+    for text in clips:
+        text_model(text).save_pretrained(path / text.part)
+        text.own_tokenizer().save_pretrained(path / text.part.replace("text_encoder", "tokenizer"))
+    if t5:
+        letters = [(letter, -3.0) for letter in "abcdefghijklmnopqrstuvwxyz,.0123456789"]
+        vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -10.0), ("\u2581", -2.0), *letters]
+        T5TokenizerFast(vocab=vocabulary, extra_ids=0).save_pretrained(path / "tokenizer_3")
+        own = T5(128, 2, 64, 2, 16)
+        own.model()(T5Config(**own.config(len(vocabulary)))).save_pretrained(path / own.part)
+    denoiser.model()(**denoiser.config(clips)).save_pretrained(path / denoiser.part)
+    latents = {"latent_channels": 16, "scaling_factor": 1.5305, "shift_factor": 0.0609}
+    AutoencoderKL(**(VAE | latents), use_quant_conv=False, use_post_quant_conv=False).save_pretrained(path / "vae")
+    FlowMatchEulerDiscreteScheduler(shift=3.0).save_pretrained(path / "scheduler")
+    return path
+
+
 def ldm(name: str, channels: int = 4, true: bool = False) -> dict[str, Tensor]:
     """Key => tensor, as such files have them."""
     family, parts = row(name, true), models(name, channels, true)

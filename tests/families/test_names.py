@@ -215,6 +215,7 @@ def test_family_is_told_from_few_weights(name: str, pick: str) -> None:
         assert name not in UNETS
         return
     twins = {("sd2", "resnets"): "sd1", ("sdxl-refiner", "text_encoder"): "sdxl"}
+    twins |= {(name, "text_encoder"): "sd35-large" for name in ("sd3", "sd35-medium")}
     assert keys.family_of(shapes) is ROWS[twins.get((name, pick), name)]
     assert keys.family_of(shapes, said(name)) is ROWS[name]
 
