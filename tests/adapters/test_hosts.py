@@ -114,7 +114,7 @@ def test_a_file_that_a_host_would_misread_is_not_written(blocks: str, tmp_path: 
     conv = "unet.up_blocks.0.upsamplers.0.conv"
     old = rank_one(family, [conv, *own]).save(tmp_path / "a").read_bytes()
     names = written(family, blocks)
-    monkeypatch.setattr(keys, "kohya_names", lambda _: names)
+    monkeypatch.setattr(files, "kohya_names", lambda _: names)
     meant = "A1111 would not find" if blocks == "diffusers" else "diffusers would take"
     with pytest.raises(AdapterError, match=rf"{meant} unet.up_blocks.0.upsamplers.0.conv"):
         rank_one(family, [conv, *own], alpha=0.5).save(tmp_path / "a")

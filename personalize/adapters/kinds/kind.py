@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Protocol
 
 from ...families.family import Shape
@@ -64,14 +65,14 @@ class Kind:
     start: Callable[[Shape, int, float, Generator], dict[str, Tensor]] | None = None  # W's shape, rank, alpha => dW = 0
     forward: Forward | None = None  # where that is cheaper than a layer with W + dW
 
-    @property
-    def roles(self) -> tuple[str, ...]:
+    @cached_property
+    def roles(self) -> frozenset[str]:
         """Every role of this kind."""
-        return (*(role for group in self.needs for role in group.split("|")), *self.may)
+        return frozenset(role for group in self.needs for role in group.split("|")).union(self.may)
 
     def complete(self, found: Mapping[str, object]) -> bool:
         """Whether no needed tensor is missing, and none belongs to another kind."""
-        return all(any(role in found for role in group.split("|")) for group in self.needs) and not found.keys() - set(self.roles)
+        return found.keys() <= self.roles and all(any(role in found for role in group.split("|")) for group in self.needs)
 
     def name(self, found: Mapping[str, object]) -> str:
         """How people call it with these tensors: with DoRA's magnitudes, a LoRA is a DoRA."""
