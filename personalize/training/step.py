@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..tuning.tunable import Tunable
-from .objectives.objective import Inputs, Objective, Rng, answer
+from .objectives.objective import Asking, Inputs, Objective, Rng, answer
 from .optimizers import Optimizer
 
 Seeds = Callable[[int], int]  # piece -> seed of its dropout
@@ -39,9 +39,28 @@ class Piece:
 
     learner: Learner
     number: int  # of the learner
-    rows: Any  # objective.Rows
+    inputs: Inputs  # the whole batch
+    rng: Rng
+    i: int  # of so many pieces
+    n: int
     seed: int  # of its dropout
-    again: bool  # later pieces go back through the same text encoder's pass
+
+    @property
+    def again(self) -> bool:
+        """Whether later pieces go back through the same text encoder's pass."""
+        return self.inputs.cond.tokens.requires_grad and self.i < self.n - 1
+
+    @property
+    def shape(self) -> Any:
+        """Pieces of equal shape ask the same questions, and can be answered side by side."""
+        one, held = self.inputs, self.inputs.class_cond
+        prior = one.class_images, 0 if held is None else len(held)
+        return one.mean.shape, one.cond.tokens.shape, prior, self.i, self.n, type(self.learner.objective)
+
+    def loss(self) -> Asking:
+        """Its losses; the whole batch is drawn, and only the coroutine holds it: it is gone before the backward pass."""
+        objective = self.learner.objective
+        return objective.loss(objective.draw(self.inputs, self.rng).split(self.n)[self.i])
 
 
 def gradients(learners: Sequence[Learner], batches: Sequence[Iterable[Batch]], at_once: int | None = None) -> list[Tensor]:
@@ -70,18 +89,16 @@ def passes(learners: Sequence[Learner], batches: Sequence[Batch | None], at_once
         groups: dict[Any, list[Piece]] = collections.defaultdict(list)
         for piece in pieces:
             if piece is not None:
-                groups[piece.rows.shape, type(piece.learner.objective)].append(piece)
+                groups[piece.shape].append(piece)
         for group in groups.values():
             size = at_once or len(group)
             yield from (group[first : first + size] for first in range(0, len(group), size))
 
 
 def pieces_of(learner: Learner, number: int, batch: Batch) -> list[Piece]:
-    """A learner's batch, drawn whole and split."""
+    """A learner's batch in pieces."""
     inputs, rng, seeds = batch
-    rows = learner.objective.draw(inputs, rng).split(learner.pieces)
-    again, last = inputs.cond.tokens.requires_grad, len(rows) - 1
-    return [Piece(learner, number, one, seeds(i), again and i < last) for i, one in enumerate(rows)]
+    return [Piece(learner, number, inputs, rng, i, learner.pieces, seeds(i)) for i in range(learner.pieces)]
 
 
 def backward(group: Sequence[Piece]) -> list[Tensor]:
@@ -91,8 +108,11 @@ def backward(group: Sequence[Piece]) -> list[Tensor]:
         stack.enter_context(first.computing(*others))
         for piece in group:  # checkpointed blocks drop the same again in the backward pass
             stack.enter_context(piece.learner.tunable.dropout(piece.seed))
-        losses = answer([piece.learner.objective.loss(piece.rows) for piece in group], first.base.denoise, first.off)
-        shares = [piece.learner.opt.share(loss, piece.rows.batch) for piece, loss in zip(group, losses, strict=True)]
+        losses = answer([piece.loss() for piece in group], first.base.denoise, first.off)
+        shares = [
+            piece.learner.opt.share(loss, len(piece.inputs.mean) - piece.inputs.class_images)
+            for piece, loss in zip(group, losses, strict=True)
+        ]
         total = shares[0] if len(shares) == 1 else torch.stack(shares).sum()
         total.backward(retain_graph=any(piece.again for piece in group))
     return [loss.detach() for loss in losses]

@@ -6,7 +6,6 @@ a timestep are the base's own (families/noise.py); nothing here is chosen by a f
 
 from __future__ import annotations
 
-from collections.abc import Hashable
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -53,10 +52,6 @@ class NoisyRows:
     prior_cond: Cond | None = None
     prior_cond_off: Cond | None = None  # as the base alone reads the captions
     prior_batch: int = 0  # rows of the whole batch that the prior holds
-
-    @property
-    def shape(self) -> Hashable:
-        return self.x.latents.shape, self.cond.tokens.shape, 0 if self.prior is None else len(self.prior)
 
     def split(self, n: int) -> list[NoisyRows]:
         """The same rows in n pieces, in order; the first pieces take the odd ones."""

@@ -7,7 +7,7 @@ schedule. It draws everything random for a whole batch at once; the loop splits 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Generator, Hashable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -52,11 +52,6 @@ class Rows(Protocol):
     @property
     def batch(self) -> int:
         """How many images the whole batch has."""
-        ...
-
-    @property
-    def shape(self) -> Hashable:
-        """Rows of equal shape ask the same questions, and can be answered side by side."""
         ...
 
     def split(self, n: int) -> Sequence[Any]:
