@@ -58,7 +58,7 @@ def test_seed_prompt_guidance_and_negative_matter(base: Base) -> None:
 @pytest.mark.parametrize("name", ["DDIMScheduler", "DDPMScheduler", "EulerDiscreteScheduler", "PNDMScheduler"])
 def test_the_sampler_is_the_one_the_base_names(base: Base, name: str) -> None:
     config = {key: base.scheduler_config[key] for key in ("beta_start", "beta_end", "beta_schedule", "prediction_type")}
-    other = Base(**(vars(base) | {"scheduler_config": config | {"_class_name": name}}))
+    other = dataclasses.replace(base, scheduler_config=config | {"_class_name": name})
     assert type(schedulers.make_sampler(other, 4)).__name__ == name
     one, two = draw(other, ["a cat", "a dog"], [0, 1], steps=4), draw(other, ["a dog"], [1], steps=4)
     assert abs(levels(one[1]) - levels(two[0])).max() <= 1
