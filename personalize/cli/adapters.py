@@ -325,7 +325,7 @@ def doctor(files: Files, picture: Path | None, base: Path | None, allow_unmatche
         predictions = predict([adapter.resolve(find) if find else adapter for adapter in adapters], ones)
     click.echo((report.as_json if for_programs else report.table)(checkups, collision, predictions))
     if picture:
-        from ..inference.sampling import save_sheet
+        from ..inference.sheet import save_sheet
 
         save_sheet(heat_map(checkups, collision), picture)
         click.echo(picture, err=for_programs)

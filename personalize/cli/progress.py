@@ -324,7 +324,7 @@ class BatchView(View):
         from PIL import Image
 
         from ..data.folder import read_folder
-        from ..inference import sampling
+        from ..inference.sheet import contact_sheet, enlarge, save_sheet
 
         cells, rows = list[Image.Image](), list[str]()
         for number, event in sorted(self.finished.items()):
@@ -335,12 +335,12 @@ class BatchView(View):
             for path in (learned, *samples, *[samples[-1]] * (SHEET_PROMPTS - len(samples))):
                 with Image.open(path) as picture:
                     small = picture.convert("RGB").resize((128, 128), Image.Resampling.LANCZOS)
-                cells.append(sampling.enlarged(small, 128))
+                cells.append(enlarge(small, 128))
         if not cells:
             return None
         heads = ("learned from", *[""] * SHEET_PROMPTS)
-        sheet = sampling.grid(cells, 1 + SHEET_PROMPTS, rows=rows, heads=heads, side=128)
-        return sampling.save_sheet(sheet, self.folder(0).parent / "batch.png")
+        sheet = contact_sheet(cells, 1 + SHEET_PROMPTS, rows=rows, heads=heads, side=128)
+        return save_sheet(sheet, self.folder(0).parent / "batch.png")
 
     def last_samples(self, number: int, event: Finished) -> list[Path]:
         """The sample pictures of the step that became the adapter: the first seed of each of the first prompts."""

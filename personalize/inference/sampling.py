@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image
@@ -140,18 +140,3 @@ def predict(base: Base, latents: torch.Tensor, t: torch.Tensor, cond: Cond, guid
             return base.denoise(latents.to(base.dtype), times, cond)
         without, with_prompt = base.denoise(torch.cat([latents, latents]).to(base.dtype), times, cond).chunk(2)
     return without + guidance * (with_prompt - without)
-
-
-MOVED = (
-    *("drawing", "diffuse", "evaluating", "to_pictures", "save_picture", "save_sheet", "enlarged", "grid", "settings_of"),
-    *("read_parameters", "Parameters", "DEFAULTS"),
-)
-
-
-def __getattr__(name: str) -> Any:
-    """Old names, until their callers have the new ones."""
-    if name not in MOVED:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    import importlib
-
-    return getattr(importlib.import_module(".moved", __package__), name)

@@ -234,7 +234,7 @@ class Sampling(Part):
 
     @property
     def how(self) -> dict[str, Any]:
-        """What `sample.drawing` and a picture's parameters call it."""
+        """What a request to draw calls it."""
         return {"steps": self.sample_steps, "guidance": self.guidance, "sampler": self.sampler}
 
 

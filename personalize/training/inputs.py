@@ -14,7 +14,8 @@ from ..data.batches import batch_at, batches, generator
 from ..data.folder import class_images
 from ..data.latents import Latents, cached, on_demand
 from ..families.cond import Cond
-from ..inference import sampling as sample
+from ..inference.pipeline import draw_images
+from ..inference.png import save_picture
 from ..io import write_text
 from ..recipe.fields import Recipe
 from .objectives.objective import Inputs, Rng, needs_of
@@ -122,10 +123,9 @@ def draw_class_images(plan: RunPlan) -> None:
     recipe, run = plan.recipe, plan.run
     wanted = {recipe.seed + i: run.class_images / f"{i:04}.png" for i in range(recipe.objective.prior_images)}
     prompts = dict(zip(wanted, itertools.cycle(plan.class_prompts)))
-    told = {seed: plan.parameters(prompts[seed], seed) for seed in wanted}
-    missing = [seed for seed, path in wanted.items() if not is_drawn(path, told[seed])]
-    asked = [prompts[seed] for seed in missing]
-    drawn = sample.drawing(plan.base, asked, missing, size=plan.side, **recipe.sampling.how)
-    for seed, picture in zip(missing, drawn, strict=True):
+    requests = {seed: plan.request(prompts[seed], seed) for seed in wanted}
+    missing = [seed for seed, path in wanted.items() if not is_drawn(path, requests[seed].complete(plan.base))]
+    images = draw_images(plan.base, [requests[seed] for seed in missing])
+    for seed, image in zip(missing, images, strict=True):
         write_text(wanted[seed].with_suffix(".txt"), prompts[seed] + "\n")
-        sample.save_picture(picture, wanted[seed], told[seed])
+        save_picture(image, wanted[seed], requests[seed].complete(plan.base))

@@ -6,8 +6,12 @@ from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
+from PIL import Image
+
 from ..errors import TrainingError
-from ..inference import sampling as sample
+from ..inference.pipeline import draw_images
+from ..inference.png import save_picture
+from ..inference.sheet import enlarge
 from ..io import atomic, write_text
 from ..tuning.tunable import Tunable
 from .events import Chosen, Event, Sample, Saved, Sweep
@@ -44,7 +48,7 @@ def sample_images(plan: RunPlan, done: int) -> Iterator[Event]:
     pairs = sample_pairs(plan)
     for (p, s), image in zip(pairs, draw_samples(plan, pairs), strict=True):
         path, prompt, seed = plan.run.sample(done, p, s), plan.prompts[p], plan.recipe.sampling.sample_seeds[s]
-        sample.save_picture(image, path, plan.parameters(prompt, seed))
+        save_picture(image, path, plan.request(prompt, seed).complete(plan.base))
         yield plan.run.record(Sample(done, prompt, seed, plan.run.relative(path), base=done == 0))
 
 
@@ -53,12 +57,11 @@ def sample_pairs(plan: RunPlan) -> list[tuple[int, int]]:
     return [(p, s) for p in range(len(plan.prompts)) for s in range(len(plan.recipe.sampling.sample_seeds))]
 
 
-def draw_samples(plan: RunPlan, pairs: list[tuple[int, int]], steps: int = 0) -> Iterator[sample.Image.Image]:
+def draw_samples(plan: RunPlan, pairs: list[tuple[int, int]], steps: int = 0) -> Iterator[Image.Image]:
     """Sample images for pairs of (prompt, seed) numbers, with what is attached now; in the recipe's steps, or in fewer."""
-    sampling = plan.recipe.sampling
-    prompts, seeds = [plan.prompts[p] for p, _ in pairs], [sampling.sample_seeds[s] for _, s in pairs]
-    how = sampling.how | ({"steps": steps} if steps else {})
-    return sample.drawing(plan.base, prompts, seeds, size=plan.side, **how)
+    fewer = {"steps": steps} if steps else {}
+    seeds = plan.recipe.sampling.sample_seeds
+    return draw_images(plan.base, [plan.request(plan.prompts[p], seeds[s], **fewer) for p, s in pairs])
 
 
 def save_adapter(run: ActiveRun, step: int, path: Path) -> Saved:
@@ -87,8 +90,8 @@ def finish(run: ActiveRun) -> Iterator[Event]:
     yield from sweep_strengths(plan, run.tunable, step)
     first = plan.run.sample(step, 0, 0)
     if first.is_file():
-        with sample.Image.open(first) as image, atomic(plan.run.adapter.with_suffix(".png")) as temporary:
-            sample.enlarged(image, 256).save(temporary, format="PNG")
+        with Image.open(first) as image, atomic(plan.run.adapter.with_suffix(".png")) as temporary:
+            enlarge(image, 256).save(temporary, format="PNG")
     write_text(plan.run.adapter.with_suffix(".json"), sidecar(plan.recipe, plan.base, plan.dataset, step, weight))
     yield plan.run.record(save_adapter(run, step, plan.run.adapter))
 
@@ -103,7 +106,7 @@ def sweep_strengths(plan: RunPlan, tunable: Tunable, step: int) -> Iterator[Even
             prompt, seed = plan.prompts[p], plan.recipe.sampling.sample_seeds[s]
             path = plan.run.sweep(strength, p, s) if images else plan.run.sample(step if strength else 0, p, s)
             if images:
-                sample.save_picture(images[i], path, plan.parameters(prompt, seed))
+                save_picture(images[i], path, plan.request(prompt, seed).complete(plan.base))
             yield plan.run.record(Sweep(step, strength, prompt, seed, plan.run.relative(path)))
 
 

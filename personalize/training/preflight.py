@@ -18,8 +18,9 @@ from ..data.dataset import Concept, Dataset, Example
 from ..data.folder import read_folder, regularization
 from ..data.latents import grid_of
 from ..errors import OutputError, RecipeError, nearest
-from ..inference import sampling as sample
 from ..inference import schedulers
+from ..inference.png import read_record
+from ..inference.request import Request
 from ..models.model import Base, device_of
 from ..models.precision import dtype_of, precision_of
 from ..recipe.fields import Recipe
@@ -93,10 +94,9 @@ class RunPlan:
         triggers = self.dataset.triggers
         return [*(without(triggers, example.caption)[0] for example in self.dataset.examples), *self.class_prompts]
 
-    def parameters(self, prompt: str, seed: int) -> sample.Parameters:
-        """What a sample picture carries in its file."""
-        size = (self.side, self.side)
-        return sample.settings_of(self.base, prompt=prompt, seed=seed, size=size, **self.recipe.sampling.how)
+    def request(self, prompt: str, seed: int, **changed: Any) -> Request:
+        """A sample image, as the recipe wants it drawn."""
+        return Request(prompt, seed, size=(self.side, self.side), **self.recipe.sampling.how | changed)
 
     def _filled(self, template: str, concept: Concept | None = None) -> str:
         """Filled in for a concept, by default the first."""
@@ -240,7 +240,7 @@ def rehearse(plan: RunPlan) -> None:
         raise OutputError(what, "free some space, choose another --output, or a larger --checkpoint-every")
 
 
-def is_drawn(path: Path, parameters: sample.Parameters) -> bool:
-    """Whether a picture is there that was drawn with just these parameters."""
-    wanted = parameters.record()
-    return path.is_file() and wanted == {key: sample.read_parameters(path).get(key) for key in wanted}
+def is_drawn(path: Path, request: Request) -> bool:
+    """Whether an image is there that was drawn from just this request, which is complete."""
+    wanted = request.record()
+    return path.is_file() and wanted == {key: read_record(path).get(key) for key in wanted}

@@ -20,7 +20,6 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +28,8 @@ from ..adapters.adapter import Adapter
 from ..data.batches import generator
 from ..data.captions import without
 from ..data.latents import Latents
-from ..inference import sampling as sample
+from ..inference.request import Request
+from ..inference.sampling import denoise, eval_mode
 from ..models.model import Base
 from ..tuning.tunable import Tunable
 from .events import Chosen, Event, Scored
@@ -174,13 +174,11 @@ def noisy(
 
 def drawings(plan: RunPlan, batch: int) -> Sheet:
     """What the base itself draws from prompts without the trigger, noisy."""
-    prompts = uncalled(plan)
-    seeds = range(len(prompts))
-    shape, guidance = sample.latent_shape(plan.base, plan.side), plan.recipe.sampling.guidance
-    how: dict[str, Any] = {"steps": DRAWN, "guidance": guidance, "negative": ""}
-    chunks = [slice(first, first + batch // 2) for first in range(0, len(prompts), batch // 2)]
-    with torch.no_grad(), sample.evaluating(plan.base):
-        drawn = [sample.diffuse(plan.base, prompts[part], seeds[part], shape, **how).float().cpu() for part in chunks]
+    prompts, guidance = uncalled(plan), plan.recipe.sampling.guidance
+    requests = [Request(one, i, DRAWN, guidance, (plan.side, plan.side)) for i, one in enumerate(prompts)]
+    chunks = [requests[first : first + batch // 2] for first in range(0, len(requests), batch // 2)]
+    with torch.no_grad(), eval_mode(plan.base):
+        drawn = [denoise(plan.base, chunk).float().cpu() for chunk in chunks]
     return noisy(plan, torch.cat(drawn), prompts, prompts, [TIMES[i] for i in FEW])[0]
 
 
@@ -196,7 +194,7 @@ def answers(base: Base, sheet: Sheet, batch: int) -> Tensor:
     """Predictions [n, c, h, w] with what is attached now, in fp32 on the CPU."""
     distinct = list(dict.fromkeys(sheet.prompts))
     row = torch.tensor([distinct.index(prompt) for prompt in sheet.prompts])
-    with sample.evaluating(base):
+    with eval_mode(base):
         cond = base.embed(distinct)
         parts = [
             base.denoise(sheet.latents[i].to(base.device, base.dtype), sheet.t[i].to(base.device), cond[row[i].to(base.device)])

@@ -39,8 +39,8 @@ from personalize.adapters.ops.bake import bake
 from personalize.families.checkpoint import open_weights
 from personalize.families.names import modules, part_of
 from personalize.formats.header import read_header
-from personalize.inference import sampling as sample
-from personalize.inference import schedulers
+from personalize.inference import pipeline, schedulers
+from personalize.inference.sheet import enlarge
 from personalize.models.model import Base
 from personalize.recipe.resolve import resolve
 from personalize.training.loop import train
@@ -157,7 +157,7 @@ def test_a_run_leaves_what_uis_want(trained: Path, capsys: pytest.CaptureFixture
     assert json.loads(trained.with_suffix(".json").read_text())["sd version"] == "SD1"
     with Image.open(trained.with_suffix(".png")) as preview, Image.open(trained.parent / "samples/000000-p0-s0.png") as before:
         assert preview.size == (256, 256) and before.size == (SIZE, SIZE)
-        assert preview.tobytes() != sample.enlarged(before, 256).tobytes()
+        assert preview.tobytes() != enlarge(before, 256).tobytes()
 
 
 def test_every_host_knows_every_layer(trained: Path) -> None:
@@ -245,7 +245,7 @@ def ours(loud: dict[str, Any]) -> dict[str, Any]:
 
 
 def picture(base: Base) -> Any:
-    return np.asarray(sample.draw(base, [PROMPT], [SEED], steps=STEPS, guidance=GUIDANCE, size=SIZE)[0]).astype(float)
+    return np.asarray(pipeline.draw(base, [PROMPT], [SEED], steps=STEPS, guidance=GUIDANCE, size=SIZE)[0]).astype(float)
 
 
 def rendered(folder: Path) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from personalize.cli import cli, run
 from personalize.cli.generate import seed_list
 from personalize.cli.progress import RunView
 from personalize.errors import AdapterError, RecipeError
-from personalize.inference.sampling import read_parameters
+from personalize.inference.png import read_record as read_parameters
 from personalize.models.model import Base
 from personalize.recipe.fields import Recipe
 from personalize.training.events import Chosen, Fold

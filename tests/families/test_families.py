@@ -24,8 +24,8 @@ from personalize.families.family import addresses
 from personalize.families.names import FAMILIES
 from personalize.families.recognition import detect, family_in
 from personalize.families.tokens import clip_tokenizer
-from personalize.inference import sampling as sample
-from personalize.inference import schedulers
+from personalize.inference import sampling, schedulers
+from personalize.inference.request import Request
 from personalize.models.model import Base
 
 NAMES = ("sd1", "sd2", "sdxl")
@@ -155,7 +155,7 @@ def test_pictures_are_those_of_the_pipeline(shelf: Path, loaded: dict[str, Base]
     base = loaded[name]
     shape = schedulers.latent_shape(base, 64)
     with torch.no_grad():
-        ours = sample.diffuse(base, PROMPTS[:1], [3], shape, steps=4, guidance=5.0, negative="")
+        ours = sampling.denoise(base, [Request(PROMPTS[0], 3, 4, 5.0, (64, 64))])
         noise = torch.randn(shape, generator=torch.Generator().manual_seed(3))[None]
         theirs = pipeline(shelf, name)(
             PROMPTS[0], num_inference_steps=4, guidance_scale=5.0, latents=noise, height=64, width=64, output_type="latent"

@@ -15,8 +15,8 @@ from personalize.adapters.adapter import Adapter, distance
 from personalize.cli import run
 from personalize.errors import RecipeError
 from personalize.families.noise import Flow
-from personalize.inference import sampling as sample
-from personalize.inference import schedulers
+from personalize.inference import sampling, schedulers
+from personalize.inference.request import Request
 from personalize.models.model import Base
 from personalize.recipe.fields import Objective
 from personalize.recipe.resolve import resolve
@@ -84,7 +84,7 @@ def test_a_denoising_step_is_that_of_the_pipeline(base: Base) -> None:
 @torch.no_grad()
 def test_pictures_are_those_of_the_pipeline(base: Base) -> None:
     shape = schedulers.latent_shape(base, 64)
-    ours = sample.diffuse(base, PROMPTS[:1], [3], shape, steps=4, guidance=5.0, negative="")
+    ours = sampling.denoise(base, [Request(PROMPTS[0], 3, 4, 5.0, (64, 64))])
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(3))[None]
     drawn = pipeline(base)(
         PROMPTS[0], num_inference_steps=4, guidance_scale=5.0, latents=noise, height=64, width=64, output_type="latent"

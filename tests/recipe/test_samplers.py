@@ -16,10 +16,10 @@ from torch import Tensor
 from personalize.adapters.adapter import Adapter
 from personalize.adapters.delta import LowRank
 from personalize.errors import BaseModelError, RecipeError
-from personalize.inference import sampling as sample
-from personalize.inference import schedulers
+from personalize.inference import sampling, schedulers
 from personalize.inference.img2img import InitLatents
 from personalize.inference.pipeline import draw
+from personalize.inference.request import Request
 from personalize.models.model import Base
 from personalize.recipe import samplers
 from personalize.recipe.fields import Recipe
@@ -110,7 +110,7 @@ def test_the_bases_own_sampler_is_told_by_its_name(base: Base) -> None:
     karras = {"_class_name": "DPMSolverMultistepScheduler", "use_karras_sigmas": True}
     assert schedulers.sampler_of(of(base, **NOISE, **karras)) == "DPM++ 2M Karras"
     assert schedulers.sampler_of(of(base, **NOISE, _class_name="TCDScheduler")) == "TCD"
-    told = sample.settings_of(of(base, **NOISE, **karras), prompt="", seed=0, steps=1, guidance=1.0, size=(64, 64))
+    told = Request("", 0, 1, 1.0, (64, 64)).complete(of(base, **NOISE, **karras))
     assert "Sampler: DPM++ 2M Karras, " in told.infotext("1")
 
 
@@ -149,8 +149,7 @@ def test_a_picture_is_the_same_alone_and_in_any_batch(base: Base, name: str) -> 
 @pytest.mark.parametrize("name", SAMPLERS)
 @pytest.mark.parametrize("steps", [1, 2])
 def test_few_steps_end_in_a_picture(base: Base, name: str, steps: int) -> None:
-    shape = schedulers.latent_shape(base, None)
-    found = sample.diffuse(base, ["a cat"], [0], shape, steps=steps, guidance=3.0, negative="", sampler=name)
+    found = sampling.denoise(base, [Request("a cat", steps=steps, sampler=name)])
     assert found.isfinite().all() and found.std() > 0
 
 
@@ -174,8 +173,7 @@ def test_every_sampler_begins_where_it_says(base: Base, name: str, denoise: floa
     oracle = of(base, Oracle, **NOISE, prediction_type="epsilon")
     oracle.seen = []
     start, steps = InitLatents(torch.full((1, 16, 8, 8), 0.5), denoise), 10
-    how: dict[str, Any] = {"steps": steps, "guidance": 1, "negative": "", "sampler": name}
-    found = sample.diffuse(oracle, ["a cat"], [0], (16, 8, 8), beginning=start, **how)
+    found = sampling.denoise(oracle, [Request("a cat", 0, steps, 1, sampler=name)], start)
     first, t, _ = oracle.seen[0]
     noise = torch.randn((1, 16, 8, 8), generator=torch.Generator().manual_seed(0))
     wanted = oracle.noise.signal(t.long()) * 0.5 + oracle.noise.noise(t.long()) * noise
@@ -196,8 +194,7 @@ def test_every_sampler_follows_strengths_that_change(base: Base, name: str, deno
     with attach(oracle, [(fading, "1@0,0@1")]) as attached:
         (rows,) = attached.moving.rows.values()
         oracle.look = lambda: float(rows.down[0, 0])
-        how: dict[str, Any] = {"steps": 8, "guidance": 1, "negative": "", "sampler": name, "beginning": start}
-        sample.diffuse(oracle, ["a cat"], [0], (16, 8, 8), **how)
+        sampling.denoise(oracle, [Request("a cat", 0, 8, 1, sampler=name)], start)
     steps = 4 if denoise else 8
     wanted = [1 - i / (steps - 1) for i in range(steps)]
     if SAMPLERS[name].scheduler in ("HeunDiscrete", "KDPM2Discrete", "KDPM2AncestralDiscrete"):

@@ -27,8 +27,8 @@ from personalize.adapters.adapter import Adapter
 from personalize.adapters.describe import describe
 from personalize.data.folder import class_images
 from personalize.errors import BaseModelError, DataError, OutputError, PersonalizeError, RecipeError, TrainingError
-from personalize.inference import sampling as sample
 from personalize.inference.pipeline import draw
+from personalize.inference.png import read_record
 from personalize.models.model import Base
 from personalize.recipe.fields import Recipe
 from personalize.recipe.resolve import from_json, resolve
@@ -648,7 +648,7 @@ def test_class_images_are_drawn_once_and_of_each_prompt_in_turn(make: Make) -> N
     assert recipe.output
     drawn = sorted((recipe.output / "class_images").glob("*.png"))
     prompts = ["a cat", "a cat, ink drawing", "a cat"]
-    assert [sample.read_parameters(path)["prompt"] for path in drawn] == prompts
+    assert [read_record(path)["prompt"] for path in drawn] == prompts
     assert [example.caption for example in class_images(recipe.output / "class_images", "").examples] == prompts
     times = [path.stat().st_mtime_ns for path in drawn]
     next(events)

@@ -16,8 +16,8 @@ from torch import Tensor
 from personalize import registry
 from personalize.data.batches import generator
 from personalize.families.cond import Cond
-from personalize.families.names import ROWS
 from personalize.families.noise import VP, Noise
+from personalize.families.pocket import POCKET
 from personalize.models.model import Base
 from personalize.recipe.fields import Objective
 from personalize.training.objectives.denoise import noised, share_of, timesteps
@@ -249,7 +249,7 @@ def test_follows_the_config_of_a_real_base(
         "rescale_betas_zero_snr": zero_snr,
         "_class_name": "DDIMScheduler",
     }
-    base = Base("", tmp_path, ROWS["pocket"], torch.device("cpu"), torch.float32, config, None, None, None, None)  # type: ignore[arg-type]
+    base = Base("", tmp_path, POCKET, torch.device("cpu"), torch.float32, config, None, None, None, None)  # type: ignore[arg-type]
     losses = build(Objective(), base.noise)(zero, inputs(), rng())
     assert losses.isfinite().all()
     assert torch.equal(losses, build(Objective(), schedule_of(prediction, zero_snr))(zero, inputs(), rng()))

@@ -22,7 +22,8 @@ from personalize.adapters.kinds.kind import DOWN
 from personalize.adapters.kinds.loha import LOHA
 from personalize.adapters.strengths.grammar import Weighting
 from personalize.data.batches import generator
-from personalize.inference.sampling import diffuse
+from personalize.inference.request import Request
+from personalize.inference.sampling import denoise
 from personalize.models.model import Base
 from personalize.recipe.fields import AdapterSpec, Recipe
 from personalize.recipe.resolve import resolve
@@ -205,7 +206,7 @@ def test_drawing_casts_once_a_step(base: Base, monkeypatch: pytest.MonkeyPatch) 
 
         def drawn() -> Tensor:
             with torch.no_grad():
-                return diffuse(base, ["a cat"], [3], (16, 8, 8), steps=2, guidance=4, negative="")
+                return denoise(base, [Request("a cat", 3, 2, 4)])
 
         with Work() as work:
             at_once = drawn()

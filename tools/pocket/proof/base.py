@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from personalize.inference import sampling as sample
+from personalize.inference import sampling, sheet
 from personalize.models.model import Base
 
 from ..judge import Judge, to_pixels
@@ -62,7 +62,7 @@ def through_autoencoder(base: Base, pictures: Pictures) -> Pictures:
     """Pictures encoded and decoded: no UNet can draw better."""
     with torch.no_grad():
         chunks = [base.decode(base.encode(chunk)[0]) for chunk in to_pixels(pictures).split(32)]
-    return sample.to_pictures(torch.cat(chunks))
+    return sampling.to_images(torch.cat(chunks))
 
 
 def noise(number: int, side: int) -> Pictures:
@@ -96,7 +96,7 @@ def measure(judge: Judge, artist: Artist, asked: list[Trial], group: str, drawn:
 def contact_sheet(asked: list[Trial], drawn: Pictures, file: Path) -> None:
     """The first 24 pictures under their prompts."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    sample.grid(drawn[:24], 6, side=192).save(file)
+    sheet.contact_sheet(drawn[:24], 6, side=192).save(file)
     file.with_suffix(".txt").write_text("".join(f"{trial.prompt}\n" for trial in asked[:24]))
 
 

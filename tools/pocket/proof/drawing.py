@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from personalize.inference import sampling as sample
 from personalize.inference import schedulers
+from personalize.inference.pipeline import draw_images
+from personalize.inference.request import Request
 from personalize.io import atomic
 from personalize.models.model import Base
 
@@ -43,9 +44,9 @@ class Artist:
 
     def draw(self, trials: Sequence[Trial], label: str = "") -> Pictures:
         """Pictures of trials with what is attached now."""
-        prompts, seeds = [trial.prompt for trial in trials], [trial.seed for trial in trials]
+        requests = [Request(trial.prompt, trial.seed, **self.how) for trial in trials]
         drawn: Pictures = []
-        for picture in sample.drawing(self.base, prompts, seeds, batch_size=16, **self.how):
+        for picture in draw_images(self.base, requests, batch_size=16):
             drawn.append(picture)
             if label and len(drawn) % 48 == 0:
                 print(f"{label}: {len(drawn)}/{len(trials)} pictures", flush=True)

@@ -13,7 +13,7 @@ from typing import Any
 from PIL import Image
 
 from personalize.adapters.adapter import Adapter
-from personalize.inference import sampling as sample
+from personalize.inference.sheet import contact_sheet
 from personalize.io import write_text
 from personalize.models.model import Base
 from personalize.recipe.fields import Recipe
@@ -114,7 +114,7 @@ def row(task: Task, drawn: Drawn, side: int) -> Image.Image:
     lessons = [render(scene, side) for scene, _ in task.lessons[:3]]
     shown = [cell for i in range(3) for cell in (drawn.base[i], drawn.called[i], drawn.true[i])]
     label = f"{task.name}: {' / '.join(trial.prompt for trial in task.called[:3])}"
-    return sample.grid(lessons + shown, 12, rows=[label], side=128)
+    return contact_sheet(lessons + shown, 12, rows=[label], side=128)
 
 
 def stacked(files: Sequence[Path], to: Path) -> None:

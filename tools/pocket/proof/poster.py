@@ -10,7 +10,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from personalize.inference.sampling import grid
+from personalize.inference.sheet import contact_sheet as grid
 from personalize.training.rundir import Run
 
 SIDE = 192  # pixels of one cell
