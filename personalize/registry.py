@@ -59,13 +59,17 @@ class Table(Mapping[str, Any]):
 
     def __getitem__(self, name: str) -> Any:
         """A row. Raises RecipeError for a name that is none, naming the nearest."""
-        if name not in self._rows:
-            raise RecipeError(f"{self.name} has no row {name!r}", nearest(name, self._rows))
+        self.check(name)
         row = self._rows[name]
         if isinstance(row, str):
             module, _, attribute = row.partition(":")
             row = self._rows[name] = getattr(importlib.import_module(module), attribute)
         return row
+
+    def check(self, name: str) -> None:
+        """Raise RecipeError for a name that is none, naming the nearest."""
+        if name not in self._rows:
+            raise RecipeError(f"there is no {name!r} among the {self.name}", nearest(name, self._rows))
 
     def __contains__(self, name: object) -> bool:
         return name in self._rows

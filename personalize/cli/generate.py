@@ -10,7 +10,11 @@ import click
 
 from ..errors import RecipeError
 from ..recipe.samplers import AUTO, SAMPLERS
+from .messages import print_warning
 from .values import PATH, Axis, NamedAdapter, Side
+
+BASE = ("base", "vae", "clip_skip", "prediction", "zero_snr")  # options that say what to draw with, in the recipe's words
+REQUEST = ("negative", "steps", "guidance", "sampler", "size", "denoise")  # options that are a request's own
 
 
 @click.command()
@@ -56,16 +60,24 @@ def generate(prompts: tuple[str, ...], listed: Path | None, seeds: tuple[str, ..
 
     <lora:NAME:0.8> in a prompt uses an adapter for that prompt alone, or at another strength.
     """
-    from ..inference.generate import paint
+    from ..inference.events import Notice, Saved
+    from ..inference.generate import generate as draw_files
+    from ..inference.library import Library
     from ..inference.prompts import from_file
+    from ..inference.request import InitImage, Request
 
     wanted = [*prompts, *(from_file(listed) if listed else ())]
     if not wanted:
         raise RecipeError("what should be drawn?", 'personalize generate "a cat", or --prompts FILE')
-    how = {name: options.pop(name) for name in ("base", "vae", "clip_skip", "prediction", "zero_snr")}
-    given = {name: value for name, value in how.items() if value is not None}
-    for path in paint(wanted, seed_list(seeds, count), base=given, **options):
-        click.echo(path)
+    base = {name: value for name in BASE if (value := options.pop(name)) is not None}
+    library, image = Library(folder=options.pop("lora_dir")), options.pop("image")
+    settings = {name: options.pop(name) for name in REQUEST} | {"image": InitImage.open(image) if image else None}
+    request = Request.parse("", adapters=library.add(options.pop("stack")), **settings)
+    for event in draw_files(wanted, seed_list(seeds, count), request, library, base=base, **options):
+        if isinstance(event, Notice):
+            print_warning(event.text)
+        elif isinstance(event, Saved):
+            click.echo(event.path)
     return 0
 
 

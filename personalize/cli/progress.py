@@ -39,13 +39,14 @@ def train_one(recipe: Recipe, fresh: bool = False) -> int:
     return follow(RunView(terminal(), recipe), events)
 
 
-def train_many(recipes: Sequence[Recipe], *, fresh: bool, together: int | None) -> int:
-    """Train many runs, write a report for each and one sheet. Returns the exit code: 0, 2 if some failed, 130 after Ctrl-C."""
+def train_many(recipes: Sequence[Recipe], backend: str, *, fresh: bool, together: int | None) -> int:
+    """Train many runs on a backend, write a report for each and one sheet. Returns the exit code: 0, 2 if some failed, 130
+    after Ctrl-C. Raises RecipeError for a backend that there is not."""
 
     def events() -> Iterator[tuple[int, Event]]:
-        from ..training.fleet import train_fleet
+        from ..backends.backend import get_backend  # torch comes with it
 
-        return train_fleet(recipes, fresh=fresh, together=together)
+        return get_backend(backend).run(recipes, fresh=fresh, together=together)
 
     return follow(BatchView(terminal(), recipes), events)
 

@@ -10,6 +10,7 @@ import click
 
 from ..errors import AdapterError, DataError, PersonalizeError, RecipeError
 from ..io import pictures_in
+from ..registry import table
 from ..text import plain
 from .messages import print_warning
 from .values import PATH
@@ -157,9 +158,12 @@ def print_recipe(recipe: Recipe) -> int:
 @click.command(cls=SettingsCommand, short_help="Train an adapter on each of many folders of pictures.")
 @click.argument("folders", type=PATH, nargs=-1, required=True)
 @click.option("--together", type=click.IntRange(1), metavar="N", help="at most so many at once [default: what fits into memory]")
+@click.option(
+    "--backend", default="local", show_default=True, metavar="|".join(table("backends")), help="where the runs are trained"
+)
 @click.option("--dry-run", is_flag=True, help="print what would be trained, and stop")
 @click.option("--fresh", is_flag=True, help="start over instead of resuming what is there")
-def batch(folders: tuple[Path, ...], together: int | None, dry_run: bool, fresh: bool, **flags: Any) -> int:
+def batch(folders: tuple[Path, ...], together: int | None, backend: str, dry_run: bool, fresh: bool, **flags: Any) -> int:
     """Train an adapter on each of FOLDERS, or on each folder inside one that has no pictures of its own.
 
     All options are those of `train` and hold for all folders; a folder's own personalize.toml says what is different there, such
@@ -167,6 +171,7 @@ def batch(folders: tuple[Path, ...], together: int | None, dry_run: bool, fresh:
 
     --output is the folder for the run folders.
     """
+    table("backends").check(backend)
     found = {folder.resolve(): folder for given in folders for folder in picture_folders(given)}
     recipes, wrong = resolve_recipes(list(found.values()), flags)
     if len(found) == len(wrong) > 1 == len(messages := set(wrong.values())):
@@ -180,7 +185,7 @@ def batch(folders: tuple[Path, ...], together: int | None, dry_run: bool, fresh:
         return 2 if wrong else 0
     from .progress import train_many
 
-    code = train_many(recipes, fresh=fresh, together=together) if recipes else 2
+    code = train_many(recipes, backend, fresh=fresh, together=together) if recipes else 2
     return code or (2 if wrong else 0)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import re
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +20,7 @@ from ..recipe.fields import Fitting, Recipe
 from ..recipe.resolve import from_json, resolve
 from .events import Event, Notice, Picture, Progress, Saved
 from .img2img import fit_image
-from .library import Library, Named
+from .library import Library
 from .png import save_picture
 from .prompts import Use, parse
 from .request import InitImage, Request
@@ -176,31 +175,3 @@ def unused_path(path: Path) -> Path:
         free = path.with_stem(f"{path.stem}-{number}")
         number += 1
     return free
-
-
-def paint(
-    prompts: Sequence[str],
-    seeds: Sequence[int],
-    *,
-    stack: Sequence[Named] = (),
-    lora_dir: Path | None = None,
-    image: Path | None = None,
-    base: Mapping[str, Any] | None = None,
-    precision: str = Fitting().precision,
-    grid: bool = False,
-    axes: Sequence[Axis] = (),
-    batch_size: int = 8,
-    device: str = "auto",
-    output: Path = Path("pictures"),
-    **settings: Any,
-) -> Iterator[Path]:
-    """`generate` as the command calls it until it prints events itself: yields paths, and warns."""
-    library = Library(folder=lora_dir)
-    start = InitImage.open(image) if image else None
-    how = Request.parse("", adapters=library.add(stack), image=start, **settings)
-    more: dict[str, Any] = {"grid": grid, "axes": axes, "batch_size": batch_size, "device": device, "output": output}
-    for event in generate(prompts, seeds, how, library, base=base, precision=precision, **more):
-        if isinstance(event, Notice):
-            warnings.warn(event.text, stacklevel=1)
-        elif isinstance(event, Saved):
-            yield event.path
