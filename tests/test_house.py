@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import doctest
 import importlib
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from personalize.recipe.fields import Recipe
 from personalize.recipe.reference import reference
 from personalize.recipe.samplers import SAMPLERS
 from personalize.recipe.settings import settings
+from personalize.registry import BUILT_IN
 from tools import architecture
 from tools.architecture import FLOORS, PACKAGE, ROOT, circle, file_imports, imported_names, modules, room_of
 
@@ -200,3 +202,18 @@ def test_every_command_is_in_the_readme() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     for name in cli.commands:
         assert f"personalize {name}" in readme or name == "version", name
+
+
+def test_code_in_the_extending_page_is_that_of_the_files() -> None:
+    page = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
+    found = re.findall(r"<!-- (\S+) -->\n```python\n(.*?)```", page, re.DOTALL)
+    assert len(found) == 5
+    for name, code in found:
+        assert code in (ROOT / name).read_text(encoding="utf-8"), name
+
+
+def test_every_table_is_in_the_extending_page() -> None:
+    page = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
+    words = {"kinds": "adapter kind", "families": "model family", "objectives": "objective", "optimizers": "optimizer"}
+    for name in BUILT_IN:
+        assert f"## A {words.get(name, 'backend')}\n" in page or f"## An {words.get(name, 'backend')}\n" in page, name
