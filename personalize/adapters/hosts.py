@@ -1,5 +1,7 @@
 """What other programs make of our files: the layer that each key is applied to, and how strongly. A second opinion; no torch.
 
+Here and not in the doctor, because the export contract (files.py) asks each host before a file takes its name.
+
 Each row follows a reader's own rules, from its source and not from our tables of names; tests hold them against the sources.
 They know UNets alone: HOSTS says which families.
 A1111 counts blocks in LDM's numbers, three to a level, and takes what it cannot translate for LDM's own names.

@@ -77,7 +77,7 @@ def test_merges_on_demand_are_those_of_memory(tmp_path: Path, method: str) -> No
 
 def test_one_layer_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files = [make("sd1", "attn", rank=1).save(tmp_path / name) for name in "ab"]
-    alive, most, read = weakref.WeakSet[Any](), 0, files.read_delta
+    alive, most, read = weakref.WeakSet[Any](), 0, adapter_files.read_delta
 
     def watched(*args: Any) -> Delta:
         nonlocal most

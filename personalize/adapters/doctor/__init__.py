@@ -3,7 +3,7 @@
     checkups = [examine(path) for path in paths]
     collision = collide([Adapter.load(path) for path in paths], [0.8, 0.6])
 
-Nothing is changed and no low-rank dW is multiplied out. `personalize/checkup.py` shows it: table, JSON, picture.
+Nothing is changed and no low-rank dW is multiplied out. `personalize/reports/adapter/doctor.py` shows it: table, JSON, picture.
 """
 
 from ...findings import Finding

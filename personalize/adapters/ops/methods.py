@@ -1,4 +1,4 @@
-"""Ways to merge the updates of one module, all in terms of dW: rows, each with its paper. merging.py applies them.
+"""Ways to merge the updates of one module, all in terms of dW: rows, each with its paper. merge.py applies them.
 
 Factors are never scaled and added side by side with their partners missing: (a + c) @ (b + d) is not a @ b + c @ d.
 """
