@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 
 import torch
 from torch import Tensor
@@ -315,7 +315,7 @@ def started_event(run: ActiveRun) -> Started:
     if run.compute.compile and (why := lacking(plan.device)):
         warnings.append(f"nothing is compiled: {why}")
     return Started(
-        time=datetime.now(UTC).isoformat(timespec="seconds"),
+        time=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         recipe=flatten(plan.recipe),
         images=[image_record(example, plan.dataset) for example in plan.dataset.examples],
         warnings=warnings,

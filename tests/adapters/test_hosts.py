@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from test_kinds import KINDS, noise
 from torch import Tensor, nn
 
-from personalize.adapters import dialects, files, hosts
+from personalize.adapters import dialects, files, host_names, hosts
 from personalize.adapters.adapter import Adapter
 from personalize.adapters.delta import Dense, LowRank, Structured
 from personalize.errors import AdapterError
@@ -241,9 +241,9 @@ def comfy() -> Any:
 def comfy_model(family: Family) -> tuple[Any, Any]:
     """What ComfyUI makes its tables from: the keys of a UNet and of text encoders in its layout, and the UNet's configuration."""
     row, ldm = family.denoiser, keys.ldm_names(family)
-    depth = [depth for depth in row.depth for _ in range(row.layers)]
-    config = {"num_res_blocks": [row.layers] * len(row.depth), "channel_mult": row.channels, "transformer_depth": depth}
-    config["transformer_depth_output"] = [depth for depth in row.depth for _ in range(row.layers + 1)]
+    depth = [depth for depth in row.depth for _ in range(row.layers_per_block)]
+    config = {"num_res_blocks": [row.layers_per_block] * len(row.depth), "channel_mult": row.channels, "transformer_depth": depth}
+    config["transformer_depth_output"] = [depth for depth in row.depth for _ in range(row.layers_per_block + 1)]
     config["transformer_depth_middle"] = row.middle
     unet = {f"diffusion_model.{name}.weight" for name in ldm.values()}
     clip = set()
@@ -416,7 +416,7 @@ READERS: dict[str, Callable[..., dict[str, Tensor]]] = {"ComfyUI": comfy_reads, 
 def test_comfyui_has_these_names(family: str) -> None:
     row = FAMILY[family]
     own = comfy_names(row)
-    ours = {name: path for name, path in hosts._comfy(row).items() if path in weights(row)}
+    ours = {name: path for name, path in host_names._comfy(row).items() if path in weights(row)}
     assert {name: path for name, path in own.items() if ours.get(name) != path and _spoken(name)} == {}
     assert {name: path for name, path in ours.items() if own.get(name) != path} == {}
 

@@ -19,7 +19,7 @@ from PIL import Image
 from rich.console import Console
 
 from personalize.adapters.adapter import Adapter
-from personalize.adapters.strengths.grammar import split
+from personalize.adapters.strengths.grammar import every_part, split
 from personalize.cli import cli, run
 from personalize.cli.generate import seed_list
 from personalize.cli.progress import RunView
@@ -295,7 +295,7 @@ def test_sheets_along_axes(trained: Path, tmp_path: Path, capsys: pytest.Capture
 def test_strengths(text: str, path: str, unet: float, text_encoder: float) -> None:
     found, weighting = split(text)
     assert found == path
-    assert weighting.parts == {"unet": unet, "text_encoder": text_encoder, "text_encoder_2": text_encoder}
+    assert weighting.parts == every_part({"unet": unet, "text_encoder": text_encoder, "text_encoder_2": text_encoder})
 
 
 def test_a_file_may_look_like_a_strength(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

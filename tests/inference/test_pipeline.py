@@ -261,16 +261,16 @@ def test_an_attachment_that_fails_half_way_leaves_nothing_behind(
     base: Base, adapters: dict[str, Adapter], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module = sys.modules["personalize.tuning.attach"]
-    before, real, placed = everything(base), module.place, []
+    before, real, placed = everything(base), module.layer_with, []
 
-    def place(*arguments: Any) -> Any:
+    def layer_with(*arguments: Any) -> Any:
         placed.append(arguments)
         if len(placed) > 5:
             raise MemoryError
         return real(*arguments)
 
     with monkeypatch.context() as patch, pytest.raises(MemoryError):
-        patch.setattr(module, "place", place)
+        patch.setattr(module, "layer_with", layer_with)
         attach(base, adapters["rex"])
     assert everything(base) == before
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from personalize.adapters.strengths.curves import Curve, Window
-from personalize.adapters.strengths.grammar import PARTS, Weighting, split
+from personalize.adapters.strengths.grammar import PARTS, Weighting, every_part, split
 from personalize.errors import RecipeError
 from personalize.inference.prompts import find_name, parse, tag, with_tags
 
@@ -101,7 +101,7 @@ windows = st.one_of(
 )
 weightings = st.builds(
     Weighting,
-    st.fixed_dictionaries(dict.fromkeys(PARTS.values(), strengths)),
+    st.fixed_dictionaries(dict.fromkeys(PARTS.values(), strengths)).map(every_part),
     st.sampled_from(["", "OUTD", "MID+OUT03", "1,0,0.5"]),
     st.dictionaries(st.sampled_from(["*attn2*", "*.ff.*", "unet.*"]), numbers, max_size=2).map(lambda rows: tuple(rows.items())),
     windows,

@@ -29,6 +29,9 @@ from personalize.models.model import Base
 from personalize.recipe.samplers import SAMPLERS
 from personalize.tuning.attach import attach
 
+# diffusers' samplers, beside numpy 2
+pytestmark = pytest.mark.filterwarnings("ignore:__array_wrap__ must accept context:DeprecationWarning")
+
 
 @pytest.fixture(scope="module")
 def base(tiny_base: Path) -> Base:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import BaseModel
 
 from personalize.errors import RecipeError
 from personalize.recipe.fields import Recipe
@@ -151,7 +152,8 @@ def test_recipes_do_not_change() -> None:
 
 
 def test_names_are_unique_and_documented() -> None:
-    leaves = sum(len(value) if isinstance(value, dict) else 1 for value in Recipe().model_dump().values())
+    fields = [getattr(Recipe(), name) for name in Recipe.model_fields]
+    leaves = sum(len(type(value).model_fields) if isinstance(value, BaseModel) else 1 for value in fields)
     assert len(settings()) == leaves
     for setting in settings().values():
         assert setting.help and not setting.help.endswith("."), setting.name

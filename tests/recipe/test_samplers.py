@@ -16,7 +16,7 @@ from torch import Tensor
 from personalize.adapters.adapter import Adapter
 from personalize.adapters.delta import LowRank
 from personalize.errors import BaseModelError, RecipeError
-from personalize.inference import sampling, schedulers
+from personalize.inference import png, sampling, schedulers
 from personalize.inference.img2img import InitLatents
 from personalize.inference.pipeline import draw
 from personalize.inference.request import Request
@@ -111,7 +111,7 @@ def test_the_bases_own_sampler_is_told_by_its_name(base: Base) -> None:
     assert schedulers.sampler_of(of(base, **NOISE, **karras)) == "DPM++ 2M Karras"
     assert schedulers.sampler_of(of(base, **NOISE, _class_name="TCDScheduler")) == "TCD"
     told = Request("", 0, 1, 1.0, (64, 64)).complete(of(base, **NOISE, **karras))
-    assert "Sampler: DPM++ 2M Karras, " in told.infotext("1")
+    assert "Sampler: DPM++ 2M Karras, " in png.infotext(told, "1")
 
 
 # ---------------------------------------------------------------- pictures
@@ -273,7 +273,7 @@ def test_sample_pictures_are_drawn_with_it(tiny_base: Path, pictures: Path, tmp_
 
     def drawn(sampler: str) -> tuple[Image.Image, str]:
         job = check(resolve(flags={**flags, "output": tmp_path / sampler, "sampler": sampler}))
-        return next(draw_samples(job, [(0, 0)])), job.parameters("a cat", 0).sampler
+        return next(draw_samples(job, [(0, 0)])), job.request("a cat", 0).complete(job.base).sampler
 
     usual, lively = drawn("auto"), drawn("euler_a")
     assert usual[0] != lively[0] and (usual[1], lively[1]) == ("DDIM", "Euler a")

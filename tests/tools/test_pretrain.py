@@ -24,7 +24,6 @@ from transformers import CLIPTokenizer
 from personalize.families.noise import VP
 from personalize.models.model import Base
 from personalize.reports.metrics import Clip
-from personalize.training.objectives import denoise as objectives
 from tools.pocket import WEIGHTS, clip, pool, pretrain
 from tools.pocket.diffusion import DENSITIES, Teaching
 from tools.pocket.pool import shuffled, write_rows
@@ -151,7 +150,7 @@ def test_whoever_predicts_the_truth_has_no_loss(teaching: Teaching) -> None:
     def knows(x: Tensor, t: Tensor, cond: Tensor) -> SimpleNamespace:
         signal, noise = schedule.signal(t), schedule.noise(t)
         eps = (x - signal * x0) / noise
-        truth = objectives.target(x0, eps, t, schedule)
+        truth = schedule.target(x0, eps, t)
         seen.append((velocity(truth, x, t, schedule), signal * eps - noise * x0, signal))
         return SimpleNamespace(sample=truth)
 
