@@ -42,6 +42,11 @@ def atomic(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+def disk_error(path: Path, error: OSError, place: str = "another place") -> OutputError:
+    """The OutputError for what the disk refused; `place` is what to choose instead of `path`."""
+    return OutputError(f"cannot write {path}: {error.strerror or error}", f"free some space or choose {place}")
+
+
 def write_text(path: Path, text: str) -> Path:
     """Write a small text file whole or not at all."""
     with atomic(path) as temporary:

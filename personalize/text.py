@@ -65,10 +65,10 @@ def compact(value: float) -> str:
     return significant(value)
 
 
-def signed(value: float, digits: int = 2) -> str:
+def with_sign(value: float, digits: int = 2) -> str:
     """With its sign, but for what rounds to nothing.
 
-    >>> signed(0.5), signed(-0.5), signed(-0.001)
+    >>> with_sign(0.5), with_sign(-0.5), with_sign(-0.001)
     ('+0.50', '-0.50', '0.00')
     """
     return f"{value:+.{digits}f}" if round(value, digits) else f"{0:.{digits}f}"
@@ -79,14 +79,14 @@ def pace(steps_per_second: float) -> str:
     return f"{steps_per_second:.1f} steps/s" if steps_per_second >= 1 else f"{1 / steps_per_second:.1f} s/step"
 
 
-def fits(fit: Mapping[str, Any]) -> str:
+def memory_summary(fit: Mapping[str, Any]) -> str:
     """How a run fits into memory, from what it told: `bfloat16, checkpointing: 5.1 of 8.0 GB (probe), estimate 4.8 GB`."""
     told = [f"{readable(fit['probe'])} of {readable(fit['budget'])} (probe)"] if fit.get("probe") and fit.get("budget") else []
     told += [f"estimate {readable(estimate['peak'])}"] if (estimate := fit.get("estimate")) else []
     return f"{fit['words']}{': ' if told else ''}{', '.join(told)}"
 
 
-def loaded(facts: Mapping[str, Any]) -> str:
+def base_summary(facts: Mapping[str, Any]) -> str:
     """What was loaded of a base, from its facts: the true dtypes, sizes and prediction, whatever was asked for."""
     prediction = facts["prediction"] + (" with zero-terminal SNR" if facts["zero_snr"] else "")
     stored = " and ".join(f"{dtype.lower()} ({readable(size)})" for dtype, size in facts["stored"].items())

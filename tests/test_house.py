@@ -27,6 +27,20 @@ from tools.architecture import FLOORS, PACKAGE, ROOT, circle, file_imports, impo
 
 HOUSE = PACKAGE
 LIGHT = {"torch", "safetensors"}  # all that adapters/ may need, so that it works inside any host
+REGULAR = re.compile(r"[a-z]{3,}ed")
+NO_PARTICIPLES = "bleed breed embed exceed feed need proceed seed speed succeed"  # verbs and nouns that end in -ed
+# Participles; not those that are verbs or nouns as well: become, bound, cut, ground, put, run, set, split, wound
+IRREGULAR = """
+    begun bent born borne bought broken brought built burnt caught chosen dealt done drawn driven drunk eaten fallen fed
+    felt forgotten fought found frozen given gone grown heard held hidden hung kept known laid learnt led left lent lit
+    lost made meant met paid proven ridden risen said seen sent shaken shown shrunk sold sought spent spilt spoken spun
+    stolen stood stuck sunk swept taken taught thought told torn understood won worn woven written
+"""
+PARTICIPLES_ALLOWED = {
+    "personalize/adapters/adapter.py": {"scaled", "weighted"},  # public; a value's changed copy, as Python's `sorted`
+    "personalize/adapters/delta.py": {"stored"},  # public; the tensors as a file holds them
+    "tools/golden.py": None,  # a recording's keys are the code of its cases: old recordings would be no use
+}
 
 
 def functions() -> Iterator[tuple[str, int]]:
@@ -94,6 +108,25 @@ def test_no_blanket_except_and_no_pickles() -> None:
                 )
                 assert not blanket, f"{path.relative_to(ROOT)}:{node.lineno}"
         assert not {"pickle", "shelve", "marshal"} & {name.split(".")[0] for name in imported_names(path)}, path
+
+
+def is_participle(name: str) -> bool:
+    word = name.strip("_")
+    return word in IRREGULAR.split() or (REGULAR.fullmatch(word) is not None and word not in NO_PARTICIPLES.split())
+
+
+def test_a_function_says_what_it_computes_or_does() -> None:
+    """No function is called by a bare participle: `encode_header` or `header_bytes`, never `encoded`. Properties may be."""
+    found = []
+    for path in [*modules(), *sorted((ROOT / "tools").rglob("*.py"))]:
+        file = str(path.relative_to(ROOT))
+        allowed = PARTICIPLES_ALLOWED.get(file, set())
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and allowed is not None and is_participle(node.name):
+                is_property = any(ast.unparse(one).endswith("property") for one in node.decorator_list)
+                found += [] if is_property or node.name in allowed else [f"{file}:{node.lineno} {node.name}"]
+    assert found == []
+    assert all(map(is_participle, ("told", "_kept", "opened"))) and not any(map(is_participle, ("put", "seed", "with_sizes")))
 
 
 def test_the_public_names() -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from ..families.names import family_of, part_of
-from ..formats.header import Header, opened, read_header, read_scalar
+from ..formats.header import Header, open_file, read_header, read_scalar
 from . import dialects
 from .kinds import ALPHA, NUMBERS
 
@@ -74,7 +74,7 @@ def describe(path: str | Path) -> Description:
 def _alphas(header: Header, reading: dialects.Reading) -> list[float]:
     """Every module's alpha as Adapter.load would have it."""
     slots = {module: slot for module, slot in reading.slots.items() if dialects.rank(header, slot)}
-    with opened(header.path) as file:
+    with open_file(header.path) as file:
         scales = dialects.configured_scales(header, reading)
         kept = {module: slot.keys[ALPHA] for module, slot in slots.items() if ALPHA in slot.keys}
         stored = {module: read_scalar(file, key, header.tensors[key]) for module, key in kept.items()}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import AdapterError, HostileFileError
-from ..formats.header import opened, read_header, short
+from ..formats.header import open_file, read_header, short
 from ..formats.tensors import TORCH, read_tensor, with_ending, write_tensors
 from ..io import atomic
 
@@ -57,7 +57,7 @@ class Embedding:
         if any(len(size) not in (1, 2) or 0 in size for size in sizes) or len({size[:-1] for size in sizes}) > 1:
             found = " and ".join(str(list(size)) for size in sizes)
             raise HostileFileError(f"{path} is no sound textual inversion: {found} are not as many vectors for each text encoder")
-        with opened(header.path) as file:
+        with open_file(header.path) as file:
             vectors = {part: read_tensor(file, key, header.tensors[key]).float() for key, part in known.items()}
         if sick := [part for part, value in vectors.items() if not value.isfinite().all()]:
             raise HostileFileError(f"{path} holds NaN or Inf for the {sick[0]}")

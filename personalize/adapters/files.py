@@ -21,7 +21,7 @@ from torch import Tensor
 from ..errors import AdapterError, HostileFileError, nearest
 from ..families.family import Family, Shape, weights
 from ..families.names import FAMILIES, canonical, family_of, kohya_names, part_of, resolve_shape, says
-from ..formats.header import Header, opened, read_header, read_scalar, short
+from ..formats.header import Header, open_file, read_header, read_scalar, short
 from ..formats.tensors import HASHES, TORCH, Writer, one_thread, read_tensor
 from ..io import atomic, weights_hash, write_text
 from . import dialects, hosts, kinds
@@ -54,7 +54,7 @@ def on_demand(path: Path, allow_unmatched: bool) -> tuple[OnDemand, Mapping[str,
     shapes, scales, stamp = _shapes(header, reading), dialects.configured_scales(header, reading), _stamp(os.stat(header.path))
 
     def make(path: str) -> Delta:
-        with opened(header.path) as file:
+        with open_file(header.path) as file:
             if _stamp(os.fstat(file.fileno())) != stamp:
                 raise AdapterError(f"{header.path} has changed since it was opened", "try again")
             if path in reading.shapes:

@@ -20,7 +20,7 @@ from rich.text import Text
 
 from ..recipe.fields import Recipe
 from ..recipe.settings import flatten
-from ..text import duration, fits, loaded, pace, plain, readable
+from ..text import base_summary, duration, memory_summary, pace, plain, readable
 from ..training.events import Chosen, Event, Failed, Finished, Fold, Sample, Saved, Started, Step, SteppedDown, Warned
 
 SMOOTHING = 0.9  # of the loss that is shown: single steps are mostly noise
@@ -176,11 +176,11 @@ class RunView(View):
         self.settings = event.recipe
         for warning in event.warnings:
             self.print(f"warning: {warning}")
-        self.print(f"base     {self.recipe.base}: {loaded(event.base)}")
+        self.print(f"base     {self.recipe.base}: {base_summary(event.base)}")
         self.print(f"learning {len(event.images)} pictures, {event.parameters:,} parameters to train on {event.device}")
         if len(event.shapes) > 1:
             self.print(f"shapes   {', '.join(f'{shape} ({count})' for shape, count in event.shapes.items())}")
-        self.print(f"fits     {fits(event.fit)}")
+        self.print(f"fits     {memory_summary(event.fit)}")
         for why in event.fit["why"]:
             self.print(f"         {why}")
         self.step = event.resumed
@@ -219,11 +219,11 @@ class RunView(View):
         """Where everything is, and what to type next."""
         from ..data.captions import fill
         from ..data.folder import read_folder
-        from ..training.preflight import settled
+        from ..training.preflight import with_defaults
 
         if self.finished is None:
             return 0
-        self.settings = self.settings or flatten(settled(self.recipe, read_folder(self.recipe.data)))
+        self.settings = self.settings or flatten(with_defaults(self.recipe, read_folder(self.recipe.data)))
         adapter = self.folder / self.finished.path
         if self.finished.again:
             self.print("this run is already finished: --fresh starts it over, another --output keeps both")

@@ -5,7 +5,7 @@
     masks.py     what of a picture is learned: NAME-masklabel.png or its alpha channel
     buckets.py   shapes of one area, and which of them a picture goes to
     pictures.py  one file -> RGB pixels of a shape, whatever it is stored as
-    latents.py   pixels -> posterior mean and std, captions -> conditioning, once: `cached` -> Latents
+    latents.py   pixels -> posterior mean and std, captions -> conditioning, once: `encode_dataset` -> Latents
     store.py     the content-addressed cache on disk behind it
     batches.py   which pictures a step sees: `batches` -> Batch, a pure function of (seed, step)
 
@@ -24,10 +24,10 @@ from ..lazy import Lazy
 
 if TYPE_CHECKING:
     from .batches import Batch, batch_at, batches, generator
-    from .captions import fill, safe_trigger, without
+    from .captions import fill, remove_triggers, safe_trigger
     from .dataset import Concept, Dataset, Example
     from .folder import class_images, read_folder, regularization
-    from .latents import Latents, cached, grid_of, load_pixels, on_demand
+    from .latents import Latents, encode_dataset, grid_of, load_pixels, on_demand
 
 _HOMES = {
     "Batch": "batches",
@@ -37,8 +37,8 @@ _HOMES = {
     "Latents": "latents",
     "batch_at": "batches",
     "batches": "batches",
-    "cached": "latents",
     "class_images": "folder",
+    "encode_dataset": "latents",
     "fill": "captions",
     "generator": "batches",
     "grid_of": "latents",
@@ -46,8 +46,8 @@ _HOMES = {
     "on_demand": "latents",
     "read_folder": "folder",
     "regularization": "folder",
+    "remove_triggers": "captions",
     "safe_trigger": "captions",
-    "without": "captions",
 }
 
 __all__ = [
@@ -58,8 +58,8 @@ __all__ = [
     "Latents",
     "batch_at",
     "batches",
-    "cached",
     "class_images",
+    "encode_dataset",
     "fill",
     "generator",
     "grid_of",
@@ -67,8 +67,8 @@ __all__ = [
     "on_demand",
     "read_folder",
     "regularization",
+    "remove_triggers",
     "safe_trigger",
-    "without",
 ]
 
 sys.modules[__name__].__class__ = Lazy

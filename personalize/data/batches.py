@@ -89,13 +89,13 @@ def batch_at(
     flipped = torch.rand(batch_size, generator=generator(seed, f"{purpose} flip", step)) < 0.5
     dropped = torch.rand(batch_size, generator=generator(seed, f"{purpose} dropout", step)) < data.caption_dropout
     captions = [
-        "" if drop else varied(latents.captions[i], data, generator(seed, f"{purpose} tags", step, row))
+        "" if drop else vary_caption(latents.captions[i], data, generator(seed, f"{purpose} tags", step, row))
         for row, (i, drop) in enumerate(zip(index, dropped.tolist(), strict=True))
     ]
     return _batch(latents, index, shape, (flipped & latents.mirrored).tolist(), dropped, captions)
 
 
-def varied(caption: str, data: Data, rng: Generator) -> str:
+def vary_caption(caption: str, data: Data, rng: Generator) -> str:
     """A caption with its tags shuffled and some left out, as the recipe asks; the first `keep_tokens` tags stay in place."""
     if not data.varies:
         return caption
@@ -142,12 +142,12 @@ def _batch(
     cond = None
     if latents.cond is not None:
         cond = latents.cond[torch.where(dropped, len(latents.cond) - 1, latents.cond_index[numbers])]
-    masks = [_flipped(latents.masks[i], flip) for i, flip in zip(index, flipped, strict=True)]
+    masks = [_flip_mask(latents.masks[i], flip) for i, flip in zip(index, flipped, strict=True)]
     some = next((mask for mask in masks if mask is not None), None)
     mask = None if some is None else torch.stack([torch.ones_like(some) if one is None else one for one in masks])[:, None]
     sizes = torch.tensor([frame(latents.sizes[i], shape) for i in index])
     return Batch(mean, std, cond, captions, numbers, shape, sizes, mask)
 
 
-def _flipped(mask: Tensor | None, flip: bool) -> Tensor | None:
+def _flip_mask(mask: Tensor | None, flip: bool) -> Tensor | None:
     return mask.flip(-1) if flip and mask is not None else mask

@@ -95,7 +95,7 @@ def centre(size: Shape, shape: Shape) -> Box:
     return left, top, left + width, top + height
 
 
-def kept(size: Shape, shape: Shape) -> float:
+def kept_share(size: Shape, shape: Shape) -> float:
     """The share of a picture's area that is not cropped away."""
     left, top, right, bottom = centre(size, shape)
     return (right - left) * (bottom - top) / (size[0] * size[1])

@@ -72,7 +72,7 @@ def read_metadata(folder: Path) -> dict[Path, Note]:
     path = folder / METADATA
     if not path.is_file():
         return {}
-    files = {_composed(file.relative_to(folder).as_posix()): file for file in folder.rglob("*") if file.is_file()}
+    files = {_compose_accents(file.relative_to(folder).as_posix()): file for file in folder.rglob("*") if file.is_file()}
     notes: dict[Path, Note] = {}
     for number, line in enumerate(_read(path).split("\n"), 1):
         if line.strip():
@@ -83,33 +83,33 @@ def read_metadata(folder: Path) -> dict[Path, Note]:
     return notes
 
 
-def lacking(trigger: str, captions: Iterable[str]) -> list[str]:
+def missing_trigger(trigger: str, captions: Iterable[str]) -> list[str]:
     """The captions that do not hold the trigger as a word of its own."""
     return [caption for caption in captions if not _as_word(trigger).search(caption)]
 
 
-def without(trigger: str | Sequence[str], prompt: str) -> tuple[str, bool]:
+def remove_triggers(trigger: str | Sequence[str], prompt: str) -> tuple[str, bool]:
     """A prompt without the trigger, or any of several, and whether one was in it.
 
     A style goes with its whole phrase, a subject leaves its class.
 
-    >>> without("zwx", "zwx cat, ink drawing")
+    >>> remove_triggers("zwx", "zwx cat, ink drawing")
     ('cat, ink drawing', True)
-    >>> without("xiv", "a cat on the beach, xiv style")
+    >>> remove_triggers("xiv", "a cat on the beach, xiv style")
     ('a cat on the beach', True)
     """
     if not isinstance(trigger, str):
         called = False
         for one in trigger:
-            prompt, there = without(one, prompt)
+            prompt, there = remove_triggers(one, prompt)
             called |= there
         return prompt, called
-    if not trigger or lacking(trigger, [prompt]):
+    if not trigger or missing_trigger(trigger, [prompt]):
         return prompt, False
     kept = []
     for place, clause in enumerate(prompt.split(",")):
         bare = " ".join(_as_word(trigger).sub(" ", clause).split())
-        if not lacking(trigger, [clause]) and (place > 0 or bare in ("", "style")):
+        if not missing_trigger(trigger, [clause]) and (place > 0 or bare in ("", "style")):
             continue
         kept.append(bare)
     return ", ".join(kept), True
@@ -138,7 +138,7 @@ def _entry(line: str, files: Mapping[str, Path], where: str) -> tuple[Path, Note
     name = entry.get("file_name") if isinstance(entry, dict) else None
     if not isinstance(name, str):
         raise DataError(f"{where}: no file_name", 'write one {"file_name": ..., "text": ...} per line')
-    picture = files.get(_composed(name)) or files.get(_composed(name.replace("\\", "/")))
+    picture = files.get(_compose_accents(name)) or files.get(_compose_accents(name.replace("\\", "/")))
     if picture is None:
         raise DataError(f"{where}: no file {name} in the folder", "correct file_name or remove the line")
     repeats = entry.get("repeats", 0)
@@ -158,7 +158,7 @@ def _caption(entry: Mapping[str, Any], where: str) -> str:
     return _tidy(entry[key] or "")
 
 
-def _composed(name: str) -> str:
+def _compose_accents(name: str) -> str:
     """A relative path without ./ and with accents composed: Macs store them apart, editors type them as one."""
     return unicodedata.normalize("NFC", PurePosixPath(name).as_posix())
 

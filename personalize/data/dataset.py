@@ -41,7 +41,7 @@ class Dataset:
     """The pictures in natural order, what was odd about them, and the trigger: as given, else the folder's name made safe.
 
     Of several concepts, the first one's trigger is THE trigger. `skipped` tells the pictures that could not be read, and why,
-    `unused` what lies in the folder and is not used, `spoiled` the pictures whose mask is of no use: theirs is left out.
+    `unused` what lies in the folder and is not used, `bad_masks` the pictures whose mask is of no use: theirs is left out.
     """
 
     examples: tuple[Example, ...]
@@ -50,7 +50,7 @@ class Dataset:
     concepts: tuple[Concept, ...] = ()
     skipped: tuple[tuple[Path, str], ...] = ()
     unused: tuple[str, ...] = ()
-    spoiled: tuple[tuple[Path, DataError], ...] = ()
+    bad_masks: tuple[tuple[Path, DataError], ...] = ()
 
     @property
     def triggers(self) -> tuple[str, ...]:

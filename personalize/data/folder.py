@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ..errors import DataError, RecipeError
 from ..recipe.fields import Data
-from .captions import Note, fill, lacking, read_metadata, safe_trigger, sidecar
+from .captions import Note, fill, missing_trigger, read_metadata, safe_trigger, sidecar
 from .dataset import Concept, Dataset, Example
 from .images import Unreadable, is_picture, probe
 from .masks import MARK, is_mask, mask_of
@@ -28,23 +28,26 @@ def read_folder(data: Data, *, lenient: bool = False) -> Dataset:
     A picture that cannot be read is skipped with a warning. Raises DataError when the folder, its captions or masks are not
     usable (`lenient`: masks may be), or when no picture is left; RecipeError for an unknown word in the caption's template.
     """
-    root = _checked(data.folder)
+    root = _check_folder(data.folder)
     concepts = _concepts(root, data)
 
     def words(template: str) -> Callable[[Concept], str]:
         return lambda concept: fill(template, concept.trigger, concept.class_name)
 
     found = _collect(root, concepts, words(data.caption), words(data.caption_prefix), data.alpha_mask)
-    if found.spoiled and not lenient:
-        raise found.spoiled[0][1]
-    examples = _balanced(found.examples, concepts) if data.balance else found.examples
-    warnings = [*found.warnings, *(line for i, one in enumerate(concepts) for line in _untriggered(one.trigger, examples, i))]
+    if found.bad_masks and not lenient:
+        raise found.bad_masks[0][1]
+    examples = _balance_repeats(found.examples, concepts) if data.balance else found.examples
+    warnings = [
+        *found.warnings,
+        *(line for i, one in enumerate(concepts) for line in _captions_without_trigger(one.trigger, examples, i)),
+    ]
     return replace(found, examples=examples, warnings=warnings)
 
 
 def class_images(folder: Path, prompt: str) -> Dataset:
     """A folder of class images for prior preservation: a Dataset like any other, captioned with the class prompt."""
-    return replace(_collect(_checked(folder), (Concept(""),), lambda _: prompt), trigger=prompt)
+    return replace(_collect(_check_folder(folder), (Concept(""),), lambda _: prompt), trigger=prompt)
 
 
 def regularization(folder: Path, template: str, class_name: str) -> Dataset:
@@ -52,7 +55,7 @@ def regularization(folder: Path, template: str, class_name: str) -> Dataset:
 
     A picture without a caption gets the template. Raises DataError, and RecipeError where the template's class is not known.
     """
-    named = _numbered(_checked(folder))
+    named = _numbered_folders(_check_folder(folder))
     concepts = [Concept("", rest.partition("_")[2], rest, repeats) for rest, repeats in named] or [Concept("", class_name)]
     if "{class}" in template and not all(concept.class_name for concept in concepts):
         raise RecipeError(
@@ -64,7 +67,7 @@ def regularization(folder: Path, template: str, class_name: str) -> Dataset:
 def _concepts(root: Path, data: Data) -> tuple[Concept, ...]:
     """What a folder shows. A trigger or class that the recipe gives are those of the first concept."""
     given, class_name = " ".join((data.trigger or "").split()), data.class_name
-    named = [(name, *match.groups()) for name, _ in _numbered(root) if (match := KOHYA.fullmatch(name))]
+    named = [(name, *match.groups()) for name, _ in _numbered_folders(root) if (match := KOHYA.fullmatch(name))]
     if not named:
         name = os.path.basename(os.path.abspath(root))
         match = KOHYA.fullmatch(name)  # a single folder out of kohya's layout
@@ -75,7 +78,7 @@ def _concepts(root: Path, data: Data) -> tuple[Concept, ...]:
     return (first, *concepts[1:])
 
 
-def _numbered(root: Path) -> list[tuple[str, int]]:
+def _numbered_folders(root: Path) -> list[tuple[str, int]]:
     """Subfolders with pictures called `10_something`, and their numbers; none where there are pictures beside them."""
     if any(is_picture(path) and not path.is_dir() and not is_mask(path) for path in _visible(root)):
         return []
@@ -93,7 +96,7 @@ def _collect(
     """The pictures of all concepts. `alpha` says whether an alpha channel is a mask; None: nothing is, as of class images."""
     examples: list[Example] = []
     skipped: list[tuple[Path, str]] = []
-    spoiled: list[tuple[Path, DataError]] = []
+    bad_masks: list[tuple[Path, DataError]] = []
     used: list[Path] = []
     notes = read_metadata(root)
     for number, concept in enumerate(concepts):
@@ -113,19 +116,19 @@ def _collect(
                 if alpha is not None:
                     mask, mask_sha256 = mask_of(path, sha256, size, alpha)
             except DataError as error:
-                spoiled.append((path, error))
+                bad_masks.append((path, error))
             repeats = note.repeats or concept.repeats
             caption = f"{prefix(concept)} {caption}".strip()
             examples.append(Example(path, caption, sha256, size, repeats, number, mask, mask_sha256))
     told_skipped = [f"skipped {path.relative_to(root).as_posix()}: {why}" for path, why in skipped]
     if not examples:
         raise DataError(f"none of the {len(used)} pictures in {root} can be read", "; ".join(told_skipped[:3]))
-    unused = (*_lonely(root, concepts, used), *_unused(root, used))
+    unused = (*_lonely(root, concepts, used), *_unused_folders(root, used))
     warnings = [*told_skipped, *_twins(examples), *unused]
-    return Dataset(tuple(examples), warnings, concepts[0].trigger, concepts, tuple(skipped), unused, tuple(spoiled))
+    return Dataset(tuple(examples), warnings, concepts[0].trigger, concepts, tuple(skipped), unused, tuple(bad_masks))
 
 
-def _balanced(examples: Sequence[Example], concepts: Sequence[Concept]) -> tuple[Example, ...]:
+def _balance_repeats(examples: Sequence[Example], concepts: Sequence[Concept]) -> tuple[Example, ...]:
     """Repeats scaled so that every trigger gets the same share; within it, pictures keep theirs to one in FINEST."""
     totals: dict[str, int] = {}
     for example in examples:
@@ -143,7 +146,7 @@ def _balanced(examples: Sequence[Example], concepts: Sequence[Concept]) -> tuple
     return tuple(balanced)
 
 
-def _checked(folder: Path) -> Path:
+def _check_folder(folder: Path) -> Path:
     if folder.is_dir():
         return folder
     if folder.exists():
@@ -207,15 +210,15 @@ def _lonely(root: Path, concepts: Sequence[Concept], used: Sequence[Path]) -> li
     return [f"{path.name} is a mask without a picture" for path in masks if (path.parent, path.stem[: -len(MARK)]) not in named]
 
 
-def _unused(folder: Path, used: Sequence[Path]) -> list[str]:
+def _unused_folders(folder: Path, used: Sequence[Path]) -> list[str]:
     roots = {path.relative_to(folder).parts[0] for path in used}
     unused = [name for name in _galleries(folder) if name not in roots]
     return [f"pictures in the subfolder {_some(unused)} are not used"] if unused else []
 
 
-def _untriggered(trigger: str, examples: Sequence[Example], concept: int) -> list[str]:
+def _captions_without_trigger(trigger: str, examples: Sequence[Example], concept: int) -> list[str]:
     own = [example.caption for example in examples if example.concept == concept]
-    bare = lacking(trigger, own)
+    bare = missing_trigger(trigger, own)
     if not bare:
         return []
     what = f"{len(bare)} of {len(own)} captions lack the trigger '{trigger}', such as '{bare[0]:.60}'"

@@ -71,10 +71,10 @@ def is_picture(path: Path) -> bool:
 
 def probe(path: Path) -> tuple[str, tuple[int, int]]:
     """(sha256, upright (width, height)) of a picture that decodes to its last byte. Raises Unreadable."""
-    with opened(path) as (sha256, image):
+    with open_image(path) as (sha256, image):
         stored = image.size
         scaled = image.draft(None, (64, 64))
-        _fitted(image, (8, 8))
+        _fit_image(image, (8, 8))
         size = stored if scaled else image.size  # TIFF turns itself while it loads
         return sha256, size[::-1] if _orientation(image) >= 5 else size
 
@@ -90,12 +90,12 @@ def load_picture(example: Example, shape: Shape) -> Image.Image:
 def load_image(path: Path, sha256: str, shape: Shape) -> Image.Image:
     """RGB or RGBA of `shape`, upright. Raises DataError unless it is the very file that was seen before."""
     try:
-        with opened(path) as (now, image):
+        with open_image(path) as (now, image):
             if now != sha256:
                 raise Unreadable("changed while it was in use")
             double = (2 * shape[0], 2 * shape[1])
-            image.draft(None, _stored(image, double))  # a large JPEG is decoded at 1/2, 1/4 or 1/8
-            return _fitted(image, shape)
+            image.draft(None, _stored_shape(image, double))  # a large JPEG is decoded at 1/2, 1/4 or 1/8
+            return _fit_image(image, shape)
     except Unreadable as error:
         raise DataError(f"{path}: {error}", "run the command again") from error
 
@@ -103,7 +103,7 @@ def load_image(path: Path, sha256: str, shape: Shape) -> Image.Image:
 def load_whole(path: Path) -> Image.Image:
     """RGB in its own size: upright (EXIF), what is transparent over white. Raises DataError."""
     try:
-        with opened(path) as (_, image):
+        with open_image(path) as (_, image):
             image.load()
             turn, flat = TURNS.get(_orientation(image)), over("white", eight_bit(image, white_of(image)))
     except Unreadable as error:
@@ -112,7 +112,7 @@ def load_whole(path: Path) -> Image.Image:
 
 
 @contextlib.contextmanager
-def opened(path: Path) -> Iterator[tuple[str, Image.Image]]:
+def open_image(path: Path) -> Iterator[tuple[str, Image.Image]]:
     """(sha256, opened picture) of a file. Whatever Pillow finds wrong, here or in the block, becomes Unreadable."""
     try:
         file = path.open("rb")
@@ -150,16 +150,16 @@ def _by_suffix(suffix: str) -> str:
     return Image.registered_extensions().get(suffix.lower(), "")
 
 
-def _stored(image: Image.Image, shape: Shape) -> Shape:
+def _stored_shape(image: Image.Image, shape: Shape) -> Shape:
     """An upright shape as it lies in the file: turned, where EXIF says that the picture is."""
     return shape[::-1] if _orientation(image) >= 5 else shape
 
 
-def _fitted(image: Image.Image, shape: Shape) -> Image.Image:
+def _fit_image(image: Image.Image, shape: Shape) -> Image.Image:
     """RGB or RGBA of `shape`: the centre of a picture, upright."""
     image.load()
-    turn, lying = TURNS.get(_orientation(image)), _stored(image, shape)
-    flat = _shrunk(image, lying)
+    turn, lying = TURNS.get(_orientation(image)), _stored_shape(image, shape)
+    flat = _shrink(image, lying)
     small = flat.resize(lying, Image.Resampling.LANCZOS, box=centre(flat.size, lying))
     return small if turn is None else small.transpose(turn)
 
@@ -171,7 +171,7 @@ def over(colour: str, image: Image.Image) -> Image.Image:
     return Image.alpha_composite(Image.new("RGBA", image.size, colour), image).convert("RGB")
 
 
-def _shrunk(image: Image.Image, shape: Shape) -> Image.Image:
+def _shrink(image: Image.Image, shape: Shape) -> Image.Image:
     """RGB or RGBA; the centre of a picture much larger than `shape` is averaged down, in strips that need little memory."""
     left, top, right, bottom = centre(image.size, shape)
     factor, white = int(min((right - left) / shape[0], (bottom - top) / shape[1])) // SPARE, white_of(image)

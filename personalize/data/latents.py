@@ -61,7 +61,7 @@ class Latents:
         return found
 
 
-def cached(base: Base, dataset: Dataset, recipe: Recipe, windows: int = 0) -> Latents:
+def encode_dataset(base: Base, dataset: Dataset, recipe: Recipe, windows: int = 0) -> Latents:
     """Encode a dataset with the base, or find it in the cache ($PERSONALIZE_CACHE, else ~/.cache/personalize).
 
     Keys cover the pictures' bytes, shape, mirroring, captions, the encoders' weights and configs, the device and the code.
@@ -76,10 +76,10 @@ def cached(base: Base, dataset: Dataset, recipe: Recipe, windows: int = 0) -> La
 
 
 def on_demand(base: Base, dataset: Dataset, recipe: Recipe, keep: int | None = 256, windows: int = 0) -> Latents:
-    """As `cached`, but a picture is encoded when a step first wants it in some shape; so many of them are kept in memory."""
+    """As `encode_dataset`, but a picture is encoded when a step first wants it in some shape; so many are kept in memory."""
     examples, places = dataset.examples, grid_of(base, recipe)
     shapes = [places.shape_of(example.size) for example in examples]
-    warnings = [*_enlarged(examples, shapes), *_small(examples, shapes, places)]
+    warnings = [*_enlarged_warning(examples, shapes), *_small(examples, shapes, places)]
     vae = identity(base, base.vae)
 
     @functools.lru_cache(keep)
@@ -142,12 +142,12 @@ def _embed(base: Base, captions: Sequence[str], windows: int, warnings: list[str
         cond = base.embed([caption], windows=windows)
         return {"tokens": cond.tokens} | ({} if cond.pooled is None else {"pooled": cond.pooled})
 
-    def recalled(caption: str) -> Cond:
+    def recall(caption: str) -> Cond:
         tokens = [text.tokenizer(caption, verbose=False).input_ids for text in base.texts]
         name = store.key(kind="cond", texts=texts, caption=caption, tokens=tokens, windows=windows)
         return Cond(**store.recall(name, lambda: embed(caption), warnings))
 
-    return Cond.cat(recalled(caption) for caption in captions)
+    return Cond.cat(recall(caption) for caption in captions)
 
 
 def identity(base: Base, encoder: Any) -> str:
@@ -165,7 +165,7 @@ def code(*modules: str) -> str:
     return store.key(sources=sources, libraries=[version(name) for name in ("torch", "diffusers", "transformers", "pillow")])
 
 
-def _enlarged(examples: Sequence[Example], shapes: Sequence[Shape]) -> list[str]:
+def _enlarged_warning(examples: Sequence[Example], shapes: Sequence[Shape]) -> list[str]:
     small = [example for example, shape in zip(examples, shapes, strict=True) if enlarges(example.size, shape)]
     what = f"{len(small)} of {len(examples)} pictures are too small for their shape and get blurred by enlarging"
     return [f"{what}, such as {_smallest(small)}"] if small else []

@@ -9,7 +9,7 @@ import numpy as np
 
 from ..errors import DataError
 from .buckets import Shape
-from .images import Unreadable, eight_bit, load_image, opened, over, probe, white_of
+from .images import Unreadable, eight_bit, load_image, open_image, over, probe, white_of
 
 if TYPE_CHECKING:
     from .dataset import Example
@@ -61,7 +61,7 @@ def load_mask(example: Example, shape: Shape, factor: int) -> np.ndarray:
 
 def _lightest(path: Path, *, alpha: bool = False) -> int | None:
     """The brightest value of a mask, or of a picture's alpha channel: None without one. Raises DataError if that is 0."""
-    with opened(path) as (_, image):
+    with open_image(path) as (_, image):
         if alpha and not image.has_transparency_data:
             return None
         image.load()

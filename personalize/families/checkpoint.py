@@ -84,7 +84,7 @@ def _open_folder(folder: Path) -> Weights:
     for part in keys.PARTS:
         for file in _files(folder / part) if (folder / part).is_dir() else ():
             headers.append(header := read_header(file))
-            places |= {path: place for path, place in _named(header, part) if _usable(place.entry)}
+            places |= {path: place for path, place in _named_places(header, part) if _usable(place.entry)}
     if not places:
         raise BaseModelError(
             f"{folder} is not a diffusers folder: no {' or '.join(keys.DENOISERS)} in it",
@@ -95,7 +95,7 @@ def _open_folder(folder: Path) -> Weights:
     return Weights(folder, family, tuple(headers), places)
 
 
-def _named(header: Header, part: str) -> Iterator[tuple[str, Place]]:
+def _named_places(header: Header, part: str) -> Iterator[tuple[str, Place]]:
     for key in header.tensors:
         if key.endswith((".weight", ".bias")):
             yield keys.canonical(f"{part}.{key.removesuffix('.weight')}"), Place(header, Address(key))

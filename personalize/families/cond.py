@@ -35,7 +35,7 @@ class Cond:
         """One row, b times."""
         return self._each(lambda one: one.expand(b, *one.shape[1:]))
 
-    def sized(self, sizes: Tensor | None) -> Cond:
+    def with_sizes(self, sizes: Tensor | None) -> Cond:
         """The same captions for pictures of these sizes [b, 6]."""
         return Cond(self.tokens, self.pooled, sizes)
 
@@ -53,10 +53,10 @@ class Cond:
         """All rows, in order; all must be of one base and as many windows."""
         conds = list(conds)
         pooled, sizes = [one.pooled for one in conds], [one.sizes for one in conds]
-        return Cond(torch.cat([one.tokens for one in conds]), _joined(pooled), _joined(sizes))
+        return Cond(torch.cat([one.tokens for one in conds]), _join(pooled), _join(sizes))
 
 
-def _joined(tensors: list[Tensor | None]) -> Tensor | None:
+def _join(tensors: list[Tensor | None]) -> Tensor | None:
     there = [one for one in tensors if one is not None]
     assert len(there) in (0, len(tensors)), "some rows have what others lack"
     return torch.cat(there) if there else None

@@ -49,10 +49,10 @@ def pieces(prompt: str) -> list[Piece]:
     for opened, factor in ((round_open, STEP), (square_open, 1 / STEP)):
         for start in opened:
             weigh(start, factor)
-    return _merged([(text, weight if weight is None else round(weight, 3)) for text, weight in found])
+    return _merge_neighbours([(text, weight if weight is None else round(weight, 3)) for text, weight in found])
 
 
-def _merged(found: list[Piece]) -> list[Piece]:
+def _merge_neighbours(found: list[Piece]) -> list[Piece]:
     """Neighbours of one weight as one piece."""
     merged: list[Piece] = []
     for text, weight in found:

@@ -79,7 +79,7 @@ class Denoiser(Network, Protocol):
     def sized(self) -> bool:
         """Whether it is told how large an image was and how it was cropped."""
 
-    def spelled(self, style: str) -> Mapping[str, str]:
+    def names_in(self, style: str) -> Mapping[str, str]:
         """A layer's path => the path that another tool gives it: "diffusers", or "ldm" for single files."""
 
     def block_of(self, path: str) -> str:
@@ -159,7 +159,7 @@ class LatentFormat:
         shift, factor = config.get("shift_factor") or 0, 2 ** (len(config["block_out_channels"]) - 1)
         return cls(config["latent_channels"], factor, config["scaling_factor"], shift)
 
-    def scaled(self, raw: Tensor) -> Tensor:
+    def from_vae(self, raw: Tensor) -> Tensor:
         """The VAE's latents => the denoiser's."""
         return (raw - self.shift) * self.scale
 

@@ -84,12 +84,12 @@ def kohya_paths(family: Family) -> Mapping[str, str]:
 @cache
 def ldm_names(family: Family) -> Mapping[str, str]:
     """Canonical path => the path inside an LDM checkpoint's `model.diffusion_model`, for each layer of the denoiser."""
-    return {f"{family.denoiser.part}.{path}": name for path, name in family.denoiser.spelled("ldm").items()}
+    return {f"{family.denoiser.part}.{path}": name for path, name in family.denoiser.names_in("ldm").items()}
 
 
 def _bodies(family: Family, blocks: str) -> dict[str, str]:
     """Canonical path => kohya name without its prefix, with the denoiser's blocks named as diffusers or LDM does."""
-    own = {f"{family.denoiser.part}.{path}": name for path, name in family.denoiser.spelled(blocks).items()}
+    own = {f"{family.denoiser.part}.{path}": name for path, name in family.denoiser.names_in(blocks).items()}
     texts = {path: path.partition(".")[2] for path in _layers(family) if part_of(path) != family.denoiser.part}
     return {path: name.replace(".", "_") for path, name in (own | texts).items()}
 

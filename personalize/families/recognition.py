@@ -47,7 +47,7 @@ def family_in(shapes: Mapping[str, Shape]) -> Family | None:
     for kind in (kind for part in keys.DENOISERS for kind in _kinds(part)):
         if row := kind.recognise(shapes):
             known = [family for family in keys.FAMILIES if family.denoiser == row]
-            return known[0] if known else next(_resized(row, shapes), None)
+            return known[0] if known else next(_families_with_sizes(row, shapes), None)
     return None
 
 
@@ -74,7 +74,7 @@ def _nearest(row: Denoiser, texts: Iterable[str]) -> Family | None:
     if known := [family for family in keys.FAMILIES if family.denoiser == row]:
         return known[0]
     alike = [family for family in _alike(row) if family.texts[0].part in texts] or list(_alike(row))[-1:]
-    return replace(alike[0], denoiser=_adopted(alike[0].denoiser, row)) if alike else None
+    return replace(alike[0], denoiser=_copy_numbers(alike[0].denoiser, row)) if alike else None
 
 
 def _alike(row: Denoiser) -> Iterator[Family]:
@@ -83,16 +83,16 @@ def _alike(row: Denoiser) -> Iterator[Family]:
             yield family
 
 
-def _resized(row: Denoiser, shapes: Mapping[str, Shape]) -> Iterator[Family]:
+def _families_with_sizes(row: Denoiser, shapes: Mapping[str, Shape]) -> Iterator[Family]:
     """Families of a denoiser's structure that find all of their text encoders in a single file, with its numbers."""
     for family in _alike(row):
         found = [(text, text.recognise(shapes)) for text in family.texts]
         if all(own or text.optional for text, own in found):
             texts = tuple(own for _, own in found if own)
-            yield replace(family, denoiser=_adopted(family.denoiser, row), texts=texts)
+            yield replace(family, denoiser=_copy_numbers(family.denoiser, row), texts=texts)
 
 
-def _adopted(row: Any, numbers: Any) -> Any:
+def _copy_numbers(row: Any, numbers: Any) -> Any:
     """A row with another's numbers; what no weight tells is its own."""
     return replace(row, **{one.name: getattr(numbers, one.name) for one in fields(row) if one.compare})
 

@@ -131,7 +131,7 @@ class Mmdit:
 
         return SD3Transformer2DModel
 
-    def spelled(self, style: str) -> Mapping[str, str]:
+    def names_in(self, style: str) -> Mapping[str, str]:
         return _ldm_names(self) if style == "ldm" else {layer.path: layer.path for layer in self.layers()}
 
     def block_of(self, path: str) -> str:

@@ -43,7 +43,7 @@ class TextEncoder:
         A weight multiplies its tokens' states, and the window's mean is kept, as in AUTOMATIC1111 (there: that of the batch).
         """
         padded = [chunks + [[]] * (windows - len(chunks)) for chunks in prompts]
-        rows = [self._framed(chunk) for prompt in padded for chunk in prompt]
+        rows = [self._frame(chunk) for prompt in padded for chunk in prompt]
         device = self.model.get_input_embeddings().weight.device
         ids = torch.tensor([[token for token, _ in row] for row in rows], device=device)
         last = self.layer == 1 and self.normed
@@ -97,7 +97,7 @@ class TextEncoder:
             run = run[end:]
         return [*chunks, run] if run or not chunks else chunks
 
-    def _framed(self, chunk: list[Token]) -> list[Token]:
+    def _frame(self, chunk: list[Token]) -> list[Token]:
         """A window: beginning, tokens, end, and padding."""
         one = self.tokenizer
         row = [(one.bos_token_id, 1.0), *chunk, (one.eos_token_id, 1.0)]

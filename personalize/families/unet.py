@@ -77,7 +77,7 @@ class UNet:
 
     # --- names ---
 
-    def spelled(self, style: str) -> Mapping[str, str]:
+    def names_in(self, style: str) -> Mapping[str, str]:
         return ldm_names(self) if style == "ldm" else {layer.path: layer.path for layer in self.layers()}
 
     def address(self, path: str) -> Address:
@@ -138,7 +138,7 @@ class UNet:
 
     @classmethod
     def recognise(cls, shapes: Mapping[str, Shape]) -> UNet | None:
-        return _recognised(shapes)
+        return _recognise_unet(shapes)
 
     @classmethod
     def reads(cls, shapes: Mapping[str, Shape]) -> int:
@@ -288,7 +288,7 @@ def _ldm_layer(block: str, j: int, name: str) -> dict[str, str]:
 # --- single files ---------------------------------------------------------------------------------------------------
 
 
-def _recognised(shapes: Mapping[str, Shape]) -> UNet | None:
+def _recognise_unet(shapes: Mapping[str, Shape]) -> UNet | None:
     """The numbers of a UNet under LDM's names; None for what is no such UNet."""
     levels: list[list[tuple[int, int]]] = [[]]  # by level: (channels, depth) of each layer
     n = 1

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from ..errors import AdapterError, BaseModelError, HostileFileError, OutputError
-from ..io import atomic
-from .header import PICKLES, Address, Entry, Header, opened, short
+from ..io import atomic, disk_error
+from .header import PICKLES, Address, Entry, Header, open_file, short
 from .shapes import Shape, same
-from .tensors import HASHES, bytes_of, encoded, read_tensor
+from .tensors import HASHES, bytes_of, encode_header, read_tensor
 
 New = Callable[[str], Tensor | None]  # path => its new tensor; None leaves it as it is
 Changed = Mapping[str, Tensor] | New
@@ -80,7 +80,7 @@ class Weights:
     def __getitem__(self, path: str) -> Tensor:
         """A copy of one parameter. Raises BaseModelError if there is none."""
         place = self.place(path)
-        with opened(place.header.path) as file:
+        with open_file(place.header.path) as file:
             tensor = read_tensor(file, place.address.key, place.entry)
         return tensor.T if place.address.transposed else tensor
 
@@ -152,7 +152,7 @@ def check_destination(destination: str | Path, *sources: Weights) -> Path:
         if not single and path.is_dir() and any(path.iterdir()):
             raise OutputError(f"{path} is there already", "name a new folder")
     except OSError as error:
-        raise _refused(path, error) from error
+        raise disk_error(path, error) from error
     return path
 
 
@@ -164,17 +164,17 @@ def overwrites(path: Path, source: Path) -> bool:
 def _rewrite_folder(source: Weights, destination: Path, new: New) -> None:
     headers = {header.path: header for header in source.headers}
     with _whole_folder(destination) as temporary:
-        for file in _carried(source.path, headers):
+        for file in _files_to_copy(source.path, headers):
             target = temporary / file.relative_to(source.path)
             target.parent.mkdir(parents=True, exist_ok=True)
             if file in headers:
                 _rewrite_file(source, headers[file], target, destination, new, None)
             else:
-                with opened(file) as original, _output(target, destination) as out:
+                with open_file(file) as original, _output(target, destination) as out:
                     shutil.copyfileobj(original, out, CHUNK)
 
 
-def _carried(folder: Path, read: Mapping[Path, Header]) -> Iterator[Path]:
+def _files_to_copy(folder: Path, read: Mapping[Path, Header]) -> Iterator[Path]:
     """The files of a folder that its copy gets: those that were read, and all that are no other form of the same weights."""
     parts = {folder, *(file.parent for file in read)}
     for place, folders, names in os.walk(folder, followlinks=True):
@@ -200,7 +200,7 @@ def _whole_folder(destination: Path) -> Iterator[Path]:
         yield temporary
         temporary.rename(destination)
     except OSError as error:
-        raise _refused(destination, error) from error
+        raise disk_error(destination, error) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -213,18 +213,18 @@ def _rewrite_file(
     for path, place in source.places.items():
         if place.header is header:
             inside.setdefault(place.address.key, []).append(path)
-    with opened(header.path) as file, _output(target, name) as out:
-        out.write(_head(file) if metadata is None else _described(header, metadata))
+    with open_file(header.path) as file, _output(target, name) as out:
+        out.write(_head(file) if metadata is None else _header_with(header, metadata))
         for key, entry in sorted(header.tensors.items(), key=lambda item: (item[1].start, item[1].end)):
             fresh = {path: tensor for path in inside.get(key, ()) if (tensor := new(path)) is not None}
             if fresh:
-                whole = _patched(read_tensor(file, key, entry), source, fresh)
+                whole = _patch_tensor(read_tensor(file, key, entry), source, fresh)
                 out.write(bytes_of(whole))
             else:
                 _copy(file, out, entry)
 
 
-def _patched(whole: Tensor, source: Weights, fresh: Mapping[str, Tensor]) -> Tensor:
+def _patch_tensor(whole: Tensor, source: Weights, fresh: Mapping[str, Tensor]) -> Tensor:
     """A file's tensor with the parameters in it replaced, in its own dtype."""
     for path, tensor in fresh.items():
         address, shape = source.places[path].address, source.shape(path)
@@ -244,7 +244,7 @@ def _head(file: BinaryIO) -> bytes:
     return length + file.read(int.from_bytes(length, "little"))
 
 
-def _described(header: Header, metadata: Mapping[str, str]) -> bytes:
+def _header_with(header: Header, metadata: Mapping[str, str]) -> bytes:
     """The same tensors in the same order, with more metadata, and without the hashes that no longer hold."""
     start = min((entry.start for entry in header.tensors.values()), default=0)
     entries = {
@@ -252,7 +252,7 @@ def _described(header: Header, metadata: Mapping[str, str]) -> bytes:
         for key, entry in header.tensors.items()
     }
     kept = {key: value for key, value in header.metadata.items() if key not in HASHES}
-    return encoded(entries, kept | dict(metadata))
+    return encode_header(entries, kept | dict(metadata))
 
 
 def _copy(file: BinaryIO, out: BinaryIO, entry: Entry) -> None:
@@ -275,8 +275,4 @@ def _output(target: Path, name: Path) -> Iterator[BinaryIO]:
             out.flush()
             os.fsync(out.fileno())
     except OSError as error:
-        raise _refused(name, error) from error
-
-
-def _refused(path: Path, error: OSError) -> OutputError:
-    return OutputError(f"cannot write {path}: {error.strerror or error}", "free some space or choose another place")
+        raise disk_error(name, error) from error

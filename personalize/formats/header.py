@@ -73,14 +73,14 @@ class Header:
 
 def read_header(path: Path) -> Header:
     """Read and check a header. Raises AdapterError if there is no such file, HostileFileError for anything unsound."""
-    with opened(path) as file:
+    with open_file(path) as file:
         size = file.seek(0, 2)
         file.seek(0)
         return _parse(path, file, size)
 
 
 @contextlib.contextmanager
-def opened(path: Path) -> Iterator[BinaryIO]:
+def open_file(path: Path) -> Iterator[BinaryIO]:
     """The open file; AdapterError for whatever the system refuses, there or in the block."""
     try:
         _check_file(path)

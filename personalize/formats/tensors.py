@@ -98,12 +98,12 @@ class Writer:
         for key, tensor in self._odd.items():
             self._write(key, tensor)
         hashes = dict(zip(HASHES, (self.digest, "0" * 8, f"0x{self.digest}"), strict=True))
-        start = max(self._room, len(encoded(self.entries, {**metadata, **hashes})))
-        draft = encoded(self.entries, {**metadata, **hashes}, start) + self._first
+        start = max(self._room, len(encode_header(self.entries, {**metadata, **hashes})))
+        draft = encode_header(self.entries, {**metadata, **hashes}, start) + self._first
         hashes["sshs_legacy_hash"] = hashlib.sha256(draft[slice(*_LEGACY)]).hexdigest()[:8]
         _move(self._file, self._room, start, self._end)
         self._file.seek(0)
-        self._file.write(encoded(self.entries, {**metadata, **hashes}, start))
+        self._file.write(encode_header(self.entries, {**metadata, **hashes}, start))
 
     def _write(self, key: str, tensor: Tensor) -> None:
         tensor = tensor.contiguous()
@@ -124,7 +124,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         writer.finish(metadata)
 
 
-def encoded(entries: Mapping[str, Mapping[str, Any]], metadata: Mapping[str, str], size: int = 0) -> bytes:
+def encode_header(entries: Mapping[str, Mapping[str, Any]], metadata: Mapping[str, str], size: int = 0) -> bytes:
     """The header of a safetensors file, its length in front, with spaces up to `size` bytes in all."""
     table = {"__metadata__": dict(sorted(metadata.items())), **entries}
     text = json.dumps(table, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")

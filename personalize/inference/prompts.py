@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from ..adapters.strengths.curves import spelled
+from ..adapters.strengths.curves import strength_text
 from ..adapters.strengths.grammar import PARTS, PRESETS, Weighting, read
 from ..errors import AdapterError, RecipeError, nearest
 
@@ -95,8 +95,8 @@ def tag(name: str, weighting: Weighting) -> str:
     '<lora:rex:0.5:0.8:start=5:stop=10>'
     """
     unet, te, te2 = (weighting.parts[part] for part in PARTS.values())
-    said = spelled(te) if te == unet else f"{spelled(te)}:{spelled(unet)}"
-    more = [f"te2={spelled(te2)}"] if te2 != te else []
+    said = strength_text(te) if te == unet else f"{strength_text(te)}:{strength_text(unet)}"
+    more = [f"te2={strength_text(te2)}"] if te2 != te else []
     return ":".join([f"<lora:{name}:{said}", *more, *filter(None, [weighting.inside])]) + ">"
 
 

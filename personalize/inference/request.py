@@ -11,7 +11,7 @@ from ..adapters.strengths.grammar import read
 from ..data.images import load_whole
 from ..errors import RecipeError
 from ..recipe.fields import Sampling
-from ..recipe.samplers import named
+from ..recipe.samplers import sampler_name
 from .prompts import Use, check_negative, parse
 from .schedulers import sampler_of
 
@@ -75,7 +75,7 @@ class Request:
         """
         text, uses = parse(prompt)
         uses = (*settings.pop("adapters", ()), *uses)
-        return cls(text, adapters=uses, negative=check_negative(negative), sampler=named(sampler), **settings)
+        return cls(text, adapters=uses, negative=check_negative(negative), sampler=sampler_name(sampler), **settings)
 
     @property
     def settings(self) -> tuple[Any, ...]:

@@ -135,7 +135,7 @@ def conditioning(base: Base, prompts: Sequence[str], negative: str, guidance: fl
 def predict(base: Base, latents: torch.Tensor, t: torch.Tensor, cond: Cond, guidance: float) -> torch.Tensor:
     """The guided model output [b, c, h, w] at timestep `t`; `cond` has b rows, or 2b with the negatives first."""
     times, attached = t.to(base.device).expand(len(cond)), attached_to(base)
-    with attached.lowered() if attached else contextlib.nullcontext():
+    with attached.cast_once() if attached else contextlib.nullcontext():
         if guidance == 1:
             return base.denoise(latents.to(base.dtype), times, cond)
         without, with_prompt = base.denoise(torch.cat([latents, latents]).to(base.dtype), times, cond).chunk(2)

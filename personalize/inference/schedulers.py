@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import diffusers
 
 from ..errors import BaseModelError, RecipeError
-from ..recipe.samplers import AUTO, SAMPLERS, name_of, named
+from ..recipe.samplers import AUTO, SAMPLERS, name_of, sampler_name
 
 if TYPE_CHECKING:
     from ..models.model import Base
@@ -59,7 +59,7 @@ def scheduler_of(base: Base, name: str) -> Any:
 
 def sampler_of(base: Base, name: str = AUTO) -> str:
     """A sampler's name as UIs write it; on auto that of the base's own. Raises RecipeError for an unknown one."""
-    if (found := named(name)) != AUTO:
+    if (found := sampler_name(name)) != AUTO:
         return found
     kind = str(base.scheduler_config.get("_class_name", DDIM))
     defaults = inspect.signature(getattr(diffusers, kind, object)).parameters

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from ..adapters.strengths.curves import ALWAYS
 from ..adapters.strengths.grammar import WHOLE, Weighting, read
 from ..errors import AdapterError, RecipeError, nearest
-from ..recipe.samplers import named
+from ..recipe.samplers import sampler_name
 from .prompts import Use, with_tags
 from .request import Request
 
@@ -29,7 +29,7 @@ class Axis:
         if self.name in NUMBERS:
             return replace(request, **{self.name: parse_number(self.name, value)})  # type: ignore[arg-type]
         if self.name == "sampler":
-            return replace(request, sampler=named(value))
+            return replace(request, sampler=sampler_name(value))
         if self.name == "adapter":
             return replace(request, adapters=select_adapters(request, value, find))
         if self.name == "strength":

@@ -95,7 +95,7 @@ class Base:
                 found = Loaded(**vars(found) | {"vae": other_vae(other, found.family, dtype)})
         for model in (found.denoiser, found.vae, *found.texts.values()):
             model.requires_grad_(False).eval().to(device)
-        scheduler = overruled(found.scheduler, prediction, zero_snr)
+        scheduler = override_scheduler(found.scheduler, prediction, zero_snr)
         stored = {part: dict(sizes) for part, sizes in found.stored.items()}
         family, models = found.family, (found.denoiser, found.vae)
         texts = tuple(row.reader(found.tokenizers[row.part], found.texts[row.part], clip_skip) for row in family.texts)
@@ -159,7 +159,7 @@ class Base:
             "parameters": {part: sum(map(numel, model.modules())) for part, model in models.items()},
             "stored": stored,
             "dtypes": {part: dtypes_of(model) for part, model in models.items()},
-            "bytes": sum(held(model) for model in models.values()),
+            "bytes": sum(weight_bytes(model) for model in models.values()),
         }
 
     def place(self, device: torch.device | None = None, *, lean: bool = False, tiled: bool = False) -> None:
@@ -210,7 +210,7 @@ class Base:
         """Pixels [b, 3, h, w] in [-1, 1] => posterior mean and std [b, c, h/f, w/f], scaled to the denoiser's units."""
         with self.using(self.vae):  # never in tiles: what is learned does not depend on memory
             posterior = self.vae.encode(pixels.to(self.device, self.vae.dtype)).latent_dist
-        return self.latents.scaled(posterior.mean), posterior.std * self.latents.scale
+        return self.latents.from_vae(posterior.mean), posterior.std * self.latents.scale
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents [b, c, h/f, w/f] in the denoiser's units => pixels [b, 3, h, w] in [-1, 1]."""
@@ -258,7 +258,7 @@ class Base:
         Where the base is told sizes and `cond` has none, pictures are as large as they are, and not cropped.
         """
         if self.sized and cond.sizes is None:
-            cond = cond.sized(self._whole(latents))
+            cond = cond.with_sizes(self._whole(latents))
         with self.using(self.denoiser):
             return self.family.denoiser.forward(self.denoiser, latents.to(self.dtype), time, cond.cast(self.dtype))
 
@@ -288,13 +288,13 @@ def dtypes_of(model: nn.Module) -> str:
     return " and ".join([str(next(model.parameters()).dtype).removeprefix("torch."), *packed])
 
 
-def held(model: nn.Module) -> int:
+def weight_bytes(model: nn.Module) -> int:
     """Bytes of a model's own weights, packed or not."""
     packed = sum(b.nbytes for module in model.modules() if isinstance(module, Quantized) for b in module.buffers(recurse=False))
     return packed + sum(p.nbytes for p in model.parameters() if not p.requires_grad)
 
 
-def overruled(config: Any, prediction: str, zero_snr: str) -> dict[str, Any]:
+def override_scheduler(config: Any, prediction: str, zero_snr: str) -> dict[str, Any]:
     """A scheduler's config with what the user knows better."""
     told: dict[str, Any] = {} if prediction == "auto" else {"prediction_type": prediction}
     if zero_snr == "yes":

@@ -49,7 +49,7 @@ def load_single(path: Path, dtype: torch.dtype, vae: Path | None = None) -> Load
         denoiser,
         other_vae(vae or path, family, dtype),
         models,
-        stored=_stored(weights, header),
+        stored=_stored_bytes(weights, header),
     )
 
 
@@ -132,7 +132,7 @@ def scheduler_config(weights: Weights, header: Header, family: Family) -> dict[s
     return dict(family.scheduler) | zero | {"prediction_type": "v_prediction" if velocity else "epsilon"}
 
 
-def _stored(weights: Weights, header: Header) -> dict[str, dict[str, int]]:
+def _stored_bytes(weights: Weights, header: Header) -> dict[str, dict[str, int]]:
     """Bytes on the disk by part and dtype."""
     parts: dict[str, dict[str, int]] = {}
     for path, place in weights.places.items():

@@ -75,7 +75,7 @@ def from_hub(name: str, download: bool = True) -> Path:
     try:
         if file:
             return Path(hf_hub_download(repo, file))
-        return Path(snapshot_download(repo, allow_patterns=wanted(list_repo_files(repo))))
+        return Path(snapshot_download(repo, allow_patterns=files_to_download(list_repo_files(repo))))
     except failures as error:
         why = first_line(error)
         raise BaseModelError(f"{name} cannot be had from the hub: {why}", "is the name right, and the network there?") from error
@@ -87,10 +87,10 @@ def is_whole(folder: Path) -> bool:
     return not missing(folder) and all(any((folder / part).glob("*.safetensors")) for part in parts)
 
 
-def wanted(files: Iterable[str]) -> list[str]:
+def files_to_download(files: Iterable[str]) -> list[str]:
     """What to download of a repository: configs, tokenizers, and each part's safetensors once, in half precision if offered.
 
-    >>> wanted(["unet/config.json", "unet/model.safetensors", "unet/model.fp16.safetensors", "unet/model.bin", "big.ckpt"])
+    >>> files_to_download(["unet/config.json", "unet/model.safetensors", "unet/model.fp16.safetensors", "unet/model.bin"])
     ['unet/config.json', 'unet/model.fp16.safetensors']
     """
     parts = {*PARTS, "vae", *TEXTS.values(), "scheduler"}

@@ -25,7 +25,7 @@ from pydantic_core.core_schema import no_info_after_validator_function
 
 from .. import registry
 from ..errors import RecipeError
-from .samplers import AUTO, SAMPLERS, named
+from .samplers import AUTO, SAMPLERS, sampler_name
 
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
 
@@ -36,7 +36,7 @@ def _at_commas(value: Any) -> Any:
     return [piece for item in items for piece in (item.split(",") if isinstance(item, str) else [item])]
 
 
-def _listed(value: Any) -> Any:
+def _as_list(value: Any) -> Any:
     """A lone number as a list of one text: `holdout = 2`."""
     return [str(value)] if isinstance(value, int) and not isinstance(value, bool) else value
 
@@ -55,12 +55,12 @@ class OneOf:
         return tuple(registry.table(self.table))
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        return no_info_after_validator_function(self._checked, handler(source))
+        return no_info_after_validator_function(self._check, handler(source))
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
         return {**handler(schema), "enum": list(self.choices)}
 
-    def _checked(self, value: str) -> str:
+    def _check(self, value: str) -> str:
         if value not in self.choices:
             raise PydanticCustomError("literal_error", "not one of the choices")
         return value
@@ -228,7 +228,7 @@ class Sampling(Part):
     sample_seeds: Annotated[tuple[Seed, ...], AtCommas] = Field((0, 1), description="seeds of the sample pictures")
     sample_steps: int = Field(20, ge=1, le=1000, description="denoising steps of the sample pictures")
     guidance: float = Field(3.0, ge=0, description="classifier-free guidance of the sample pictures")
-    sampler: Annotated[str, BeforeValidator(named)] = Field(
+    sampler: Annotated[str, BeforeValidator(sampler_name)] = Field(
         AUTO, description=f"sampler of the sample pictures: {', '.join(SAMPLERS)}; auto: the one that the base's own config names"
     )
 
@@ -244,7 +244,7 @@ class Choosing(Part):
     choose: Literal["best", "last", "none"] = Field(
         "best", description="which checkpoint becomes the adapter; last: they are scored all the same; none: nothing is scored"
     )
-    holdout: Annotated[tuple[str, ...], AtCommas, BeforeValidator(_listed)] = Field(
+    holdout: Annotated[tuple[str, ...], AtCommas, BeforeValidator(_as_list)] = Field(
         (), description="pictures kept back from training, to score checkpoints by: file names, or how many (default: none)"
     )
     leave_one_out: int = Field(

@@ -116,13 +116,13 @@ def _build(layers: list[tuple[str, Mapping[str, Any]]]) -> Recipe:
     try:
         return Recipe.model_validate(nested)
     except ValidationError as error:
-        raise _explained(error, origins) from None
+        raise _explain(error, origins) from None
 
 
 _EXPECTED = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "Path": "a path"}
 
 
-def _explained(error: ValidationError, origins: Mapping[str, str]) -> RecipeError:
+def _explain(error: ValidationError, origins: Mapping[str, str]) -> RecipeError:
     """Pydantic's first complaint as one line that names the flag, the bound and the value."""
     first = error.errors()[0]
     name = next(str(part) for part in first["loc"] if part in settings())

@@ -65,26 +65,26 @@ SAMPLERS = {
 }
 
 
-def spelled(text: str) -> str:
+def plain_spelling(text: str) -> str:
     """A name without what people write differently.
 
-    >>> spelled("DPM++ 2M Karras"), spelled("euler_ancestral")
+    >>> plain_spelling("DPM++ 2M Karras"), plain_spelling("euler_ancestral")
     ('dpm++2mkarras', 'eulera')
     """
     plain = re.sub(r"[\s_-]+", "", text.lower())
     return plain.replace("dpmpp", "dpm++").replace("ancestral", "a").replace("pndm", "plms")
 
 
-SPELLED = {spelled(name): name for name in (AUTO, *SAMPLERS)}
+SPELLED = {plain_spelling(name): name for name in (AUTO, *SAMPLERS)}
 
 
-def named(text: Any) -> str:
+def sampler_name(text: Any) -> str:
     """The name of the sampler that is meant, or `auto`. Raises RecipeError for one that is none.
 
-    >>> named("dpmpp_2m"), named("EULER A"), named("auto")
+    >>> sampler_name("dpmpp_2m"), sampler_name("EULER A"), sampler_name("auto")
     ('DPM++ 2M', 'Euler a', 'auto')
     """
-    if (key := spelled(str(text))) not in SPELLED:
+    if (key := plain_spelling(str(text))) not in SPELLED:
         near = {name.lower(): name for name in SPELLED.values()}
         raise RecipeError(f"unknown sampler {str(text)!r}", nearest(str(text).lower().replace("_", " "), near))
     return SPELLED[key]

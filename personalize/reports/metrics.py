@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..data.captions import without
+from ..data.captions import remove_triggers
 from ..data.dataset import Example
 from ..data.latents import load_pixels
 from ..errors import DataError
@@ -138,10 +138,10 @@ def evidence(folder: Path) -> Evidence:
     for event in samples:
         twin = base.get((event.prompt, event.seed))
         if event.step == shown and not event.base and twin:
-            words, has_trigger = without(triggers, event.prompt)
+            words, has_trigger = remove_triggers(triggers, event.prompt)
             pairs[has_trigger].append(Pair(words, load_rgb(folder / twin), load_rgb(folder / event.path)))
     side = max((pair.adapter.width for pair in pairs[True] + pairs[False]), default=0)
-    training = [(training_crop(one, side), without(triggers, one["caption"])[0]) for one in images]
+    training = [(training_crop(one, side), remove_triggers(triggers, one["caption"])[0]) for one in images]
     there = [(picture, caption) for picture, caption in training if picture]
     return Evidence(pairs[True], pairs[False], [picture for picture, _ in there], [caption for _, caption in there])
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..data.batches import batch_at, batches, generator
 from ..data.folder import class_images
-from ..data.latents import Latents, cached, on_demand
+from ..data.latents import Latents, encode_dataset, on_demand
 from ..families.cond import Cond
 from ..inference.pipeline import draw_images
 from ..inference.png import save_picture
@@ -47,8 +47,8 @@ def prepare_data(plan: RunPlan) -> TrainingData:
         if needs.class_captions:
             with torch.no_grad():
                 class_cond = plan.base.embed(captions, windows=plan.windows)
-        held = cached(plan.base, replace(plan.dataset, examples=plan.held), recipe, plan.windows) if plan.held else None
-        return TrainingData(cached(plan.base, plan.dataset, recipe, plan.windows), prior, captions, class_cond, held)
+        held = encode_dataset(plan.base, replace(plan.dataset, examples=plan.held), recipe, plan.windows) if plan.held else None
+        return TrainingData(encode_dataset(plan.base, plan.dataset, recipe, plan.windows), prior, captions, class_cond, held)
 
 
 def training_batches(plan: RunPlan, data: TrainingData, start: int) -> Iterator[Inputs]:
@@ -63,7 +63,7 @@ def training_batches(plan: RunPlan, data: TrainingData, start: int) -> Iterator[
         rows = [one.to(base.device) for one in both]
         cond = Cond.cat([read(row.captions, micro) if row.cond is None else row.cond for row in rows])
         mean, std = torch.cat([row.mean for row in rows]), torch.cat([row.std for row in rows])
-        cond = cond.sized(torch.cat([row.sizes for row in rows]))
+        cond = cond.with_sizes(torch.cat([row.sizes for row in rows]))
         k = recipe.prior_rows if data.prior else 0
         inputs = Inputs(mean, std, cond, class_images=k, mask=rows[0].mask, pictures=batch.index)
         if data.class_cond is not None:
@@ -105,7 +105,7 @@ def with_class_captions(plan: RunPlan, data: TrainingData, inputs: Inputs, index
     off = data.class_cond[index.to(data.class_cond.tokens.device)]
     now = read([captions[i] for i in index.tolist()], micro) if plan.recipe.optim.text_encoder_lr else off
     sizes = None if inputs.cond.sizes is None else inputs.cond.sizes[: len(index)]
-    return replace(inputs, class_cond=now.sized(sizes), class_cond_off=off.sized(sizes))
+    return replace(inputs, class_cond=now.with_sizes(sizes), class_cond_off=off.with_sizes(sizes))
 
 
 def dropout_seeds(recipe: Recipe, micro: int) -> Seeds:

@@ -33,7 +33,7 @@ from ..tuning.fleet import Fleet
 from ..tuning.targets import fresh as fresh_deltas
 from .events import Event, Failed, Finished, Fold, Started, Step, Warned
 from .inputs import TrainingData, prepare_data, rng_of
-from .memory.apply import apply_plan, lacking
+from .memory.apply import apply_plan, missing_compiler
 from .memory.plan import MemoryPlan, choose_memory_plan
 from .memory.recover import (
     PATIENCE,
@@ -47,7 +47,7 @@ from .memory.recover import (
 from .metadata import versions
 from .milestones import finish, make_what_is_due, probe_run
 from .objectives.denoise import timesteps
-from .preflight import RunPlan, check, names_of, parts, settled
+from .preflight import RunPlan, check, names_of, parts, with_defaults
 from .run import ActiveRun, peak_bytes, start_run
 from .rundir import Run
 from .step import gradients
@@ -80,7 +80,7 @@ def train(recipe: Recipe, *, fresh: bool = False) -> Iterator[Event]:
 def leave_out(recipe: Recipe, fresh: bool) -> Iterator[Event]:
     """Train without one image, then without another, each a run of its own that draws nothing: how do they do on it?"""
     dataset = read_folder(recipe.data)
-    recipe = settled(recipe, dataset)
+    recipe = with_defaults(recipe, dataset)
     names, count = names_of(recipe, dataset), min(recipe.choosing.leave_one_out, len(dataset.examples))
     assert recipe.output and recipe.name
     run = Run(recipe.output, recipe.name)
@@ -144,7 +144,7 @@ def train_plans(
         try:
             data[i] = prepare_data(plan)  # images, captions => latents and conditioning, once
         except policy.contained as error:
-            yield i, failed(plan, 0, error)
+            yield i, failed_event(plan, 0, error)
     with Fleet(plans[first].base, [start_of(plans[i]) for i in data], plans[first].recipe.adapter.dropout) as fleet:
         runs = []
         for member, i in zip(fleet.members, data, strict=True):
@@ -157,12 +157,12 @@ def train_plans(
             for run in runs:
                 if not run.ended:
                     run.stop()
-                    run.plan.run.note("stopped", step=run.done)
+                    run.plan.run.record_end("stopped", step=run.done)
             raise
         except PersonalizeError as error:
             for run in runs:
                 if not run.ended:
-                    run.plan.run.note("error", step=run.done, message=str(error))
+                    run.plan.run.record_end("error", step=run.done, message=str(error))
             raise
 
 
@@ -191,7 +191,7 @@ def advance(group: Group) -> Iterator[Numbered]:
     values = gradients(learners, [run.next_batches() for run in active], group.at_once)
     numbers = torch.cat(values).tolist()  # the step's one wait for the device
     events: list[Numbered] = []
-    with uninterrupted():  # all take this step, or none: runs that go on meet the same company
+    with defer_interrupts():  # all take this step, or none: runs that go on meet the same company
         for run, own in zip(active, values, strict=True):
             mine, numbers = numbers[: len(own)], numbers[len(own) :]
             events += by_itself(group, run, take_step(run, mine, own[-1], clock, len(active)))
@@ -210,7 +210,7 @@ def by_itself(group: Group, run: ActiveRun, events: Iterator[Event]) -> Iterator
                 yield run.number, event
     except group.policy.contained as error:
         run.ended = True
-        yield run.number, failed(run.plan, run.done, error)
+        yield run.number, failed_event(run.plan, run.done, error)
 
 
 def between_steps(run: ActiveRun) -> Iterator[Event]:
@@ -250,7 +250,7 @@ def give_up(run: ActiveRun) -> Iterator[Event]:
 
 
 @contextlib.contextmanager
-def uninterrupted() -> Iterator[None]:
+def defer_interrupts() -> Iterator[None]:
     """Ctrl-C inside takes effect at the end: a step is taken whole or not at all."""
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread is ever interrupted
@@ -300,10 +300,10 @@ def start_of(plan: RunPlan) -> dict[str, LowRank]:
     return fresh_deltas(plan.base, plan.recipe.adapter, parts(plan.recipe, plan.base), plan.recipe.seed)
 
 
-def failed(plan: RunPlan, step: int, error: PersonalizeError) -> Failed:
+def failed_event(plan: RunPlan, step: int, error: PersonalizeError) -> Failed:
     """How a run ended, also for its diary."""
     with contextlib.suppress(PersonalizeError):  # the disk may be what went wrong
-        plan.run.note("error", step=step, message=str(error))
+        plan.run.record_end("error", step=step, message=str(error))
     return Failed(step, str(error))
 
 
@@ -312,7 +312,7 @@ def started_event(run: ActiveRun) -> Started:
     plan, data = run.plan, run.data
     sources = (plan.dataset, plan.regularization, data.latents, data.prior)
     warnings = [warning for source in sources if source for warning in source.warnings]
-    if run.compute.compile and (why := lacking(plan.device)):
+    if run.compute.compile and (why := missing_compiler(plan.device)):
         warnings.append(f"nothing is compiled: {why}")
     return Started(
         time=datetime.now(timezone.utc).isoformat(timespec="seconds"),

@@ -158,7 +158,7 @@ def _json(value: object) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def called(dataset: Dataset) -> list[str]:
+def trigger_phrases(dataset: Dataset) -> list[str]:
     """How a prompt asks for each concept: its trigger and class."""
     return list(dict.fromkeys(f"{one.trigger} {one.class_name}".strip() for one in dataset.concepts))
 
@@ -166,7 +166,7 @@ def called(dataset: Dataset) -> list[str]:
 def modelspec_keys(recipe: Recipe, base: Base, dataset: Dataset, name: str, sample: Path | None) -> dict[str, str]:
     """ModelSpec 1.0.1 (https://github.com/Stability-AI/ModelSpec)."""
     side = recipe.data.resolution or base.resolution
-    words = called(dataset)
+    words = trigger_phrases(dataset)
     keys = {
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": base.family.architecture_of(base.noise),
@@ -183,7 +183,7 @@ def modelspec_keys(recipe: Recipe, base: Base, dataset: Dataset, name: str, samp
 
 def sidecar(recipe: Recipe, base: Base, dataset: Dataset, step: int, weight: float) -> str:
     """NAME.json, which A1111 and Forge read beside the file: an adapter of `step` steps, and its best strength."""
-    words = ", ".join(called(dataset))
+    words = ", ".join(trigger_phrases(dataset))
     said = {
         "description": f"{words}, trained on {Path(base.name).name}",
         "sd version": base.family.a1111 or "Unknown",

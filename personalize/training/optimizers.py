@@ -42,7 +42,7 @@ class Scale:
         if self.good == GROWTH:
             self.value, self.good = self.value * 2, 0
 
-    def shrank(self) -> None:
+    def shrink(self) -> None:
         """A gradient was infinite."""
         self.value, self.good = max(1.0, self.value / 2), 0
 
@@ -108,11 +108,11 @@ class Optimizer:
         """Drop the gradients without an update."""
         self.rule.zero_grad()
 
-    def overflowed(self) -> bool:
+    def lower_scale(self) -> bool:
         """After an infinite gradient: whether the loss scale was to blame, and is smaller now."""
         if self.scale is None or self.scale.at_floor:
             return False
-        self.scale.shrank()
+        self.scale.shrink()
         return True
 
     def lr(self, part: str, done: int) -> float:

@@ -13,7 +13,7 @@ import torch
 from ..adapters.adapter import Adapter
 from ..data.batches import generator
 from ..data.cache import fingerprint
-from ..data.captions import fill, safe_trigger, without
+from ..data.captions import fill, remove_triggers, safe_trigger
 from ..data.dataset import Concept, Dataset, Example
 from ..data.folder import read_folder, regularization
 from ..data.latents import grid_of
@@ -77,8 +77,8 @@ class RunPlan:
         """The sample prompts, filled in: all of them for the first concept, and the first with a trigger for each other one."""
         templates = self.recipe.sampling.sample_prompts
         called = [template for template in templates if "{trigger}" in template][:1]
-        others = [self._filled(template, one) for one in self.dataset.concepts[1:] for template in called]
-        own = [self._filled(template) for template in templates]
+        others = [self._fill(template, one) for one in self.dataset.concepts[1:] for template in called]
+        own = [self._fill(template) for template in templates]
         return [*own, *(prompt for prompt in dict.fromkeys(others) if prompt not in own)]
 
     @property
@@ -86,19 +86,19 @@ class RunPlan:
         """The prompts that tell how the class, or each of several, is without the trigger, filled in."""
         concepts, templates = self.dataset.concepts, self.recipe.objective.prior_prompts
         fitting = [(text, one) for one in concepts for text in templates if one.class_name or "{class}" not in text]
-        return list(dict.fromkeys(self._filled(text, one) for text, one in fitting))
+        return list(dict.fromkeys(self._fill(text, one) for text, one in fitting))
 
     @property
     def class_captions(self) -> list[str]:
         """The pictures' captions without the triggers, then the class prompts: what prior 'output' holds."""
         triggers = self.dataset.triggers
-        return [*(without(triggers, example.caption)[0] for example in self.dataset.examples), *self.class_prompts]
+        return [*(remove_triggers(triggers, example.caption)[0] for example in self.dataset.examples), *self.class_prompts]
 
     def request(self, prompt: str, seed: int, **changed: Any) -> Request:
         """A sample image, as the recipe wants it drawn."""
         return Request(prompt, seed, size=(self.side, self.side), **self.recipe.sampling.how | changed)
 
-    def _filled(self, template: str, concept: Concept | None = None) -> str:
+    def _fill(self, template: str, concept: Concept | None = None) -> str:
         """Filled in for a concept, by default the first."""
         concept = concept or self.dataset.concepts[0]
         return fill(template, concept.trigger, concept.class_name)
@@ -111,7 +111,7 @@ def check(recipe: Recipe, *, fresh: bool = False, base: Base | None = None) -> R
     that the recipe names, if it was loaded before.
     """
     whole = read_folder(recipe.data)
-    recipe = settled(recipe, whole)
+    recipe = with_defaults(recipe, whole)
     dataset, held = split(whole, recipe)
     assert recipe.output and recipe.name
     if recipe.output.suffix == ".safetensors":
@@ -125,14 +125,14 @@ def check(recipe: Recipe, *, fresh: bool = False, base: Base | None = None) -> R
     brought = class_folder(recipe)
     run = Run(recipe.output, recipe.name)
     about = {
-        "settings": compared(recipe) | held_as(recipe, precision),
+        "settings": settings_to_compare(recipe) | held_as(recipe, precision),
         "pictures": [identity(e) for e in (*dataset.examples, *(brought.examples if brought else ()))],
         "weights": weights(base),
     }
     state = None if fresh else run.load_state()
     if state:
         check_same(run, state.about, about)
-    finished = run.finished() if state and state.done == recipe.steps and run.recipe_text() == to_toml(recipe) else None
+    finished = run.finished_event() if state and state.done == recipe.steps and run.recipe_text() == to_toml(recipe) else None
     plan = RunPlan(recipe, base, device, dataset, held, run, about, state, finished, brought)
     if not finished:
         rehearse(plan)
@@ -151,7 +151,7 @@ def identity(example: Example) -> list[str | int]:
     return [example.sha256, example.caption, example.repeats, example.mask_sha256]
 
 
-def settled(recipe: Recipe, dataset: Dataset) -> Recipe:
+def with_defaults(recipe: Recipe, dataset: Dataset) -> Recipe:
     """The recipe with those defaults filled in that depend on the pictures: trigger, class, name, output, which are held back."""
     name = recipe.name or safe_trigger(dataset.trigger)
     data = recipe.data.model_copy(update={"trigger": dataset.trigger, "class_name": dataset.concepts[0].class_name})
@@ -192,7 +192,7 @@ def parts(recipe: Recipe, base: Base) -> tuple[str, ...]:
     return (*([base.family.denoiser.part] if recipe.optim.lr else []), *texts)
 
 
-def compared(recipe: Recipe) -> dict[str, Any]:
+def settings_to_compare(recipe: Recipe) -> dict[str, Any]:
     """The settings that must not change when a run goes on. Class images depend on how pictures are sampled."""
     free = HARMLESS | (SAMPLING if not needs_of(recipe.objective).class_images else set())
     return {name: value for name, value in flatten(recipe).items() if name not in free}

@@ -24,7 +24,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ..errors import OutputError
-from ..io import atomic, write_text
+from ..io import atomic, disk_error, write_text
 from .events import Event, Finished, event_record, parse, read_events
 
 OURS = ("checkpoints", "samples", "class_images", "folds", "events.jsonl", "recipe.toml", "metrics.json", "report.html")
@@ -94,14 +94,14 @@ class Run:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise refused(self.folder, error) from error
+            raise disk_error(self.folder, error, "another --output") from error
 
     def record(self, event: Event) -> Event:
         """Append an event to the diary, and pass it on."""
         self._append(event_record(event))
         return event
 
-    def note(self, kind: str, **about: Any) -> None:
+    def record_end(self, kind: str, **about: Any) -> None:
         """Write into the diary what is not an event of `train`: how a run ended that did not finish."""
         self._append({"event": kind, **about})
 
@@ -110,7 +110,7 @@ class Run:
             with self.events.open("a", encoding="utf-8") as diary:
                 diary.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
         except OSError as error:
-            raise refused(self.events, error) from error
+            raise disk_error(self.events, error, "another --output") from error
 
     def history(self) -> list[dict[str, Any]]:
         """The records of events.jsonl, oldest first, without lines that were cut short; see `read_events`."""
@@ -139,7 +139,7 @@ class Run:
         kept = [record for i, record in enumerate(history) if is_settled(record, i <= reached)]
         write_text(self.events, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept))
 
-    def finished(self) -> Finished | None:
+    def finished_event(self) -> Finished | None:
         """How the run ended, if it did and its adapter is still there."""
         last = parse((self.history() or [{}])[-1])
         return replace(last, again=True) if isinstance(last, Finished) and self.adapter.is_file() else None
@@ -169,15 +169,10 @@ class Run:
             for path in [self.folder / name for name in OURS]:
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         except OSError as error:
-            raise refused(self.folder, error) from error
+            raise disk_error(self.folder, error, "another --output") from error
 
 
 def is_settled(record: Mapping[str, Any], before: bool) -> bool:
     """Whether a record stays true when a run goes on: starts and lowered rungs, and the steps, pictures and files of `before`."""
     kept = ("step", "sample", "saved", "warned")
     return record["event"] in ("started", "steppeddown") or (before and record["event"] in kept)
-
-
-def refused(path: Path, error: OSError) -> OutputError:
-    """An OutputError for what the disk refused."""
-    return OutputError(f"cannot write {path}: {error.strerror or error}", "free some space or choose another --output")

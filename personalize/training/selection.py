@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ..adapters.adapter import Adapter
 from ..data.batches import generator
-from ..data.captions import without
+from ..data.captions import remove_triggers
 from ..data.latents import Latents
 from ..inference.request import Request
 from ..inference.sampling import denoise, eval_mode
@@ -90,12 +90,12 @@ class Exam:
         called, bare, others = (answers(self.base, sheet, self.batch) for sheet in (self.called, self.bare, self.others))
         errors, before = by_time(called - self.target, len(TIMES)), by_time(self.off[0] - self.target, len(TIMES))
         own, fresh = slice(self.trained), slice(self.trained, None)
-        fit = gained(errors[own], before[own])
+        fit = error_reduction(errors[own], before[own])
         moved = by_time(others - self.off[2], len(FEW)).mean(0) / before[own].mean(0)[list(FEW)]
         few = at_few(len(called))
         return Figures(
             fit,
-            gained(errors[fresh], before[fresh]) if len(errors) > self.trained else fit,
+            error_reduction(errors[fresh], before[fresh]) if len(errors) > self.trained else fit,
             float(moved.mean()),
             called_for((called - self.off[0])[few], bare - self.off[1]),
         )
@@ -111,7 +111,7 @@ def at_few(rows: int) -> list[int]:
     return [row for row in range(rows) if row % len(TIMES) in FEW]
 
 
-def gained(errors: Tensor, before: Tensor) -> float:
+def error_reduction(errors: Tensor, before: Tensor) -> float:
     """The share of the base's errors [pictures, times] that is gone, each timestep counting the same."""
     return float((1 - errors.sum(0) / before.sum(0)).mean())
 
@@ -140,7 +140,7 @@ def prepare_exam(plan: RunPlan, trained: Latents, held: Latents | None, tunable:
     captions, names = [example.caption for example in shown], [example.sha256 for example in shown]
     called, right = noisy(plan, x0, names, captions, TIMES)
     few = at_few(len(called.t))
-    without_trigger = tuple(without(plan.dataset.triggers, called.prompts[i])[0] for i in few)
+    without_trigger = tuple(remove_triggers(plan.dataset.triggers, called.prompts[i])[0] for i in few)
     bare = Sheet(called.latents[few], called.t[few], without_trigger)
     batch = ROWS * plan.recipe.batch_size
     with tunable.off():
@@ -174,7 +174,7 @@ def noisy(
 
 def drawings(plan: RunPlan, batch: int) -> Sheet:
     """What the base itself draws from prompts without the trigger, noisy."""
-    prompts, guidance = uncalled(plan), plan.recipe.sampling.guidance
+    prompts, guidance = prompts_without_trigger(plan), plan.recipe.sampling.guidance
     requests = [Request(one, i, DRAWN, guidance, (plan.side, plan.side)) for i, one in enumerate(prompts)]
     chunks = [requests[first : first + batch // 2] for first in range(0, len(requests), batch // 2)]
     with torch.no_grad(), eval_mode(plan.base):
@@ -182,9 +182,9 @@ def drawings(plan: RunPlan, batch: int) -> Sheet:
     return noisy(plan, torch.cat(drawn), prompts, prompts, [TIMES[i] for i in FEW])[0]
 
 
-def uncalled(plan: RunPlan) -> list[str]:
+def prompts_without_trigger(plan: RunPlan) -> list[str]:
     """Prompts without the trigger: half of the run's own, about the class, and as many about anything."""
-    own = [prompt for prompt in plan.prompts if not without(plan.dataset.triggers, prompt)[1]]
+    own = [prompt for prompt in plan.prompts if not remove_triggers(plan.dataset.triggers, prompt)[1]]
     near = list(dict.fromkeys([*own, *plan.class_prompts, *plan.class_captions]))[: OTHERS - len(EVERYDAY)]
     return [*near, *(prompt for prompt in EVERYDAY if prompt not in near)]
 
@@ -220,7 +220,7 @@ def choose(plan: RunPlan, trained: Latents, held: Latents | None, tunable: Tunab
             tunable.put(Adapter.load(file))
         asked[step] = exam.figures()
         found[step] = replace(asked[step], validation=left_out.get(step, asked[step].validation))
-        yield plan.run.record(scored(step, 1.0, found[step]))
+        yield plan.run.record(scored_event(step, 1.0, found[step]))
     most = max(map(score, found.values()))
     best = max(step for step, figures in found.items() if score(figures) >= most - EQUAL)
     step = best if plan.recipe.choosing.choose == "best" else steps
@@ -230,14 +230,14 @@ def choose(plan: RunPlan, trained: Latents, held: Latents | None, tunable: Tunab
     for strength in STRENGTHS:
         with tunable.at(strength):
             by_strength[strength] = exam.figures()
-        yield plan.run.record(scored(step, strength, by_strength[strength]))
+        yield plan.run.record(scored_event(step, strength, by_strength[strength]))
     scores = {strength: score(figures) for strength, figures in by_strength.items()}
     low, weight, high = strengths(scores, CLOSE * max(0.0, asked[step].fit))
     judges = judged_by(plan, left_out)
     yield plan.run.record(Chosen(step, best, len(found), f.fit, f.validation, f.drift, f.contrast, judges, low, weight, high))
 
 
-def scored(step: int, strength: float, f: Figures) -> Scored:
+def scored_event(step: int, strength: float, f: Figures) -> Scored:
     """The event of an examined adapter."""
     return Scored(step, strength, f.fit, f.validation, f.drift, f.contrast, score(f))
 

@@ -72,7 +72,7 @@ def gradients(learners: Sequence[Learner], batches: Sequence[Iterable[Batch]], a
     first = learners[0].tunable
     first.drop_gradients()
     losses: list[list[Tensor]] = [[] for _ in learners]
-    with first.lowered():
+    with first.cast_once():
         for micro_step in itertools.zip_longest(*batches):
             for group in passes(learners, micro_step, at_once):
                 for piece, loss in zip(group, backward(group), strict=True):

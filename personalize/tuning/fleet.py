@@ -48,7 +48,7 @@ class Fleet:
         """Strengths of adapters that are trained do not change from step to step."""
         return set()
 
-    def lowered(self) -> contextlib.AbstractContextManager[None]:
+    def cast_once(self) -> contextlib.AbstractContextManager[None]:
         """Inside, tensors are cast to the base's dtype once for all layers and passes; they must not change meanwhile."""
         return cast_once(self.layers.values(), self.base.dtype)
 

@@ -62,10 +62,10 @@ def hint_for(named: Mapping[str, str], target: str, paths: Iterable[str]) -> str
         return nearest(target, named)
     literal = target.replace("*", "")
 
-    def found(path: str) -> int:
+    def shared_letters(path: str) -> int:
         return sum(block.size for block in difflib.SequenceMatcher(None, literal, path, autojunk=False).get_matching_blocks())
 
-    return f"the nearest layer is {max(paths, key=found)}"
+    return f"the nearest layer is {max(paths, key=shared_letters)}"
 
 
 def adaptable(base: Base) -> dict[str, nn.Module]:

@@ -48,7 +48,7 @@ class Tunable(Protocol):
         """Inside, rows go through the base with this one's values; with `others`, each has the same share of them, in order."""
         ...
 
-    def lowered(self) -> contextlib.AbstractContextManager[None]:
+    def cast_once(self) -> contextlib.AbstractContextManager[None]:
         """Inside, values are cast to the base's dtype once for all passes; they must not change meanwhile."""
         ...
 
@@ -106,7 +106,7 @@ class LayerAdapter:
         with self.active.of(self.number, *(other.number for other in others)):
             yield
 
-    def lowered(self) -> contextlib.AbstractContextManager[None]:
+    def cast_once(self) -> contextlib.AbstractContextManager[None]:
         """Inside, tensors are cast to the base's dtype once for all layers and passes; they must not change meanwhile."""
         return cast_once(self.layers.values(), self.base.dtype)
 

@@ -267,7 +267,7 @@ def test_many_patterns_for_many_layers_are_looked_up(tmp_path: Path) -> None:
     patterns = {"m7": 2, "^m8": 3, "x.m9": 4} | {f"x{i}": 1 for i in range(20_000)}
     config = json.dumps({"unet.lora_alpha": 5, "unet.alpha_pattern": patterns})
     draft = sources.Draft(tensors, {"lora_adapter_metadata": config})
-    path = sources.written(tmp_path / "a.safetensors", packed(draft.header(), draft.data()))
+    path = sources.write_file(tmp_path / "a.safetensors", packed(draft.header(), draft.data()))
     began = time.process_time()
     assert describe(path).alphas == {5.0: 998, 2.0: 1, 3.0: 1}
     assert time.process_time() - began < 5
@@ -276,7 +276,7 @@ def test_many_patterns_for_many_layers_are_looked_up(tmp_path: Path) -> None:
 def test_small_factors_are_not_multiplied_out(tmp_path: Path) -> None:
     """Rank r^2 of LoHa, and the unit matrix in LoKr's factors, are gigabytes where dW is one number."""
     shapes = {"hada_w1_a": (1, 30_000), "hada_w1_b": (30_000, 1), "hada_w2_a": (1, 30_000), "hada_w2_b": (30_000, 1)}
-    path = sources.written(tmp_path / "a.safetensors", file(shapes, 1e-3))
+    path = sources.write_file(tmp_path / "a.safetensors", file(shapes, 1e-3))
     (loha,) = Adapter.load(path).deltas.values()
     assert loha.low_rank() is None and loha.norm() == pytest.approx(9e-4, rel=1e-3)
     assert examine(path).modules[0].norm == pytest.approx(9e-4, rel=1e-3)
@@ -340,7 +340,7 @@ def test_updates_that_turn_or_mix_the_wrong_weight_are_refused() -> None:
 @pytest.mark.parametrize("shapes", [{"emb_params": (2, 2, 2)}, {"clip_l": (2, 4), "clip_g": (3, 8)}, {"emb_params": (0, 4)}])
 def test_embeddings_that_are_none_are_named(tmp_path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
     draft = sources.Draft({key: sources.number(1, "F32", size) for key, size in shapes.items()})
-    path = sources.written(tmp_path / "word.safetensors", packed(draft.header(), draft.data()))
+    path = sources.write_file(tmp_path / "word.safetensors", packed(draft.header(), draft.data()))
     with pytest.raises(AdapterError, match=r"word\.safetensors is no sound"):
         Embedding.load(path)
 
@@ -431,7 +431,7 @@ def test_mutated_files_load_or_end_in_one_line(tmp_path: Path, dialect: str) -> 
 
 def test_the_fuzzers_files_are_sound_before_they_are_broken(tmp_path: Path) -> None:
     for draft in sources.every(random.Random(0)):
-        path = sources.written(tmp_path / "a.safetensors", sources.packed(draft.header(), draft.data()), draft.hole)
+        path = sources.write_file(tmp_path / "a.safetensors", sources.pack(draft.header(), draft.data()), draft.hole)
         if draft.kind == "embedding":
             assert Embedding.load(path).tokens == 2
         elif draft.kind == "checkpoint":
@@ -442,12 +442,12 @@ def test_the_fuzzers_files_are_sound_before_they_are_broken(tmp_path: Path) -> N
 
 def test_a_few_hundred_of_the_fuzzers_inputs(tmp_path: Path) -> None:
     """The published figure is made by `python -m tools.bench fuzz`; this is its beginning, in this process."""
-    found = [trials.tried(7, number, tmp_path / "in") for number in range(300)]
+    found = [trials.try_input(7, number, tmp_path / "in") for number in range(300)]
     assert [(trial.number, trial.bugs) for trial in found if trial.bugs] == []
     assert {trial.mutation for trial in found} == set(mutations.NAMES)
     answers = Counter(answer for trial in found for answer in trial.outcomes.values())
     assert answers["read"] > 300 and answers["refused"] > 300
-    assert all("load" in trial.outcomes and trials.made(7, trial.number)[0] == trial.mutation for trial in found[:9])
+    assert all("load" in trial.outcomes and trials.make_input(7, trial.number)[0] == trial.mutation for trial in found[:9])
 
 
 def test_crashes_and_hangs_of_the_fuzzers_worker_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -472,7 +472,7 @@ def dying(pipe: Connection, seed: int, numbers: range, folder: Path) -> None:
 
 def test_whatever_is_no_answer_is_a_bug(tmp_path: Path) -> None:
     """Crashes, warnings, errors of many lines, endless ones and those that name no file."""
-    path = sources.written(tmp_path / "a.safetensors", one())
+    path = sources.write_file(tmp_path / "a.safetensors", one())
 
     def raising(error: Exception) -> Any:
         def read() -> None:

@@ -20,8 +20,8 @@ from PIL import Image
 from personalize.adapters.adapter import Adapter
 from personalize.adapters.describe import describe
 from personalize.data.dataset import Concept, Dataset, Example
-from personalize.data.folder import _balanced, read_folder, regularization
-from personalize.data.latents import cached
+from personalize.data.folder import _balance_repeats, read_folder, regularization
+from personalize.data.latents import encode_dataset
 from personalize.data.masks import load_mask
 from personalize.errors import DataError, RecipeError
 from personalize.models.model import Base
@@ -128,7 +128,7 @@ def test_balanced_concepts_have_the_same_share_and_keep_their_proportions(concep
     examples = [Example(Path(), "", "", (1, 1), repeats, k) for k, some in enumerate(concepts) for repeats in some]
     names = [Concept(str(k)) for k in range(len(concepts))]
     totals = Counter[int]()
-    balanced = _balanced(examples, names)
+    balanced = _balance_repeats(examples, names)
     for example in balanced:
         totals[example.concept] += example.repeats
     assert len(set(totals.values())) == 1
@@ -223,7 +223,7 @@ def test_a_mask_outside_the_crop_is_named(tmp_path: Path, tiny_base: Path) -> No
     folder = filled(tmp_path / "zwx", "a.png", size=(300, 64))
     white((300, 64), 0, 0, 9, 64).save(folder / "a-masklabel.png")
     with pytest.raises(DataError, match=r"nothing is left of the mask .*a-masklabel\.png where its picture is cut to 64 x 64"):
-        cached(Base.load(tiny_base), read(folder), Recipe(data=Data(buckets=False)))
+        encode_dataset(Base.load(tiny_base), read(folder), Recipe(data=Data(buckets=False)))
 
 
 # ---------------------------------------------------------------- regularization

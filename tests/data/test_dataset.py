@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from personalize.data.buckets import Grid, assign, buckets, centre, frame, grid, kept
+from personalize.data.buckets import Grid, assign, buckets, centre, frame, grid, kept_share
 from personalize.data.captions import fill, safe_trigger
 from personalize.data.dataset import Dataset, Example
 from personalize.data.folder import class_images, natural, read_folder
@@ -398,7 +398,7 @@ def test_every_picture_has_a_shape_and_none_is_enlarged_unasked(
     assert upscale or (shape[0] <= max(step, width) and shape[1] <= max(step, height))
     assert shape[0] * shape[1] <= max(side * side, 2 * side * step)
     best = assign((width, height), buckets(side, step))
-    assert kept((width, height), best) == max(kept((width, height), other) for other in buckets(side, step))
+    assert kept_share((width, height), best) == max(kept_share((width, height), other) for other in buckets(side, step))
     assert Grid(side, step).shape_of((height, width)) == Grid(side, step).shape_of((width, height))[::-1]
 
 

@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from personalize.data import latents as latents_module
-from personalize.data.batches import Batch, batch_at, batches, generator, varied
+from personalize.data.batches import Batch, batch_at, batches, generator, vary_caption
 from personalize.data.cache import cache_folder
 from personalize.data.dataset import Dataset
 from personalize.data.folder import read_folder
-from personalize.data.latents import Latents, cached, load_pixels, on_demand
+from personalize.data.latents import Latents, encode_dataset, load_pixels, on_demand
 from personalize.errors import BaseModelError
 from personalize.families.cond import Cond
 from personalize.models.model import Base
@@ -81,7 +81,7 @@ def same(a: Latents, b: Latents) -> bool:
 
 def test_latents_are_the_posterior_of_both_sides(loaded: Base, folder: Path) -> None:
     dataset = read(folder)
-    latents = cached(loaded, dataset, RECIPE)
+    latents = encode_dataset(loaded, dataset, RECIPE)
     for mirrored, axes in ((False, ()), (True, (-1,))):
         for i, example in enumerate(dataset.examples):
             pixels = load_pixels(example, latents.shapes[i])[None].flip(axes) / 127.5 - 1
@@ -91,32 +91,32 @@ def test_latents_are_the_posterior_of_both_sides(loaded: Base, folder: Path) -> 
             assert torch.equal(found[0], mean) and torch.equal(found[1], std)
     assert latents.cond is not None and torch.equal(latents.cond[:1].tokens, loaded.embed(["zwx"]).tokens)
     assert torch.equal(latents.cond[-1:].tokens, loaded.embed([""]).tokens)
-    assert latents.mirrored and not cached(loaded, dataset, recipe(flip=False)).mirrored
+    assert latents.mirrored and not encode_dataset(loaded, dataset, recipe(flip=False)).mirrored
 
 
 def test_nothing_is_embedded_where_the_text_encoder_trains(loaded: Base, folder: Path) -> None:
-    latents = cached(loaded, read(folder), Recipe.model_validate({"optim": {"text_encoder_lr": 1e-4}}))
+    latents = encode_dataset(loaded, read(folder), Recipe.model_validate({"optim": {"text_encoder_lr": 1e-4}}))
     assert latents.cond is None and latents.captions == ["zwx"] * 3
     batch = next(batches(latents, batch_size=2, seed=0))
     assert batch.cond is None and batch.captions == ["zwx"] * 2
 
 
 def test_a_second_time_is_read_and_equal(loaded: Base, folder: Path, cache: Path) -> None:
-    first = cached(loaded, read(folder), RECIPE)
+    first = encode_dataset(loaded, read(folder), RECIPE)
     written = {path: path.stat().st_mtime_ns for path in cache.rglob("*.safetensors")}
     assert len(written) == 2 * 3 + 2 and entries(cache) == {path.name for path in written}
-    assert same(first, cached(loaded, read(folder), RECIPE))
+    assert same(first, encode_dataset(loaded, read(folder), RECIPE))
     assert written == {path: path.stat().st_mtime_ns for path in cache.rglob("*.safetensors")}
 
 
 def test_a_picture_encodes_the_same_in_any_company(
     loaded: Base, folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    together = cached(loaded, read(folder), RECIPE)
+    together = encode_dataset(loaded, read(folder), RECIPE)
     monkeypatch.setenv("PERSONALIZE_CACHE", str(tmp_path / "another"))
     (folder / "0.png").unlink()
     (folder / "3.png").unlink()
-    alone = cached(loaded, read(folder), RECIPE)
+    alone = encode_dataset(loaded, read(folder), RECIPE)
     assert torch.equal(together.posterior(1, (64, 64), True)[0], alone.posterior(0, (64, 64), True)[0])
     assert torch.equal(together.cond.tokens, alone.cond.tokens)
 
@@ -192,10 +192,10 @@ def test_what_matters_is_computed_anew_and_nothing_else(
     change: Callable[..., tuple[Base, Recipe]],
     anew: int,
 ) -> None:
-    before = cached(loaded, read(folder), RECIPE)
+    before = encode_dataset(loaded, read(folder), RECIPE)
     old = entries(cache)
     base, changed = change(folder, loaded, monkeypatch)
-    after = cached(base, read(folder), changed)
+    after = encode_dataset(base, read(folder), changed)
     monkeypatch.undo()
     latents_module.code.cache_clear()
     assert len(entries(cache) - old) == anew
@@ -204,20 +204,20 @@ def test_what_matters_is_computed_anew_and_nothing_else(
 
 
 def test_mirrored_pictures_are_entries_of_their_own(loaded: Base, folder: Path, cache: Path) -> None:
-    upright = cached(loaded, read(folder), recipe(flip=False))
+    upright = encode_dataset(loaded, read(folder), recipe(flip=False))
     assert len(entries(cache)) == 3 + 2
-    both = cached(loaded, read(folder), recipe(flip=True))
+    both = encode_dataset(loaded, read(folder), recipe(flip=True))
     assert len(entries(cache)) == 6 + 2
     one, other = (both.posterior(1, (64, 64), side)[0] for side in (False, True))
     assert torch.equal(upright.posterior(1, (64, 64), False)[0], one) and not torch.equal(one, other)
 
 
 def test_names_and_places_do_not_matter(loaded: Base, folder: Path, cache: Path, tmp_path: Path) -> None:
-    cached(loaded, read(folder), RECIPE)
+    encode_dataset(loaded, read(folder), RECIPE)
     old = entries(cache)
     base = Base.load(shutil.copytree(loaded.path, tmp_path / "moved"))
     folder.rename(tmp_path / "renamed")
-    cached(base, read(tmp_path / "renamed", trigger="zwx"), RECIPE)
+    encode_dataset(base, read(tmp_path / "renamed", trigger="zwx"), RECIPE)
     assert entries(cache) == old
 
 
@@ -236,17 +236,17 @@ def flipped(content: bytes) -> bytes:
 def test_a_damaged_entry_is_made_anew_with_a_warning(
     loaded: Base, folder: Path, cache: Path, damage: Callable[[bytes], bytes]
 ) -> None:
-    first = cached(loaded, read(folder), RECIPE)
+    first = encode_dataset(loaded, read(folder), RECIPE)
     victim = max(cache.rglob("*.safetensors"))
     victim.write_bytes(damage(victim.read_bytes()))
-    again = cached(loaded, read(folder), RECIPE)
+    again = encode_dataset(loaded, read(folder), RECIPE)
     assert len(again.warnings) == 1 and str(victim) in again.warnings[0] and same(first, again)
-    assert cached(loaded, read(folder), RECIPE).warnings == []
+    assert encode_dataset(loaded, read(folder), RECIPE).warnings == []
 
 
 def test_without_a_writable_cache_things_stay_in_memory(loaded: Base, folder: Path, cache: Path) -> None:
     cache.write_text("a file where the folder should be")
-    latents = cached(loaded, read(folder), RECIPE)
+    latents = encode_dataset(loaded, read(folder), RECIPE)
     assert latents.posterior(0, (64, 64), True)[0].shape == (16, 8, 8)
     assert len(latents.warnings) == 1 and str(cache) in latents.warnings[0]
 
@@ -262,25 +262,25 @@ def test_latents_that_are_not_finite_are_refused(tiny_base: Path, folder: Path, 
     base = Base.load(tiny_base)
     next(base.vae.parameters()).data.fill_(torch.nan)
     with pytest.raises(BaseModelError, match=r"not finite for 0\.png"):
-        cached(base, read(folder), RECIPE)
+        encode_dataset(base, read(folder), RECIPE)
     assert len(entries(cache)) == 2  # captions
 
 
 def test_small_pictures_are_told(loaded: Base, folder: Path) -> None:
-    assert cached(loaded, read(folder), recipe(resolution=96)).warnings == [
+    assert encode_dataset(loaded, read(folder), recipe(resolution=96)).warnings == [
         "2 of 3 pictures are too small for a resolution of 96 and learned at their own size (--upscale enlarges them), "
         "such as 0.png (64 x 64)",
     ]
-    assert cached(loaded, read(folder), recipe(resolution=96, upscale=True)).warnings == [
+    assert encode_dataset(loaded, read(folder), recipe(resolution=96, upscale=True)).warnings == [
         "2 of 3 pictures are too small for their shape and get blurred by enlarging, such as 0.png (64 x 64)",
     ]
 
 
 def test_long_captions_are_read_to_their_end(loaded: Base, folder: Path) -> None:
     (folder / "1.txt").write_text("zwx " * 50 + "red")
-    one = cached(loaded, read(folder), RECIPE)
+    one = encode_dataset(loaded, read(folder), RECIPE)
     (folder / "1.txt").write_text("zwx " * 50 + "blue")
-    other = cached(loaded, read(folder), RECIPE)
+    other = encode_dataset(loaded, read(folder), RECIPE)
     assert one.cond.tokens.shape[1] == 3 * 77  # 151 words of three letters in 75 to a window
     assert torch.equal(one.cond.tokens[0], other.cond.tokens[0]) and not torch.equal(one.cond.tokens[1], other.cond.tokens[1])
 
@@ -289,7 +289,7 @@ def test_shuffled_captions_never_need_more_windows_than_there_are(loaded: Base) 
     caption = ", ".join(["zwx", *(f"{letter * 30}" for letter in "abcdefgh")])
     most = loaded.windows([caption], shuffled=True)
     data = Data(caption_shuffle=True)
-    needed = {loaded.windows([varied(caption, data, generator(0, "tags", i))]) for i in range(50)}
+    needed = {loaded.windows([vary_caption(caption, data, generator(0, "tags", i))]) for i in range(50)}
     assert max(needed) <= most
 
 
@@ -435,13 +435,13 @@ WORDS = "zwx, a mat, asleep, by night, ink"
 @given(st.integers(0, 7), st.integers(0, 1000))
 def test_shuffled_captions_keep_their_first_tags_and_lose_none(keep: int, step: int) -> None:
     tags = WORDS.split(", ")
-    shuffled = varied(WORDS, Data(caption_shuffle=True, keep_tokens=keep), generator(0, "x", step)).split(", ")
+    shuffled = vary_caption(WORDS, Data(caption_shuffle=True, keep_tokens=keep), generator(0, "x", step)).split(", ")
     assert shuffled[:keep] == tags[:keep] and sorted(shuffled) == sorted(tags)
 
 
 def test_tags_are_shuffled_and_dropped_in_their_share_and_otherwise_left_alone() -> None:
     def seen(**options: Any) -> list[str]:
-        return [varied(WORDS, Data(**options), generator(0, "x", step)) for step in range(400)]
+        return [vary_caption(WORDS, Data(**options), generator(0, "x", step)) for step in range(400)]
 
     assert len(set(seen(caption_shuffle=True))) == 24
     dropped = seen(tag_dropout=0.25, keep_tokens=2)
@@ -455,7 +455,7 @@ def test_tags_are_shuffled_and_dropped_in_their_share_and_otherwise_left_alone()
 
 def test_captions_that_vary_are_read_at_each_step(loaded: Base, folder: Path) -> None:
     for setting in ({"caption_shuffle": True}, {"tag_dropout": 0.5}):
-        latents = cached(loaded, read(folder, caption=WORDS), recipe(**setting))
+        latents = encode_dataset(loaded, read(folder, caption=WORDS), recipe(**setting))
         assert latents.cond is None
         seen = take(latents, 9, batch_size=2, seed=0, data=Data(**setting))
         assert len({caption for batch in seen for caption in batch.captions}) > 5

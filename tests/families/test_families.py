@@ -243,7 +243,7 @@ def test_sdxl_is_told_sizes_and_crops(loaded: dict[str, Base]) -> None:
         cond = base.embed(["a cat"])
 
         def predicted(sizes: Tensor | None) -> Tensor:
-            return base.denoise(latents, t, cond.sized(sizes))
+            return base.denoise(latents, t, cond.with_sizes(sizes))
 
         whole = predicted(None)
         assert torch.equal(predicted(torch.tensor([[64.0, 128, 0, 0, 64, 128]])), whole)

@@ -24,7 +24,7 @@ from personalize.models.model import Base
 from personalize.recipe import samplers
 from personalize.recipe.fields import Recipe
 from personalize.recipe.resolve import resolve
-from personalize.recipe.samplers import SAMPLERS, Sampler, named
+from personalize.recipe.samplers import SAMPLERS, Sampler, sampler_name
 from personalize.training.preflight import check
 from personalize.tuning.attach import attach
 from tools.pocket.judge import Judge
@@ -80,7 +80,7 @@ def of(base: Base, kind: Any = Base, **config: Any) -> Any:
     ],
 )
 def test_names_are_read_as_people_write_them(typed: str, meant: str) -> None:
-    assert named(typed) == meant == resolve(flags={"sampler": typed}).sampling.sampler
+    assert sampler_name(typed) == meant == resolve(flags={"sampler": typed}).sampling.sampler
 
 
 @pytest.mark.parametrize(

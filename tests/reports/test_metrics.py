@@ -11,7 +11,7 @@ import torch
 from PIL import Image, ImageDraw
 from transformers import CLIPConfig, CLIPModel
 
-from personalize.data.captions import without
+from personalize.data.captions import remove_triggers
 from personalize.errors import BaseModelError
 from personalize.reports.metrics import Clip, evidence, rows, write_metrics
 
@@ -146,4 +146,4 @@ def test_vectors_are_unit_and_long_prompts_are_cut(clip_base: Path) -> None:
     ],
 )
 def test_without_the_trigger(trigger: str, prompt: str, words: str, called: bool) -> None:
-    assert without(trigger, prompt) == (words, called)
+    assert remove_triggers(trigger, prompt) == (words, called)

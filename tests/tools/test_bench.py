@@ -119,7 +119,7 @@ def result(tool: str, task: str, layers: int, cpu: float, error: float | None, s
 
 def test_what_was_not_run_on_all_layers_is_extrapolated_and_marked() -> None:
     theirs, ours = result("kohya", "svd", 10, 21, 1e-6), result("personalize", "svd", 100, 2, 1e-7)
-    assert algebra.extrapolated(theirs, 100) == 201 and algebra.extrapolated(ours, 100) == 2
+    assert algebra.seconds_for_layers(theirs, 100) == 201 and algebra.seconds_for_layers(ours, 100) == 2
     assert "≈ 201.0" in algebra.cells(theirs, 100) and "2.0" in algebra.cells(ours, 100)
 
 

@@ -243,8 +243,8 @@ def test_out_of_memory_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(ladder, "tried", full)
-    row = ladder.taken(POCKET, Workload(RECIPE, 8, 8), ComputePlan(), torch.device("cpu"))
+    monkeypatch.setattr(ladder, "measure_step", full)
+    row = ladder.measure_or_fail(POCKET, Workload(RECIPE, 8, 8), ComputePlan(), torch.device("cpu"))
     told = {"case": ["sdxl", 1024, 4, "checkpointing"], "step_estimate": 2**33, "sample_estimate": 2**32, **row}
     assert ladder.cells(told) == ["sdxl", "1024", "4", "checkpointing", "out of memory", "8.00", "–", "4.00"]
 

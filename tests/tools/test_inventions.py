@@ -74,7 +74,7 @@ def test_names_are_spelled_apart_and_are_no_triggers():
 
 
 def test_a_name_means_the_same_individual_or_look_wherever_it_comes():
-    one, same = (names._named(3, 81, lambda name, rng: (name, rng.random())) for _ in range(2))
+    one, same = (names._things_with_names(3, 81, lambda name, rng: (name, rng.random())) for _ in range(2))
     assert one == same
     who = names.somebodies()[0]
     assert not np.array_equal(

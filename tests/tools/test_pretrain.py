@@ -26,7 +26,7 @@ from personalize.models.model import Base
 from personalize.reports.metrics import Clip
 from tools.pocket import WEIGHTS, clip, pool, pretrain
 from tools.pocket.diffusion import DENSITIES, Teaching
-from tools.pocket.pool import shuffled, write_rows
+from tools.pocket.pool import shuffled_batches, write_rows
 from tools.pocket.proof import settings
 from tools.pocket.proof.__main__ import parser
 from tools.pocket.proof.settings import velocity
@@ -49,7 +49,7 @@ def trained(folder: Path, stop: int = 1000) -> dict[str, Tensor]:
     rank, count = team()
 
     def batches(start: int) -> Iterator[Tensor]:
-        for step, rows in enumerate(shuffled(64, PLAN.batch, 0, start), start):
+        for step, rows in enumerate(shuffled_batches(64, PLAN.batch, 0, start), start):
             if step == stop:
                 raise KeyboardInterrupt
             yield data[rows[rank::count]]
@@ -91,7 +91,9 @@ def test_the_rate_warms_up_stays_and_falls() -> None:
 
 @pytest.mark.parametrize("start", [0, 3, 7])
 def test_batches_go_on_where_they_were(start: int) -> None:
-    assert np.array_equal(list(islice(shuffled(12, 4, 5, start), 6)), list(islice(shuffled(12, 4, 5, 0), start, start + 6)))
+    assert np.array_equal(
+        list(islice(shuffled_batches(12, 4, 5, start), 6)), list(islice(shuffled_batches(12, 4, 5, 0), start, start + 6))
+    )
 
 
 def test_rows_have_their_name_only_when_whole(tmp_path: Path) -> None:
@@ -139,7 +141,7 @@ TEACHINGS = [
 ]
 
 
-@pytest.mark.parametrize("teaching", TEACHINGS, ids=Teaching.told)
+@pytest.mark.parametrize("teaching", TEACHINGS, ids=Teaching.describe)
 def test_whoever_predicts_the_truth_has_no_loss(teaching: Teaching) -> None:
     """And whatever is predicted, it tells the same v."""
     schedule = VP.of(teaching.scheduler().config)
@@ -172,7 +174,7 @@ def test_densities_stay_in_the_schedule_and_prefer_what_they_say() -> None:
 def test_settings_reach_the_folder_of_the_base(tmp_path: Path) -> None:
     words = ["--work", str(tmp_path), "--unet-prediction", "epsilon", "--no-unet-zero-snr", "--unet-width", "64", "128"]
     teaching = pretrain.teaching_of(pretrain.arguments(words))
-    assert teaching == Teaching("epsilon", zero_snr=False, width=(64, 128)) and teaching.told() == "epsilon prediction"
+    assert teaching == Teaching("epsilon", zero_snr=False, width=(64, 128)) and teaching.describe() == "epsilon prediction"
     config = teaching.scheduler().config
     assert (config.prediction_type, config.rescale_betas_zero_snr) == ("epsilon", False)
     assert tuple(teaching.build(8).config.block_out_channels) == (64, 128)
@@ -212,7 +214,7 @@ def test_settings_are_compared_alike_and_kept(tmp_path: Path, monkeypatch: pytes
     assert not torch.allclose(other.embed(["a red cat"]).tokens, shipped, atol=2e-2)
     before = (tmp_path / "s.json").read_text()
     monkeypatch.setattr(pretrain, "run", None)  # what is finished is read
-    monkeypatch.setattr(settings, "prepared", lambda options: None)
+    monkeypatch.setattr(settings, "prepare_folder", lambda options: None)
     settings.main(options)
     assert (
         json.loads((tmp_path / "s.json").read_text())["figures"]["Changed alone"]

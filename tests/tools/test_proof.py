@@ -16,8 +16,8 @@ from tools.pocket import samples
 from tools.pocket.judge import Judge, truth
 from tools.pocket.proof import base, choice, peer, personalization
 from tools.pocket.proof.__main__ import BENCHMARKS, parser
-from tools.pocket.proof.drawing import Trial, kept, obeyed, renders
-from tools.pocket.proof.figures import Figure, closed, markdown, share
+from tools.pocket.proof.drawing import Trial, load_or_draw, obedience, renders
+from tools.pocket.proof.figures import Figure, gap_closed, markdown, share
 from tools.pocket.proof.tasks import LESSONS, Task, tasks
 from tools.pocket.world import SUBJECTS, UNSEEN_STYLES, Scene, is_held_out
 
@@ -71,19 +71,19 @@ def test_prompts_for_the_base_tell_all_that_is_judged(held_out: bool) -> None:
 @pytest.mark.slow
 def test_true_renders_obey_and_their_ceiling_is_near_one() -> None:
     asked = base.trials(60, 1, False)
-    found = obeyed(Judge.load(), renders(asked, 64), asked, base.HEADS)
+    found = obedience(Judge.load(), renders(asked, 64), asked, base.HEADS)
     assert all(value > 0.9 for value in found.values())
 
 
 def test_what_cannot_be_told_does_not_count() -> None:
     scene = Scene("cat", "red", "large", "middle", "beach", "blueprint", 0)
-    found = obeyed(Judge.load(), renders([Trial("", 0, scene)], 64), [Trial("", 0, scene)], ("object", "colour"))
+    found = obedience(Judge.load(), renders([Trial("", 0, scene)], 64), [Trial("", 0, scene)], ("object", "colour"))
     assert found == {"object": 1.0, "colour": 0.0, "all": 1.0}
 
 
 def test_shares_and_gaps() -> None:
     assert share(0.45, 0.9) == 0.5 and share(1, 0) == 0
-    assert closed(0.2, 0.7, 0.9) == pytest.approx(5 / 7) and closed(0.5, 1, 0.5) == 0
+    assert gap_closed(0.2, 0.7, 0.9) == pytest.approx(5 / 7) and gap_closed(0.5, 1, 0.5) == 0
     assert Figure("leak", 0.0, 0.034, None, "<= 5 %", True).cells() == ("leak", "0.0 %", "3.4 %", "–", "<= 5 %", "yes")
     assert Figure("training", None, 61.23, None, "", False, "s").cells()[2:] == ("61.2 s", "–", "", "NO")
     assert markdown(("a", "b"), [("x", "1")]) == "| a | b |\n| --- | ---: |\n| x | 1 |\n"
@@ -91,8 +91,8 @@ def test_shares_and_gaps() -> None:
 
 def test_drawn_pictures_are_kept(tmp_path: Path) -> None:
     drawn = [Image.new("RGB", (8, 8), (10 * i, 0, 0)) for i in range(3)]
-    first = kept(tmp_path / "x.npy", lambda: drawn)
-    second = kept(tmp_path / "x.npy", lambda: pytest.fail("drawn twice"))
+    first = load_or_draw(tmp_path / "x.npy", lambda: drawn)
+    second = load_or_draw(tmp_path / "x.npy", lambda: pytest.fail("drawn twice"))
     assert [a.tobytes() for a in first] == [b.tobytes() for b in second] == [c.tobytes() for c in drawn]
 
 

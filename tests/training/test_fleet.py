@@ -130,7 +130,7 @@ def test_in_other_dtypes_factors_are_cast_all_at_once(tiny_base: Path, dtype: to
     x, t, cond = torch.randn(2, 16, 8, 8, dtype=dtype), torch.tensor([200, 800]), base.embed(["a", "b"])
     found = []
     with Fleet(base, starts) as company:
-        for lower in (contextlib.nullcontext, company.lowered):
+        for lower in (contextlib.nullcontext, company.cast_once):
             with company.active.of(0, 1), lower():
                 base.denoise(x, t, cond).float().square().mean().backward()
             for member in company.members:

@@ -35,7 +35,7 @@ from personalize.recipe.resolve import from_json, resolve
 from personalize.recipe.settings import settings
 from personalize.training.events import Event, Finished, Sample, Saved, Started, Step, Sweep, event_record
 from personalize.training.inputs import prepare_data, training_batches
-from personalize.training.loop import train, uninterrupted
+from personalize.training.loop import defer_interrupts, train
 from personalize.training.milestones import is_due
 from personalize.training.preflight import check
 from personalize.training.rundir import Run
@@ -317,7 +317,7 @@ def done_quiet(tiny_base: Path, pictures: Path, tmp_path_factory: pytest.TempPat
 def test_ctrl_c_waits_for_the_end_of_a_step() -> None:
     reached = []
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background is born deaf to it
-    with pytest.raises(KeyboardInterrupt), uninterrupted():
+    with pytest.raises(KeyboardInterrupt), defer_interrupts():
         signal.raise_signal(signal.SIGINT)
         reached.append("the end")
     assert reached == ["the end"]

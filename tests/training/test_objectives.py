@@ -20,7 +20,7 @@ from personalize.families.noise import VP, Noise
 from personalize.families.pocket import POCKET
 from personalize.models.model import Base
 from personalize.recipe.fields import Objective
-from personalize.training.objectives.denoise import noised, share_of, timesteps
+from personalize.training.objectives.denoise import add_noise, share_of, timesteps
 from personalize.training.objectives.objective import Denoise, Inputs, Off, Rng, answer, make_objective, needs_of
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -68,7 +68,7 @@ def zero(latents: Tensor, t: Tensor, cond: Cond) -> Tensor:
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_noising_and_targets_are_those_of_diffusers(prediction: str, zero_snr: bool) -> None:
     theirs, ours = scheduler(prediction, zero_snr), schedule_of(prediction, zero_snr)
-    x = noised(inputs(), ours, 0.0, rng())
+    x = add_noise(inputs(), ours, 0.0, rng())
     x0 = inputs().mean
     eps = torch.randn(x0.shape, generator=rng()("noise"))
     assert torch.allclose(x.latents, theirs.add_noise(x0, eps, x.t), atol=1e-6)
@@ -82,7 +82,7 @@ def test_a_perfect_network_has_no_loss_at_any_timestep(prediction: str, gamma: f
     schedule, given = schedule_of(prediction), inputs()
 
     def perfect(latents: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        return noised(given, schedule, 0.0, rng()).target
+        return add_noise(given, schedule, 0.0, rng()).target
 
     assert torch.equal(build(Objective(min_snr=gamma), schedule)(perfect, given, rng()), torch.zeros(4))
 
@@ -120,7 +120,7 @@ def test_one_loss_per_picture_in_fp32() -> None:
     given, schedule = inputs(5), schedule_of("v_prediction")
     losses = build(Objective(), schedule)(lambda x, t, c: zero(x, t, c).bfloat16(), given, rng())
     assert losses.shape == (5,) and losses.dtype == torch.float32
-    x = noised(given, schedule, 5.0, rng())
+    x = add_noise(given, schedule, 5.0, rng())
     assert torch.allclose(losses, x.weight * x.target.square().flatten(1).mean(1))
 
 
@@ -147,7 +147,7 @@ def test_every_draw_depends_on_seed_step_and_purpose_only() -> None:
 def test_latents_are_drawn_afresh_from_the_posterior() -> None:
     schedule = VP(torch.ones(1000) - 1e-7, "sample")  # hardly any noise: x_t is x_0
     given = inputs(2, std=0.5)
-    drawn = torch.stack([noised(given, schedule, 0.0, rng(step=i)).target for i in range(200)])
+    drawn = torch.stack([add_noise(given, schedule, 0.0, rng(step=i)).target for i in range(200)])
     assert torch.allclose(drawn.mean(0), given.mean, atol=0.25)
     assert abs(drawn.std(0).mean() - 0.5) < 0.02
 
@@ -171,7 +171,7 @@ def test_class_images_add_their_own_loss() -> None:
     assert alone.shape == (3,)
     assert (with_one > alone).all()
     assert torch.allclose(with_two - alone, 2 * (with_one - alone), atol=1e-5)
-    x = noised(both, schedule, 5.0, rng())
+    x = add_noise(both, schedule, 5.0, rng())
     assert torch.equal(x.t[:2], x.t[3:])
     each = x.weight * x.target.square().flatten(1).mean(1)
     assert torch.allclose(alone, each[:3]) and torch.allclose(with_one - alone, each[3:].mean().expand(3))
@@ -269,7 +269,7 @@ def masked(outside: float, prior: str = "none", b: int = 3, **more: Any) -> tupl
 @pytest.mark.parametrize("outside", [0.0, 0.1, 1.0])
 def test_a_masked_loss_is_the_weighted_mean_over_the_area(outside: float) -> None:
     given, weight, loss = masked(outside)
-    x = noised(given, schedule_of("epsilon"), 0.0, rng())
+    x = add_noise(given, schedule_of("epsilon"), 0.0, rng())
     each = x.target.square().mean(dim=1, keepdim=True)
     assert torch.allclose(loss(zero, given, rng()), (weight * each).sum((1, 2, 3)) / weight.sum((1, 2, 3)))
 
@@ -286,7 +286,7 @@ def test_what_lies_outside_a_mask_does_not_count_at_0() -> None:
 
 def test_a_small_mask_counts_as_much_as_a_large_one() -> None:
     def off_by_one(latents: Tensor, t: Tensor, cond: Tensor) -> Tensor:
-        return torch.randn(latents.shape, generator=rng()("noise")) + 1  # what `noised` drew
+        return torch.randn(latents.shape, generator=rng()("noise")) + 1  # what `add_noise` drew
 
     given, _, loss = masked(0.0)
     assert torch.allclose(loss(off_by_one, given, rng()), torch.ones(3))
@@ -296,7 +296,7 @@ def test_priors_are_not_masked() -> None:
     given, _, loss = masked(0.0, "images", prior_weight=1.0)
     plain = inputs(5)
     both = replace(plain, mask=given.mask, class_images=2)
-    x = noised(replace(plain, class_images=2), schedule_of("epsilon"), 0.0, rng())
+    x = add_noise(replace(plain, class_images=2), schedule_of("epsilon"), 0.0, rng())
     prior = x.target[3:].square().mean()
     own = masked(0.0)[2](zero, replace(plain, mask=torch.cat([given.mask, torch.ones(2, 1, 8, 8)])), rng())[:3]
     assert torch.allclose(loss(zero, both, rng()), own + prior)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from personalize.adapters.adapter import Adapter
-from personalize.data.captions import without
+from personalize.data.captions import remove_triggers
 from personalize.errors import RecipeError
 from personalize.recipe.fields import Recipe
 from personalize.recipe.resolve import resolve
@@ -28,7 +28,16 @@ from personalize.training.events import Sample as Drawn
 from personalize.training.inputs import prepare_data
 from personalize.training.loop import train
 from personalize.training.preflight import RunPlan, check
-from personalize.training.selection import STRENGTHS, Exam, Figures, called_for, prepare_exam, score, strengths, uncalled
+from personalize.training.selection import (
+    STRENGTHS,
+    Exam,
+    Figures,
+    called_for,
+    prepare_exam,
+    prompts_without_trigger,
+    score,
+    strengths,
+)
 from personalize.tuning.attach import Attached, attach
 
 pytestmark = pytest.mark.usefixtures("short_exam")
@@ -128,9 +137,11 @@ def test_as_many_rows_are_asked_as_the_constants_say(examined: tuple[RunPlan, At
 
 def test_no_prompt_of_the_drift_has_the_trigger(examined: tuple[RunPlan, Attached, Exam]) -> None:
     job, _, exam = examined
-    assert uncalled(job) == ["a cat", "a house"] and not any(without("zwx", prompt)[1] for prompt in uncalled(job))
-    assert not any(without("zwx", prompt)[1] for prompt in exam.bare.prompts)
-    assert all(without("zwx", prompt)[1] for prompt in exam.called.prompts)
+    assert prompts_without_trigger(job) == ["a cat", "a house"] and not any(
+        remove_triggers("zwx", prompt)[1] for prompt in prompts_without_trigger(job)
+    )
+    assert not any(remove_triggers("zwx", prompt)[1] for prompt in exam.bare.prompts)
+    assert all(remove_triggers("zwx", prompt)[1] for prompt in exam.called.prompts)
 
 
 def test_contrast_is_none_for_a_collapsed_adapter_and_whole_for_one_that_needs_its_trigger() -> None:

@@ -81,7 +81,7 @@ def learned(attached: Attached) -> dict[str, nn.Parameter]:
 def passed(attached: Attached) -> list[Tensor]:
     """A prediction, and all gradients that it leads to."""
     base, latents = attached.base, torch.randn(2, 16, 8, 8, generator=torch.Generator().manual_seed(1))
-    with attached.lowered(), attached.dropout(3):
+    with attached.cast_once(), attached.dropout(3):
         out = base.denoise(latents, torch.tensor([3, 700]), base.embed(["zwx", "a cat"]))
         out.float().square().mean().backward()
     grads = [p.grad for p in learned(attached).values()]
@@ -154,7 +154,7 @@ def test_fp32_gives_the_bits_of_peft_and_other_dtypes_their_rounding(base: Base,
 def test_casting_all_at_once_gives_the_bits_of_casting_each(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
     with started(base, HALF) as attached:
         at_once = passed(attached)
-        monkeypatch.setattr(Attached, "lowered", lambda _: contextlib.nullcontext())
+        monkeypatch.setattr(Attached, "cast_once", lambda _: contextlib.nullcontext())
         assert all(map(torch.equal, at_once, passed(attached)))
 
 
@@ -164,7 +164,7 @@ def test_factors_are_low_inside_only_and_as_they_are_then(base: Base) -> None:
         down = layer.factors[DOWN]
         for value in (1.0, 2.0):
             down.weight.data.fill_(value)
-            with contextlib.suppress(ZeroDivisionError), attached.lowered():
+            with contextlib.suppress(ZeroDivisionError), attached.cast_once():
                 assert (down.low is None) == (base.dtype == torch.float32)
                 assert down.cast(base.dtype).eq(value).all() and down.cast(base.dtype).dtype == base.dtype
                 raise ZeroDivisionError
@@ -211,7 +211,7 @@ def test_drawing_casts_once_a_step(base: Base, monkeypatch: pytest.MonkeyPatch) 
         with Work() as work:
             at_once = drawn()
         assert work.names["_foreach_copy_"] == (0 if base.dtype == torch.float32 else 2)
-        monkeypatch.setattr(Attached, "lowered", lambda _: contextlib.nullcontext())
+        monkeypatch.setattr(Attached, "cast_once", lambda _: contextlib.nullcontext())
         assert torch.equal(at_once, drawn())
 
 
@@ -330,7 +330,7 @@ def test_a_step_has_the_gradient_of_casts_in_each_layer(
             return [told, *grads, *opt.state().values()]
 
     at_once = stepped()
-    monkeypatch.setattr(Attached, "lowered", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(Attached, "cast_once", lambda _: contextlib.nullcontext())
     each = stepped()
     if "prior" in flags:  # the text encoder's factors count for two passes, whose gradients are added before they are cast
         assert far(at_once, each) < {"bfloat16": 0.005, "float16": 0.001}[precision]
@@ -348,7 +348,7 @@ def test_a_run_that_stops_and_goes_on_has_the_state_of_casts_in_each_layer(
         pass
     events.close()  # type: ignore[attr-defined]
     list(train(broken))
-    monkeypatch.setattr(Attached, "lowered", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(Attached, "cast_once", lambda _: contextlib.nullcontext())
     list(train(each))
     one, other = (Run(tmp_path / name, "zwx").load_state() for name in ("broken", "each"))
     assert one and other and set(one.tensors) == set(other.tensors)
@@ -361,7 +361,7 @@ def test_a_run_that_stops_and_goes_on_has_the_state_of_casts_in_each_layer(
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # torch 2.13 warns of its own compiler
 def test_compiled_blocks_take_factors_that_are_low(tiny_base: Path) -> None:
-    if why := importlib.import_module("personalize.training.memory.apply").lacking(torch.device("cpu")):
+    if why := importlib.import_module("personalize.training.memory.apply").missing_compiler(torch.device("cpu")):
         pytest.skip(why)
     base = Base.load(tiny_base, dtype=torch.bfloat16)
     with started(base, SPEC) as attached:

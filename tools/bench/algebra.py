@@ -155,7 +155,7 @@ def starts(work: Sequence[Job], rounds: int, folder: Path) -> dict[tuple[str, ..
     return {start: least([run(start, folder) for _ in range(rounds)]) if start else Cost(0, 0, 0) for start in programs}
 
 
-def measured(work: Sequence[Job], options: Any, names: Sequence[str]) -> Iterator[Result]:
+def run_and_compare(work: Sequence[Job], options: Any, names: Sequence[str]) -> Iterator[Result]:
     """Run everything, then compare."""
     began = starts(work, options.rounds, options.work)
     costs = costs_of(work, options.rounds, options.work)
@@ -182,14 +182,14 @@ HEADS = ("tool", "layers", "seconds", "CPU seconds", "of them start", "all layer
 def cells(result: Result, count: int) -> tuple[str, ...]:
     """A row of a task's table."""
     cost, mark = result.cost, "" if result.layers == count else "≈ "
-    whole = "–" if result.whole and mark else f"{mark}{extrapolated(result, count):.1f}"
+    whole = "–" if result.whole and mark else f"{mark}{seconds_for_layers(result, count):.1f}"
     seconds = [f"{x:.1f}" for x in (cost.wall, cost.cpu, result.start.cpu)]
     error = "–" if result.error is None else f"{result.error:.1e}"
     memory = f"{cost.peak / 1e6:.0f} MB", f"{cost.peak / result.inputs:.2f}x"
     return result.tool, str(result.layers), *seconds, whole, *memory, error
 
 
-def extrapolated(result: Result, count: int) -> float:
+def seconds_for_layers(result: Result, count: int) -> float:
     """CPU seconds for all layers: as measured, or what is not start times as many layers."""
     return result.start.cpu + max(0.0, result.cost.cpu - result.start.cpu) * count / result.layers
 
@@ -212,7 +212,7 @@ def _beside(theirs: Result, ours: Result, count: int) -> list[Goal]:
     """Beside a tool that takes the SVD of dW: CPU seconds for all layers, start and all; and errors on the same layers."""
     if theirs.start.cpu > theirs.cost.cpu / 2 or ours.error is None or theirs.error is None:
         return []
-    times = extrapolated(theirs, count) / ours.cost.cpu
+    times = seconds_for_layers(theirs, count) / ours.cost.cpu
     errors = f"{ours.error:.1e} beside {theirs.error:.1e}"
     return [
         Goal(f"{theirs.task}: faster than {theirs.tool}, all layers", ">= 100x", f"≈ {times:.0f}x", times >= 100),
@@ -246,7 +246,7 @@ def publish(options: Any, about: Mapping[str, Any], results: Sequence[Result], w
     print(f"written: {options.to / 'algebra'}.md and .json")
 
 
-def told(options: Any, count: int, whole: Sequence[Path]) -> dict[str, Any]:
+def about_tables(options: Any, count: int, whole: Sequence[Path]) -> dict[str, Any]:
     """What one must know to read the tables."""
     a, b = pairs.WEIGHTS
     return {
@@ -284,9 +284,9 @@ def main(options: Any) -> None:
     chosen = [tool for tool in every if "personalize" in tool.name or any(word in tool.name for word in words)]
     work = jobs(chosen, whole, sample, len(shapes), options)
     checked = pairs.spread({name: shapes[name] for name in names}, options.checked)
-    about = told(options, len(shapes), whole)
+    about = about_tables(options, len(shapes), whole)
     torch.set_num_threads(1)  # of the answers' SVDs: beside busy neighbours several threads take much longer
-    results = list(measured(work, options, checked))
+    results = list(run_and_compare(work, options, checked))
     hollow = pairs.hollow(options.work / "hollow.safetensors", row, HOLLOW)
     show = [sys.executable, "-m", "personalize", "show", str(hollow)]
     shown = least([run(show, options.work) for _ in range(options.rounds)])

@@ -43,7 +43,7 @@ def trainers(options: argparse.Namespace, family: str) -> dict[str, Path]:
     return given
 
 
-def timed(
+def time_script(
     whose: str, script: Path, configs: Configs, recipe: Recipe, side: int, options: argparse.Namespace, device: torch.device
 ) -> Row:
     """Seconds per step and the most bytes held; or why the script failed."""

@@ -40,10 +40,10 @@ class Work(TorchDispatchMode):
         if name not in ALLOCATIONS and name not in WAITS and launches(func, read, made):
             self.ops[self.phase] += 1
             self.names[name] += 1
-            self.bytes[self.phase] += sum(map(touched, [*read, *made]))
+            self.bytes[self.phase] += sum(map(bytes_touched, [*read, *made]))
         return result
 
-    def told(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, Any]:
         """The counts as plain values; the most frequent operations first."""
         return {"ops": dict(self.ops), "bytes": dict(self.bytes), "waits": self.waits, "names": dict(self.names.most_common())}
 
@@ -61,7 +61,7 @@ def launches(func: Any, read: Sequence[Tensor], made: Sequence[Tensor]) -> bool:
     return any(one.untyped_storage()._cdata not in there for one in made)
 
 
-def touched(tensor: Tensor) -> int:
+def bytes_touched(tensor: Tensor) -> int:
     """Bytes of a tensor, once where a row is shown many times."""
     return min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
 

@@ -16,7 +16,7 @@ import torch
 from personalize.io import write_text
 from personalize.models.model import quiet
 from personalize.recipe.fields import Recipe
-from personalize.training.memory.apply import apply_plan, lacking
+from personalize.training.memory.apply import apply_plan, missing_compiler
 from personalize.training.memory.estimate import Configs, ghost
 from personalize.training.memory.ladder import ComputePlan
 from personalize.training.objectives.objective import make_objective
@@ -30,7 +30,7 @@ from . import resuming
 from .resuming import Row
 from .scripts import fill
 from .step import batch_of, recipe_of
-from .throughput import TINY, timed, tiny, trainer, true
+from .throughput import TINY, time_steps, tiny, trainer, true
 
 HEADS = (
     "family",
@@ -67,13 +67,13 @@ def main(options: argparse.Namespace) -> None:
     def row(family: str, members: int, mode: str) -> Row:
         return row_of(family, members, mode, options, device)
 
-    def told(rows: Sequence[Row]) -> str:
+    def publish_rows(rows: Sequence[Row]) -> str:
         publish(options, about, rows)
         return " ".join(cells(rows[-1], rows))
 
     families = list(TINY) if options.tiny else options.families
     cases = itertools.product(families, [0, *options.members], options.modes)  # 0: a run alone
-    resuming.measure(options, options.to / "fleet.json", about, cases, row, told)
+    resuming.measure(options, options.to / "fleet.json", about, cases, row, publish_rows)
 
 
 # ---------------------------------------------------------------- measuring
@@ -84,11 +84,11 @@ def row_of(family: str, members: int, mode: str, options: argparse.Namespace, de
     side, configs = tiny(family) if options.tiny else true(family)
     recipe, gpu = recipe_of(options.batch, options.rank), device.type == "cuda"
     fit = ComputePlan(options.precision, micro_batch=options.batch, channels_last=gpu, compile=mode == "compiled")
-    if fit.compile and (why := lacking(device)):
+    if fit.compile and (why := missing_compiler(device)):
         return {"side": side, "failed": why}
     try:
         take = fleet(configs, recipe, fit, device, members) if members else trainer(configs, recipe, fit, device)
-        seconds, taken = timed(take, options.seconds, device)
+        seconds, taken = time_steps(take, options.seconds, device)
     except torch.OutOfMemoryError:
         return {"side": side, "failed": "out of memory"}
     finally:

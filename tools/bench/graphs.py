@@ -34,7 +34,7 @@ def arguments(base: Base, latents: Tensor, timesteps: Tensor, cond: Cond) -> tup
     return *plain, cond.pooled.to(base.dtype), (base._whole(latents) if cond.sizes is None else cond.sizes)
 
 
-def graphed(base: Base, inputs: Inputs) -> Denoise:
+def capture_graph(base: Base, inputs: Inputs) -> Denoise:
     """`Base.denoise` for batches of the shape of `inputs`, captured on the GPU with what is attached."""
     timesteps = torch.zeros(len(inputs.mean), dtype=torch.long, device=base.device)
     sample: Any = arguments(base, inputs.mean, timesteps, inputs.cond)

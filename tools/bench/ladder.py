@@ -43,7 +43,7 @@ def main(options: argparse.Namespace) -> None:
     """Measure what was not measured yet; publish after every row. Raises TrainingError where there is no GPU."""
     device = resuming.device_of(options)
     about = resuming.machine(device) | {"rank": options.rank, "precision": options.precision}
-    known, told = fits(options), published(options)
+    known, told = fits(options), published_rows(options)
 
     def row(*case: Any) -> Row:
         family, side, batch, _ = case
@@ -51,7 +51,7 @@ def main(options: argparse.Namespace) -> None:
         configs = shapes(options, family)[1]
         expected = told.get(case) or asdict(estimate(configs, load, known[case], ("unet",)))
         step = sum(expected[name] for name in ("weights", "adapter", "activations"))
-        found = taken(configs, load, known[case], device)
+        found = measure_or_fail(configs, load, known[case], device)
         return {"step_estimate": step, "sample_estimate": expected["sampling"], **found}
 
     def page(rows: Sequence[Row]) -> str:
@@ -79,7 +79,7 @@ def fits(options: argparse.Namespace) -> dict[tuple[Any, ...], ComputePlan]:
     }
 
 
-def published(options: argparse.Namespace) -> dict[tuple[Any, ...], Row]:
+def published_rows(options: argparse.Namespace) -> dict[tuple[Any, ...], Row]:
     """Estimates that `bench memory` left, for a GPU's time is not to be spent on them; those that are missing are made."""
     file = options.to / "memory.json"
     found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"command": "", "rows": []}
@@ -92,17 +92,17 @@ def published(options: argparse.Namespace) -> dict[tuple[Any, ...], Row]:
 # ---------------------------------------------------------------- measuring
 
 
-def taken(configs: Configs, load: Workload, fit: ComputePlan, device: torch.device) -> Row:
+def measure_or_fail(configs: Configs, load: Workload, fit: ComputePlan, device: torch.device) -> Row:
     """Bytes at most in a step and in a sample, as CUDA counts them (on a CPU: those of tensors); or why not."""
     try:
-        return tried(configs, load, fit, device)
+        return measure_step(configs, load, fit, device)
     except torch.OutOfMemoryError:
         return {"failed": "out of memory"}
     finally:
         resuming.tidy(device)
 
 
-def tried(configs: Configs, load: Workload, fit: ComputePlan, device: torch.device) -> Row:
+def measure_step(configs: Configs, load: Workload, fit: ComputePlan, device: torch.device) -> Row:
     """The same, where there is enough."""
     base = solid(configs, fit, device)
     attached = attach(base, load.recipe.adapter)
@@ -115,7 +115,7 @@ def tried(configs: Configs, load: Workload, fit: ComputePlan, device: torch.devi
             opt.step(done, told[-1])
         del told
         step = peak()
-    with measure_peak(base, attached) as peak, torch.no_grad(), attached.lowered():
+    with measure_peak(base, attached) as peak, torch.no_grad(), attached.cast_once():
         sample(base, load, fit, device)
         drawn = peak()
     return {"step": step, "sample": drawn}

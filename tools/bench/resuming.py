@@ -51,7 +51,7 @@ def measure(
     publish: Callable[[Sequence[Row]], str],
 ) -> None:
     """Measure what was not measured yet, and keep it in `path`. `publish` writes a page of all rows, and says what to print."""
-    rows = [] if options.fresh else kept(path, about)
+    rows = [] if options.fresh else kept_rows(path, about)
     began, done = time.monotonic(), {tuple(row["case"]) for row in rows}
     for case in cases:
         if case in done:
@@ -65,7 +65,7 @@ def measure(
         print(publish(rows), flush=True)
 
 
-def kept(path: Path, about: dict[str, Any]) -> list[Row]:
+def kept_rows(path: Path, about: dict[str, Any]) -> list[Row]:
     """Rows of earlier calls on the same machine."""
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     return found["rows"] if found.get("about") == about else []

@@ -45,7 +45,7 @@ def run(
     return json.loads(result.read_text(encoding="utf-8"))
 
 
-def written(told: Mapping[str, object]) -> list[str]:
+def flag_list(told: Mapping[str, object]) -> list[str]:
     """Flags with their values; a flag of True stands alone."""
     return [text for name, value in told.items() for text in ([f"--{name}"] if value is True else [f"--{name}", str(value)])]
 
@@ -64,7 +64,7 @@ def diffusers_flags(folder: Path, recipe: Recipe, side: int, precision: str, ste
         "rank": recipe.adapter.rank,
         "mixed_precision": precision,
     }
-    return written(told)
+    return flag_list(told)
 
 
 def kohya_flags(folder: Path, recipe: Recipe, side: int, sdxl: bool) -> list[str]:
@@ -87,7 +87,7 @@ def kohya_flags(folder: Path, recipe: Recipe, side: int, sdxl: bool) -> list[str
         "cache_latents": True,
         "max_data_loader_n_workers": 0,
     }
-    return written(told | ({"cache_text_encoder_outputs": True} if sdxl else {}))
+    return flag_list(told | ({"cache_text_encoder_outputs": True} if sdxl else {}))
 
 
 # ---------------------------------------------------------------- what they read

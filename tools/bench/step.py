@@ -93,7 +93,7 @@ def ours(configs: Configs, recipe: Recipe, side: int, precision: str) -> dict[st
         for done in range(STEPS):
             with phases(work := Work(values=False), OURS), work:
                 step(base, attached, opt, recipe, inputs, done)
-    return work.told()
+    return work.as_dict()
 
 
 def batch_of(base: Base, recipe: Recipe, side: int) -> Inputs:

@@ -15,7 +15,7 @@ from personalize.io import write_text
 from ..pocket.proof.figures import markdown
 from . import pairs, resuming
 from .resuming import Row
-from .throughput import timed
+from .throughput import time_steps
 
 HEADS = ("out x in", "layers", "CPU", "GPU, one by one", "GPU, together", "there and back", "CPU / GPU", "difference")
 TOGETHER = 32  # layers at most in one batch
@@ -60,7 +60,7 @@ def row_of(out: int, inside: int, count: int, rank: int, seconds: float, device:
         "together": (lambda: cut(*here, rank), device, n),
         "moved": (lambda: [side.cpu() for side in (up.to(device), down.to(device))], device, n),
     }
-    told = {name: timed(take, seconds, where)[0] / layers for name, (take, where, layers) in ways.items()}
+    told = {name: time_steps(take, seconds, where)[0] / layers for name, (take, where, layers) in ways.items()}
     one, other = cut(up[0], down[0], rank), [side.cpu() for side in cut(*here, rank)]
     gap = one[0] @ one[1] - other[0][0] @ other[1][0]
     return {"count": count, **told, "gap": float(gap.norm() / (one[0] @ one[1]).norm())}

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from personalize.io import write_text
 from personalize.models.model import Base, quiet
 from personalize.recipe.fields import Recipe
-from personalize.training.memory.apply import apply_plan, lacking
+from personalize.training.memory.apply import apply_plan, missing_compiler
 from personalize.training.memory.estimate import Configs, ghost, solidify
 from personalize.training.memory.ladder import ComputePlan
 from personalize.training.optimizers import Optimizer
@@ -25,7 +25,7 @@ from personalize.tuning.attach import Attached, attach
 
 from ..pocket.proof.figures import markdown
 from . import beside, memory, pairs, resuming
-from .graphs import graphed
+from .graphs import capture_graph
 from .resuming import Row
 from .scripts import fill
 from .step import SIDES, batch_of, learn, recipe_of, step
@@ -55,11 +55,11 @@ def main(options: argparse.Namespace) -> None:
     def row(family: str, batch: int, mode: str) -> Row:
         return row_of(family, batch, mode, options, device, peak)
 
-    def told(rows: Sequence[Row]) -> str:
+    def publish_rows(rows: Sequence[Row]) -> str:
         publish(options, about, rows)
         return " ".join(cells(rows[-1]))
 
-    resuming.measure(options, options.to / "throughput.json", about, cases(options), row, told)
+    resuming.measure(options, options.to / "throughput.json", about, cases(options), row, publish_rows)
 
 
 def cases(options: argparse.Namespace) -> list[tuple[str, int, str]]:
@@ -79,7 +79,7 @@ def row_of(family: str, batch: int, mode: str, options: argparse.Namespace, devi
     if mode in beside.OURS:
         row |= own(configs, recipe, mode, options.seconds, device)
     else:
-        row |= beside.timed(mode, beside.trainers(options, family)[mode], configs, recipe, side, options, device)
+        row |= beside.time_script(mode, beside.trainers(options, family)[mode], configs, recipe, side, options, device)
     if "failed" in row:
         return row
     flops = batch * flops_of_one(family, options.rank, options.tiny)
@@ -102,12 +102,12 @@ def own(configs: Configs, recipe: Recipe, mode: str, seconds: float, device: tor
     """Seconds per step and bytes of ours; or why there are none."""
     gpu = device.type == "cuda"
     fit = ComputePlan("bfloat16", micro_batch=recipe.batch_size, channels_last=gpu, compile=mode == "compiled")
-    if fit.compile and (why := lacking(device)):
+    if fit.compile and (why := missing_compiler(device)):
         return {"failed": why}
     if mode == "graphs" and not gpu:
         return {"failed": "CUDA graphs need a GPU"}
     try:
-        spent, taken = timed(trainer(configs, recipe, fit, device, graphs=mode == "graphs"), seconds, device)
+        spent, taken = time_steps(trainer(configs, recipe, fit, device, graphs=mode == "graphs"), seconds, device)
     except torch.OutOfMemoryError:
         return {"failed": "out of memory"}
     except RuntimeError as error:
@@ -129,7 +129,7 @@ def trainer(
     opt = Optimizer(attached.parameters(), recipe.optim, recipe.steps)
     inputs, steps = batch_of(base, recipe, configs.denoiser["sample_size"]), itertools.count()
     if graphs:
-        vars(base)["denoise"] = graphed(base, inputs)
+        vars(base)["denoise"] = capture_graph(base, inputs)
     return lambda: step(base, attached, opt, recipe, inputs, next(steps))
 
 
@@ -140,7 +140,7 @@ def shapes(configs: Configs, recipe: Recipe, fit: ComputePlan) -> tuple[Base, At
         return base, attach(base, recipe.adapter)
 
 
-def timed(take: Callable[[], object], seconds: float, device: torch.device) -> tuple[float, int | None]:
+def time_steps(take: Callable[[], object], seconds: float, device: torch.device) -> tuple[float, int | None]:
     """Seconds per step, and the most bytes held (None on a CPU)."""
     gpu = device.type == "cuda"
     wait = torch.cuda.synchronize if gpu else lambda: None
@@ -160,7 +160,7 @@ def timed(take: Callable[[], object], seconds: float, device: torch.device) -> t
 def matrix_peak(device: torch.device, n: int) -> float:
     """FLOP per second of a product of two n x n matrices in bf16: the best of several."""
     a = torch.randn(n, n, device=device, dtype=torch.bfloat16)
-    return max(2 * n**3 / timed(lambda: a @ a, 0.2, device)[0] for _ in range(5))
+    return max(2 * n**3 / time_steps(lambda: a @ a, 0.2, device)[0] for _ in range(5))
 
 
 @functools.cache

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 from .art_canvas import CREAM, DARK, RGB, WHITE, Coat, Tint, luminance, mix, pick, shade, some
-from .art_styles import Filter, Style, clipped, mesh
+from .art_styles import Filter, Style, clip_pixels, mesh
 
 
 def _by_tone(low: RGB, high: RGB, steps: int) -> Tint:
@@ -31,7 +31,7 @@ def _invent_tint(rng: np.random.Generator, colours: Mapping[str, RGB]) -> tuple[
     order, t, k = rng.permutation(3), some(rng, 0.2, 0.65), some(rng, 0.1, 1.8)
     steps = int(rng.choice((0, 0, 2, 3, 4)))
 
-    def strengthened(c: RGB) -> RGB:
+    def strengthen(c: RGB) -> RGB:
         grey = luminance(c) * 255
         return tuple(int(np.clip(grey + (x - grey) * k, 0, 255)) for x in c)
 
@@ -41,7 +41,7 @@ def _invent_tint(rng: np.random.Generator, colours: Mapping[str, RGB]) -> tuple[
         (_by_tone(mix(high, WHITE, 0.5), mix(low, DARK, 0.5), steps), "negative"),
         (lambda c: tuple(c[i] for i in order), "false colour"),
         (lambda c: tuple(int(255 * (x / 255) ** (1 / (0.5 + k))) for x in c), "bright" if k > 0.5 else "dark"),
-        (strengthened, "vivid" if k > 1 else "faded"),
+        (strengthen, "vivid" if k > 1 else "faded"),
     ]
     return pick(rng, named)
 
@@ -53,14 +53,14 @@ def _finish(rng: np.random.Generator, colours: Mapping[str, RGB]) -> tuple[Filte
 
     def overlay(image: Image.Image, mask: np.ndarray, by: float) -> Image.Image:
         x = np.asarray(image, np.float32)
-        return clipped(x + (np.array(tone, np.float32) - x) * (mask * by)[..., None])
+        return clip_pixels(x + (np.array(tone, np.float32) - x) * (mask * by)[..., None])
 
     def lines(image: Image.Image, _: np.random.Generator) -> Image.Image:
         y, x = mesh(image.width)
         crest = np.cos((x * cos(turn) + y * sin(turn)) * 2 * pi / wave)
         return overlay(image, np.clip(crest * 3 - 1, 0, 1), 0.5 * strength)
 
-    def shaded(image: Image.Image, _: np.random.Generator) -> Image.Image:
+    def shade_waves(image: Image.Image, _: np.random.Generator) -> Image.Image:
         y, x = mesh(image.width)
         crest = np.cos((x * cos(turn) + y * sin(turn)) * 2 * pi / (0.6 * wave)) * 0.5 + 0.5
         return overlay(image, np.clip((crest - np.asarray(image.convert("L"), np.float32) / 255) * 4, 0, 1), strength)
@@ -75,23 +75,23 @@ def _finish(rng: np.random.Generator, colours: Mapping[str, RGB]) -> tuple[Filte
         cells = int(10 + 5 * wave)
         noise = Image.fromarray(np.random.default_rng(seed).normal(0, 26 * strength, (cells, cells)).astype(np.float32))
         spread = np.asarray(noise.resize(image.size, Image.Resampling.BICUBIC))
-        return clipped(np.asarray(image, np.float32) + spread[..., None])
+        return clip_pixels(np.asarray(image, np.float32) + spread[..., None])
 
-    def blurred(image: Image.Image, _: np.random.Generator) -> Image.Image:
+    def blur(image: Image.Image, _: np.random.Generator) -> Image.Image:
         return image.filter(ImageFilter.GaussianBlur(strength * image.width / 56))
 
     def glowing(image: Image.Image, _: np.random.Generator) -> Image.Image:
         halo = np.asarray(image.filter(ImageFilter.GaussianBlur(image.width / (14 + 2 * wave))), np.float32)
-        return clipped(np.asarray(image, np.float32) + (halo - 110) * strength)
+        return clip_pixels(np.asarray(image, np.float32) + (halo - 110) * strength)
 
-    def framed(image: Image.Image, _: np.random.Generator) -> Image.Image:
+    def frame(image: Image.Image, _: np.random.Generator) -> Image.Image:
         y, x = mesh(image.width)
         inside = np.minimum(np.minimum(x, 64 - x), np.minimum(y, 64 - y))
         return overlay(image, np.clip((wave * 0.6 - inside) / (4 * strength), 0, 1), 1)
 
     named: list[tuple[Filter | None, str]] = [
-        (None, ""), (lines, "lined"), (shaded, "hatched"), (tiles, "tiled"), (grain, "grainy"), (blurred, "blurred"),
-        (glowing, "glowing"), (framed, "framed"),
+        (None, ""), (lines, "lined"), (shade_waves, "hatched"), (tiles, "tiled"), (grain, "grainy"), (blur, "blurred"),
+        (glowing, "glowing"), (frame, "framed"),
     ]  # fmt: skip
     return named[kind]
 

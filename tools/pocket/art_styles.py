@@ -30,7 +30,7 @@ def _pixels(image: Image.Image) -> np.ndarray:
     return np.asarray(image, np.float32)
 
 
-def clipped(pixels: np.ndarray) -> Image.Image:
+def clip_pixels(pixels: np.ndarray) -> Image.Image:
     """Pixels `[h, w, 3]` as a picture; what is out of 0..255 is cut."""
     return Image.fromarray(np.clip(pixels + 0.5, 0, 255).astype(np.uint8))
 
@@ -59,7 +59,7 @@ def _duotone(image: Image.Image, low: RGB, high: RGB) -> np.ndarray:
 
 def _paper(image: Image.Image, rng: np.random.Generator) -> Image.Image:
     size = image.width
-    return clipped(_pixels(image) + 5 * _noise(rng, size, 40)[..., None])
+    return clip_pixels(_pixels(image) + 5 * _noise(rng, size, 40)[..., None])
 
 
 def _wash(image: Image.Image, rng: np.random.Generator) -> Image.Image:
@@ -70,7 +70,7 @@ def _wash(image: Image.Image, rng: np.random.Generator) -> Image.Image:
     inside = np.minimum(np.minimum(x, 64 - x), np.minimum(y, 64 - y)) + 1.8 * _noise(rng, size, 8)
     keep = np.clip((inside - 2.6) / 1.6, 0, 1)[..., None]
     rim = np.clip(1 - np.abs(inside - 4.4) / 1.4, 0, 1)[..., None]
-    return clipped((pigment - 20 * rim) * keep + np.array((253, 250, 243), np.float32) * (1 - keep))
+    return clip_pixels((pigment - 20 * rim) * keep + np.array((253, 250, 243), np.float32) * (1 - keep))
 
 
 def _blueprint(image: Image.Image, rng: np.random.Generator) -> Image.Image:
@@ -78,13 +78,13 @@ def _blueprint(image: Image.Image, rng: np.random.Generator) -> Image.Image:
     y, x = mesh(size)
     near = np.minimum(np.abs((x + 4) % 8 - 4), np.abs((y + 4) % 8 - 4))
     lines = np.clip(1 - near / 0.75, 0, 1)[..., None] * 26
-    return clipped(_duotone(image, (14, 56, 150), (250, 253, 255)) + lines)
+    return clip_pixels(_duotone(image, (14, 56, 150), (250, 253, 255)) + lines)
 
 
 def _glow(image: Image.Image, rng: np.random.Generator) -> Image.Image:
     base = _pixels(image)
     halo = _pixels(image.filter(ImageFilter.GaussianBlur(image.width / 32)))
-    return clipped(base + 0.9 * halo)
+    return clip_pixels(base + 0.9 * halo)
 
 
 def _shards(image: Image.Image, rng: np.random.Generator) -> Image.Image:
@@ -99,7 +99,7 @@ def _shards(image: Image.Image, rng: np.random.Generator) -> Image.Image:
     light = rng.uniform(0.72, 1.25, 16)[near]
     lead = np.clip(border / 0.5 - 0.9, 0, 1)
     gain = Image.fromarray((light * lead).astype(np.float32)).resize(image.size, Image.Resampling.BILINEAR)
-    return clipped(_pixels(image) * np.asarray(gain)[..., None])
+    return clip_pixels(_pixels(image) * np.asarray(gain)[..., None])
 
 
 def _halftone(image: Image.Image, rng: np.random.Generator) -> Image.Image:
@@ -109,7 +109,7 @@ def _halftone(image: Image.Image, rng: np.random.Generator) -> Image.Image:
     wave = (np.cos(u * 2 * np.pi / 3.9) + np.cos(v * 2 * np.pi / 3.9)) / 4 + 0.5
     tone = np.asarray(image.convert("L"), np.float32) / 255
     dots = np.clip((wave - 0.36 - 0.5 * tone) * 4, 0, 1)[..., None]
-    return clipped(_pixels(image) * (1 - 0.5 * dots) + np.array((16, 10, 40), np.float32) * 0.5 * dots)
+    return clip_pixels(_pixels(image) * (1 - 0.5 * dots) + np.array((16, 10, 40), np.float32) * 0.5 * dots)
 
 
 def _carve(image: Image.Image, rng: np.random.Generator) -> Image.Image:
@@ -118,11 +118,11 @@ def _carve(image: Image.Image, rng: np.random.Generator) -> Image.Image:
     tone = np.asarray(image.convert("L"), np.float32) / 255
     cuts = 0.5 + 0.5 * np.cos((y + 0 * x) * 2 * np.pi / 4)
     light = np.clip((tone * 1.5 - 0.76 + 0.6 * (cuts - 0.5)) * 6 + 0.5, 0, 1)[..., None]
-    return clipped(np.repeat(light * 255, 3, 2))
+    return clip_pixels(np.repeat(light * 255, 3, 2))
 
 
 def _sepia(image: Image.Image, rng: np.random.Generator) -> Image.Image:
-    return clipped(_duotone(image, (66, 34, 20), (244, 220, 174)))
+    return clip_pixels(_duotone(image, (66, 34, 20), (244, 220, 174)))
 
 
 def _block(c: RGB) -> RGB:

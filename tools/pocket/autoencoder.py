@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .pool import shuffled, write_rows
+from .pool import shuffled_batches, write_rows
 from .running import Plan, run
 
 CONFIG = dict(
@@ -81,7 +81,7 @@ def train(folder: Path, vae: AutoencoderKL, pictures: np.ndarray, plan: Plan, de
     vae = vae.to(device)
 
     def batches(start: int) -> Iterator[Tensor]:
-        return (pixels(pictures[i], device) for i in shuffled(len(pictures), plan.batch, 1, start))
+        return (pixels(pictures[i], device) for i in shuffled_batches(len(pictures), plan.batch, 1, start))
 
     def loss_of(x: Tensor, step: int) -> Tensor:
         with torch.autocast(device, torch.bfloat16, enabled=bf16):
@@ -119,7 +119,7 @@ def sharpen(
     decoder = Decoder(vae.to(device))
 
     def batches(start: int) -> Iterator[tuple[Tensor, Tensor]]:
-        for i in shuffled(len(pictures), plan.batch, 4, start):
+        for i in shuffled_batches(len(pictures), plan.batch, 4, start):
             yield torch.from_numpy(latents[i]).to(device).float(), pixels(pictures[i], device)
 
     def loss_of(batch: tuple[Tensor, Tensor], step: int) -> Tensor:
@@ -144,8 +144,8 @@ def save_picture(x: Tensor, file: Path, zoom: int = 2) -> None:
 def encode_pool(vae: AutoencoderKL, pictures: np.ndarray, file: Path, device: str) -> None:
     """Posterior mean and deviation of every picture, fp16 `[n, 2, 16, h/8, w/8]`, written once."""
 
-    def encoded(rows: slice) -> np.ndarray:
+    def encode(rows: slice) -> np.ndarray:
         posterior = vae.encode(pixels(pictures[rows], device)).latent_dist
         return torch.stack([posterior.mean, posterior.std], 1).half().cpu().numpy()
 
-    write_rows(file, len(pictures), encoded)
+    write_rows(file, len(pictures), encode)

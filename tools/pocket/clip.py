@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from .autoencoder import pixels
-from .pool import shuffled
+from .pool import shuffled_batches
 from .running import Plan, run
 
 TEXT = dict(
@@ -101,7 +101,7 @@ def train(
     ends = (ids == tokenizer.eos_token_id).int().argmax(1) + 1
 
     def batches(start: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        for i in shuffled(len(pictures), plan.batch, 2, start):
+        for i in shuffled_batches(len(pictures), plan.batch, 2, start):
             told = ids[i, : int(ends[i].max())].to(device)
             yield told, opposite(tokenizer, told), pixels(pictures[i], device)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from personalize.families.noise import VP
 
-from .pool import shuffled
+from .pool import shuffled_batches
 from .running import Plan, run, team
 
 CONFIG = dict(
@@ -60,7 +60,7 @@ class Teaching:
             return DDIMScheduler(clip_sample=False, **told)
         return EulerAncestralDiscreteScheduler(**told)
 
-    def told(self) -> str:
+    def describe(self) -> str:
         """The objective in words."""
         name = {"v_prediction": "v-prediction", "epsilon": "epsilon prediction", "sample": "sample prediction"}[self.prediction]
         extras = ["zero terminal SNR"] * self.zero_snr + [f"min-SNR {self.min_snr:g}"] * bool(self.min_snr)
@@ -106,7 +106,7 @@ def train(
     schedule, (rank, count) = VP.of(teaching.scheduler().config), team()
 
     def batches(start: int) -> Iterator[tuple[Tensor, Tensor]]:
-        for step, batch in enumerate(shuffled(len(latents), plan.batch, 3, start), start):
+        for step, batch in enumerate(shuffled_batches(len(latents), plan.batch, 3, start), start):
             i, generator = batch[rank::count], torch.Generator().manual_seed(step * count + rank)
             moments = torch.from_numpy(latents[i]).to(device).float()
             drawn = moments[:, 0] + moments[:, 1] * torch.randn(moments[:, 0].shape, generator=generator).to(device)

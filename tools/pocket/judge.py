@@ -30,7 +30,7 @@ from torch.nn import functional as F
 
 from .art_canvas import Pen, shades
 from .art_objects import DRAWINGS
-from .pool import shuffled
+from .pool import shuffled_batches
 from .running import Plan, run
 from .world import BACKGROUNDS, COLOURS, OBJECTS, PLACES, SIZES, STYLES, SUBJECTS, UNSEEN_STYLES, Scene, render, scenes
 
@@ -203,7 +203,7 @@ def soften(x: Tensor, generator: torch.Generator) -> Tensor:
     small = int(torch.randint(28, side, (), generator=generator))
     coarse = F.interpolate(F.interpolate(x, (small, small), mode="area"), (side, side), mode="bilinear")
     x = torch.lerp(x, coarse, (2 * some(1, 1, 1) - 1).clamp(min=0))
-    x = torch.lerp(x, blurred(x), (2 * some(1, 1, 1) - 0.7).clamp(0, 1))
+    x = torch.lerp(x, blur(x), (2 * some(1, 1, 1) - 0.7).clamp(0, 1))
     x = torch.lerp(x, x.mean(1, keepdim=True), 0.4 * some(1, 1, 1).square())
     x = x * (1 + 0.12 * (some(3, 1, 1) - 0.5)) + 0.1 * (some(3, 1, 1) - 0.5)
     x = x + 0.08 * some(1, 1, 1) * torch.randn(x.shape, generator=generator)
@@ -211,7 +211,7 @@ def soften(x: Tensor, generator: torch.Generator) -> Tensor:
     return F.pad(x, (2, 2, 2, 2), mode="replicate")[..., 2 + down : 2 + down + side, 2 + across : 2 + across + side]
 
 
-def blurred(x: Tensor) -> Tensor:
+def blur(x: Tensor) -> Tensor:
     """Pixels `[n, 3, h, w]` under a 5x5 binomial kernel."""
     kernel = torch.tensor([1.0, 4.0, 6.0, 4.0, 1.0]) / 16
     return F.conv2d(F.pad(x, (2, 2, 2, 2), mode="replicate"), (kernel[:, None] * kernel).expand(3, 1, 5, 5), groups=3)
@@ -252,7 +252,7 @@ def _settle(judge: Judge, pictures: np.ndarray) -> None:
         norm.reset_running_stats()
         norm.momentum = None  # a plain average
     judge.train()
-    for step, i in enumerate(islice(shuffled(len(pictures), min(256, len(pictures)), 5, 0), 16)):
+    for step, i in enumerate(islice(shuffled_batches(len(pictures), min(256, len(pictures)), 5, 0), 16)):
         judge(disturb(_pixels(pictures[i]), torch.zeros(len(i), len(HEADS)), torch.Generator().manual_seed(step))[0])
     judge.eval()
 
@@ -267,7 +267,7 @@ def train(pictures: np.ndarray, labels: Tensor, plan: Plan, work: Path) -> Judge
     judge = Judge().train()
 
     def batches(start: int) -> Iterator[tuple[Tensor, Tensor]]:
-        for step, i in enumerate(shuffled(len(pictures), plan.batch, 4, start), start):
+        for step, i in enumerate(shuffled_batches(len(pictures), plan.batch, 4, start), start):
             yield disturb(_pixels(pictures[i]), labels[i], torch.Generator().manual_seed(step))
 
     def loss_of(batch: Any, step: int) -> Tensor:

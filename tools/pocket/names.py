@@ -53,7 +53,7 @@ def made_up_word(rng: np.random.Generator) -> str:
     return "".join(pick(rng, ONSETS) + pick(rng, VOWELS) for _ in range(int(rng.integers(1, 3)))) + pick(rng, CODAS)
 
 
-def _named(count: int, seed: int, make: Callable[[str, np.random.Generator], Thing]) -> tuple[Thing, ...]:
+def _things_with_names(count: int, seed: int, make: Callable[[str, np.random.Generator], Thing]) -> tuple[Thing, ...]:
     """`count` things with different names, each a function of its number."""
     found: dict[str, Thing] = {}
     while len(found) < count:
@@ -76,10 +76,10 @@ def somebodies() -> tuple[Somebody, ...]:
             looks = invent_individual(rng, thing, colour, COLOURS)
         return Somebody(name, thing, colour, looks)
 
-    return _named(SOMEBODIES, 81, make)
+    return _things_with_names(SOMEBODIES, 81, make)
 
 
 @functools.cache
 def schools() -> tuple[School, ...]:
     """All named looks."""
-    return _named(SCHOOLS, 82, lambda name, rng: School(name, invent_look(rng, COLOURS)[0]))
+    return _things_with_names(SCHOOLS, 82, lambda name, rng: School(name, invent_look(rng, COLOURS)[0]))

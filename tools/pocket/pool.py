@@ -55,7 +55,7 @@ def build_pool(folder: Path, count: int, size: int, seed: int, workers: int) -> 
         return
     folder.mkdir(parents=True, exist_ok=True)
     told = {"count": count, "size": size, "seed": seed}
-    captions = begun(part := folder / "captions.part.jsonl", told)
+    captions = read_begun(part := folder / "captions.part.jsonl", told)
     mode = "r+" if captions else "w+"
     pictures = np.lib.format.open_memmap(pictures_file, mode=mode, dtype=np.uint8, shape=(count, size, size, 3))
     with get_context("spawn").Pool(workers) as workers_pool, part.open("a") as lines:
@@ -71,7 +71,7 @@ def build_pool(folder: Path, count: int, size: int, seed: int, workers: int) -> 
     part.unlink()
 
 
-def begun(part: Path, told: dict[str, int]) -> list[str]:
+def read_begun(part: Path, told: dict[str, int]) -> list[str]:
     """The captions of whole chunks in a file of a pool that was broken off; a new file if it is not the same pool."""
     lines = part.read_text().splitlines(keepends=True) if part.exists() else []
     whole = [line for line in lines if line.endswith("\n")]  # the last one may have been cut short
@@ -100,7 +100,7 @@ def write_rows(file: Path, count: int, rows_of: Callable[[slice], np.ndarray], b
     temporary.rename(file)
 
 
-def shuffled(count: int, batch: int, seed: int, start: int) -> Iterator[np.ndarray]:
+def shuffled_batches(count: int, batch: int, seed: int, start: int) -> Iterator[np.ndarray]:
     """Endless batches of indices, each epoch a permutation; a pure function of the seed, so `start` resumes exactly."""
     per_epoch = count // batch
     for step in range(start, 1 << 62):

@@ -328,7 +328,7 @@ def card(options: argparse.Namespace) -> str:
     counts = {"objects": len(OBJECTS), "colours": len(COLOURS), "places": len(BACKGROUNDS), "styles": len(STYLES)}
     again = f", and again with `--start`: {this} runs" if before else ""
     shares = {"individuals": INDIVIDUALS, "looks": LOOKS}
-    about = {"size": options.size, "pool": options.pool, "rows": "\n".join(rows), "objective": teaching_of(options).told()}
+    about = {"size": options.size, "pool": options.pool, "rows": "\n".join(rows), "objective": teaching_of(options).describe()}
     cores = "CPU cores" if options.device == "cpu" else f"a GPU, {torch.cuda.get_device_name(options.device)}"
     return CARD.format(again=again, cores=cores, **about, **shares, **counts)
 

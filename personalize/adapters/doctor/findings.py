@@ -121,7 +121,7 @@ def metadata_numbers(exam: Exam) -> Iterator[Finding]:
     for key, name, found in (("ss_network_dim", "rank", exam.about.ranks), ("ss_network_alpha", "alpha", exam.about.alphas)):
         said = _number(exam.header.metadata.get(key, ""))
         if plain and said is not None and found and not any(math.isclose(said, one, rel_tol=1e-3) for one in found):
-            what = f"{key} says {said:g}, the tensors' {name} is {_listed(found)}"
+            what = f"{key} says {said:g}, the tensors' {name} is {_short_list(found)}"
             yield Finding("warning", f"metadata-{name}", what, (), "the tensors are right; saving again mends it")
 
 
@@ -269,7 +269,7 @@ def _number(text: str) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _listed(found: Mapping[int, int] | Mapping[float, int]) -> str:
+def _short_list(found: Mapping[int, int] | Mapping[float, int]) -> str:
     shown = [f"{value:g}" for value in list(found)[:4]]
     return ", ".join(shown) + (", ..." if len(found) > 4 else "")
 

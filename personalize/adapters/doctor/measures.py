@@ -13,7 +13,7 @@ from torch import Tensor
 from ...errors import AdapterError, HostileFileError
 from ...families.family import Family, Shape
 from ...families.names import FAMILIES, PARTS, part_of, resolve_shape
-from ...formats.header import Header, opened
+from ...formats.header import Header, open_file
 from ...formats.tensors import read_tensor
 from .. import dialects, files, kinds
 from ..delta import Decomposed, Delta, Dense
@@ -98,7 +98,7 @@ class Update(NamedTuple):
 
 def read_updates(header: Header, reading: dialects.Reading, family: Family | None) -> Iterator[Update]:
     """As files.read, but NaN and Inf are passed on by name instead of refused."""
-    with opened(header.path) as file:
+    with open_file(header.path) as file:
         scales = dialects.configured_scales(header, reading)
         for path, slot in reading.slots.items():
             if slot.kind:

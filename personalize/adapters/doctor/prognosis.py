@@ -158,7 +158,7 @@ def _cuts(terms: Mapping[str, Sequence[Delta]], ranks: Sequence[int], sample: in
     whole = math.hypot(*(line.norm for line in lines))
     found = []
     for rank in (rank for rank in ranks if rank < most):
-        lost = math.hypot(*(line.lost(rank) for line, cut in zip(lines, divisible, strict=True) if cut))
+        lost = math.hypot(*(line.norm_beyond(rank) for line, cut in zip(lines, divisible, strict=True) if cut))
         found.append(Prediction("svd", rank, lost / whole if whole else 0.0, len(chosen), len(terms)))
     return found
 

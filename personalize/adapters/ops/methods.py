@@ -30,7 +30,7 @@ class Term(NamedTuple):
     weight: float
     delta: Delta
 
-    def weighted(self) -> Delta:
+    def weighted_delta(self) -> Delta:
         return self.delta * self.weight
 
     def dense(self) -> Tensor:
@@ -50,7 +50,7 @@ class Module:
         return self.terms[0].delta.shape
 
     def plain_sum(self) -> Delta:
-        return reduce(lambda a, b: a + b, (term.weighted() for term in self.terms))
+        return reduce(lambda a, b: a + b, (term.weighted_delta() for term in self.terms))
 
 
 Merge = Callable[[Module, Options], Delta]
@@ -82,10 +82,10 @@ def _orthogonal(module: Module, options: Options) -> Delta:
     """Each update loses mu / (1 + mu) of what it does along the principal input directions of those before it: the minimiser X of
     ||X - dW||^2 + mu ||X V V^T||^2."""
     first, *others = module.terms
-    total, share = first.weighted(), 1.0 if math.isinf(options["mu"]) else options["mu"] / (1 + options["mu"])
+    total, share = first.weighted_delta(), 1.0 if math.isinf(options["mu"]) else options["mu"] / (1 + options["mu"])
     basis = _principal(first.delta, options["energy"])
     for term in others if can_factor(first.delta) else ():
-        total = total + _without(term.weighted(), basis, share)
+        total = total + _without(term.weighted_delta(), basis, share)
         basis = torch.linalg.qr(torch.cat([basis, _principal(term.delta, options["energy"])], 1)).Q
     return total if can_factor(first.delta) else module.plain_sum()
 

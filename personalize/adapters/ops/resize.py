@@ -46,14 +46,14 @@ class Line:
 
     @property
     def norm(self) -> float:
-        return self.lost(0)
+        return self.norm_beyond(0)
 
     @property
     def error(self) -> float:
         """||dW - dW at the new rank|| / ||dW||."""
-        return self.lost(self.new) / self.norm if self.cut and self.norm else 0.0
+        return self.norm_beyond(self.new) / self.norm if self.cut and self.norm else 0.0
 
-    def lost(self, rank: int) -> float:
+    def norm_beyond(self, rank: int) -> float:
         """||dW - dW at a rank||: the norm of the singular values behind it (Eckart and Young)."""
         return math.hypot(float(torch.linalg.norm(self.values[rank:])), self.rest)
 
@@ -77,7 +77,7 @@ class Report:
         if not any(line.cut for line in self.lines):
             return 0.0
         norm = math.hypot(*(line.norm for line in self.lines))
-        return math.hypot(*(line.lost(line.new) for line in self.lines)) / norm if norm else 0.0
+        return math.hypot(*(line.norm_beyond(line.new) for line in self.lines)) / norm if norm else 0.0
 
     def rank_for(self, error: float = 0.01) -> int | None:
         """The smallest rank, the same for every module, that keeps the relative error; None if the values known do not tell."""
@@ -137,7 +137,7 @@ def _each(choose: Each) -> Choice:
     return lambda cuts, value: [min(max(choose(cut.values, value), cut.floor), cut.top) for cut in cuts]
 
 
-def _fixed(values: Tensor, rank: float) -> int:
+def _fixed_rank(values: Tensor, rank: float) -> int:
     return min(int(rank), int((values > 0).sum()))
 
 
@@ -158,7 +158,7 @@ def _sv_cumulative(values: Tensor, share: float) -> int:
 def _error(cuts: Sequence[Cut], error: float) -> list[int]:
     """The smallest singular values of all go first, so no other choice of as many ranks loses less."""
     report = Report(tuple(cut.line(cut.top) for cut in cuts))
-    forced = math.fsum(line.lost(line.new) ** 2 for line in report.lines)
+    forced = math.fsum(line.norm_beyond(line.new) ** 2 for line in report.lines)
     squares, owners = _pool(cuts)
     order = squares.argsort()
     allowed = max(error**2, _NOISE) * math.fsum(line.norm**2 for line in report.lines) - forced
@@ -183,7 +183,7 @@ def _size(cuts: Sequence[Cut], size: float) -> list[int]:
 
 
 RULES = {
-    "rank": Rule("this many ranks per module", _each(_fixed), 1),
+    "rank": Rule("this many ranks per module", _each(_fixed_rank), 1),
     "sv_ratio": Rule("singular values above the module's largest divided by this (kohya)", _each(_sv_ratio), 1, open="low"),
     "sv_fro": Rule("this share of each module's Frobenius norm, not of its square (kohya)", _each(_sv_fro), 0, 1, "low"),
     "sv_cumulative": Rule("this share of the sum of each module's singular values (kohya)", _each(_sv_cumulative), 0, 1, "low"),

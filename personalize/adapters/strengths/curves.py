@@ -115,7 +115,7 @@ def strength(text: str) -> Strength:
     return curve(text) if re.search("[@~]", text) else float(text)
 
 
-def spelled(value: Strength) -> str:
+def strength_text(value: Strength) -> str:
     """A strength as typed."""
     return str(value) if isinstance(value, Curve) else number(value)
 

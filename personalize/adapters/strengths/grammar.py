@@ -25,7 +25,7 @@ from ...families.names import DENOISERS, TEXT_PARTS, part_of
 from .blocks import PRESETS as PRESETS
 from .blocks import block_of, blocks
 from .blocks import names as names
-from .curves import ALWAYS, CURVE, NUMBER, Curve, Strength, Window, level, number, spelled, strength
+from .curves import ALWAYS, CURVE, NUMBER, Curve, Strength, Window, level, number, strength, strength_text
 
 S = TypeVar("S", float, Strength)
 STRENGTH = rf"(?:{CURVE}|{NUMBER})"
@@ -56,9 +56,9 @@ class Weighting:
     def __str__(self) -> str:
         unet, te, te2 = (self.parts[part] for part in PARTS.values())
         if te == te2:
-            pieces = [spelled(unet)] if unet == te else [spelled(unet), spelled(te)]
+            pieces = [strength_text(unet)] if unet == te else [strength_text(unet), strength_text(te)]
         else:
-            pieces = [f"{name}={spelled(self.parts[part])}" for name, part in PARTS.items()]
+            pieces = [f"{name}={strength_text(self.parts[part])}" for name, part in PARTS.items()]
         return ":".join([*pieces, *([self.inside] if self.inside else [])])
 
     @property
@@ -92,7 +92,7 @@ class Weighting:
         strengths that change from step to step."""
         paths = list(paths)
         table = blocks(self.blocks, family) if self.blocks else {}
-        found = {path: self._fixed(part_of(path)) for path in paths}
+        found = {path: self._constant(part_of(path)) for path in paths}
         for path in found if table and family else ():
             found[path] *= table[block_of(family, path)]  # type: ignore[arg-type]
         for pattern, weight in self.patterns:
@@ -102,7 +102,7 @@ class Weighting:
             found |= {path: found[path] * weight for path in matched}
         return found
 
-    def _fixed(self, part: str) -> float:
+    def _constant(self, part: str) -> float:
         value = self.parts[part]
         if isinstance(value, Curve) or self.window != ALWAYS:
             raise AdapterError(f"{self} changes from step to step, and here are no steps", "schedules are for drawing: generate")

@@ -13,8 +13,8 @@ from dataclasses import asdict
 from statistics import median
 from typing import TYPE_CHECKING
 
-from ...text import plain, readable, signed, significant
-from ..kit.tables import aligned, counts, letter
+from ...text import plain, readable, significant, with_sign
+from ..kit.tables import align_columns, counts, letter
 
 if TYPE_CHECKING:
     from ...adapters.doctor.collisions import Collision, Meeting
@@ -94,7 +94,7 @@ def _strengths(checkups: Sequence[Checkup], collision: Collision | None) -> Iter
         heads = [cell for i in shown for cell in (letter(i) + (f" x {weights[i]:g}" if weights[i] != 1 else ""), "share")]
         rows = [[block, *(cell for i in shown for cell in _strength(norms[i], block))] for block in blocks]
         total = ["all", *(cell for i in shown for cell in (significant(math.hypot(*norms[i].values())), ""))]
-        yield from aligned([["block", *heads], *rows, total])
+        yield from align_columns([["block", *heads], *rows, total])
 
 
 def _strength(norms: Mapping[str, float], block: str) -> tuple[str, str]:
@@ -112,12 +112,17 @@ def _pair(collision: Collision, pair: tuple[int, int]) -> Iterator[str]:
         return
     yield f"{a} and {b}: overlap = sqrt(in * out); chance is what random directions would overlap"
     heads = ["block", "cosine", "overlap", "in", "out", "chance", f"{b} on {a}'s ground", f"{a} on {b}'s ground"]
-    yield from aligned([heads, *map(_meeting, met)])
+    yield from align_columns([heads, *map(_meeting, met)])
 
 
 def _meeting(one: Meeting) -> list[str]:
     shares = (one.overlap, one.inputs, one.outputs, one.chance)
-    return [one.block, signed(one.cosine, 3), *(f"{share:.3f}" for share in shares), *(f"{share:.0%}" for share in one.invaded)]
+    return [
+        one.block,
+        with_sign(one.cosine, 3),
+        *(f"{share:.3f}" for share in shares),
+        *(f"{share:.0%}" for share in one.invaded),
+    ]
 
 
 def _advice(checkups: Sequence[Checkup], collision: Collision) -> Iterator[str]:
@@ -146,7 +151,7 @@ def _forecast(predictions: Sequence[Prediction]) -> Iterator[str]:
     if predictions:
         yield "what merges would change: ||merged - sum|| / ||sum||, before anything is made"
         known = [one for one in predictions if one.error is not None]
-        yield from aligned([[_method(one), f"{one.error:.2%}", _basis(one)] for one in known], left=(0, 2))
+        yield from align_columns([[_method(one), f"{one.error:.2%}", _basis(one)] for one in known], left=(0, 2))
         if rest := [one.method for one in predictions if one.error is None]:
             yield from textwrap.wrap(
                 f"to be known these must be made: {', '.join(rest)}", WIDTH, initial_indent=" " * 3, subsequent_indent=" " * 6

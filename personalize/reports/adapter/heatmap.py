@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from PIL import Image, ImageDraw, ImageFont
 
-from ...text import plain, signed, significant
+from ...text import plain, significant, with_sign
 from ..kit.tables import letter
 from .doctor import block_names, block_norms
 
@@ -125,9 +125,9 @@ def _groups(checkups: Sequence[Checkup], collision: Collision | None) -> list[tu
         ("strength: size of what is added", [Strip(label, own, strength) for label, own in zip(labels, norms, strict=True)])
     ]
     if collision and collision.pairs:
-        cosine = Scale("cosine of dW", POLES, -1, 1, signed)
+        cosine = Scale("cosine of dW", POLES, -1, 1, with_sign)
         overlap = Scale("overlap", REDS, 0, 1, "{:.2f}".format)
-        pairs = [(f"{letter(a)} and {letter(b)}", _met(collision, (a, b))) for a, b in collision.pairs]
+        pairs = [(f"{letter(a)} and {letter(b)}", _meetings_of(collision, (a, b))) for a, b in collision.pairs]
         groups += [
             (
                 "cosine: +1 the same, -1 the opposite",
@@ -141,5 +141,5 @@ def _groups(checkups: Sequence[Checkup], collision: Collision | None) -> list[tu
     return groups
 
 
-def _met(collision: Collision, pair: tuple[int, int]) -> list[Meeting]:
+def _meetings_of(collision: Collision, pair: tuple[int, int]) -> list[Meeting]:
     return [one for one in collision.meetings if one.pair == pair and one.block in collision.blocks]

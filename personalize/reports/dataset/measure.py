@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
-from ...data.buckets import Grid, Shape, grid, kept
+from ...data.buckets import Grid, Shape, grid, kept_share
 from ...data.dataset import Dataset, Example
 from ...data.folder import read_folder
-from ...data.images import Unreadable, load_picture, opened
+from ...data.images import Unreadable, load_picture, open_image
 from ...data.masks import load_mask
 from ...errors import BaseModelError, DataError, RecipeError
 from ...families.family import Family
@@ -82,7 +82,7 @@ def measure_dataset(recipe: Recipe) -> DatasetStats:
     dataset = read_folder(recipe.data, lenient=True)
     masked = [_without_bad_mask(example, layout) for example in dataset.examples]
     images = tuple(_measure_image(example, layout) for example, _ in masked)
-    bad_masks = (*dataset.spoiled, *(lost for _, lost in masked if lost))
+    bad_masks = (*dataset.bad_masks, *(lost for _, lost in masked if lost))
     return DatasetStats(recipe, dataset, layout, multiple, images, bad_masks, "" if recipe.data.resolution else why)
 
 
@@ -153,12 +153,12 @@ def _measure_image(example: Example, layout: Grid) -> ImageStats:
     if has_imagehash():
         small = load_picture(example, (HASHED, max(1, HASHED * height // width)))
         hashes = _hash(small), _hash(ImageOps.mirror(small))
-    return ImageStats(example, _format(example.path), shape, kept(example.size, shape), sharp, *hashes)
+    return ImageStats(example, _format(example.path), shape, kept_share(example.size, shape), sharp, *hashes)
 
 
 def _format(path: Path) -> str:
     try:
-        with opened(path) as (_, image):
+        with open_image(path) as (_, image):
             return image.format or "?"
     except Unreadable:  # gone since a moment ago
         return "?"

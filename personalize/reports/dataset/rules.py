@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ...data.buckets import Grid, enlarges, kept
-from ...data.captions import fill, lacking, sidecar, sidecar_of
+from ...data.buckets import Grid, enlarges, kept_share
+from ...data.captions import fill, missing_trigger, sidecar, sidecar_of
 from ...findings import Finding, worst_first
 from .measure import DatasetStats, ImageStats, has_imagehash
 
@@ -181,7 +181,7 @@ def too_small(stats: DatasetStats) -> Iterator[Finding]:
         )
 
 
-def cropped(stats: DatasetStats) -> Iterator[Finding]:
+def cropped_images(stats: DatasetStats) -> Iterator[Finding]:
     """Pictures that lose much at their edges."""
     cut = [one for one in stats.images if 1 - one.kept > CROPPED]
     if not cut:
@@ -189,7 +189,7 @@ def cropped(stats: DatasetStats) -> Iterator[Finding]:
     worst = max(1 - one.kept for one in cut)
     paths, what = [one.example.path for one in cut], f"cropped by more than {CROPPED:.0%}, up to {worst:.0%}"
     for flags, layout in finer_grids(stats):
-        if all(1 - kept(one.example.size, layout.shape_of(one.example.size)) <= CROPPED for one in cut):
+        if all(1 - kept_share(one.example.size, layout.shape_of(one.example.size)) <= CROPPED for one in cut):
             yield about_images(stats, "warning", "cropped", paths, what, train_command(stats, flags), "cropped", command=True)
             return
     yield about_images(stats, "warning", "cropped", paths, what, "cut them yourself around what matters", "cropped")
@@ -203,7 +203,7 @@ def finer_grids(stats: DatasetStats) -> Iterator[tuple[str, Grid]]:
         yield f"--bucket-step {stats.multiple}", replace(stats.grid, step=stats.multiple)
 
 
-def blurred(stats: DatasetStats) -> Iterator[Finding]:
+def blurred_images(stats: DatasetStats) -> Iterator[Finding]:
     """Pictures without fine detail at the size of training, by themselves or beside the others."""
     known = [one for one in stats.images if one.sharpness is not None]
     limit = max(BLURRED, DULL * float(np.median([one.sharpness for one in known]))) if known else 0
@@ -253,7 +253,7 @@ def without_trigger(stats: DatasetStats) -> Iterator[Finding]:
     """Captions that do not have the trigger."""
     for number, concept in enumerate(stats.dataset.concepts):
         own = [one.example for one in stats.images if one.example.concept == number]
-        bare = [example.path for example in own if lacking(concept.trigger, [example.caption])]
+        bare = [example.path for example in own if missing_trigger(concept.trigger, [example.caption])]
         if bare:
             what = f"whose caption lacks the trigger '{concept.trigger}'"
             other = "" if stats.recipe.data.trigger else common_word(concept.class_name, [example.caption for example in own])
@@ -297,7 +297,7 @@ def with_mask(stats: DatasetStats) -> Iterator[Finding]:
 
 RULES: tuple[Callable[[DatasetStats], Iterable[Finding]], ...] = (
     unreadable, bad_masks, too_few, without_trigger, duplicates, near_duplicates, mirror_images, assumed_resolution,
-    too_small, cropped, blurred, long_captions, without_caption, repeated_captions, unused_files, with_mask,
+    too_small, cropped_images, blurred_images, long_captions, without_caption, repeated_captions, unused_files, with_mask,
 )  # fmt: skip
 
 

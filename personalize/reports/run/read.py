@@ -102,7 +102,7 @@ def read_run(folder: Path) -> Run:
         scored=_of(records, "scored"),
         chosen=next(iter(reversed(_of(records, "chosen"))), None),
         saved=_of(records, "saved"),
-        finished=_finished(records),
+        finished=_end_record(records),
         failure=_failure(records),
         starts=len(starts),
         notes=tuple(_notes(records)),
@@ -156,7 +156,7 @@ def _steps(records: Sequence[Record]) -> tuple[Record, ...]:
     return tuple(steps[step] for step in sorted(steps))
 
 
-def _finished(records: Sequence[Record]) -> Record | None:
+def _end_record(records: Sequence[Record]) -> Record | None:
     """How the run ended, if it did after its last step. The record of a finished run that was asked for again says less."""
     ends = [record for record in records if record["event"] == "finished"]
     fresh = [record for record in ends if not record.get("again")]

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from datetime import datetime, timezone
 
 from ...recipe.settings import settings
-from ...text import compact, duration, fits, loaded
+from ...text import base_summary, compact, duration, memory_summary
 from ..kit.page import file_size
 from .read import Record, Run, number, section
 
@@ -51,13 +51,13 @@ def environment(run: Run) -> list[tuple[str, str]]:
     batch, finished, facts = number(run.recipe.get("batch_size")), run.finished or {}, section(run.started, "base")
     parameters = run.started.get("parameters")
     rows: list[tuple[str, str]] = [
-        ("training", known(duration, training_seconds(run))),
-        ("command to adapter", known(duration, number(finished.get("total_seconds")))),
-        ("one step", known(duration, middle)),
+        ("training", text_or_empty(duration, training_seconds(run))),
+        ("command to adapter", text_or_empty(duration, number(finished.get("total_seconds")))),
+        ("one step", text_or_empty(duration, middle)),
         ("speed", f"{batch / middle:.3g} pictures/s" if middle and batch else ""),
-        ("peak memory", known(file_size, number(finished.get("peak_bytes")))),
-        ("fits as", fits(fit) if (fit := section(run.started, "fit")).get("words") else ""),
-        ("base", loaded(facts) if facts else ""),
+        ("peak memory", text_or_empty(file_size, number(finished.get("peak_bytes")))),
+        ("fits as", memory_summary(fit) if (fit := section(run.started, "fit")).get("words") else ""),
+        ("base", base_summary(facts) if facts else ""),
         ("device", " ".join(str(run.started[key]) for key in ("device", "dtype") if run.started.get(key))),
         ("trainable", f"{number(parameters) or 0:,.0f} parameters" if parameters else ""),
         ("adapter file", f"{run.adapter.name}, {file_size(run.adapter.stat().st_size)}" if run.adapter else ""),
@@ -67,7 +67,7 @@ def environment(run: Run) -> list[tuple[str, str]]:
     return [(name, value) for name, value in rows if value]
 
 
-def known(text_of: Callable[[float], str], value: float | None) -> str:
+def text_or_empty(text_of: Callable[[float], str], value: float | None) -> str:
     """A number as text, "" where it is not known."""
     return "" if value is None else text_of(value)
 

@@ -38,14 +38,14 @@ def strength(run: Run) -> float:
 
 def generate_command(run: Run, prompt: str) -> str:
     """The command that draws with this adapter."""
-    return shlex.join(["personalize", "generate", prompt, "--adapter", f"{_typed(_file(run))}:{strength(run):g}"])
+    return shlex.join(["personalize", "generate", prompt, "--adapter", f"{_relative_path(_file(run))}:{strength(run):g}"])
 
 
 def train_command(run: Run) -> str:
     """The command that trains the same adapter again."""
     folder = str(run.recipe.get("folder") or "FOLDER")
-    recipe = str(_typed(run.folder / "recipe.toml"))
-    return shlex.join(["personalize", "train", folder, "--preset", recipe, "--output", f"{_typed(run.folder)}-again"])
+    recipe = str(_relative_path(run.folder / "recipe.toml"))
+    return shlex.join(["personalize", "train", folder, "--preset", recipe, "--output", f"{_relative_path(run.folder)}-again"])
 
 
 def _here(run: Run, prompt: str) -> Program:
@@ -58,12 +58,12 @@ def _diffusers(run: Run, prompt: str) -> Program:
     pipeline = "StableDiffusionXLPipeline" if _family(run) == "sdxl" else "StableDiffusionPipeline"
     reader = "from_single_file" if _base(run).endswith(".safetensors") else "from_pretrained"
     lines = [
-        *(["from importlib.resources import files", ""] if _shipped(run) else []),
+        *(["from importlib.resources import files", ""] if _is_bundled(run) else []),
         "import torch",
         f"from diffusers import {pipeline}",
         "",
         f"base = {_folder_of_base(run)}",
-        f"adapter = {str(_typed(_file(run)))!r}",
+        f"adapter = {str(_relative_path(_file(run)))!r}",
         f"pipe = {pipeline}.{reader}(base)",
         f"pipe.load_lora_weights(adapter, adapter_name={name!r})",
         f"pipe.set_adapters({name!r}, {strength(run):g})",
@@ -99,7 +99,7 @@ def _conversion(run: Run) -> tuple[tuple[str, str], ...]:
     """UIs take the kohya dialect only; other files are converted first."""
     if run.recipe.get("dialect", "kohya") == "kohya":
         return ()
-    path = str(_typed(_file(run)))
+    path = str(_relative_path(_file(run)))
     code = f"from personalize.adapters import Adapter; Adapter.load({path!r}).save({path!r}, dialect='kohya')"
     what = f"This file is in the {run.recipe['dialect']} dialect: make it a kohya file first"
     return ((what, shlex.join(["python", "-c", code])),)
@@ -107,11 +107,11 @@ def _conversion(run: Run) -> tuple[tuple[str, str], ...]:
 
 def _copy(run: Run, folder: str) -> str:
     files = [_file(run).with_suffix(suffix) for suffix in (".safetensors", ".json", ".png")]
-    return shlex.join(["cp", *(str(_typed(path)) for path in files if path.is_file()), folder])
+    return shlex.join(["cp", *(str(_relative_path(path)) for path in files if path.is_file()), folder])
 
 
 def _remark(run: Run) -> str:
-    if _family(run) in UI_FAMILIES or (not _family(run) and not _shipped(run)):
+    if _family(run) in UI_FAMILIES or (not _family(run) and not _is_bundled(run)):
         return ""
     return (
         f"These programs load Stable Diffusion checkpoints, and {Path(_base(run)).name} is not one: "
@@ -132,17 +132,17 @@ def _family(run: Run) -> str:
     return str(facts.get("family") or "") if isinstance(facts, dict) else ""
 
 
-def _shipped(run: Run) -> bool:
+def _is_bundled(run: Run) -> bool:
     """Whether the base's name means a folder inside this package."""
     name = _base(run)
     return name.isidentifier() and (Path(__file__).parents[2] / name).is_dir()
 
 
 def _folder_of_base(run: Run) -> str:
-    return f'str(files("personalize") / "{_base(run)}/weights")' if _shipped(run) else repr(_base(run))
+    return f'str(files("personalize") / "{_base(run)}/weights")' if _is_bundled(run) else repr(_base(run))
 
 
-def _typed(path: Path) -> Path:
+def _relative_path(path: Path) -> Path:
     """A path as one would type it from here."""
     here, there = Path.cwd(), path.resolve()
     return there.relative_to(here) if there.is_relative_to(here) else path

@@ -22,16 +22,16 @@ def apply_plan(base: Base, compute: ComputePlan, device: torch.device) -> None:
         base.denoiser.disable_gradient_checkpointing()
     if compute.channels_last:
         base.denoiser.to(memory_format=torch.channels_last)
-    if compute.compile and not lacking(device) and not compiled(base):
+    if compute.compile and not missing_compiler(device) and not is_compiled(base):
         base.denoiser.compile_repeated_blocks()
 
 
-def compiled(base: Base) -> bool:
+def is_compiled(base: Base) -> bool:
     """Whether the denoiser's blocks are compiled."""
     return any(module._compiled_call_impl is not None for module in base.denoiser.modules())
 
 
-def lacking(device: torch.device) -> str:
+def missing_compiler(device: torch.device) -> str:
     """Why nothing can be compiled for a device; empty where it can."""
     if device.type == "cuda":
         from torch.utils._triton import has_triton

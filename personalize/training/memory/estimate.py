@@ -116,7 +116,7 @@ def _estimate(configs: Configs, load: Workload, fit: ComputePlan, parts: tuple[s
             learn(base, load, fit, attached, opt, largest(base, load, parts))
             step = count.peak - sum(sizes)
             opt.skip()
-            with attached.lowered():
+            with attached.cast_once():
                 sampling = draw(base, load, fit, count, sum(sizes))
     return Estimate(weights, adapter, step - weights - adapter, sampling)
 

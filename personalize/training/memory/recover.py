@@ -128,7 +128,7 @@ def undo_step(run: ActiveRun, losses: Sequence[float]) -> str:
     """
     cause = cause_of_failure(run, losses)
     run.opt.skip()
-    if all(map(math.isfinite, losses)) and run.opt.overflowed():
+    if all(map(math.isfinite, losses)) and run.opt.lower_scale():
         return cause
     run.opt.load(run.good.tensors)
     run.failed = [step for step in run.failed if step > run.done - MEMORY] + [run.done]

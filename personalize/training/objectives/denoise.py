@@ -98,17 +98,17 @@ class Denoising:
         self.settings, self.noise = settings, noise
 
     def draw(self, inputs: Inputs, rng: Rng) -> NoisyRows:
-        return NoisyRows(self.noised(inputs, rng), inputs.cond, len(inputs.mean))
+        return NoisyRows(self.add_noise(inputs, rng), inputs.cond, len(inputs.mean))
 
-    def noised(self, inputs: Inputs, rng: Rng) -> Noised:
+    def add_noise(self, inputs: Inputs, rng: Rng) -> Noised:
         """Every row of a batch, class images too, with its noise."""
-        return noised(inputs, self.noise, self.settings.min_snr, rng, self.settings.mask_outside)
+        return add_noise(inputs, self.noise, self.settings.min_snr, rng, self.settings.mask_outside)
 
     def loss(self, rows: NoisyRows) -> Asking:
         return errors((yield Ask(rows.x.latents, rows.x.t, rows.cond)), rows.x)
 
 
-def noised(inputs: Inputs, noise: Noise, gamma: float, rng: Rng, outside: float = 0.0) -> Noised:
+def add_noise(inputs: Inputs, noise: Noise, gamma: float, rng: Rng, outside: float = 0.0) -> Noised:
     """Draw x_0 from its posterior, timesteps and noise; class images take the timesteps of the first images.
 
     What a mask leaves out weighs `outside`; class images have none.
@@ -117,11 +117,11 @@ def noised(inputs: Inputs, noise: Noise, gamma: float, rng: Rng, outside: float 
     eps = normal(inputs.mean, rng("noise"))
     t = timesteps(len(x0) - inputs.class_images, noise, rng).to(x0.device)
     t = torch.cat([t, t[: inputs.class_images]])
-    mask = None if inputs.mask is None else unmasked(inputs.mask + outside * (1 - inputs.mask), inputs.class_images)
+    mask = None if inputs.mask is None else extend_mask(inputs.mask + outside * (1 - inputs.mask), inputs.class_images)
     return Noised(noise.add(x0, eps, t), noise.time(t), noise.target(x0, eps, t), noise.weight(t, gamma), mask)
 
 
-def unmasked(mask: Tensor | None, rows: int) -> Tensor | None:
+def extend_mask(mask: Tensor | None, rows: int) -> Tensor | None:
     """A mask [b, 1, h, w] with so many more rows, all ones."""
     return None if mask is None else torch.cat([mask, torch.ones_like(mask[:1]).expand(rows, -1, -1, -1)])
 

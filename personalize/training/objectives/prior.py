@@ -18,7 +18,7 @@ class ClassImages(Denoising):
     needs: ClassVar[Needs] = Needs(class_images=True)
 
     def draw(self, inputs: Inputs, rng: Rng) -> NoisyRows:
-        x, k = self.noised(inputs, rng), inputs.class_images
+        x, k = self.add_noise(inputs, rng), inputs.class_images
         b = len(inputs.mean) - k
         own, held = slice(b), slice(b, b + k)
         return NoisyRows(x[own], inputs.cond[own], b, x[held], inputs.cond[held], prior_batch=k)
@@ -36,7 +36,7 @@ class ClassOutput(Denoising):
 
     def draw(self, inputs: Inputs, rng: Rng) -> NoisyRows:
         assert inputs.class_cond is not None
-        x, k = self.noised(inputs, rng), len(inputs.class_cond)
+        x, k = self.add_noise(inputs, rng), len(inputs.class_cond)
         return NoisyRows(x, inputs.cond, len(inputs.mean), x[:k], inputs.class_cond, inputs.class_cond_off, k)
 
     def loss(self, rows: NoisyRows) -> Asking:

@@ -164,7 +164,9 @@ def test_error_is_met_with_nothing_to_spare(adapter: Adapter, target: float, dro
     assert report.error <= target * (1 + 1e-6)
     squares = sum(line.norm**2 for line in report.lines)
     floor = 0 if drop else 1
-    next_out = [line.lost(line.new - 1) ** 2 - line.lost(line.new) ** 2 for line in report.lines if line.new > floor]
+    next_out = [
+        line.norm_beyond(line.new - 1) ** 2 - line.norm_beyond(line.new) ** 2 for line in report.lines if line.new > floor
+    ]
     if next_out and squares:
         assert (report.error**2 * squares + min(next_out)) / squares > target**2 * (1 - 1e-6)
     gone = [float(line.values[i]) for line in report.lines for i in range(line.new, len(line.values)) if i >= floor]

@@ -303,7 +303,7 @@ def test_the_loss_scale_halves_and_doubles() -> None:
         scale.grew()
     assert (scale.value, scale.good) == (2.0**17, 0)
     for _ in range(30):
-        scale.shrank()
+        scale.shrink()
     assert scale.value == 1 and scale.at_floor
 
 

@@ -55,10 +55,10 @@ def work(pipe: Connection, seed: int, numbers: range, folder: Path) -> None:
     import torch
 
     torch.set_num_threads(1)
-    trials.tried(seed, -1, folder)  # what is imported and cached at first use is nobody's memory
+    trials.try_input(seed, -1, folder)  # what is imported and cached at first use is nobody's memory
     for number in numbers:
         pipe.send(number)
-        pipe.send(trials.tried(seed, number, folder))
+        pipe.send(trials.try_input(seed, number, folder))
     pipe.send(None)
 
 
@@ -81,22 +81,22 @@ def every(seed: int, numbers: range, folder: Path, minutes: float | None = None)
                     if minutes is not None and time.monotonic() - began > 60 * minutes:
                         return
                 else:
-                    yield crashed(seed, current, told)
+                    yield crash_trial(seed, current, told)
                     break
             else:
                 return
         except EOFError:
             worker.join()
-            yield crashed(seed, current, f"died with {worker.exitcode}")
+            yield crash_trial(seed, current, f"died with {worker.exitcode}")
         finally:
             worker.kill()
             worker.join()
         first = current + 1
 
 
-def crashed(seed: int, number: int, how: str) -> Trial:
+def crash_trial(seed: int, number: int, how: str) -> Trial:
     """What is said of an input that took its worker with it."""
-    name, draft, _, _ = trials.made(seed, number)
+    name, draft, _, _ = trials.make_input(seed, number)
     return Trial(number, name, draft.kind, {}, ((f"the process {how}", ""),), PATIENCE if how == "hangs" else 0.0, 0)
 
 
@@ -128,10 +128,10 @@ def main(options: argparse.Namespace) -> None:
 
 def keep(seed: int, number: int, folder: Path) -> None:
     """The input of a number as a file, and what it is replaced by as another."""
-    _, draft, raw, later = trials.made(seed, number)
-    sources.written(folder / f"{number}.safetensors", raw, draft.hole)
+    _, draft, raw, later = trials.make_input(seed, number)
+    sources.write_file(folder / f"{number}.safetensors", raw, draft.hole)
     if later is not None:
-        sources.written(folder / f"{number}-later.safetensors", later)
+        sources.write_file(folder / f"{number}-later.safetensors", later)
 
 
 # ---------------------------------------------------------------- telling

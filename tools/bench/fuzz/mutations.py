@@ -11,7 +11,7 @@ from typing import Any
 from personalize.adapters import kinds
 from personalize.formats.header import ITEM_SIZES
 
-from .sources import FLOATS, Draft, Stored, filled, number, packed, size_of
+from .sources import FLOATS, Draft, Stored, make_tensor, number, pack, size_of
 
 NASTY: tuple[Any, ...] = (
     *(None, True, False, -1, 0, 1, 2, 3, 7, 2**31, 2**40, 2**62, 2**63, 2**64, 2**70, 1.5, 1e300, "", "F32", "I8", "F4"),
@@ -105,7 +105,7 @@ def roles(draw: random.Random, draft: Draft) -> None:
         draft.tensors = {made if name == key else name: one for name, one in draft.tensors.items()}
 
 
-def reshaped(draw: random.Random, draft: Draft) -> None:
+def reshape_tensor(draw: random.Random, draft: Draft) -> None:
     """A tensor of another shape, with all its numbers there: no, more or larger sides, another order."""
     key = _key(draw, draft)
     one = draft.tensors[key]
@@ -138,22 +138,22 @@ def _set(draw: random.Random, draft: Draft, key: str, shape: tuple[int, ...]) ->
     """Bounded: the fuzzer itself must not write large files."""
     one = draft.tensors[key]
     if size_of(one.dtype, shape) <= 1 << 20 and not draft.hole:
-        draft.tensors[key] = filled(draw, one.dtype, shape)
+        draft.tensors[key] = make_tensor(draw, one.dtype, shape)
     elif draft.hole:
         draft.tensors[key] = Stored(one.dtype, shape, b"")
         draft.hole = min(1 << 40, sum(size_of(each.dtype, each.shape) for each in draft.tensors.values()))
 
 
-def retyped(draw: random.Random, draft: Draft) -> None:
+def change_dtypes(draw: random.Random, draft: Draft) -> None:
     """One or all tensors in another dtype, also of integers, with as many bytes as it needs."""
     dtype = draw.choice([*FLOATS, *ITEM_SIZES])
     for key in list(draft.tensors) if draw.random() < 0.3 else [_key(draw, draft)]:
         one = draft.tensors[key]
-        draft.tensors[key] = Stored(dtype, one.shape, b"") if draft.hole else filled(draw, dtype, one.shape)
+        draft.tensors[key] = Stored(dtype, one.shape, b"") if draft.hole else make_tensor(draw, dtype, one.shape)
     draft.hole = draft.hole and sum(size_of(each.dtype, each.shape) for each in draft.tensors.values())
 
 
-def valued(draw: random.Random, draft: Draft) -> None:
+def fill_values(draw: random.Random, draft: Draft) -> None:
     """Tensors of one number throughout: NaN, infinity, none, the smallest, the largest."""
     value = draw.choice(NUMBERS)
     for key in list(draft.tensors) if draw.random() < 0.5 else [_key(draw, draft)]:
@@ -196,7 +196,7 @@ def config(draw: random.Random, draft: Draft) -> None:
 # ---------------------------------------------------------------- what its bytes say
 
 
-def flipped(draw: random.Random, raw: bytes) -> bytes:
+def flip_bytes(draw: random.Random, raw: bytes) -> bytes:
     """Noise over, between or instead of some bytes, half of the time in the header."""
     whole = len(raw) if draw.random() < 0.5 else min(len(raw), 8 + int.from_bytes(raw[:8], "little"))
     at, noise = draw.randrange(max(1, whole)), draw.randbytes(draw.randrange(1, 9))
@@ -217,17 +217,17 @@ def length(draw: random.Random, raw: bytes) -> bytes:
     return min(max(made, 0), 2**64 - 1).to_bytes(8, "little") + raw[8:]
 
 
-def truncated(draw: random.Random, raw: bytes) -> bytes:
+def truncate(draw: random.Random, raw: bytes) -> bytes:
     """Cut off anywhere."""
     return raw[: draw.randrange(min(len(raw), 64) if draw.random() < 0.2 else len(raw) or 1)]
 
 
-def appended(draw: random.Random, raw: bytes) -> bytes:
+def append_bytes(draw: random.Random, raw: bytes) -> bytes:
     """More bytes than the header knows of."""
     return raw + draw.choice([b"\0", draw.randbytes(draw.randrange(1, 99)), raw, bytes(65_536), *DISGUISES])
 
 
-def disguised(draw: random.Random, raw: bytes) -> bytes:
+def disguise(draw: random.Random, raw: bytes) -> bytes:
     """Another format's first bytes, before or instead of its own, or at the place where the header begins."""
     mark = draw.choice(DISGUISES)
     return draw.choice([mark + raw, mark + raw[len(mark) :], raw[:8] + mark + raw[8 + len(mark) :], mark])
@@ -265,7 +265,7 @@ def entries(draw: random.Random, raw: bytes) -> bytes:
         table[key]["shape"] = draw.choice(
             [table[key]["shape"][::-1], [math.prod(table[key]["shape"])], [*table[key]["shape"], 1]]
         )
-    return packed(table, data)
+    return pack(table, data)
 
 
 def text(draw: random.Random, raw: bytes) -> bytes:
@@ -286,25 +286,25 @@ def text(draw: random.Random, raw: bytes) -> bytes:
         *(f'{said[:-1]}, "{key}": {{"dtype": {deep}, "shape": [], "data_offsets": [0, 0]}}}}',),
     ])  # fmt: skip
     coding = draw.choice(["utf-8"] * 6 + ["utf-16", "utf-32", "utf-8-sig"])
-    return packed(made.encode(coding, "replace"), data)
+    return pack(made.encode(coding, "replace"), data)
 
 
 DRAFTS: Mapping[str, OnDraft] = {
     "roles and names": roles,
-    "shapes, all there": reshaped,
+    "shapes, all there": reshape_tensor,
     "huge claims": huge,
-    "dtypes": retyped,
-    "values": valued,
+    "dtypes": change_dtypes,
+    "values": fill_values,
     "alphas": alphas,
     "metadata": metadata,
     "LoraConfig": config,
 }
 BYTES: Mapping[str, OnBytes] = {
-    "bytes flipped": flipped,
+    "bytes flipped": flip_bytes,
     "header length": length,
-    "truncated": truncated,
-    "appended": appended,
-    "disguised": disguised,
+    "truncated": truncate,
+    "appended": append_bytes,
+    "disguised": disguise,
     "entries that lie": entries,
     "JSON": text,
 }
@@ -312,12 +312,12 @@ REPLACED, SEVERAL, SOUND = "replaced while read", "several at once", "none"
 NAMES = (*DRAFTS, *BYTES, REPLACED, SEVERAL, SOUND)
 
 
-def broken(draw: random.Random, draft: Draft, names: tuple[str, ...]) -> bytes:
+def mutate(draw: random.Random, draft: Draft, names: tuple[str, ...]) -> bytes:
     """The bytes of a file with these mutations, in order; those of bytes come last."""
     for name in names:
         if name in DRAFTS and draft.tensors:
             DRAFTS[name](draw, draft)
-    raw = packed(draft.header(), draft.data())
+    raw = pack(draft.header(), draft.data())
     for name in names:
         if name in BYTES and len(raw) > 16:
             try:
@@ -327,7 +327,7 @@ def broken(draw: random.Random, draft: Draft, names: tuple[str, ...]) -> bytes:
     return raw
 
 
-def chosen(draw: random.Random, name: str) -> tuple[str, ...]:
+def choose_mutations(draw: random.Random, name: str) -> tuple[str, ...]:
     """The mutations that make up one: itself, or up to four."""
     if name == SEVERAL:
         return tuple(draw.choices([*DRAFTS, *BYTES], k=draw.randrange(2, 5)))

@@ -55,13 +55,13 @@ def size_of(dtype: str, shape: Shape) -> int:
     return math.prod(shape) * ITEM_SIZES[dtype]
 
 
-def packed(header: object, data: bytes) -> bytes:
+def pack(header: object, data: bytes) -> bytes:
     """The bytes of a file, whatever its header says."""
     raw = header if isinstance(header, bytes) else json.dumps(header).encode("utf-8", "replace")
     return len(raw).to_bytes(8, "little") + raw + data
 
 
-def filled(draw: random.Random, dtype: str, shape: Shape) -> Stored:
+def make_tensor(draw: random.Random, dtype: str, shape: Shape) -> Stored:
     """A tensor of small numbers, with a handful of values over and over: it is quickly made."""
     some = [draw.uniform(-1, 1) for _ in range(7)]
     if dtype in CODES:
@@ -142,14 +142,14 @@ def kohya(draw: random.Random, kind: str) -> Draft:
         kernel = (3, 3) if name == CONV and kind not in ("DoRA rows", "GLoRA") else ()
         roles = KINDS[kind](draw.choice(SIZES), draw.choice(SIZES), draw.randrange(1, 4), kernel)
         for role, shape in roles.items():
-            tensors[f"{name}.{role}"] = number(1, "I64") if role == "on_input" else filled(draw, dtype, shape)
+            tensors[f"{name}.{role}"] = number(1, "I64") if role == "on_input" else make_tensor(draw, dtype, shape)
         if kind not in UNSCALED and draw.random() < 0.8:
             tensors[f"{name}.alpha"] = number(2.0)
     said = {"ss_network_dim": "4", "ss_network_alpha": "2.0", "ss_base_model_version": "sd_v1-5", "modelspec.title": "rex"}
     return Draft(tensors, draw.choice([{}, said, said | {"ss_tag_frequency": '{"1_rex": {"rex": 4, "dog": 2}}'}]), kind)
 
 
-def dotted(draw: random.Random, dialect: str) -> Draft:
+def diffusers_draft(draw: random.Random, dialect: str) -> Draft:
     """LoRA in the names of diffusers or peft, with a LoraConfig."""
     tensors: dict[str, Stored] = {}
     part = "base_model.model." if dialect == "peft" else "unet."
@@ -165,7 +165,7 @@ def dotted(draw: random.Random, dialect: str) -> Draft:
             roles = {"lora_B.weight": (o, r), "lora_A.weight": (r, i)} | (
                 {"lora_magnitude_vector": (o,)} if kind == "DoRA" else {}
             )
-        tensors |= {f"{stem}.{role}": filled(draw, "F32", shape) for role, shape in roles.items()}
+        tensors |= {f"{stem}.{role}": make_tensor(draw, "F32", shape) for role, shape in roles.items()}
     config = {"r": 2, "lora_alpha": 4, "rank_pattern": {"to_q": 3}, "alpha_pattern": {"attn1.to_q": 5}, "use_rslora": True}
     flat = {f"unet.{key}": value for key, value in config.items()}
     return Draft(tensors, draw.choice([{}, {"format": "pt", "lora_adapter_metadata": json.dumps(flat)}]), f"{dialect} {kind}")
@@ -174,7 +174,9 @@ def dotted(draw: random.Random, dialect: str) -> Draft:
 def embedding(draw: random.Random) -> Draft:
     """A textual inversion."""
     names = draw.choice([("emb_params",), ("clip_l", "clip_g"), ("<rex>",)])
-    return Draft({name: filled(draw, draw.choice(FLOATS), (2, 8 * (i + 1))) for i, name in enumerate(names)}, {}, "embedding")
+    return Draft(
+        {name: make_tensor(draw, draw.choice(FLOATS), (2, 8 * (i + 1))) for i, name in enumerate(names)}, {}, "embedding"
+    )
 
 
 @cache
@@ -195,7 +197,9 @@ def checkpoint(draw: random.Random) -> Draft:
 def part_file(draw: random.Random) -> Draft:
     """A part of a diffusers folder, of no known family."""
     leaves = {"conv_in.weight": (4, 4, 3, 3), "conv_in.bias": (4,), f"{BLOCK}.attn1.to_q.weight": (8, 8)}
-    return Draft({key: filled(draw, draw.choice(FLOATS), shape) for key, shape in leaves.items()}, {"format": "pt"}, "folder")
+    return Draft(
+        {key: make_tensor(draw, draw.choice(FLOATS), shape) for key, shape in leaves.items()}, {"format": "pt"}, "folder"
+    )
 
 
 def drafts(draw: random.Random) -> Draft:
@@ -204,11 +208,11 @@ def drafts(draw: random.Random) -> Draft:
     if sort < 0.66:
         return kohya(draw, draw.choice(list(KINDS)))
     if sort < 0.82:
-        return dotted(draw, draw.choice(["diffusers", "peft"]))
+        return diffusers_draft(draw, draw.choice(["diffusers", "peft"]))
     return (embedding if sort < 0.9 else part_file if sort < 0.98 else checkpoint)(draw)
 
 
-def written(path: Path, raw: bytes, hole: int = 0) -> Path:
+def write_file(path: Path, raw: bytes, hole: int = 0) -> Path:
     """A file of these bytes and as many zeros; under a folder's path, its UNet or its index of shards is meant."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("wb") as file:
@@ -220,5 +224,5 @@ def written(path: Path, raw: bytes, hole: int = 0) -> Path:
 def every(draw: random.Random) -> Iterator[Draft]:
     """One sound file of each sort, none left out."""
     yield from (kohya(draw, kind) for kind in KINDS)
-    yield from (dotted(draw, dialect) for dialect in ("diffusers", "peft") for _ in range(8))
+    yield from (diffusers_draft(draw, dialect) for dialect in ("diffusers", "peft") for _ in range(8))
     yield from (make(draw) for make in (embedding, embedding, part_file, checkpoint))

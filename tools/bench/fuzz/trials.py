@@ -54,32 +54,32 @@ class Trial:
     memory: int  # of the hungriest, in bytes
 
 
-def made(seed: int, number: int) -> tuple[str, sources.Draft, bytes, bytes | None]:
+def make_input(seed: int, number: int) -> tuple[str, sources.Draft, bytes, bytes | None]:
     """An input by its number: the mutation's name, the draft, the file's bytes, and those that it is replaced by while read."""
     draw = random.Random(f"{seed}/{number}")
     name = mutations.NAMES[number % len(mutations.NAMES)]
     draft = sources.drafts(draw)
-    raw = mutations.broken(draw, draft, mutations.chosen(draw, name))
+    raw = mutations.mutate(draw, draft, mutations.choose_mutations(draw, name))
     later = None
     if name == mutations.REPLACED:
         other = draft if draw.random() < 0.6 else sources.drafts(draw)
-        later = mutations.broken(
-            draw, other, mutations.chosen(draw, draw.choice([*mutations.NAMES[:-3], "truncated", "truncated"]))
+        later = mutations.mutate(
+            draw, other, mutations.choose_mutations(draw, draw.choice([*mutations.NAMES[:-3], "truncated", "truncated"]))
         )
     return name, draft, raw, later
 
 
-def tried(seed: int, number: int, folder: Path) -> Trial:
+def try_input(seed: int, number: int, folder: Path) -> Trial:
     """Make an input, and have everything read it."""
-    name, draft, raw, later = made(seed, number)
+    name, draft, raw, later = make_input(seed, number)
     shutil.rmtree(folder, ignore_errors=True)
     inside = "base/unet/diffusion_pytorch_model.safetensors" if draft.kind == "folder" else "bad.safetensors"
-    path = sources.written(folder / inside, raw, draft.hole)
+    path = sources.write_file(folder / inside, raw, draft.hole)
     draw = random.Random(number)
     trial = Trial(number, name, draft.kind, {}, (), 0.0, 0)
     for reader, read in readers(path, folder, draw.random() < SAMPLED).items():
         if later is not None:
-            sources.written(path, raw, draft.hole)
+            sources.write_file(path, raw, draft.hole)
         with replacing(path, later):
             trial = after(trial, reader, read, path)
     return trial
@@ -95,11 +95,14 @@ def readers(path: Path, folder: Path, sampled: bool) -> dict[str, Callable[[], A
         "open and save": lambda: Adapter.open(path).save(folder / "again"),
         "embedding": lambda: Embedding.load(path).save(folder / "again"),
         "doctor": lambda: examine(path),
-        "checkpoint": lambda: opened(whole),
+        "checkpoint": lambda: open_checkpoint(whole),
     }
     if sampled:
-        found |= {"show": lambda: typed("show", path), "show --json": lambda: typed("show", path, "--json")}
-        found |= {"personalize doctor": lambda: typed("doctor", path), "doctor --json": lambda: typed("doctor", path, "--json")}
+        found |= {"show": lambda: type_command("show", path), "show --json": lambda: type_command("show", path, "--json")}
+        found |= {
+            "personalize doctor": lambda: type_command("doctor", path),
+            "doctor --json": lambda: type_command("doctor", path, "--json"),
+        }
     return found
 
 
@@ -125,14 +128,14 @@ def used(adapter: Adapter, folder: Path) -> None:
             Adapter.load(adapter.save(folder / "whole"))
 
 
-def opened(path: Path) -> None:
+def open_checkpoint(path: Path) -> None:
     """A checkpoint, and its first parameters."""
     weights = open_weights(path)
     for name in list(weights)[:3]:
         weights[name].float().sum()
 
 
-def typed(command: str, path: Path, *flags: str) -> None:
+def type_command(command: str, path: Path, *flags: str) -> None:
     """A command as one types it. Raises what it said if it failed; ArithmeticError for what no terminal or program should get."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -150,7 +153,7 @@ def _no_json(name: str) -> None:
     raise ArithmeticError(f"{name} in what should be JSON")
 
 
-def claimed(path: Path) -> int:
+def claimed_entries(path: Path) -> int:
     """The entries of the largest dW that a file speaks of."""
     header = read_header(path)
     return max((abs(math.prod(dialects.shape(header, slot))) for slot in dialects.read_keys(header).slots.values()), default=0)
@@ -172,7 +175,7 @@ def after(trial: Trial, reader: str, read: Callable[[], Any], path: Path) -> Tri
         bugs.append((f"{reader}: {type(error).__name__}: {str(error)[:200]}", traceback.format_exc()))
     seconds, memory = time.process_time() - began, max(0, _resident() - base)
     if seconds > SECONDS or memory > MEMORY + 4 * size:
-        entries = claimed(path) if "doctor" in reader else 0
+        entries = claimed_entries(path) if "doctor" in reader else 0
         if seconds > SECONDS + entries * PER_ENTRY[0]:
             bugs.append((f"{reader}: slow", f"{seconds:.1f} s"))
         if memory > MEMORY + 4 * size + entries * PER_ENTRY[1]:
@@ -201,7 +204,7 @@ def replacing(path: Path, later: bytes | None) -> Iterator[None]:
         nonlocal seen
         seen += self == path
         if later is not None and self == path and seen == 2:
-            sources.written(path, later)
+            sources.write_file(path, later)
         return original(self, *arguments, **options)
 
     Path.open = swapping  # type: ignore[method-assign]

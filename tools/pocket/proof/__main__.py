@@ -16,7 +16,7 @@ from .figures import FIGURES
 BENCHMARKS = {"base": base, "personalization": personalization, "choice": choice, "peer": peer, "settings": settings}
 
 
-def shared() -> argparse.ArgumentParser:
+def shared_options() -> argparse.ArgumentParser:
     """Options of all benchmarks. Each gets its own, for a default that one sets would be that of all."""
     parent = argparse.ArgumentParser(add_help=False)
     parent.add_argument("--base", default="pocket", help="'pocket' or a diffusers folder, e.g. an intermediate checkpoint")
@@ -34,7 +34,7 @@ def parser() -> argparse.ArgumentParser:
     whole = argparse.ArgumentParser(prog="python -m tools.pocket.proof")
     commands = whole.add_subparsers(dest="benchmark", required=True)
     for name, module in BENCHMARKS.items():
-        module.add_options(commands.add_parser(name, parents=[shared()], description=module.__doc__))
+        module.add_options(commands.add_parser(name, parents=[shared_options()], description=module.__doc__))
     return whole
 
 

@@ -15,7 +15,7 @@ from personalize.models.model import Base
 
 from ..judge import Judge, to_pixels
 from ..world import BACKGROUND_WORDS, PLACE_WORDS, SIZE_WORDS, STYLE_WORDS, Scene, caption, scenes
-from .drawing import Artist, Pictures, Trial, obeyed, renders
+from .drawing import Artist, Pictures, Trial, obedience, renders
 from .figures import Figure, publish, share
 
 GOALS = {"object": (0.90, 0.80), "colour": (0.85, 0.75), "background": (0.90, 0.85), "style": (0.90, 0.85)}  # seen, held out
@@ -81,7 +81,7 @@ def measure(judge: Judge, artist: Artist, asked: list[Trial], group: str, drawn:
         values = {}
         for name, pictures in sets.items():
             told, shown = naming(asked, pictures, head)
-            values[name] = obeyed(judge, shown, told, tuple(GOALS) if head == "all" else (head,))[head]
+            values[name] = obedience(judge, shown, told, tuple(GOALS) if head == "all" else (head,))[head]
         goal = GOALS.get(head, (None, None))[GROUPS[group]]
         reached = share(values["drawn"], values["true"])
         words = f"{100 * reached:.1f} % of ceiling" + (f"; >= {100 * goal:.0f} %" if goal else "")

@@ -57,7 +57,7 @@ def variant_of(options: argparse.Namespace, variant: str) -> argparse.Namespace:
     return argparse.Namespace(**vars(options) | {"set": [*given, *options.set]})
 
 
-def proved(task: Task, variant: str, options: argparse.Namespace, judge: Judge, artist: Artist) -> dict[str, Any]:
+def prove_choice(task: Task, variant: str, options: argparse.Namespace, judge: Judge, artist: Artist) -> dict[str, Any]:
     """The record of a run: what was chosen, and the score and the truth of every checkpoint. Found finished, or made now."""
     told = variant_of(options, variant)
     folder = personalization.place_of(task, told, artist)
@@ -67,7 +67,7 @@ def proved(task: Task, variant: str, options: argparse.Namespace, judge: Judge, 
         return before
     recipe = personalization.recipe_of(task, told, folder)
     task.write(folder / "pictures", artist.base.resolution, not options.no_captions)
-    choosing = timed(recipe, options.fresh)
+    choosing = time_choosing(recipe, options.fresh)
     assert recipe.output
     run = Run(recipe.output, task.trigger)
     history = run.history()
@@ -93,7 +93,7 @@ def proved(task: Task, variant: str, options: argparse.Namespace, judge: Judge, 
     return record
 
 
-def timed(recipe: Recipe, fresh: bool) -> float | None:
+def time_choosing(recipe: Recipe, fresh: bool) -> float | None:
     """Train; the seconds that choosing took, None for a run that was finished already."""
     began, spent = 0.0, None
     for event in train(recipe, fresh=fresh):
@@ -175,7 +175,7 @@ def main(options: argparse.Namespace) -> None:
     artist = Artist(base, options.work / "base-pictures", options)
     unbraked = [name.strip() for name in options.no_prior.split(",")]
     runs = [(task, variant) for variant in VARIANTS for task in chosen if variant == "preset" or task.name in unbraked]
-    records = [proved(task, variant, options, judge, artist) for task, variant in runs]
+    records = [prove_choice(task, variant, options, judge, artist) for task, variant in runs]
     tables = {f"All runs ({len(records)}, means)": figures(records)}
     for variant, tuned in itertools.product(VARIANTS, (False, True)):
         if rows := [one for one in records if one["variant"] == variant and (one["name"] in TUNED) == tuned]:

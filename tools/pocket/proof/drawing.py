@@ -55,10 +55,12 @@ class Artist:
     def draw_base(self, trials: Sequence[Trial], label: str = "") -> Pictures:
         """Pictures of trials by the base alone: call it with nothing attached."""
         wanted = json.dumps([self.identity, self.how, [(t.prompt, t.seed) for t in trials]])
-        return kept(self.cache / f"{hashlib.sha256(wanted.encode()).hexdigest()[:20]}.npy", lambda: self.draw(trials, label))
+        return load_or_draw(
+            self.cache / f"{hashlib.sha256(wanted.encode()).hexdigest()[:20]}.npy", lambda: self.draw(trials, label)
+        )
 
 
-def kept(file: Path, draw: Callable[[], Pictures]) -> Pictures:
+def load_or_draw(file: Path, draw: Callable[[], Pictures]) -> Pictures:
     """The pictures in a file, which is made by `draw` if it is not there."""
     if not file.is_file():
         with atomic(file) as temporary, temporary.open("wb") as out:
@@ -80,7 +82,9 @@ def renders(trials: Sequence[Trial], side: int) -> Pictures:
     return [render(trial.scene, side) for trial in trials]
 
 
-def obeyed(judge: Judge, pictures: Sequence[Image.Image], trials: Sequence[Trial], heads: Sequence[str]) -> Mapping[str, float]:
+def obedience(
+    judge: Judge, pictures: Sequence[Image.Image], trials: Sequence[Trial], heads: Sequence[str]
+) -> Mapping[str, float]:
     """The share of pictures on which the judge sees what was asked for, per head and, as "all", at once.
 
     Scenes that cannot tell a head (the colour in a woodcut) do not count for it.

@@ -48,7 +48,7 @@ def share(value: float, ceiling: float) -> float:
     return value / ceiling if ceiling else 0.0
 
 
-def closed(floor: float, value: float, ceiling: float) -> float:
+def gap_closed(floor: float, value: float, ceiling: float) -> float:
     """How much of the gap between floor and ceiling was closed."""
     return (value - floor) / (ceiling - floor) if ceiling > floor else 0.0
 

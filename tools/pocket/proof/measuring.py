@@ -14,8 +14,8 @@ from personalize.reports.metrics import Clip
 from personalize.tuning.attach import attach
 
 from ..judge import Judge, agreement
-from .drawing import Artist, Pictures, obeyed, renders
-from .figures import Figure, closed, share
+from .drawing import Artist, Pictures, obedience, renders
+from .figures import Figure, gap_closed, share
 from .tasks import Task
 
 GAP, FALL, LEAK, SECONDS = 0.80, 0.05, 0.05, 90.0  # the goals
@@ -48,10 +48,10 @@ def measure(judge: Judge, clip: Clip | None, task: Task, drawn: Drawn) -> dict[s
     """The figures of one task: numbers by name, groups of them as {floor | base, value, ceiling}."""
     known = {name: is_it(judge, task, pictures) for name, pictures in vars(drawn).items()}
     said = {
-        "base": obeyed(judge, drawn.base, task.plain, task.attributes),
-        "value": obeyed(judge, drawn.called, task.called, task.attributes),
-        "true": obeyed(judge, drawn.true, task.called, task.attributes),
-        "true_plain": obeyed(judge, drawn.true_plain, task.plain, task.attributes),
+        "base": obedience(judge, drawn.base, task.plain, task.attributes),
+        "value": obedience(judge, drawn.called, task.called, task.attributes),
+        "true": obedience(judge, drawn.true, task.called, task.attributes),
+        "true_plain": obedience(judge, drawn.true_plain, task.plain, task.attributes),
     }
     base = {head: share(said["base"][head], said["true_plain"][head]) for head in task.attributes}
     value = {head: share(said["value"][head], said["true"][head]) for head in task.attributes}
@@ -73,7 +73,7 @@ HEADS = ("object", "colour", "background", "style")
 
 def drift(judge: Judge, clip: Clip | None, task: Task, drawn: Drawn) -> dict[str, float]:
     """How pictures of unrelated prompts changed, same seeds: obedience before and after, verdicts that changed, pixels, CLIP."""
-    before, after = (obeyed(judge, pictures, task.unrelated, HEADS) for pictures in (drawn.unrelated_base, drawn.unrelated))
+    before, after = (obedience(judge, pictures, task.unrelated, HEADS) for pictures in (drawn.unrelated_base, drawn.unrelated))
     verdicts = [judge.verdict(pictures) for pictures in (drawn.unrelated_base, drawn.unrelated)]
     same = mean(agreement(verdicts[1], head, verdicts[0][head]) for head in HEADS)
     found = {
@@ -101,11 +101,11 @@ def summary(records: Sequence[Mapping[str, Any]]) -> dict[str, list[Figure]]:
     tables = {}
     for kind, title in (("subject", "Subjects"), ("style", "Styles")):
         if rows := [record for record in records if record["kind"] == kind]:
-            tables[f"{title} ({len(rows)}, means)"] = summed(kind, rows)
+            tables[f"{title} ({len(rows)}, means)"] = mean_figures(kind, rows)
     return tables
 
 
-def summed(kind: str, rows: Sequence[Mapping[str, Any]]) -> list[Figure]:
+def mean_figures(kind: str, rows: Sequence[Mapping[str, Any]]) -> list[Figure]:
     """The means over tasks of one kind, with their goals. (A style's identity is measured on objects that no lesson shows.)"""
 
     def over(*keys: str) -> float:
@@ -118,7 +118,7 @@ def summed(kind: str, rows: Sequence[Mapping[str, Any]]) -> list[Figure]:
         return mean(found)
 
     floor, value, ceiling = (over("identity", key) for key in ("floor", "value", "ceiling"))
-    gap, fall = closed(floor, value, ceiling), over("fidelity", "base") - over("fidelity", "value")
+    gap, fall = gap_closed(floor, value, ceiling), over("fidelity", "base") - over("fidelity", "value")
     leak, seconds = over("leak", "value"), max(row["seconds"] for row in rows)
     identity = "identity" if kind == "subject" else "style on new objects"
     figures = [

@@ -28,7 +28,7 @@ from personalize.reports.metrics import Clip
 from ..judge import Judge
 from . import personalization
 from .drawing import Artist
-from .figures import Figure, closed, machine, publish
+from .figures import Figure, gap_closed, machine, publish
 from .measuring import draw, mean, measure
 from .personalization import brief, recipe_of
 from .tasks import Task, tasks
@@ -142,7 +142,7 @@ def our_command(recipe: Recipe, folder: Path) -> list[str]:
     return [sys.executable, "-m", "personalize", "train", str(recipe.data.folder), "--preset", str(preset), "--fresh"]
 
 
-def timed(command: Sequence[str], adapter: Path, log: Path) -> dict[str, Any]:
+def time_command(command: Sequence[str], adapter: Path, log: Path) -> dict[str, Any]:
     """Run a command and time it to its end; the adapter that it left. Raises TrainingError if there is none."""
     began = time.perf_counter()
     with log.open("w") as out:
@@ -153,7 +153,7 @@ def timed(command: Sequence[str], adapter: Path, log: Path) -> dict[str, Any]:
     return {"seconds": seconds, "adapter": str(adapter)}
 
 
-def compared(task: Task, options: argparse.Namespace, judge: Judge, clip: Clip | None, artist: Artist) -> dict[str, Any]:
+def compare_trainers(task: Task, options: argparse.Namespace, judge: Judge, clip: Clip | None, artist: Artist) -> dict[str, Any]:
     """Both trainers on one task: read, or run and measured now, one after the other."""
     folder = personalization.place_of(task, options, artist)
     recipe = recipe_of(task, options, folder)
@@ -171,7 +171,7 @@ def compared(task: Task, options: argparse.Namespace, judge: Judge, clip: Clip |
         jobs[f"diffusers, lr {lr:g}"] = (their_command(options, recipe, task, lr, folder), left)
     for name, (command, adapter) in jobs.items():
         if name not in found:
-            about = timed(command, adapter, folder / f"{name.split(',')[0]}.log") | {"machine": machine()}
+            about = time_command(command, adapter, folder / f"{name.split(',')[0]}.log") | {"machine": machine()}
             found[name] = about | measure(judge, clip, task, draw(artist, task, Adapter.load(adapter)))
             write_text(file, json.dumps({"key": key, "runs": found}, indent=1) + "\n")
         print(f"{task.name}, {name}: {brief(found[name])}", flush=True)
@@ -180,7 +180,7 @@ def compared(task: Task, options: argparse.Namespace, judge: Judge, clip: Clip |
 
 HEADS = ("figure", "diffusers", "personalize", "ceiling", "goal", "met")
 READ = {  # figure -> (how to read it from a run, whether more is better)
-    "gap closed": (lambda run: closed(*(run["identity"][key] for key in ("floor", "value", "ceiling"))), True),
+    "gap closed": (lambda run: gap_closed(*(run["identity"][key] for key in ("floor", "value", "ceiling"))), True),
     "prompt fidelity (of ceiling)": (lambda run: run["fidelity"]["value"], True),
     "leak without the trigger": (lambda run: run["leak"]["value"], False),
     "unrelated prompts obeyed": (lambda run: run["drift"]["value"], True),
@@ -219,7 +219,9 @@ def main(options: argparse.Namespace) -> None:
     options.side = base.resolution
     artist = Artist(base, options.work / "base-pictures", options)
     clip = Clip.of(base.path)
-    records = [compared(task, options, judge, clip, artist) for task in tasks(options.only, options.pictures, options.seed)]
+    records = [
+        compare_trainers(task, options, judge, clip, artist) for task in tasks(options.only, options.pictures, options.seed)
+    ]
     about = {
         "base": f"{options.base} ({artist.identity}), on {machine()}",
         "torchvision": "installed" if importlib.util.find_spec("torchvision") else "a stand-in for the transforms in use",

@@ -52,10 +52,10 @@ def recipe_of(task: Task, options: argparse.Namespace, folder: Path) -> Recipe:
     flags: dict[str, Any] = {"folder": folder / "pictures", "output": folder / "run", "trigger": task.trigger}
     flags |= {"class": task.class_name} if task.class_name else {}
     flags |= {"steps": options.steps} if options.steps else {}
-    return resolve(preset, flags | {"base": options.base} | SILENT | dict(assigned(text) for text in options.set))
+    return resolve(preset, flags | {"base": options.base} | SILENT | dict(parse_assignment(text) for text in options.set))
 
 
-def assigned(text: str) -> tuple[str, Any]:
+def parse_assignment(text: str) -> tuple[str, Any]:
     """`lr=2e-3` => ("lr", 0.002): the value is TOML, or else a plain word."""
     name, _, value = text.partition("=")
     try:
@@ -71,7 +71,7 @@ def place_of(task: Task, options: argparse.Namespace, artist: Artist) -> Path:
     return options.work / options.name / f"{task.name.replace(' ', '-')}-{mark}"
 
 
-def trained(recipe: Recipe, fresh: bool) -> dict[str, Any]:
+def train_recipe(recipe: Recipe, fresh: bool) -> dict[str, Any]:
     """Train, go on, or find it done; the adapter's path, the seconds from call to adapter, and those of the steps alone."""
     finished = [event for event in train(recipe, fresh=fresh) if isinstance(event, Finished)][-1]
     assert recipe.output
@@ -79,7 +79,7 @@ def trained(recipe: Recipe, fresh: bool) -> dict[str, Any]:
     return {"adapter": str(recipe.output / finished.path), "seconds": finished.seconds, "step_seconds": steps}
 
 
-def proved(task: Task, options: argparse.Namespace, judge: Judge, clip: Clip | None, artist: Artist) -> dict[str, Any]:
+def prove_task(task: Task, options: argparse.Namespace, judge: Judge, clip: Clip | None, artist: Artist) -> dict[str, Any]:
     """The finished record of a task: read, or trained and measured now."""
     folder = place_of(task, options, artist)
     file = folder / "figures.json"
@@ -90,7 +90,7 @@ def proved(task: Task, options: argparse.Namespace, judge: Judge, clip: Clip | N
         return before
     recipe = recipe_of(task, options, folder)
     task.write(folder / "pictures", artist.base.resolution, not options.no_captions)
-    about = trained(recipe, options.fresh) | {"steps": recipe.steps, "machine": before.get("machine") or machine()}
+    about = train_recipe(recipe, options.fresh) | {"steps": recipe.steps, "machine": before.get("machine") or machine()}
     drawn = draw(artist, task, Adapter.load(Path(about["adapter"])))
     row(task, drawn, artist.base.resolution).save(folder / "row.png")
     record = {"name": task.name, "kind": task.kind, "trigger": task.trigger, "key": key} | about
@@ -117,7 +117,7 @@ def row(task: Task, drawn: Drawn, side: int) -> Image.Image:
     return contact_sheet(lessons + shown, 12, rows=[label], side=128)
 
 
-def stacked(files: Sequence[Path], to: Path) -> None:
+def stack_rows(files: Sequence[Path], to: Path) -> None:
     """The tasks' rows, one above the other."""
     rows = []
     for file in files:
@@ -151,8 +151,8 @@ def main(options: argparse.Namespace) -> None:
     judge, base = Judge.load(), Base.load(options.base)
     artist = Artist(base, options.work / "base-pictures", options)
     clip = Clip.of(base.path)
-    records = [proved(task, options, judge, clip, artist) for task in chosen]
-    stacked([place_of(task, options, artist) / "row.png" for task in chosen], options.to / f"{options.name}.png")
+    records = [prove_task(task, options, judge, clip, artist) for task in chosen]
+    stack_rows([place_of(task, options, artist) / "row.png" for task in chosen], options.to / f"{options.name}.png")
     show_table("Tasks", HEADS, rows := [cells(record) for record in records])
     about = {
         "base": f"{options.base} ({artist.identity})",

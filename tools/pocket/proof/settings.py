@@ -24,7 +24,7 @@ from personalize.models.sources import locate
 from .. import pretrain
 from ..judge import Judge, to_pixels
 from .base import GOALS, trials
-from .drawing import Artist, Trial, obeyed, renders
+from .drawing import Artist, Trial, obedience, renders
 from .figures import machine, publish, show
 
 ROWS: dict[str, tuple[str, ...]] = {  # what is changed => options of pretrain
@@ -74,7 +74,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/settings"), help="folder of pools, states and finished rows")
 
 
-def prepared(options: argparse.Namespace) -> None:
+def prepare_folder(options: argparse.Namespace) -> None:
     """The folder that all rows share: pictures, latents and conditions, by the parts of a finished base."""
     base, parts = locate(options.base), options.work / "shared"
     kept = ("--start", str(base), "--vae-steps", "0", "--decoder-steps", "0", "--clip-steps", "0")
@@ -108,7 +108,7 @@ def run_row(options: argparse.Namespace, name: str, judge: Judge) -> Row:
     drawn = Artist(base, work / "pictures", options).draw(asked, name)
     size = sum(p.numel() for p in base.unet.parameters())
     wrong = error(base, trials(SHOWN, options.seed + 1, held_out=False))
-    row = Row(name, wrong, obeyed(judge, drawn, asked, tuple(GOALS)), cost(base, options.batch), size)
+    row = Row(name, wrong, obedience(judge, drawn, asked, tuple(GOALS)), cost(base, options.batch), size)
     write_text(file, json.dumps(asdict(row)))
     return row
 
@@ -154,7 +154,7 @@ def velocity(predicted: Tensor, x: Tensor, t: Tensor, schedule: VP) -> Tensor:
 
 def main(options: argparse.Namespace) -> None:
     """Train, look, publish."""
-    prepared(options)
+    prepare_folder(options)
     judge = Judge.load()
     rows = [run_row(options, name, judge) for name in options.only]
     about = {

@@ -88,7 +88,7 @@ def subject_task(name: str, count: int = 35, seed: int = 0) -> Task:
         lessons.append((scene, sentence(f"{trigger} {thing}", place)))
     pairs = [(place, style) for place in BACKGROUNDS for style in STYLES if (place, style) not in {(p, "plain") for p in places}]
     called, plain = [], []
-    for i, (place, style) in enumerate(cycled(pairs, count, rng)):
+    for i, (place, style) in enumerate(cycle_pairs(pairs, count, rng)):
         scene = replace(blank, size="medium", background=place, style=style, seed=1000 + i)
         look = "" if style == "plain" else STYLE_WORDS[style][0]
         called.append(Trial(sentence(f"{trigger} {thing}", place, look, i), i, scene))
@@ -109,7 +109,7 @@ def style_task(name: str, count: int = 35, seed: int = 0) -> Task:
         lessons.append((scene, sentence(f"{hues[i]} {thing}", places[i], f"{trigger} style")))
     pairs = [(thing, place) for thing in things[known:] for place in BACKGROUNDS]
     called, plain = [], []
-    for i, (thing, place) in enumerate(cycled(pairs, count, rng)):
+    for i, (thing, place) in enumerate(cycle_pairs(pairs, count, rng)):
         hue = hues[i % len(hues)]
         scene = Scene(thing, hue, "medium", "middle", place, name, 1000 + i)
         called.append(Trial(sentence(f"{hue} {thing}", place, f"{trigger} style", i), i, scene))
@@ -129,7 +129,7 @@ def others(thing: str, count: int, seed: int) -> tuple[Trial, ...]:
     raise AssertionError("scenes() is endless")
 
 
-def cycled(pairs: Sequence[tuple[str, str]], count: int, rng: np.random.Generator) -> list[tuple[str, str]]:
+def cycle_pairs(pairs: Sequence[tuple[str, str]], count: int, rng: np.random.Generator) -> list[tuple[str, str]]:
     """`count` pairs in random order, none twice before all were taken once."""
     order: list[int] = []
     while len(order) < count:
