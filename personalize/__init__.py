@@ -14,9 +14,8 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING
 
-__version__ = "0.2.0"
-
 from .lazy import Lazy
+from .version import __version__
 
 if TYPE_CHECKING:
     from .adapters.adapter import Adapter

@@ -14,6 +14,7 @@ PACKAGE = ROOT / "personalize"
 
 # Room => what it is for, the lowest floor first. A file imports only from floors below its own, or from its own room.
 FLOORS = {
+    "version": "the version, which written files carry",
     "errors": "every error a user can meet, in one tree",
     "lazy": "packages whose names are imported when they are first used",
     "registry": "tables of what varies: kinds, families, objectives, optimizers, backends; entry points come in here",
@@ -35,7 +36,7 @@ FLOORS = {
     "__init__": "the public names",
     "__main__": "`python -m personalize`",
 }
-LOW = ("errors", "lazy", "registry", "text", "findings", "io", "__init__", "__main__")  # everybody's: not drawn
+LOW = ("version", "errors", "lazy", "registry", "text", "findings", "io", "__init__", "__main__")  # everybody's: not drawn
 
 INTRO = """# Architecture
 

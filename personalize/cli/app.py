@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import click
 
-from .. import __version__
 from ..errors import PersonalizeError
+from ..version import __version__
 from . import adapters
 from .dataset import dataset
 from .generate import generate

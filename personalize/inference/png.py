@@ -13,6 +13,7 @@ from PIL import Image, PngImagePlugin
 from ..errors import RecipeError
 from ..io import atomic
 from ..recipe.fields import Sampling
+from ..version import __version__
 from .prompts import with_tags
 from .request import Request
 
@@ -22,8 +23,6 @@ NEGATIVE = "Negative prompt: "
 
 def save_picture(picture: Image.Image, path: Path, request: Request) -> Path:
     """Write a PNG that carries its request twice: as text for UIs (`parameters`) and as JSON (`personalize`)."""
-    from .. import __version__
-
     info = PngImagePlugin.PngInfo()
     info.add_itxt("parameters", infotext(request, __version__))
     info.add_itxt("personalize", json.dumps(request.record() | {"version": __version__}, ensure_ascii=False))

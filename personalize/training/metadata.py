@@ -23,6 +23,7 @@ from ..data.latents import grid_of
 from ..models.model import Base
 from ..recipe.fields import Recipe
 from ..recipe.resolve import to_json
+from ..version import __version__
 from .memory.ladder import ComputePlan
 
 MIXED = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}  # kohya's words
@@ -207,6 +208,4 @@ def thumbnail(picture: Path, side: int = 256) -> str:
 
 def versions() -> dict[str, str]:
     """The versions that decide what a run gives."""
-    from .. import __version__
-
     return {"personalize": __version__} | {name: version(name) for name in ("torch", "diffusers", "transformers", "peft")}
