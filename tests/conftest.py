@@ -7,107 +7,23 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
 
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import torch
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from hypothesis import settings
 from PIL import Image
-from tokenizers import pre_tokenizers
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 # What is searched for is the same on every machine and every time, however slow it is.
 settings.register_profile("tests", deadline=None, derandomize=True, database=None)
 settings.load_profile("tests")
 
-POCKET_UNET = {
-    "sample_size": 8,
-    "in_channels": 16,
-    "out_channels": 16,
-    "block_out_channels": (96, 192),
-    "layers_per_block": 1,
-    "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-    "cross_attention_dim": 192,
-    "attention_head_dim": (4, 8),
-    "norm_num_groups": 16,
-}
-POCKET_VAE = {
-    "in_channels": 3,
-    "out_channels": 3,
-    "latent_channels": 16,
-    "sample_size": 64,
-    "block_out_channels": (16, 32, 32, 32),
-    "layers_per_block": 1,
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "norm_num_groups": 8,
-    "scaling_factor": 0.8,
-}
-SCHEDULER = {
-    "num_train_timesteps": 1000,
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "prediction_type": "v_prediction",
-    "rescale_betas_zero_snr": True,
-    "timestep_spacing": "trailing",
-    "clip_sample": False,
-    "set_alpha_to_one": True,
-    "steps_offset": 1,
-}
-
-
-def byte_tokenizer() -> CLIPTokenizer:
-    """CLIP's tokenizer with single bytes as its whole vocabulary (514 tokens): any typed word tokenizes."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokens = [*alphabet, *(letter + "</w>" for letter in alphabet), "<|startoftext|>", "<|endoftext|>"]
-    return CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[], model_max_length=77)
-
-
-def build_base(folder: Path, *, seed: int = 0, scheduler: dict[str, object] | None = None) -> Path:
-    """Write an ordinary diffusers folder of pocket's structure with random weights and return it."""
-    torch.manual_seed(seed)
-    tokenizer = byte_tokenizer()
-    text = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=192,
-        intermediate_size=768,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        max_position_embeddings=77,
-        projection_dim=192,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    tokenizer.save_pretrained(folder / "tokenizer")
-    CLIPTextModel(text).save_pretrained(folder / "text_encoder")
-    AutoencoderKL(**POCKET_VAE).save_pretrained(folder / "vae")
-    UNet2DConditionModel(**POCKET_UNET).save_pretrained(folder / "unet")
-    DDIMScheduler(**(SCHEDULER | (scheduler or {}))).save_pretrained(folder / "scheduler")
-    index = {
-        "_class_name": "StableDiffusionPipeline",
-        "feature_extractor": [None, None],
-        "image_encoder": [None, None],
-        "requires_safety_checker": False,
-        "safety_checker": [None, None],
-        "scheduler": ["diffusers", "DDIMScheduler"],
-        "text_encoder": ["transformers", "CLIPTextModel"],
-        "tokenizer": ["transformers", "CLIPTokenizer"],
-        "unet": ["diffusers", "UNet2DConditionModel"],
-        "vae": ["diffusers", "AutoencoderKL"],
-    }
-    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
-    return folder
-
 
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A diffusers folder of pocket's exact structure (v-prediction, zero-terminal SNR), random weights."""
+    from tiny import build_base  # here and not above: pytest's main process needs no torch
+
     return build_base(tmp_path_factory.mktemp("tiny_base"))
 
 
@@ -145,4 +61,6 @@ def short_exam() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def base_builder() -> Callable[..., Path]:
     """`build_base`, for tests that need another scheduler or seed."""
+    from tiny import build_base
+
     return build_base

@@ -450,6 +450,7 @@ def test_a_few_hundred_of_the_fuzzers_inputs(tmp_path: Path) -> None:
     assert all("load" in trial.outcomes and trials.make_input(7, trial.number)[0] == trial.mutation for trial in found[:9])
 
 
+@pytest.mark.slow
 def test_crashes_and_hangs_of_the_fuzzers_worker_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fuzz, "PATIENCE", 20)
     monkeypatch.setattr(fuzz, "work", dying)

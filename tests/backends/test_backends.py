@@ -77,7 +77,7 @@ def make(tiny_base: Path, pictures: Path, tmp_path: Path) -> Callable[..., Recip
     return build
 
 
-@pytest.mark.parametrize("name", [*registry.table("backends"), "child"])
+@pytest.mark.parametrize("name", [*registry.table("backends"), pytest.param("child", marks=pytest.mark.slow)])
 def test_every_backend_trains_many_and_tells_what_happens(make: Callable[..., Recipe], tmp_path: Path, name: str) -> None:
     (tmp_path / "empty").mkdir()
     recipes = [make("a"), make("b", seed=1), make("c", folder=tmp_path / "empty")]

@@ -327,6 +327,7 @@ def test_another_vae(tmp_path: Path, shelf: Path) -> None:
 LOADING = "import sys; from personalize.models import Base; print(Base.load(sys.argv[1]).family.name)"
 
 
+@pytest.mark.slow
 def test_a_repository_is_downloaded_once_and_safetensors_only(shelf: Path, tmp_path: Path) -> None:
     repository = Path(shutil.copytree(shelf / "sd1", tmp_path / "repository"))
     (repository / "unet" / "diffusion_pytorch_model.bin").write_bytes(b"a pickle")

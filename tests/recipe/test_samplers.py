@@ -30,6 +30,7 @@ from personalize.tuning.attach import attach
 from tools.pocket.judge import Judge
 
 ANCESTRAL = {"Euler a", "DPM2 a", "DPM2 a Karras", "DDPM", "LCM", *(name for name in SAMPLERS if "SDE" in name)}
+USUAL = {"Euler a", "DPM++ 2M Karras", "DPM++ 2M SDE", "UniPC"}  # judged in `make test`; the others in `make test-all`
 NOISE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}  # ends with some signal
 
 # numpy's, on its way through diffusers and scipy
@@ -122,7 +123,7 @@ def usual(pocket: Base) -> Image.Image:
     return draw(pocket, ["a red cat in the snow"], [0], steps=20, sampler="DDIM")[0]
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("name", [name if name in USUAL else pytest.param(name, marks=pytest.mark.slow) for name in SAMPLERS])
 def test_every_sampler_draws_what_the_prompt_says(pocket: Base, judge: Judge, usual: Image.Image, name: str) -> None:
     """On a base that predicts velocity, with zero-terminal SNR. Those without noise of their own draw the usual picture."""
     (picture,) = draw(pocket, ["a red cat in the snow"], [0], steps=20, sampler=name)

@@ -252,6 +252,7 @@ def test_fewer_at_once_change_nothing_but_rounding(make: Make) -> None:
         assert distance(adapter(a), adapter(b)) < CLOSE
 
 
+@pytest.mark.slow
 def test_where_memory_runs_out_fewer_go_at_once(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     denoise, most = Base.denoise, 4
 

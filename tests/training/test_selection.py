@@ -207,6 +207,7 @@ def test_the_chosen_one_is_examined_at_other_strengths(hasty: tuple[Recipe, list
     assert sorted(others, key=lambda event: event.strength)[0].drift < others[-1].drift
 
 
+@pytest.mark.slow
 def test_the_last_one_is_taken_where_that_is_asked_for_without_training_again(
     make: Make, hasty: tuple[Recipe, list[Event]]
 ) -> None:
@@ -276,6 +277,7 @@ def test_what_cannot_be_held_back_is_said_first(make: Make, asked: str, words: s
         check(make("wrong", holdout=asked))
 
 
+@pytest.mark.slow
 def test_leave_one_out_trains_without_each_picture_and_then_with_all(make: Make) -> None:
     recipe = make("folds", leave_one_out=2, steps=2, checkpoint_every=1)
     events = run(recipe)

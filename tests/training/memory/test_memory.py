@@ -356,7 +356,9 @@ def test_a_float16_run_that_was_stopped_ends_with_the_same_bytes(make: Make, tmp
 
 
 @pytest.mark.parametrize("fit", [
-    ComputePlan(micro_batch=4), ComputePlan(checkpointing=True, micro_batch=2), ComputePlan(quantize="nf4", micro_batch=4),
+    ComputePlan(micro_batch=4),
+    pytest.param(ComputePlan(checkpointing=True, micro_batch=2), marks=pytest.mark.slow),
+    pytest.param(ComputePlan(quantize="nf4", micro_batch=4), marks=pytest.mark.slow),
     pytest.param(ComputePlan("bfloat16", micro_batch=4), marks=pytest.mark.slow),
 ], ids=["plain", "checkpointing", "nf4", "bfloat16"])  # fmt: skip
 def test_the_estimate_is_what_a_real_step_takes(tiny_base: Path, pictures: Path, fit: ComputePlan) -> None:

@@ -1,0 +1,92 @@
+"""A base of pocket's exact structure with random weights, as a diffusers folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from tokenizers import pre_tokenizers
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+POCKET_UNET = {
+    "sample_size": 8,
+    "in_channels": 16,
+    "out_channels": 16,
+    "block_out_channels": (96, 192),
+    "layers_per_block": 1,
+    "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+    "cross_attention_dim": 192,
+    "attention_head_dim": (4, 8),
+    "norm_num_groups": 16,
+}
+POCKET_VAE = {
+    "in_channels": 3,
+    "out_channels": 3,
+    "latent_channels": 16,
+    "sample_size": 64,
+    "block_out_channels": (16, 32, 32, 32),
+    "layers_per_block": 1,
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "norm_num_groups": 8,
+    "scaling_factor": 0.8,
+}
+SCHEDULER = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "prediction_type": "v_prediction",
+    "rescale_betas_zero_snr": True,
+    "timestep_spacing": "trailing",
+    "clip_sample": False,
+    "set_alpha_to_one": True,
+    "steps_offset": 1,
+}
+
+
+def byte_tokenizer() -> CLIPTokenizer:
+    """CLIP's tokenizer with single bytes as its whole vocabulary (514 tokens): any typed word tokenizes."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = [*alphabet, *(letter + "</w>" for letter in alphabet), "<|startoftext|>", "<|endoftext|>"]
+    return CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[], model_max_length=77)
+
+
+def build_base(folder: Path, *, seed: int = 0, scheduler: dict[str, object] | None = None) -> Path:
+    """Write an ordinary diffusers folder of pocket's structure with random weights and return it."""
+    torch.manual_seed(seed)
+    tokenizer = byte_tokenizer()
+    text = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=192,
+        intermediate_size=768,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        max_position_embeddings=77,
+        projection_dim=192,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    tokenizer.save_pretrained(folder / "tokenizer")
+    CLIPTextModel(text).save_pretrained(folder / "text_encoder")
+    AutoencoderKL(**POCKET_VAE).save_pretrained(folder / "vae")
+    UNet2DConditionModel(**POCKET_UNET).save_pretrained(folder / "unet")
+    DDIMScheduler(**(SCHEDULER | (scheduler or {}))).save_pretrained(folder / "scheduler")
+    index = {
+        "_class_name": "StableDiffusionPipeline",
+        "feature_extractor": [None, None],
+        "image_encoder": [None, None],
+        "requires_safety_checker": False,
+        "safety_checker": [None, None],
+        "scheduler": ["diffusers", "DDIMScheduler"],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    return folder
