@@ -183,6 +183,7 @@ class Family:
     base_version: str = "unknown"  # ss_base_model_version, read by A1111
     architecture: str = "unknown/lora"  # modelspec.architecture, read by Forge
     preset: str = ""  # its presets begin so
+    pipeline: str = "StableDiffusionPipeline"  # diffusers' class for it
     a1111: str = ""  # A1111's word for it; "": it has none
     latents: LatentFormat = LatentFormat()
     noise: Callable[[Mapping[str, Any]], Noise] = VP.of  # a scheduler's config => its noise

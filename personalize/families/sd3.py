@@ -345,6 +345,7 @@ def _row(name: str, title: str, denoiser: Mmdit, version: str) -> Family:
         f"sd3_{version}",  # sd-scripts' words
         f"stable-diffusion-3-{version}/lora",
         preset="sd35",
+        pipeline="StableDiffusion3Pipeline",
         latents=LatentFormat(channels=16, scale=1.5305, shift=0.0609, side=1024, upcast=True),
         noise=Flow.of,
         scheduler={"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 3.0},

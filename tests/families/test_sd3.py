@@ -20,6 +20,8 @@ from personalize.inference.request import Request
 from personalize.models.model import Base
 from personalize.recipe.fields import Objective
 from personalize.recipe.resolve import resolve
+from personalize.reports.run import usage
+from personalize.reports.run.read import read_run
 from personalize.training.events import Finished, Step
 from personalize.training.loop import train
 from personalize.training.objectives.objective import Inputs, answer, make_objective
@@ -150,6 +152,9 @@ def test_it_trains_saves_reads_back_and_draws(folder: Path, pictures: Path, tmp_
     assert distance(one, other) < 1e-6 and one.metadata["modelspec.architecture"] == "stable-diffusion-3-5-medium/lora"
     state = StableDiffusion3Pipeline.lora_state_dict(made["diffusers"].parent, weight_name="zwx.safetensors")
     assert any(key.startswith("transformer.transformer_blocks.0.attn.to_q.lora_A") for key in state)
+    told = usage.programs(read_run(tmp_path / "kohya"), "a zwx cat")
+    assert [program.title for program in told] == ["personalize", "diffusers"]  # what UIs make of it has not been tried
+    assert "from diffusers import StableDiffusion3Pipeline" in told[1].parts[0][1]
     for path in made.values():
         drawn = tmp_path / f"{path.parent.name}.png"
         assert run(["generate", "a zwx cat", "-a", f"{path}:unet=0.8:te=0.5", "--steps", "2", "-o", str(drawn)]) == 0

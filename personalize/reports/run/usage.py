@@ -7,11 +7,13 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
+from ...adapters.hosts import HOSTS
+from ...families.names import ROWS
 from ...recipe.settings import settings
 from .read import Run, number
 
 DEFAULT_BASE = settings()["base"].default
-UI_FAMILIES = {"sd1", "sd2", "sdxl"}  # families whose base those UIs can load
+UI_FAMILIES = set(next(host.families for host in HOSTS if host.name == "A1111"))  # whose bases those UIs can load
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,8 @@ def programs(run: Run, prompt: str) -> list[Program]:
     """Commands that use the run's adapter on a prompt; none before there is an adapter."""
     if not run.adapter:
         return []
-    return [_here(run, prompt), _diffusers(run, prompt), _a1111(run, prompt), _comfyui(run)]
+    untried = _family(run) and not any(_family(run) in host.families for host in HOSTS)  # what UIs make of it is not known
+    return [_here(run, prompt), _diffusers(run, prompt), *([] if untried else [_a1111(run, prompt), _comfyui(run)])]
 
 
 def strength(run: Run) -> float:
@@ -55,7 +58,7 @@ def _here(run: Run, prompt: str) -> Program:
 
 def _diffusers(run: Run, prompt: str) -> Program:
     name = run.trigger if run.trigger.isidentifier() else "mine"
-    pipeline = "StableDiffusionXLPipeline" if _family(run) == "sdxl" else "StableDiffusionPipeline"
+    pipeline = ROWS.get(_family(run), ROWS["sd1"]).pipeline
     reader = "from_single_file" if _base(run).endswith(".safetensors") else "from_pretrained"
     lines = [
         *(["from importlib.resources import files", ""] if _is_bundled(run) else []),
