@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import save_file
-from torch import Tensor
-from transformers import CLIPTextConfig
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from personalize.families.clip import Clip
 from personalize.families.family import Family, addresses, weights
@@ -55,6 +55,39 @@ def tiny(name: str) -> Family:
 def row(name: str, true: bool) -> Family:
     """A family's row as it is, or tiny."""
     return ROWS[name] if true else tiny(name)
+
+
+def plain_unet(row: UNet, groups: int, told: int) -> UNet2DConditionModel:
+    """The real class for a row's numbers, as others configure it: a second opinion on `UNet.config`."""
+    cross = [bool(depth) for depth in row.depth]
+    options: dict[str, Any] = {"addition_embed_type": "text_time", "addition_time_embed_dim": told} if row.added else {}
+    return UNet2DConditionModel(
+        in_channels=row.latent,
+        out_channels=row.latent,
+        block_out_channels=row.channels,
+        layers_per_block=row.layers_per_block,
+        down_block_types=["CrossAttnDownBlock2D" if yes else "DownBlock2D" for yes in cross],
+        up_block_types=["CrossAttnUpBlock2D" if yes else "UpBlock2D" for yes in reversed(cross)],
+        transformer_layers_per_block=[depth or row.middle for depth in row.depth],
+        cross_attention_dim=row.context,
+        use_linear_projection=row.linear,
+        norm_num_groups=groups,
+        projection_class_embeddings_input_dim=row.added or None,
+        **options,
+    )
+
+
+def plain_clip(text: Clip, heads: int) -> nn.Module:
+    """The same for a text encoder."""
+    config = CLIPTextConfig(
+        hidden_size=text.width,
+        intermediate_size=4 * text.width,
+        num_hidden_layers=text.layer_count,
+        num_attention_heads=heads,
+        projection_dim=text.width,
+        vocab_size=8,
+    )
+    return (CLIPTextModelWithProjection if text.projection else CLIPTextModel)(config)
 
 
 def text_model(text: Clip) -> Any:

@@ -1,18 +1,19 @@
 """From a folder of pictures to batches of latents.
 
-    folder.py    which files are pictures, what each of them is called and shows: `read_folder` -> Dataset of Examples
+    dataset.py   what a folder is read as: a Dataset of Examples, each of a Concept
+    folder.py    which files are images, what each of them is called and shows: `read_folder` -> Dataset
     captions.py  .txt sidecars, metadata.jsonl, the template; triggers that are safe words and file names
     masks.py     what of a picture is learned: NAME-masklabel.png or its alpha channel
     buckets.py   shapes of one area, and which of them a picture goes to
-    pictures.py  one file -> RGB pixels of a shape, whatever it is stored as
+    images.py    one file -> RGB pixels of a shape, whatever it is stored as
     latents.py   pixels -> posterior mean and std, captions -> conditioning, once: `encode_dataset` -> Latents
-    store.py     the content-addressed cache on disk behind it
+    cache.py     the content-addressed cache on disk behind it
     batches.py   which pictures a step sees: `batches` -> Batch, a pure function of (seed, step)
 
 Class images for prior preservation are one more Dataset: `on_demand(base, class_images(folder, prompt), recipe)`, and
 `batch_at(..., purpose="prior", shape=...)` for a stream of their own, in the shapes of the steps.
 
-Names are imported when first used: only the last three files need torch, and a look at a folder must not wait for it.
+Names are imported when first used: latents.py, cache.py and batches.py need torch, and a look at a folder must not wait for it.
 """
 
 from __future__ import annotations

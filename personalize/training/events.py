@@ -68,7 +68,7 @@ class Sweep:
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """An adapter was examined on fixed noise: a checkpoint at strength 1, or the chosen one at another. See choose.py."""
+    """An adapter was examined on fixed noise: a checkpoint at strength 1, or the chosen one at another. See selection.py."""
 
     step: int
     strength: float

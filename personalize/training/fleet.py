@@ -14,7 +14,7 @@ from ..errors import PersonalizeError, RecipeError
 from ..models.model import Base
 from ..recipe.fields import Recipe
 from .events import Failed, Step
-from .loop import AMONG_OTHERS, Numbered, train, train_plans
+from .loop import AMONG_OTHERS, Numbered, train, train_plan, train_plans
 from .memory.ladder import ComputePlan
 from .memory.plan import MemoryPlan, estimate_of
 from .preflight import RunPlan, check
@@ -63,7 +63,8 @@ def train_alone(number: int, plan: RunPlan, fresh: bool) -> Iterator[Numbered]:
     """A run that goes with no other."""
     last = 0
     try:
-        for event in train(plan.recipe, fresh=fresh):
+        folds = plan.recipe.choosing.leave_one_out  # runs before the run, which is checked once they are done
+        for event in train(plan.recipe, fresh=fresh) if folds else train_plan(plan, fresh=fresh):
             last = event.step if isinstance(event, Step) else last
             yield number, event
     except PersonalizeError as error:

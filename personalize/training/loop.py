@@ -69,6 +69,11 @@ def train(recipe: Recipe, *, fresh: bool = False) -> Iterator[Event]:
     if plan.finished:
         yield plan.finished
         return
+    yield from train_plan(plan, fresh=fresh, began=began)
+
+
+def train_plan(plan: RunPlan, *, fresh: bool = False, began: float | None = None) -> Iterator[Event]:
+    """Train an adapter whose recipe was checked, as `train` does."""
     events = train_plans({0: plan}, ALONE, fresh=fresh, began=began)
     for _, event in events:
         try:

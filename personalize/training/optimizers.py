@@ -36,7 +36,7 @@ class Scale:
     def at_floor(self) -> bool:
         return self.value <= 1
 
-    def grew(self) -> None:
+    def grow(self) -> None:
         """A step was taken."""
         self.good += 1
         if self.good == GROWTH:
@@ -74,15 +74,11 @@ class Optimizer:
         self.rule: torch.optim.Optimizer = registry.table("optimizers")[optim.optimizer](made, optim)
         self._at_start = dict(group_numbers(self.rule))
 
-    def backward(self, losses: Tensor, of: int = 0, again: bool = False) -> None:
-        """Add the gradient of the mean of `losses` [b]; over `accumulate` calls the gradients average.
-
-        Where they are a piece of a batch of `of` pictures, theirs is a piece of the mean. `again` keeps what a later piece needs.
-        """
-        self.share(losses, of).backward(retain_graph=again)
-
     def share(self, losses: Tensor, of: int = 0) -> Tensor:
-        """What `backward` differentiates: a scalar."""
+        """The mean of `losses` [b], to go back from: a scalar, scaled; over `accumulate` of them the gradients average.
+
+        Where they are a piece of a batch of `of` images, theirs is a piece of the mean.
+        """
         share = len(losses) / (of or len(losses)) * (self.scale.value if self.scale else 1)
         return losses.mean() * share / self.optim.accumulate
 
@@ -102,7 +98,7 @@ class Optimizer:
         self.rule.step()
         self.skip()
         if self.scale:
-            self.scale.grew()
+            self.scale.grow()
 
     def skip(self) -> None:
         """Drop the gradients without an update."""

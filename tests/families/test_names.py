@@ -5,15 +5,14 @@ from __future__ import annotations
 import re
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
+from bases import plain_clip, plain_unet
 from diffusers import UNet2DConditionModel
 from diffusers.loaders.lora_conversion_utils import _convert_unet_lora_key, _maybe_map_sgm_blocks_to_diffusers
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from personalize.families import names as keys
 from personalize.families.clip import Clip
@@ -31,45 +30,13 @@ every_family = pytest.mark.parametrize("name", ROWS)
 # --- the real classes -----------------------------------------------------------------------------------------------
 
 
-def unet(family: Family) -> UNet2DConditionModel:
-    row = family.denoiser
-    cross = [bool(depth) for depth in row.depth]
-    options: dict[str, Any] = {"addition_embed_type": "text_time", "addition_time_embed_dim": 256} if row.added else {}
-    return UNet2DConditionModel(
-        in_channels=row.latent,
-        out_channels=row.latent,
-        block_out_channels=row.channels,
-        layers_per_block=row.layers_per_block,
-        down_block_types=["CrossAttnDownBlock2D" if yes else "DownBlock2D" for yes in cross],
-        up_block_types=["CrossAttnUpBlock2D" if yes else "UpBlock2D" for yes in reversed(cross)],
-        transformer_layers_per_block=[depth or row.middle for depth in row.depth],
-        cross_attention_dim=row.context,
-        use_linear_projection=row.linear,
-        norm_num_groups=16,
-        projection_class_embeddings_input_dim=row.added or None,
-        **options,
-    )
-
-
-def text_encoder(text: Clip) -> nn.Module:
-    config = CLIPTextConfig(
-        hidden_size=text.width,
-        intermediate_size=4 * text.width,
-        num_hidden_layers=text.layer_count,
-        num_attention_heads=text.width // 16,
-        projection_dim=text.width,
-        vocab_size=8,
-    )
-    return (CLIPTextModelWithProjection if text.projection else CLIPTextModel)(config)
-
-
 def reference(family: Family) -> dict[str, nn.Module]:
     """The real models by part, on the meta device; those of UNets and CLIPs as others configure them."""
     with torch.device("meta"):
         parts = {row.part: build(row, row.config(8)) for row in family.texts if not isinstance(row, Clip)}
-        parts |= {text.part: text_encoder(text) for text in family.texts if isinstance(text, Clip)}
+        parts |= {text.part: plain_clip(text, text.width // 16) for text in family.texts if isinstance(text, Clip)}
         own = family.denoiser
-        return parts | {own.part: unet(family) if isinstance(own, UNet) else build(own, own.config(family.texts))}
+        return parts | {own.part: plain_unet(own, 16, 256) if isinstance(own, UNet) else build(own, own.config(family.texts))}
 
 
 def tables(model: nn.Module) -> set[str]:

@@ -14,12 +14,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
+from bases import plain_clip, plain_unet
 from diffusers.loaders import single_file_utils as theirs
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from personalize.errors import AdapterError, BaseModelError, HostileFileError, OutputError
 from personalize.families import names as keys
@@ -49,37 +48,8 @@ def tiny(family: Family) -> Family:
 
 def models(family: Family) -> dict[str, nn.Module]:
     """The real classes by part, random weights."""
-    row = family.denoiser
-    cross = [bool(depth) for depth in row.depth]
-    options = {"addition_embed_type": "text_time", "addition_time_embed_dim": 8} if row.added else {}
-    parts: dict[str, nn.Module] = {
-        "unet": UNet2DConditionModel(
-            in_channels=row.latent,
-            out_channels=row.latent,
-            block_out_channels=row.channels,
-            layers_per_block=row.layers_per_block,
-            down_block_types=["CrossAttnDownBlock2D" if yes else "DownBlock2D" for yes in cross],
-            up_block_types=["CrossAttnUpBlock2D" if yes else "UpBlock2D" for yes in reversed(cross)],
-            transformer_layers_per_block=[depth or row.middle for depth in row.depth],
-            mid_block_type="UNetMidBlock2DCrossAttn",
-            cross_attention_dim=row.context,
-            use_linear_projection=row.linear,
-            norm_num_groups=8,
-            projection_class_embeddings_input_dim=row.added or None,
-            **options,
-        )
-    }
-    for text in family.texts:
-        config = CLIPTextConfig(
-            hidden_size=text.width,
-            intermediate_size=4 * text.width,
-            num_hidden_layers=text.layer_count,
-            num_attention_heads=2,
-            projection_dim=text.width,
-            vocab_size=8,
-        )
-        parts[text.part] = (CLIPTextModelWithProjection if text.projection else CLIPTextModel)(config)
-    return parts
+    texts = {text.part: plain_clip(text, 2) for text in family.texts}
+    return {"unet": plain_unet(family.denoiser, 8, 8), **texts}
 
 
 @cache

@@ -37,7 +37,7 @@ def run(steps: int = 3, total: int = 10, start: Optimizer | None = None, done: i
     optimizer = start or Optimizer(groups(), Optim(**(PLAIN | settings)), total)
     for i in range(done, done + steps):
         for micro in range(optimizer.optim.accumulate):
-            optimizer.backward(losses(optimizer, 1.0 + i + micro))
+            optimizer.share(losses(optimizer, 1.0 + i + micro)).backward()
         optimizer.step(i, optimizer.norm())
     return optimizer
 
@@ -75,7 +75,7 @@ def test_schedules(schedule: Any, warmup: int, shares: list[float]) -> None:
 def test_schedule_moves_the_parameters_that_much() -> None:
     optimizer = Optimizer(groups(), Optim(**(PLAIN | {"warmup": 4})), 10)
     before = values(optimizer)
-    optimizer.backward(losses(optimizer))
+    optimizer.share(losses(optimizer)).backward()
     optimizer.step(0, optimizer.norm())
     assert torch.allclose((values(optimizer) - before)[:3].abs(), torch.tensor(0.025), rtol=1e-4)
 
@@ -87,7 +87,7 @@ def test_gradients_are_clipped_to_their_norm() -> None:
         return torch.cat([state[name].flatten() for name in state if name.endswith("exp_avg")]) / (1 - 0.9)
 
     optimizer = run(0)
-    optimizer.backward(losses(optimizer))
+    optimizer.share(losses(optimizer)).backward()
     free = gradient(0.0)
     assert optimizer.norm() == pytest.approx(free.norm().item(), rel=1e-5)
     assert gradient(0.5).norm() == pytest.approx(0.5, rel=1e-4)
@@ -100,8 +100,8 @@ def test_accumulated_gradients_are_those_of_one_large_batch() -> None:
     whole = Optimizer(groups(), Optim(**PLAIN), 10)
     per_item = [losses(halves, 1.0), losses(halves, 5.0)]
     for half in per_item:
-        halves.backward(half)
-    whole.backward(torch.cat([losses(whole, 1.0), losses(whole, 5.0)]))
+        halves.share(half).backward()
+    whole.share(torch.cat([losses(whole, 1.0), losses(whole, 5.0)])).backward()
     assert halves.norm() == pytest.approx(whole.norm().item())
 
 
@@ -152,7 +152,7 @@ def test_the_state_is_a_copy() -> None:
 def test_skipping_changes_nothing() -> None:
     optimizer = run(2)
     before = optimizer.state()
-    optimizer.backward(losses(optimizer) * torch.nan)
+    optimizer.share(losses(optimizer) * torch.nan).backward()
     assert optimizer.norm().isnan()
     optimizer.skip()
     assert all(torch.equal(value, before[name]) for name, value in optimizer.state().items())

@@ -300,7 +300,7 @@ def test_precision_on_auto(monkeypatch: pytest.MonkeyPatch, wanted: str, device:
 def test_the_loss_scale_halves_and_doubles() -> None:
     scale = Scale()
     for _ in range(GROWTH):
-        scale.grew()
+        scale.grow()
     assert (scale.value, scale.good) == (2.0**17, 0)
     for _ in range(30):
         scale.shrink()
@@ -311,7 +311,7 @@ def test_a_scaled_gradient_is_scaled_back_exactly() -> None:
     def stepped(scaled: bool) -> tuple[Tensor, Tensor]:
         p = nn.Parameter(torch.tensor([0.3, -2.0]))
         opt = Optimizer({"unet": {"p": p}}, Optim(warmup=0, clip=0.1), 4, scaled=scaled)
-        opt.backward((p * torch.tensor([1.7, 0.2])).square())
+        opt.share((p * torch.tensor([1.7, 0.2])).square()).backward()
         norm = opt.norm()
         opt.step(0, norm)
         return p.detach(), norm
