@@ -21,6 +21,7 @@ FLOORS = {
     "text": "numbers and texts as people read them",
     "findings": "what a check found: one type for adapter files and for datasets",
     "io": "atomic writes",
+    "lock": "one writer at a time in a folder",
     "formats": "safetensors on disk: headers checked before they are believed, tensors one at a time, checkpoints as a view",
     "families": "one file per model family; what they share: UNet, CLIP, noise, names",
     "adapters": "the adapter file and its algebra: kinds, strengths, operations, doctor; torch and safetensors only",
@@ -36,7 +37,7 @@ FLOORS = {
     "__init__": "the public names",
     "__main__": "`python -m personalize`",
 }
-LOW = ("version", "errors", "lazy", "registry", "text", "findings", "io", "__init__", "__main__")  # everybody's: not drawn
+LOW = ("version", "errors", "lazy", "registry", "text", "findings", "io", "lock", "__init__", "__main__")  # everybody's: not drawn
 
 INTRO = """# Architecture
 
