@@ -105,19 +105,23 @@ class AdapterLayer(nn.Module):
         who = self.active.who
         if not who:
             return self.base_layer(x)
-        if len(self.strengths) > 1:
+        if len(who) > 1:
             return self._forward_several(x, who)
         if x.dtype == torch.float32 or isinstance(self.base_layer, nn.Conv2d):
-            return self._forward_one(x)
-        return self._forward_one(x.flatten(0, -2)).unflatten(0, x.shape[:-1])  # rows, so that a kind can add to W x in place
+            return self._forward_one(x, *who)
+        return self._forward_one(x.flatten(0, -2), *who).unflatten(0, x.shape[:-1])  # rows: a kind can add to W x in place
 
-    def _forward_one(self, x: Tensor) -> Tensor:
+    def _forward_one(self, x: Tensor, number: int) -> Tensor:
+        """Of several adapters, one with all rows gives what it gives alone, to the bit."""
         out: Tensor = self.base_layer(x)
         seen = F.dropout(x, self.dropout) if self.dropping and self.dropout else x
+        several = len(self.strengths) > 1
         if self.kind.forward is None:
-            return out + self._change_of(seen, {role: factor.weight for role, factor in self.factors.items()}, 0)
+            weights = {role: factor.weight[number] if several else factor.weight for role, factor in self.factors.items()}
+            return out + self._change_of(seen, weights, number)
         tensors = {role: factor.cast(x.dtype) for role, factor in self.factors.items()}
-        return self.kind.forward(self.base_layer, seen, out, tensors, self.scale(0))
+        own = {role: whole[number] for role, whole in tensors.items()} if several else tensors
+        return self.kind.forward(self.base_layer, seen, out, own, self.scale(number))
 
     def _forward_several(self, x: Tensor, who: tuple[int, ...]) -> Tensor:
         out: Tensor = self.base_layer(x)
