@@ -14,7 +14,7 @@ from .dataset import dataset
 from .generate import generate
 from .merge import merge
 from .messages import print_error, warnings_as_lines
-from .train import batch, report, train
+from .train import batch, finish, report, tell, train
 
 HELP = ("-h", "--help")
 
@@ -71,5 +71,5 @@ def version() -> int:
     return 0
 
 
-for command in (train, batch, generate, dataset, report, version, merge, *adapters.COMMANDS):
+for command in (train, batch, finish, tell, generate, dataset, report, version, merge, *adapters.COMMANDS):
     cli.add_command(command)

@@ -18,10 +18,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.table import Column
 from rich.text import Text
 
+from ..lock import hold
 from ..recipe.fields import Recipe
 from ..recipe.settings import flatten
 from ..text import base_summary, duration, memory_summary, pace, plain, readable
-from ..training.events import Chosen, Event, Failed, Finished, Fold, Sample, Saved, Started, Step, SteppedDown, Warned
+from ..training.events import Chosen, Event, Failed, Finished, Fold, Sample, Saved, Started, Step, SteppedDown, Stopped, Warned
+from .live import LiveReports
 
 SMOOTHING = 0.9  # of the loss that is shown: single steps are mostly noise
 LINES = 10  # of progress, where there is no terminal
@@ -48,7 +50,9 @@ def train_many(recipes: Sequence[Recipe], backend: str, *, fresh: bool, together
 
         return get_backend(backend).run(recipes, fresh=fresh, together=together)
 
-    return follow(BatchView(terminal(), recipes), events)
+    view = BatchView(terminal(), recipes)
+    with hold(view.parent, "wait for it, or choose another --output"):
+        return follow(view, events)
 
 
 def follow(view: View, start: Callable[[], Iterator[Any]]) -> int:
@@ -60,9 +64,14 @@ def follow(view: View, start: Callable[[], Iterator[Any]]) -> int:
                 for event in events:
                     view.show(event)
     except KeyboardInterrupt:
-        view.print(f"{view.standing()} To go on, type the same command again.")
-        return 130
-    return view.finish()
+        view.stopped = True
+    if not view.stopped:
+        return view.finish()
+    view.reports.end()
+    view.print(f"{view.standing()} To go on, type the same command again.")
+    if folder := view.folder_to_finish():
+        view.print(f"To make an adapter of it as it stands: personalize finish {shlex.quote(str(folder))}")
+    return 130
 
 
 def terminal() -> Console:
@@ -81,7 +90,8 @@ class View:
     """Lines on a console, and a bar below them where that is a terminal."""
 
     def __init__(self, console: Console, title: str, detail: str) -> None:
-        self.console = console
+        self.console, self.stopped = console, False
+        self.reports = LiveReports(self.print)
         speed = Speed(Column(no_wrap=True))
         columns = (MofNCompleteColumn(), TextColumn(detail), speed, TextColumn("left"), TimeRemainingColumn())
         self.bar = Progress(TextColumn(title), BarColumn(), *columns, console=console)
@@ -98,6 +108,10 @@ class View:
 
     def show(self, event: Any) -> None:
         """Show what happened."""
+        raise NotImplementedError
+
+    def folder_to_finish(self) -> Path | None:
+        """The folder of what was stopped after some steps."""
         raise NotImplementedError
 
     def standing(self) -> str:
@@ -169,8 +183,12 @@ class RunView(View):
                 self.step = event.step
             case Warned():
                 self.print(f"warning: {event.text}")
+            case Stopped():
+                self.stopped = True
             case Finished():
                 self.finished = event
+        if self.settings:
+            self.reports.show(self.folder, event)
 
     def _show_start(self, event: Started) -> None:
         self.settings = event.recipe
@@ -184,8 +202,13 @@ class RunView(View):
         for why in event.fit["why"]:
             self.print(f"         {why}")
         self.step = event.resumed
+        if event.init and not event.resumed:
+            steps = f", which has learned {event.init['steps']} steps" if "steps" in event.init else ""
+            self.print(f"begins   with {event.init['file']}{steps}")
         if event.resumed:
             self.print(f"going on after step {event.resumed}")
+        for change in event.changes:
+            self.print(f"changed  {change}")
         self.notice.stop()
         if self.console.is_terminal:
             self.bar.add_task("", total=self.recipe.steps, completed=event.resumed, loss="")
@@ -215,6 +238,9 @@ class RunView(View):
     def standing(self) -> str:
         return f"stopped after step {self.step} of {self.recipe.steps}."
 
+    def folder_to_finish(self) -> Path | None:
+        return self.folder if self.step else None
+
     def finish(self) -> int:
         """Where everything is, and what to type next."""
         from ..data.captions import fill
@@ -226,7 +252,7 @@ class RunView(View):
         self.settings = self.settings or flatten(with_defaults(self.recipe, read_folder(self.recipe.data)))
         adapter = self.folder / self.finished.path
         if self.finished.again:
-            self.print("this run is already finished: --fresh starts it over, another --output keeps both")
+            self.print("this run is already finished: more --steps train on, --fresh starts it over, another --output keeps both")
         else:
             time, memory = duration(self.finished.seconds), readable(self.finished.peak_bytes)
             self.print(f"done     {self.finished.step} steps in {time}, at most {memory} of memory")
@@ -276,6 +302,11 @@ class BatchView(View):
         assert output
         return output
 
+    @property
+    def parent(self) -> Path:
+        """Where the run folders lie."""
+        return self.folder(0).parent
+
     def show(self, event: tuple[int, Event]) -> None:
         number, what = event
         match what:
@@ -293,8 +324,12 @@ class BatchView(View):
             case Failed():
                 self.failed[number], self.steps[number] = what.message, self.recipes[number].steps
                 self.print(f"{self.name(number)}: failed: {what.message}")
+            case Stopped():
+                self.stopped = True
+                self.print(f"{self.name(number)}: stopped after step {what.step}")
             case Finished():
                 self._show_end(number, what)
+        self.reports.show(self.folder(number), what)
         running = sum(0 < done < recipe.steps for done, recipe in zip(self.steps, self.recipes, strict=True))
         self.bar.update(self.task, completed=sum(self.steps), description=f"training {running}" if running else "loading")
 
@@ -312,10 +347,15 @@ class BatchView(View):
     def standing(self) -> str:
         return f"stopped; {len(self.finished)} of {len(self.recipes)} are done."
 
+    def folder_to_finish(self) -> Path | None:
+        return self.parent if any(self.steps) else None
+
     def finish(self) -> int:
         """How many adapters there are, and a sheet of them."""
         failed = f"; {len(self.failed)} failed: {', '.join(map(self.name, self.failed))}" if self.failed else ""
-        self.print(f"{len(self.finished)} of {len(self.recipes)} adapters are there{failed}")
+        older = sum(any(self.folder(i).glob("*.safetensors")) for i in range(len(self.recipes)) if i not in self.finished)
+        before = f", {older} of them from before" if older else ""
+        self.print(f"{len(self.finished) + older} of {len(self.recipes)} adapters are there{before}{failed}")
         if path := self.write_sheet():
             self.print(f"pictures {path}")
         return 2 if self.failed else 0
@@ -341,11 +381,14 @@ class BatchView(View):
             return None
         heads = ("learned from", *[""] * SHEET_PROMPTS)
         sheet = contact_sheet(cells, 1 + SHEET_PROMPTS, rows=rows, heads=heads, side=128)
-        return save_sheet(sheet, self.folder(0).parent / "batch.png")
+        return save_sheet(sheet, self.parent / "batch.png")
 
     def last_samples(self, number: int, event: Finished) -> list[Path]:
         """The sample pictures of the step that became the adapter: the first seed of each of the first prompts."""
-        step = self.chosen.get(number, event.step)
-        found = sorted((self.folder(number) / "samples").glob(f"{step:06}-p[0-{SHEET_PROMPTS - 1}]-s*.png"))
-        first = {path.name.split("-s")[0]: path for path in reversed(found)}
-        return [first[name] for name in sorted(first)]
+        from ..training.rundir import Run
+
+        step, first = self.chosen.get(number, event.step), dict[str, Path]()
+        for (at, prompt, _), path in Run(self.folder(number), "").samples().items():
+            if at == step:
+                first.setdefault(prompt, path)
+        return list(first.values())[:SHEET_PROMPTS]

@@ -1,4 +1,4 @@
-"""`personalize train`, `batch` and `report`: runs, one or many; and how flags become a recipe."""
+"""`personalize train`, `batch`, `finish`, `tell` and `report`: runs, one or many; and how flags become a recipe."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..errors import AdapterError, DataError, PersonalizeError, RecipeError
+from ..errors import AdapterError, DataError, OutputError, PersonalizeError, RecipeError
 from ..io import pictures_in
 from ..registry import table
 from ..text import plain
@@ -77,7 +77,8 @@ def train(folder: Path | None, origin: Path | None, dry_run: bool, fresh: bool, 
 
     Without --preset, the preset for subjects of the base's family is used (pocket-, sd15-, sd21- or sdxl-subject).
 
-    The same command again resumes a run that was stopped.
+    The same command again resumes a run that was stopped; with more --steps it trains on with one that is finished. --init begins
+    with the weights of any adapter.
     """
     recipe = resolve_recipe(folder, origin, flags, needed=not dry_run)
     if dry_run:
@@ -128,7 +129,10 @@ def recipe_in(adapter: Path) -> Recipe:
     from ..adapters.describe import describe
     from ..recipe.resolve import from_json
 
-    text = describe(adapter).metadata.get("personalize.recipe")
+    metadata = describe(adapter).metadata
+    text = metadata.get("personalize.recipe")
+    if "personalize.changes" in metadata:
+        print_warning(f"{adapter} changed its recipe on the way: the last one alone does not make the same adapter again")
     if text is None:
         raise AdapterError(f"{adapter} does not say how it was made", "only adapters made by personalize can be repeated")
     return from_json(text, str(adapter))
@@ -218,14 +222,64 @@ def resolve_recipes(folders: Sequence[Path], flags: dict[str, Any]) -> tuple[lis
     return recipes, wrong
 
 
-# ---------------------------------------------------------------- report
+# ---------------------------------------------------------------- runs that there are
+
+
+@click.command()
+@click.argument("folders", metavar="RUN...", type=PATH, nargs=-1, required=True)
+def finish(folders: tuple[Path, ...]) -> int:
+    """Make adapter, sample pictures, scores and report of where each RUN stands, without further steps.
+
+    RUN is a run folder that was stopped, or a folder of such. The command that trained it still goes on with it afterwards.
+    """
+    recipes = [recipe_of_run(run) for folder in folders for run in run_folders(folder)]
+    from .progress import train_many, train_one
+
+    return train_one(recipes[0]) if len(recipes) == 1 else train_many(recipes, "local", fresh=False, together=None)
+
+
+def run_folders(folder: Path) -> list[Path]:
+    """A folder that a run has kept its state in, or else those in it. Raises OutputError where there are none."""
+    from ..training.rundir import Run
+
+    inner = sorted(folder.iterdir()) if folder.is_dir() else []
+    found = [one for one in (folder, *inner) if Run(one, "").state.is_file()]
+    if not found:
+        raise OutputError(f"there is no run in {folder} that has kept its state", "give the folder that personalize train wrote")
+    return found[:1] if found[0] == folder else found
+
+
+def recipe_of_run(folder: Path) -> Recipe:
+    """The recipe of a run with as many steps as it has taken. Raises OutputError for one without."""
+    from ..recipe.resolve import read_settings, resolve
+    from ..training.rundir import Run
+
+    state = Run(folder, "").load_state()
+    if state is None or not state.done:
+        raise OutputError(f"the run in {folder} has taken no step", "personalize train makes some")
+    here = {"output": folder, "steps": state.done, "leave_one_out": 0}  # no further trainings either
+    return resolve(flags={**read_settings(folder / "recipe.toml"), **here})
+
+
+@click.command()
+@click.argument("run_folder", metavar="RUN", type=PATH)
+@click.argument("word", metavar="sample|save|stop")
+def tell(run_folder: Path, word: str) -> int:
+    """Ask a run that goes on in RUN to draw its sample pictures now, to save a checkpoint, or to stop."""
+    from ..training.control import WORDS
+    from ..training.control import tell as leave_word
+
+    leave_word(run_folder, word)
+    click.echo(f"{run_folder} will, after the step that it is taking: {WORDS[word]}")
+    return 0
 
 
 @click.command()
 @click.argument("run_folder", metavar="RUN", type=PATH)
 def report(run_folder: Path) -> int:
     """Write the report of a run folder again."""
+    from ..lock import is_held
     from ..reports.run import write_report
 
-    click.echo(write_report(run_folder))
+    click.echo(write_report(run_folder, live=is_held(run_folder)))
     return 0

@@ -21,7 +21,7 @@ from ..recipe.resolve import from_json, resolve
 from .events import Event, Notice, Picture, Progress, Saved
 from .img2img import fit_image
 from .library import Library
-from .png import save_picture
+from .png import save_picture, slug
 from .prompts import Use, parse
 from .request import InitImage, Request
 from .session import Session
@@ -157,15 +157,6 @@ def base_recipe(adapters: Sequence[Adapter], given: Mapping[str, Any]) -> Recipe
     if given.get("base", recipe.base) != recipe.base:
         recipe = Recipe()  # what is known of one base says nothing about another
     return recipe.model_copy(update=dict(given))
-
-
-def slug(prompt: str) -> str:
-    """A prompt as the beginning of a file name.
-
-    >>> slug("A Zwx cat, in the snow!")
-    'a-zwx-cat-in-the-snow'
-    """
-    return re.sub(r"\W+", "-", prompt.lower()).strip("-")[:48].strip("-") or "picture"
 
 
 def unused_path(path: Path) -> Path:

@@ -21,6 +21,15 @@ SETTING = re.compile(r'\s*([\w ]+): ("(?:\\.|[^"\\])*"|[^,]*)(?:,|$)')  # as A11
 NEGATIVE = "Negative prompt: "
 
 
+def slug(prompt: str) -> str:
+    """A prompt as the beginning of a file name.
+
+    >>> slug("A Zwx cat, in the snow!")
+    'a-zwx-cat-in-the-snow'
+    """
+    return re.sub(r"\W+", "-", prompt.lower()).strip("-")[:48].strip("-") or "picture"
+
+
 def save_picture(picture: Image.Image, path: Path, request: Request) -> Path:
     """Write a PNG that carries its request twice: as text for UIs (`parameters`) and as JSON (`personalize`)."""
     info = PngImagePlugin.PngInfo()

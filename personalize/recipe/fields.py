@@ -264,6 +264,7 @@ class Recipe(Part):
     )
     clip_skip: int = Field(1, ge=1, le=12, description="text-encoder layer that is read, from the last: 2 for most anime models")
     vae: str | None = Field(None, description="another VAE than the base's: a folder or a .safetensors file")
+    init: Path | None = Field(None, description="adapter file, of any kind and dialect, whose weights the run begins with")
     preset: str | None = Field(None, description="partial recipe: a name from presets/ or a .toml file")
     steps: int = Field(200, ge=1, description="optimizer steps")
     batch_size: int = Field(4, ge=1, description="pictures per step")

@@ -7,4 +7,6 @@ objectives/    what a batch's loss is                           memory/        h
 run.py         a run in progress                                milestones.py  samples, checkpoints, the end
 selection.py   which checkpoint becomes the adapter             metadata.py    what the file says about itself
 rundir.py      the run folder                                   events.py      what a run tells while it goes on
+changes.py     what a run may go on with                        event_of.py    how it started, a step, how it failed
+control.py     a word to a run that goes on
 """

@@ -26,6 +26,8 @@ class Started:
     resumed: int = 0
     shapes: dict[str, int] = field(default_factory=dict)  # pictures (repeats counted) by WIDTHxHEIGHT, in pixels
     fit: dict[str, Any] = field(default_factory=dict)  # how the run fits into memory, what it will take, and why it was chosen
+    changes: list[str] = field(default_factory=list)  # what is otherwise than when the run began, or went on before
+    init: dict[str, Any] = field(default_factory=dict)  # the adapter that the run began with: file, sha256, steps
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +147,13 @@ class Finished:
 
 
 @dataclass(frozen=True, slots=True)
+class Stopped:
+    """The run was stopped after `step` steps, by Ctrl-C or because somebody asked; its state is saved, and it can go on."""
+
+    step: int
+
+
+@dataclass(frozen=True, slots=True)
 class Failed:
     """One of many runs ended after `step` steps without an adapter; the others go on."""
 
@@ -152,7 +161,7 @@ class Failed:
     message: str
 
 
-Event = Started | Step | Sample | Sweep | Scored | Fold | Chosen | Saved | SteppedDown | Warned | Failed | Finished
+Event = Started | Step | Sample | Sweep | Scored | Fold | Chosen | Saved | SteppedDown | Warned | Stopped | Failed | Finished
 
 # ---------------------------------------------------------------- as JSON, and back
 
@@ -167,10 +176,11 @@ NEEDED: dict[str, tuple[str, ...]] = {
     "saved": ("step", "path"),
     "steppeddown": ("step", "what", "why"),
     "warned": ("step", "text"),
+    "stopped": ("step",),
     "error": ("message",),
 }
 NULLABLE = {"fit", "validation", "drift", "contrast", "score"}  # of those: null stands for a number that is not finite
-NOTES: dict[str, dict[str, type]] = {"stopped": {}, "error": {"message": str}}  # records of a run's end that are no events
+NOTES: dict[str, dict[str, type]] = {"error": {"message": str}}  # the record of a run's end that is no event
 
 
 def event_record(event: Event) -> dict[str, Any]:

@@ -6,6 +6,8 @@ either goes on with what the other has begun.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,11 +15,12 @@ from pathlib import Path
 from ..errors import PersonalizeError, RecipeError
 from ..models.model import Base
 from ..recipe.fields import Recipe
-from .events import Failed, Step
-from .loop import AMONG_OTHERS, Numbered, train, train_plan, train_plans
+from .events import Failed, Finished, Step, Stopped
+from .loop import AMONG_OTHERS, Numbered, again, train, train_plan, train_plans
 from .memory.ladder import ComputePlan
 from .memory.plan import MemoryPlan, estimate_of
 from .preflight import RunPlan, check
+from .rundir import Run
 
 
 def train_fleet(recipes: Sequence[Recipe], *, fresh: bool = False, together: int | None = None) -> Iterator[Numbered]:
@@ -27,21 +30,38 @@ def train_fleet(recipes: Sequence[Recipe], *, fresh: bool = False, together: int
     the way, says so, and the others go on. At most `together` members go through the base at once, and fewer where memory runs
     out. Ctrl-C (or closing the iterator) saves all states; the same call again goes on.
     """
+    with contextlib.ExitStack() as all_locks:
+        locks = [all_locks.enter_context(contextlib.ExitStack()) for _ in recipes]
+        for i, event in train_companies(recipes, fresh, together, locks):
+            yield i, event
+            if isinstance(event, Failed | Finished | Stopped):
+                locks[i].close()
+
+
+def train_companies(
+    recipes: Sequence[Recipe], fresh: bool, together: int | None, locks: Sequence[contextlib.ExitStack]
+) -> Iterator[Numbered]:
+    """The same; each run's folder is held until the lock of its number is closed."""
     fleets: dict[str, dict[int, RunPlan]] = {}
     bases: dict[str, Base] = {}
-    places: dict[Path | None, int] = {}
+    places: dict[Path, int] = {}
+
+    def claim(i: int, run: Run) -> None:
+        if (other := places.setdefault(run.folder.resolve(), i)) != i:
+            raise RecipeError(f"{run.folder} is the run folder of two recipes", f"numbers {other + 1} and {i + 1}")
+        if not recipes[i].choosing.leave_one_out:  # `train` does it
+            locks[i].enter_context(run.hold())
+
     for i, recipe in enumerate(recipes):
         company = company_of(i, recipe)
         try:
-            plan = check(recipe, fresh=fresh, base=bases.get(company))
-            bases[company] = plan.base
-            if (other := places.setdefault(plan.recipe.output, i)) != i:
-                raise RecipeError(f"{plan.recipe.output} is the run folder of two recipes", f"numbers {other + 1} and {i + 1}")
+            plan = check(recipe, fresh=fresh, base=bases.get(company), claim=functools.partial(claim, i))
         except PersonalizeError as error:
             yield i, Failed(0, str(error))
             continue
+        bases[company] = plan.base
         if plan.finished:
-            yield i, plan.finished
+            yield from ((i, event) for event in again(plan))
         else:
             fleets.setdefault(company, {})[i] = plan
     for plans in fleets.values():

@@ -17,23 +17,19 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timezone
 
 import torch
 from torch import Tensor
 
-from ..adapters.delta import LowRank
-from ..data.dataset import Dataset, Example
 from ..data.folder import read_folder
-from ..errors import PersonalizeError, TrainingError
+from ..errors import PersonalizeError, TrainingError, nearest
 from ..recipe.fields import Choosing, Recipe
-from ..recipe.resolve import to_toml
-from ..recipe.settings import flatten
 from ..tuning.fleet import Fleet
-from ..tuning.targets import fresh as fresh_deltas
-from .events import Event, Failed, Finished, Fold, Started, Step, Warned
-from .inputs import TrainingData, prepare_data, rng_of
-from .memory.apply import apply_plan, missing_compiler
+from .control import WORDS, take_words
+from .event_of import failed_event, started_event, step_event
+from .events import Event, Finished, Fold, Stopped, Warned
+from .inputs import TrainingData, prepare_data
+from .memory.apply import apply_plan
 from .memory.plan import MemoryPlan, choose_memory_plan
 from .memory.recover import (
     PATIENCE,
@@ -44,10 +40,8 @@ from .memory.recover import (
     step_down,
     undo_step,
 )
-from .metadata import versions
-from .milestones import finish, make_what_is_due, probe_run
-from .objectives.denoise import timesteps
-from .preflight import RunPlan, check, names_of, parts, with_defaults
+from .milestones import finish, make_what_is_due, probe_run, sample_images, save_checkpoint, state_is_due
+from .preflight import RunPlan, check, names_of, recipe_text, with_defaults
 from .run import ActiveRun, peak_bytes, start_run
 from .rundir import Run
 from .step import gradients
@@ -62,14 +56,24 @@ def train(recipe: Recipe, *, fresh: bool = False) -> Iterator[Event]:
     Raises PersonalizeError before anything expensive if `check` finds something, and TrainingError if the run fails.
     """
     began = time.perf_counter()
-    if recipe.choosing.leave_one_out:
-        yield from leave_out(recipe, fresh)
-        fresh = False  # the folds have seen to it
-    plan = check(recipe, fresh=fresh)
-    if plan.finished:
-        yield plan.finished
-        return
-    yield from train_plan(plan, fresh=fresh, began=began)
+    with contextlib.ExitStack() as locks:
+        folds = recipe.choosing.leave_one_out
+        if folds:
+            yield from leave_out(recipe, fresh, locks)
+        fresh = fresh and not folds  # they have seen to it
+        plan = check(recipe, fresh=fresh, claim=lambda run: folds or locks.enter_context(run.hold()))
+        if plan.finished:
+            yield from again(plan)
+        else:
+            yield from train_plan(plan, fresh=fresh, began=began)
+
+
+def again(plan: RunPlan) -> Iterator[Event]:
+    """What is to be said of a finished run that is asked for once more."""
+    assert plan.finished
+    for what in plan.changes:
+        yield Warned(plan.finished.step, f"{what}: the run was finished before, more --steps train on with that")
+    yield plan.finished
 
 
 def train_plan(plan: RunPlan, *, fresh: bool = False, began: float | None = None) -> Iterator[Event]:
@@ -82,13 +86,17 @@ def train_plan(plan: RunPlan, *, fresh: bool = False, began: float | None = None
             events.throw(stop)  # it saves the state, and raises this again
 
 
-def leave_out(recipe: Recipe, fresh: bool) -> Iterator[Event]:
-    """Train without one image, then without another, each a run of its own that draws nothing: how do they do on it?"""
+def leave_out(recipe: Recipe, fresh: bool, locks: contextlib.ExitStack) -> Iterator[Event]:
+    """Train without one image, then without another, each a run of its own that draws nothing: how do they do on it?
+
+    The run folder is held until `locks` are closed.
+    """
     dataset = read_folder(recipe.data)
     recipe = with_defaults(recipe, dataset)
     names, count = names_of(recipe, dataset), min(recipe.choosing.leave_one_out, len(dataset.examples))
     assert recipe.output and recipe.name
     run = Run(recipe.output, recipe.name)
+    locks.enter_context(run.hold())
     if fresh:
         run.clear()
     sampling = recipe.sampling.model_copy(update={"sample_every": 0, "sample_seeds": ()})
@@ -150,11 +158,11 @@ def train_plans(
             data[i] = prepare_data(plan)  # images, captions => latents and conditioning, once
         except policy.contained as error:
             yield i, failed_event(plan, 0, error)
-    with Fleet(plans[first].base, [start_of(plans[i]) for i in data], plans[first].recipe.adapter.dropout) as fleet:
+    with Fleet(plans[first].base, [plans[i].start for i in data], plans[first].recipe.adapter.dropout) as fleet:
         runs = []
         for member, i in zip(fleet.members, data, strict=True):
             run = start_run(plans[i], data[i], member, memory[i], i)
-            run.began = began - run.plan.run.open(to_toml(run.plan.recipe), run.done)
+            run.began = began - run.plan.run.open(recipe_text(run.plan.recipe, run.plan.history), run.done)
             runs.append(run)
         try:
             yield from run_group(Group(runs, policy, at_once(memory[first], len(runs))))
@@ -162,7 +170,7 @@ def train_plans(
             for run in runs:
                 if not run.ended:
                     run.stop()
-                    run.plan.run.record_end("stopped", step=run.done)
+                    run.plan.run.record(Stopped(run.done))
             raise
         except PersonalizeError as error:
             for run in runs:
@@ -188,8 +196,10 @@ def run_group(group: Group) -> Iterator[Numbered]:
 
 def advance(group: Group) -> Iterator[Numbered]:
     """Everything that is due before the next step, and that step, of every run."""
-    for run in group.runs:
-        yield from by_itself(group, run, between_steps(run))
+    yield from keep_states(group)
+    for do in (between_steps, end_of_run, obey):  # no run ends before all have what is due
+        for run in group.runs:
+            yield from by_itself(group, run, do(run))
     if not (active := group.active):
         return
     clock, learners = time.perf_counter(), [run.learner for run in active]
@@ -218,17 +228,61 @@ def by_itself(group: Group, run: ActiveRun, events: Iterator[Event]) -> Iterator
         yield run.number, failed_event(run.plan, run.done, error)
 
 
+def keep_states(group: Group) -> Iterator[Numbered]:
+    """Where any run's state is due, keep those of all: whenever they are killed, they go on in the same company."""
+    due = {run.number: run.between and state_is_due(run) for run in group.runs if not run.ended}
+    if not any(due.values()):
+        return
+    for run in group.runs:
+        yield from by_itself(group, run, write_state(run, due.get(run.number, False)))
+    with defer_interrupts():
+        for run in group.runs:
+            run.plan.run.put_state()
+
+
+def write_state(run: ActiveRun, due: bool) -> Iterator[Event]:
+    """Write a run's state beside the one that is there. Raises OutputError."""
+    run.write_state(due)
+    yield from ()
+
+
 def between_steps(run: ActiveRun) -> Iterator[Event]:
-    """What is due where the run stands; after its last step, its end."""
+    """What is due where the run stands."""
     if run.between:
         yield from make_what_is_due(run)
         run.between = False
+
+
+def end_of_run(run: ActiveRun) -> Iterator[Event]:
+    """The end of a run that has taken its last step."""
     if not run.steps_left:
         yield from finish(run)
         plan, seconds = run.plan, time.perf_counter() - run.began
         run.ended = True
         path = plan.run.relative(plan.run.adapter)
         yield plan.run.record(Finished(plan.recipe.steps, seconds, path, peak_bytes(plan.base.device)))
+
+
+def obey(run: ActiveRun) -> Iterator[Event]:
+    """What somebody asked the run for by its file `control`."""
+    for word in take_words(run.plan.run.folder):
+        yield from obey_word(run, word)
+
+
+def obey_word(run: ActiveRun, word: str) -> Iterator[Event]:
+    """What one word asks for."""
+    if word == "sample":
+        yield from sample_images(run, run.done)
+    elif word == "save":
+        run.write_state(due=True)
+        run.plan.run.put_state()
+        yield save_checkpoint(run)
+    elif word == "stop":
+        run.stop()
+        run.ended = True
+        yield run.plan.run.record(Stopped(run.done))
+    elif word:
+        yield run.plan.run.record(Warned(run.done, f"a run does not understand {word!r} ({nearest(word, WORDS)})"))
 
 
 def take_step(run: ActiveRun, numbers: Sequence[float], norm: Tensor, clock: float, sharing: int) -> Iterator[Event]:
@@ -295,72 +349,3 @@ def halve(group: Group, why: str) -> Iterator[Numbered]:
 
 ALONE = Policy(lower_rung, probe=True, contained=())
 AMONG_OTHERS = Policy(halve, probe=False, contained=(PersonalizeError,))
-
-
-# ---------------------------------------------------------------- events
-
-
-def start_of(plan: RunPlan) -> dict[str, LowRank]:
-    """The adapter before its first step."""
-    return fresh_deltas(plan.base, plan.recipe.adapter, parts(plan.recipe, plan.base), plan.recipe.seed)
-
-
-def failed_event(plan: RunPlan, step: int, error: PersonalizeError) -> Failed:
-    """How a run ended, also for its diary."""
-    with contextlib.suppress(PersonalizeError):  # the disk may be what went wrong
-        plan.run.record_end("error", step=step, message=str(error))
-    return Failed(step, str(error))
-
-
-def started_event(run: ActiveRun) -> Started:
-    """The event of a run that is about to go."""
-    plan, data = run.plan, run.data
-    sources = (plan.dataset, plan.regularization, data.latents, data.prior)
-    warnings = [warning for source in sources if source for warning in source.warnings]
-    if run.compute.compile and (why := missing_compiler(plan.device)):
-        warnings.append(f"nothing is compiled: {why}")
-    return Started(
-        time=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        recipe=flatten(plan.recipe),
-        images=[image_record(example, plan.dataset) for example in plan.dataset.examples],
-        warnings=warnings,
-        parameters=sum(p.numel() for p in run.opt.parameters.values()),
-        device=str(plan.base.device),
-        dtype=str(plan.base.dtype).removeprefix("torch."),
-        versions=versions(),
-        base=plan.base.facts,
-        shapes={f"{w}x{h}": len(pool) for (w, h), pool in data.latents.buckets.items()},
-        resumed=run.done,
-        fit=run.facts(),
-    )
-
-
-def image_record(example: Example, dataset: Dataset) -> dict[str, str]:
-    """A training image as events have it."""
-    trigger = dataset.concepts[example.concept].trigger
-    return {"path": str(example.path), "caption": example.caption, "sha256": example.sha256, "trigger": trigger}
-
-
-def step_event(run: ActiveRun, losses: list[float], norm: float, seconds: float, cause: str) -> Step:
-    """The event of a step; `losses` are those of all its images."""
-    recipe, opt, done = run.plan.recipe, run.opt, run.done
-    micros = range((done - 1) * recipe.optim.accumulate, done * recipe.optim.accumulate)
-    times = [t for micro in micros for t in timesteps_of(run.plan, micro)]
-    return Step(
-        step=done,
-        loss=sum(losses) / len(losses),
-        lr=opt.lr(run.plan.base.family.denoiser.part, done - 1),
-        text_encoder_lr=opt.lr("text_encoder", done - 1),
-        grad_norm=norm,
-        seconds=seconds,
-        timesteps=times,
-        losses=losses,
-        skipped=bool(cause),
-        cause=cause,
-    )
-
-
-def timesteps_of(plan: RunPlan, micro: int) -> list[int]:
-    """Those of a micro-step's images."""
-    drawn: list[int] = timesteps(plan.recipe.batch_size, plan.base.noise, rng_of(plan.recipe, micro)).tolist()
-    return drawn

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -18,7 +19,7 @@ from .events import Chosen, Event, Sample, Saved, Sweep
 from .inputs import training_batches
 from .memory.recover import probe_until_it_fits
 from .metadata import describe_run, sidecar
-from .preflight import RunPlan
+from .preflight import RunPlan, is_drawn
 from .run import ActiveRun, peak_bytes
 from .selection import choose
 
@@ -28,14 +29,16 @@ SWEEP = (0.25, 0.5, 0.75, 1.25)  # strengths
 
 def make_what_is_due(run: ActiveRun) -> Iterator[Event]:
     """Sample images and files that are due where the run stands. Doing it twice does no harm, so a run goes on with this."""
-    plan, done = run.plan, run.done
-    recipe, folder = plan.recipe, plan.run
+    recipe, done = run.plan.recipe, run.done
     if done == 0 or is_due(done, recipe.sampling.sample_every, recipe.steps):
-        yield from sample_images(plan, done)
+        yield from sample_images(run, done)
     if recipe.checkpoint_every and is_due(done, recipe.checkpoint_every, recipe.steps):
-        yield folder.record(save_adapter(run, done, folder.checkpoint(done)))
-    if is_due(done, recipe.checkpoint_every or 50, recipe.steps):
-        run.keep()
+        yield save_checkpoint(run)
+
+
+def state_is_due(run: ActiveRun) -> bool:
+    """Whether the state is kept where the run stands."""
+    return is_due(run.done, run.plan.recipe.checkpoint_every or 50, run.plan.recipe.steps)
 
 
 def is_due(done: int, every: int, steps: int) -> bool:
@@ -43,25 +46,36 @@ def is_due(done: int, every: int, steps: int) -> bool:
     return done == steps or (done > 0 and every > 0 and done % every == 0)
 
 
-def sample_images(plan: RunPlan, done: int) -> Iterator[Event]:
-    """Draw the sample images; those of step 0 show the base, for an adapter starts as nothing."""
-    pairs = sample_pairs(plan)
-    for (p, s), image in zip(pairs, draw_samples(plan, pairs), strict=True):
-        path, prompt, seed = plan.run.sample(done, p, s), plan.prompts[p], plan.recipe.sampling.sample_seeds[s]
-        save_picture(image, path, plan.request(prompt, seed).complete(plan.base))
-        yield plan.run.record(Sample(done, prompt, seed, plan.run.relative(path), base=done == 0))
+def sample_images(run: ActiveRun, step: int) -> Iterator[Event]:
+    """Draw the sample images that are not there yet, with what is attached, of `step` steps; the base's own, of step 0, first."""
+    with run.tunable.off():
+        yield from draw_missing(run.plan, 0)
+    if step:
+        yield from draw_missing(run.plan, step)
 
 
-def sample_pairs(plan: RunPlan) -> list[tuple[int, int]]:
-    """Every sample prompt's number with every seed's."""
-    return [(p, s) for p in range(len(plan.prompts)) for s in range(len(plan.recipe.sampling.sample_seeds))]
+def draw_missing(plan: RunPlan, step: int) -> Iterator[Event]:
+    """Draw the sample images of a step that are not there as the recipe wants them drawn."""
+    there = plan.run.samples()
+    wanted = {pair: plan.request(*pair) for pair in sample_pairs(plan)}
+    missing = [
+        pair for pair, request in wanted.items()
+        if (path := there.get((step, *pair))) is None or not is_drawn(path, request.complete(plan.base))
+    ]  # fmt: skip
+    for pair, image in zip(missing, draw_images(plan.base, [wanted[pair] for pair in missing]), strict=True):
+        path = plan.run.sample(step, *pair)
+        save_picture(image, path, wanted[pair].complete(plan.base))
+        yield plan.run.record(Sample(step, *pair, plan.run.relative(path), base=step == 0))
 
 
-def draw_samples(plan: RunPlan, pairs: list[tuple[int, int]], steps: int = 0) -> Iterator[Image.Image]:
-    """Sample images for pairs of (prompt, seed) numbers, with what is attached now; in the recipe's steps, or in fewer."""
-    fewer = {"steps": steps} if steps else {}
-    seeds = plan.recipe.sampling.sample_seeds
-    return draw_images(plan.base, [plan.request(plan.prompts[p], seeds[s], **fewer) for p, s in pairs])
+def sample_pairs(plan: RunPlan) -> list[tuple[str, int]]:
+    """Every sample prompt with every seed."""
+    return [(prompt, seed) for prompt in dict.fromkeys(plan.prompts) for seed in dict.fromkeys(plan.recipe.sampling.sample_seeds)]
+
+
+def save_checkpoint(run: ActiveRun) -> Event:
+    """Write what is attached as the checkpoint of where the run stands."""
+    return run.plan.run.record(save_adapter(run, run.done, run.plan.run.checkpoint(run.done)))
 
 
 def save_adapter(run: ActiveRun, step: int, path: Path) -> Saved:
@@ -69,12 +83,20 @@ def save_adapter(run: ActiveRun, step: int, path: Path) -> Saved:
     plan, adapter = run.plan, run.tunable.snapshot()
     if not all(delta.finite() for delta in adapter.deltas.values()):
         raise TrainingError(f"the adapter is not finite after {step} steps; nothing was overwritten", "try a lower --lr")
-    first = next((image for earlier in range(step, -1, -1) if (image := plan.run.sample(earlier, 0, 0)).is_file()), None)
     peak = peak_bytes(plan.base.device) if plan.base.device.type == "cuda" else None
     memory = run.compute, run.facts()["estimate"], plan.regularization, peak
-    about = describe_run(plan.recipe, plan.base, plan.dataset, plan.run.name, step, first, *memory)
+    about = describe_run(plan.recipe, plan.base, plan.dataset, plan.run.name, step, first_sample(plan, step), *memory)
+    past = {"personalize.init": plan.init, "personalize.changes": plan.history}
+    about |= {name: json.dumps(value, ensure_ascii=False) for name, value in past.items() if value}
     adapter.save(path, plan.recipe.dialect, about)
     return Saved(step, plan.run.relative(path))
+
+
+def first_sample(plan: RunPlan, step: int) -> Path | None:
+    """The image of the first sample prompt and seed at a step, or the last one before it."""
+    pairs, there = sample_pairs(plan)[:1], plan.run.samples()
+    steps = [at for at, *pair in there if at <= step and tuple(pair) in pairs]
+    return there[(max(steps), *pairs[0])] if steps else None
 
 
 def finish(run: ActiveRun) -> Iterator[Event]:
@@ -86,10 +108,9 @@ def finish(run: ActiveRun) -> Iterator[Event]:
             if isinstance(event, Chosen):
                 step, weight = event.step, event.weight
     if step != plan.recipe.steps and not is_due(step, plan.recipe.sampling.sample_every, plan.recipe.steps):
-        yield from sample_images(plan, step)  # what was chosen is shown
+        yield from sample_images(run, step)  # what was chosen is shown
     yield from sweep_strengths(plan, run.tunable, step)
-    first = plan.run.sample(step, 0, 0)
-    if first.is_file():
+    if first := first_sample(plan, step):
         with Image.open(first) as image, atomic(plan.run.adapter.with_suffix(".png")) as temporary:
             enlarge(image, 256).save(temporary, format="PNG")
     write_text(plan.run.adapter.with_suffix(".json"), sidecar(plan.recipe, plan.base, plan.dataset, step, weight))
@@ -98,16 +119,18 @@ def finish(run: ActiveRun) -> Iterator[Event]:
 
 def sweep_strengths(plan: RunPlan, tunable: Tunable, step: int) -> Iterator[Event]:
     """Draw the first two prompts at several strengths; those at 0 and 1 are there already."""
-    pairs = [(p, 0) for p in range(len(plan.prompts[:2])) if plan.recipe.sampling.sample_seeds]
+    pairs = [pair for pair in sample_pairs(plan) if pair[1] == plan.recipe.sampling.sample_seeds[0]][:2]
+    there, requests = plan.run.samples(), {pair: plan.request(*pair).complete(plan.base) for pair in pairs}
     for strength in (0.0, *SWEEP, 1.0):
+        paths = {pair: plan.run.sweep(step, strength, *pair) for pair in pairs} if strength in SWEEP else {}
+        missing = [pair for pair, path in paths.items() if not is_drawn(path, requests[pair])]  # of a step that is not taken anew
         with tunable.at(strength):
-            images = list(draw_samples(plan, pairs)) if strength in SWEEP else []
-        for i, (p, s) in enumerate(pairs):
-            prompt, seed = plan.prompts[p], plan.recipe.sampling.sample_seeds[s]
-            path = plan.run.sweep(strength, p, s) if images else plan.run.sample(step if strength else 0, p, s)
-            if images:
-                save_picture(images[i], path, plan.request(prompt, seed).complete(plan.base))
-            yield plan.run.record(Sweep(step, strength, prompt, seed, plan.run.relative(path)))
+            images = list(draw_images(plan.base, [requests[pair] for pair in missing])) if missing else []
+        for pair, image in zip(missing, images, strict=True):
+            save_picture(image, paths[pair], requests[pair])
+        for pair in pairs:
+            path = paths.get(pair) or there[(step if strength else 0, *pair)]
+            yield plan.run.record(Sweep(step, strength, *pair, plan.run.relative(path)))
 
 
 def probe_run(run: ActiveRun) -> None:
@@ -118,8 +141,8 @@ def probe_run(run: ActiveRun) -> None:
     epoch = -(-len(plan.dataset.examples) // plan.recipe.batch_size)
 
     def sample_and_save() -> None:
-        pairs = sample_pairs(plan)
-        for _ in draw_samples(plan, pairs[:8], steps=1) if pairs else ():
+        requests = [plan.request(*pair, steps=1) for pair in sample_pairs(plan)[:8]]
+        for _ in draw_images(plan.base, requests) if requests else ():
             pass
         try:
             run.tunable.save(path, plan.recipe.dialect)

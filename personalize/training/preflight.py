@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import shutil
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 
 from ..adapters.adapter import Adapter
+from ..adapters.delta import LowRank
 from ..data.batches import generator
 from ..data.cache import fingerprint
 from ..data.captions import fill, remove_triggers, safe_trigger
@@ -21,12 +23,16 @@ from ..errors import OutputError, RecipeError, nearest
 from ..inference import schedulers
 from ..inference.png import read_record
 from ..inference.request import Request
+from ..io import weights_hash
 from ..models.model import Base, device_of
 from ..models.precision import dtype_of, precision_of
 from ..recipe.fields import Recipe
 from ..recipe.resolve import to_toml
 from ..recipe.settings import flatten
+from ..text import plain
+from ..tuning.continued import start_from
 from ..tuning.targets import fresh as fresh_deltas
+from .changes import changes_since, identity
 from .events import Finished
 from .objectives.objective import needs_of
 from .rundir import Run, State
@@ -53,7 +59,11 @@ class RunPlan:
     about: dict[str, Any]  # what the state must agree with to go on
     state: State | None  # None: start at the beginning
     finished: Finished | None  # not None: there is nothing to do
+    start: Mapping[str, LowRank]  # the adapter before its first step
+    init: Mapping[str, Any] | None = None  # which adapter that is, where it is one
     regularization: Dataset | None = None  # class images that somebody brought
+    changes: tuple[str, ...] = ()  # since the run was here last, what it was asked for
+    history: Sequence[Mapping[str, Any]] = ()  # all such changes: after how many steps, and what
 
     @property
     def side(self) -> int:
@@ -104,11 +114,13 @@ class RunPlan:
         return fill(template, concept.trigger, concept.class_name)
 
 
-def check(recipe: Recipe, *, fresh: bool = False, base: Base | None = None) -> RunPlan:
+def check(
+    recipe: Recipe, *, fresh: bool = False, base: Base | None = None, claim: Callable[[Run], object] = lambda run: None
+) -> RunPlan:
     """Check a recipe against the world: pictures, base, targets, prompts, dialect, what the output holds, disk.
 
     Raises PersonalizeError for the first thing that is wrong. Changes nothing but for making the run folder. `base` is the one
-    that the recipe names, if it was loaded before.
+    that the recipe names, if it was loaded before. `claim` is called before anything in the run folder is believed.
     """
     whole = read_folder(recipe.data)
     recipe = with_defaults(recipe, whole)
@@ -116,6 +128,8 @@ def check(recipe: Recipe, *, fresh: bool = False, base: Base | None = None) -> R
     assert recipe.output and recipe.name
     if recipe.output.suffix == ".safetensors":
         raise RecipeError(f"--output is the run's folder, and {recipe.output} a file's name", "name the adapter with --name")
+    run = Run(recipe.output, recipe.name)
+    claim(run)
     device = torch.device(device_of(recipe.device))
     precision = precision_of(recipe.fitting, device)
     base = base or Base.of(recipe, "cpu", dtype_of(precision))
@@ -123,20 +137,38 @@ def check(recipe: Recipe, *, fresh: bool = False, base: Base | None = None) -> R
     schedulers.latent_shape(base, recipe.data.resolution or None)
     grid_of(base, recipe)
     brought = class_folder(recipe)
-    run = Run(recipe.output, recipe.name)
+    pictures = (*dataset.examples, *(brought.examples if brought else ()))
     about = {
         "settings": settings_to_compare(recipe) | held_as(recipe, precision),
-        "pictures": [identity(e) for e in (*dataset.examples, *(brought.examples if brought else ()))],
+        "pictures": [identity(example) for example in pictures],
         "weights": weights(base),
     }
     state = None if fresh else run.load_state()
-    if state:
-        check_same(run, state.about, about)
-    finished = run.finished_event() if state and state.done == recipe.steps and run.recipe_text() == to_toml(recipe) else None
-    plan = RunPlan(recipe, base, device, dataset, held, run, about, state, finished, brought)
+    start = fresh_deltas(base, recipe.adapter, parts(recipe, base), recipe.seed)
+    init: dict[str, Any] | None = state.about.get("init") if state else None  # the state holds what was made of it
+    if recipe.init and not state:
+        init, start = begin_with(recipe.init, base, start)
+    about |= {"init": init} if init else {}
+    history: list[dict[str, Any]] = state.more.get("changes", []) if state else []
+    changes = changes_since(state, about, recipe, run, [example.path.name for example in pictures]) if state else []
+    same = state and state.done == recipe.steps and run.recipe_text() == recipe_text(recipe, history)
+    finished = run.finished_event() if same else None
+    if state and changes and not finished:
+        history = [*history, {"after": state.done, "what": changes}]
+    plan = RunPlan(
+        recipe, base, device, dataset, held, run, about, state, finished, start, init, brought, tuple(changes), tuple(history)
+    )
     if not finished:
         rehearse(plan)
     return plan
+
+
+def begin_with(path: Path, base: Base, start: Mapping[str, LowRank]) -> tuple[dict[str, Any], dict[str, LowRank]]:
+    """What an adapter file is, for the run's files, and a start that does what it does. Raises AdapterError."""
+    adapter = Adapter.load(path)
+    said = adapter.metadata.get
+    facts = {"file": path.name, "sha256": weights_hash(path), "steps": said("personalize.step") or said("ss_steps")}
+    return {name: value for name, value in facts.items() if value}, start_from(base, adapter, start, str(path))
 
 
 def class_folder(recipe: Recipe) -> Dataset | None:
@@ -144,11 +176,6 @@ def class_folder(recipe: Recipe) -> Dataset | None:
     if recipe.data.regularization is None:
         return None
     return regularization(recipe.data.regularization, recipe.objective.prior_prompts[0], recipe.data.class_name)
-
-
-def identity(example: Example) -> list[str | int]:
-    """What must stay as it is about a picture for a run to go on."""
-    return [example.sha256, example.caption, example.repeats, example.mask_sha256]
 
 
 def with_defaults(recipe: Recipe, dataset: Dataset) -> Recipe:
@@ -212,25 +239,11 @@ def weights(base: Base) -> str:
     return str(kept["weights"])
 
 
-def check_same(run: Run, before: dict[str, Any], now: dict[str, Any]) -> None:
-    """Raise RecipeError, naming the differences, if a state belongs to another run than the one that is asked for."""
-    old, new = before["settings"], now["settings"]
-    changed = [
-        f"--{n.replace('_', '-')} was {old.get(n)}, now {new.get(n)}" for n in sorted({*old, *new}) if old.get(n) != new.get(n)
-    ]
-    changed += ["the pictures or captions changed"] if before["pictures"] != now["pictures"] else []
-    changed += ["the weights of the base changed"] if before["weights"] != now["weights"] else []
-    if changed:
-        what = f"{run.folder} holds a run that cannot go on like this: {'; '.join(changed[:5])}"
-        raise RecipeError(what, "start over with --fresh, choose another --output, or set it back")
-
-
 def rehearse(plan: RunPlan) -> None:
     """Save the adapter as it will be, still empty, read it back and remove it: targets, dialect, output and disk are sound."""
-    deltas = fresh_deltas(plan.base, plan.recipe.adapter, parts(plan.recipe, plan.base), plan.recipe.seed)
     plan.run.make()
     path = plan.run.folder / ".rehearsal.safetensors"
-    Adapter(deltas).save(path, plan.recipe.dialect)
+    Adapter(plan.start).save(path, plan.recipe.dialect)
     size, free = path.stat().st_size, shutil.disk_usage(plan.run.folder).free
     path.unlink()
     saves = 2 + (plan.recipe.steps // plan.recipe.checkpoint_every if plan.recipe.checkpoint_every else 0)
@@ -238,6 +251,12 @@ def rehearse(plan: RunPlan) -> None:
     if free < need:
         what = f"{plan.run.folder} has {free / 2**20:.0f} MiB free and the run needs about {need / 2**20:.0f} MiB"
         raise OutputError(what, "free some space, choose another --output, or a larger --checkpoint-every")
+
+
+def recipe_text(recipe: Recipe, history: Sequence[Mapping[str, Any]] = ()) -> str:
+    """The recipe.toml of a run: the recipe as it is now, below what it did not begin with."""
+    notes = [f"# after step {one['after']}: {plain(what)}\n" for one in history for what in one["what"]]
+    return "".join(notes) + to_toml(recipe)
 
 
 def is_drawn(path: Path, request: Request) -> bool:

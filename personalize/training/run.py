@@ -81,27 +81,30 @@ class ActiveRun:
 
     def state(self) -> State:
         """Where the run stands now."""
-        return State(self.done, self.plan.about, self.opt.state(), {"fit": asdict(self.compute), "failed": self.failed})
+        changes = {"changes": self.plan.history} if self.plan.history else {}
+        more = {"fit": asdict(self.compute), "failed": self.failed, **changes}
+        return State(self.done, self.plan.about, self.opt.state(), more)
 
-    def keep(self) -> None:
-        """Save the state, unless it is spoiled, and go back to it from now on."""
-        state = self.state()
-        if all(bool(tensor.isfinite().all()) for tensor in state.tensors.values()):
-            self.plan.run.save_state(state)
-            self.good = state
+    def write_state(self, due: bool) -> None:
+        """Write the state beside the last one. One that is `due` is what the run goes back to from now on, unless it is spoiled.
 
-    def stop(self) -> None:
-        """Save the state of an interrupted run, with that of its last checkpoint: what it would go back to is the same later.
-
-        After its last step that is on the disk, and the adapter may hold another checkpoint by now.
+        Any other one holds that of the last checkpoint as well: what the run would go back to is the same later.
         """
-        if self.done == self.plan.recipe.steps and self.good.done == self.done:
-            return
         state = self.state()
-        if self.good.done < self.done:
+        if due:
+            if not all(bool(tensor.isfinite().all()) for tensor in state.tensors.values()):
+                return
+            self.good = state
+        elif self.good.done < self.done:
             state.tensors.update({GOOD + name: tensor for name, tensor in self.good.tensors.items()})
             state.more["good"] = self.good.done
-        self.plan.run.save_state(state)
+        self.plan.run.write_state(state)
+
+    def stop(self) -> None:
+        """Save the state of an interrupted run. After its last step it is there, and another checkpoint may be attached."""
+        if self.steps_left or self.good.done < self.done:
+            self.write_state(due=False)
+        self.plan.run.put_state()  # also one that was written before the interruption
 
     def facts(self) -> dict[str, Any]:
         """How the run fits into memory, for events, the report and the file."""

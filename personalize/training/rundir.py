@@ -3,18 +3,21 @@
 NAME.safetensors, .png, .json     the adapter, its preview, its sidecar for UIs
 checkpoints/NAME-000050...        adapters on the way and the last;  checkpoints/state.safetensors: what the run goes on from
 folds/01/                         runs that left a picture out
-samples/000050-p0-s0.png          pictures by step, prompt and seed; those of step 0 are the base's own
-samples/sweep-p0-s0-0.50.png      pictures by strength of the finished adapter
+samples/000050-a-rex-dog-s0.png   pictures by step, prompt and seed; those of step 0 are the base's own
+samples/000200-a-rex-dog-s0-x0.50.png   pictures of the finished adapter by strength
+control, .lock                    a word to the run that goes on (control.py), and who that is
 class_images/                     drawn by the base, for prior preservation
 recipe.toml, events.jsonl, report.html
 """
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +27,10 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ..errors import OutputError
+from ..inference.png import slug
 from ..io import atomic, disk_error, write_text
+from ..lock import hold
+from .control import take_words
 from .events import Event, Finished, event_record, parse, read_events
 
 OURS = ("checkpoints", "samples", "class_images", "folds", "events.jsonl", "recipe.toml", "metrics.json", "report.html")
@@ -37,7 +43,7 @@ class State:
     done: int
     about: dict[str, Any]  # the recipe's settings and the pictures, to tell whether the run may go on
     tensors: dict[str, Tensor]
-    more: dict[str, Any] = field(default_factory=dict)  # how the run fits into memory, and which steps failed
+    more: dict[str, Any] = field(default_factory=dict)  # how the run fits into memory, which steps failed, what it began with
 
 
 @dataclass(frozen=True)
@@ -60,6 +66,10 @@ class Run:
         return self.folder / "checkpoints" / "state.safetensors"
 
     @property
+    def next_state(self) -> Path:
+        return self.state.with_name(".state.safetensors.tmp")  # it is gone after a kill
+
+    @property
     def class_images(self) -> Path:
         return self.folder / "class_images"
 
@@ -80,14 +90,27 @@ class Run:
         """The validation of each checkpoint by step, from events.jsonl."""
         return {r["step"]: r["validation"] for r in self.history() if r["event"] == "scored" and r["strength"] == 1}
 
-    def sample(self, step: int, prompt: int, seed: int) -> Path:
-        return self.folder / "samples" / f"{step:06}-p{prompt}-s{seed}.png"
+    def sample(self, step: int, prompt: str, seed: int) -> Path:
+        return self.folder / "samples" / f"{step:06}-{prompt_name(prompt)}-s{seed}.png"
 
-    def sweep(self, strength: float, prompt: int, seed: int) -> Path:
-        return self.folder / "samples" / f"sweep-p{prompt}-s{seed}-{strength:.2f}.png"
+    def sweep(self, step: int, strength: float, prompt: str, seed: int) -> Path:
+        return self.folder / "samples" / f"{step:06}-{prompt_name(prompt)}-s{seed}-x{strength:.2f}.png"
+
+    def samples(self) -> dict[tuple[int, str, int], Path]:
+        """The sample pictures that the diary tells of and that are there, by step, prompt and seed."""
+        records = [record for record in self.history() if record["event"] == "sample"]
+        found = {(r["step"], r["prompt"], r["seed"]): self.folder / r["path"] for r in records}
+        return {key: path for key, path in found.items() if path.is_file()}
 
     def relative(self, path: Path) -> str:
         return path.relative_to(self.folder).as_posix()
+
+    @contextlib.contextmanager
+    def hold(self) -> Iterator[None]:
+        """Inside, nobody else trains into this folder. Raises OutputError, which names the holder, where somebody does."""
+        with hold(self.folder, f"wait for it, end it with `personalize tell {self.folder} stop`, or choose another --output"):
+            take_words(self.folder)  # to a run that is gone
+            yield
 
     def make(self) -> None:
         """Make the folder. Raises OutputError where that is not possible."""
@@ -133,10 +156,10 @@ class Run:
         return float(sum(record["seconds"] for record in self.history() if record["event"] == "step"))
 
     def rewind(self, done: int) -> None:
-        """Forget what the diary says about anything after step `done`: its pictures, files and scores are made anew."""
+        """Forget what the diary says about anything after step `done`, and which files it led to: they are made anew."""
         history = self.history()
         reached = max((i for i, r in enumerate(history) if r["event"] == "step" and r["step"] <= done), default=-1)
-        kept = [record for i, record in enumerate(history) if is_settled(record, i <= reached)]
+        kept = [record for i, record in enumerate(history) if is_settled(record, i <= reached, done)]
         write_text(self.events, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept))
 
     def finished_event(self) -> Finished | None:
@@ -146,10 +169,23 @@ class Run:
 
     def save_state(self, state: State) -> None:
         """Write the state as ONE file, so that its tensors and its step can never disagree."""
+        self.write_state(state)
+        self.put_state()
+
+    def write_state(self, state: State) -> None:
+        """Write a state beside the one that is there; `put_state` lets it take its place."""
         header = {"done": str(state.done), "about": json.dumps(state.about, ensure_ascii=False, sort_keys=True)}
-        header["more"] = json.dumps(state.more, sort_keys=True)
-        with atomic(self.state) as temporary:
+        header["more"] = json.dumps(state.more, sort_keys=True, ensure_ascii=False)
+        with atomic(self.next_state) as temporary:
             temporary.write_bytes(save(state.tensors, header))  # not save_file: a full disk must be an OSError
+
+    def put_state(self) -> None:
+        """Let what `write_state` wrote, if anything, take its place. Raises OutputError."""
+        try:
+            if self.next_state.is_file():
+                self.next_state.replace(self.state)
+        except OSError as error:
+            raise disk_error(self.state, error, "another --output") from error
 
     def load_state(self) -> State | None:
         """The state that the run goes on from, if there is one. Raises OutputError for a damaged one."""
@@ -172,7 +208,19 @@ class Run:
             raise disk_error(self.folder, error, "another --output") from error
 
 
-def is_settled(record: Mapping[str, Any], before: bool) -> bool:
-    """Whether a record stays true when a run goes on: starts and lowered rungs, and the steps, pictures and files of `before`."""
-    kept = ("step", "sample", "saved", "warned")
-    return record["event"] in ("started", "steppeddown") or (before and record["event"] in kept)
+def is_settled(record: Mapping[str, Any], before: bool, done: int) -> bool:
+    """Whether a record stays true when a run goes on after `done` steps: starts and lowered rungs, the pictures of those steps,
+    and the steps and files `before` the end of them."""
+    if record["event"] == "sample":
+        return bool(record["step"] <= done)
+    return record["event"] in ("started", "steppeddown") or (before and record["event"] in ("step", "saved", "warned"))
+
+
+def prompt_name(prompt: str) -> str:
+    """A prompt as a part of a file's name, another one for every prompt.
+
+    >>> prompt_name("a rex dog"), prompt_name("A rex dog!")
+    ('a-rex-dog', 'a-rex-dog-ab0f2c')
+    """
+    name = slug(prompt)
+    return name if prompt == name.replace("-", " ") else f"{name}-{hashlib.sha256(prompt.encode()).hexdigest()[:6]}"

@@ -155,7 +155,10 @@ def test_a_run_leaves_what_uis_want(trained: Path, capsys: pytest.CaptureFixture
     said = adapter.metadata
     assert (said["ss_base_model_version"], said["modelspec.architecture"]) == ("sd_v1", "stable-diffusion-v1/lora")
     assert json.loads(trained.with_suffix(".json").read_text())["sd version"] == "SD1"
-    with Image.open(trained.with_suffix(".png")) as preview, Image.open(trained.parent / "samples/000000-p0-s0.png") as before:
+    with (
+        Image.open(trained.with_suffix(".png")) as preview,
+        Image.open(next((trained.parent / "samples").glob("000000-*-s0.png"))) as before,
+    ):
         assert preview.size == (256, 256) and before.size == (SIZE, SIZE)
         assert preview.tobytes() != enlarge(before, 256).tobytes()
 

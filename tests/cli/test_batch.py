@@ -10,6 +10,7 @@ from PIL import Image
 
 from personalize.adapters.describe import describe
 from personalize.cli import run
+from personalize.lock import hold
 from personalize.recipe.resolve import from_json
 
 
@@ -81,8 +82,27 @@ def test_what_is_wrong_for_all_is_told_once(photos: Path, tiny_base: Path, capsy
     assert capsys.readouterr().err.count("unknown preset 'nope'") == 1
 
 
+def test_a_second_batch_in_the_same_folder_is_told(photos: Path, tiny_base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with hold(photos.parent / "runs", ""):
+        assert run(command(photos, tiny_base)) == 2
+    assert "runs is in use: by process" in capsys.readouterr().err
+
+
 def test_nothing_to_train_is_an_error(photos: Path, tiny_base: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = command(photos, tiny_base)
     for folder, told in ((photos / "empty", "there are no pictures in"), (photos / "nowhere", "there is no folder")):
         assert run([*words[:1], str(folder), *words[2:]]) == 2
         assert told in capsys.readouterr().err
+
+
+def test_batches_go_on_and_count_what_is_there(photos: Path, tiny_base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.rmtree(photos / "broken")
+    shutil.rmtree(photos / "vase")
+    assert run(command(photos, tiny_base)) == 0
+    capsys.readouterr()
+    assert run([*command(photos, tiny_base), "--rank", "3"]) == 2  # another run
+    told = capsys.readouterr().out
+    assert "2 of 2 adapters are there, 2 of them from before; 2 failed: rex, tom" in told and "--rank was 2, now 3" in told
+    assert run([*command(photos, tiny_base), "--steps", "3"]) == 0
+    told = capsys.readouterr().out
+    assert told.count(" 3 steps") == 2 and "2 of 2 adapters are there\n" in told

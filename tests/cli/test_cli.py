@@ -126,7 +126,8 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(tiny_base: Path, pictures: Pa
     for at in ("saved", "going on after step"):
         code, lines = interrupted(command, at)
         assert code == 130, lines
-        assert re.fullmatch(r"stopped after step \d+ of 5000. To go on, type the same command again.", lines[-1]), lines
+        assert re.fullmatch(r"stopped after step \d+ of 5000. To go on, type the same command again.", lines[-2]), lines
+        assert lines[-1] == f"To make an adapter of it as it stands: personalize finish {tmp_path / 'run'}"
 
 
 def test_a_picture_left_out_and_a_better_checkpoint_are_told() -> None:

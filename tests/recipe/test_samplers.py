@@ -18,7 +18,7 @@ from personalize.adapters.delta import LowRank
 from personalize.errors import BaseModelError, RecipeError
 from personalize.inference import png, sampling, schedulers
 from personalize.inference.img2img import InitLatents
-from personalize.inference.pipeline import draw
+from personalize.inference.pipeline import draw, draw_images
 from personalize.inference.request import Request
 from personalize.models.model import Base
 from personalize.recipe import samplers
@@ -268,13 +268,12 @@ def test_what_is_no_picture_is_told(tiny_base: Path, dtype: str, hint: str) -> N
 
 
 def test_sample_pictures_are_drawn_with_it(tiny_base: Path, pictures: Path, tmp_path: Path) -> None:
-    from personalize.training.milestones import draw_samples
-
     flags = {"folder": pictures, "base": str(tiny_base), "sample_steps": 2, "sample_prompts": ["a cat"], "sample_seeds": [0]}
 
     def drawn(sampler: str) -> tuple[Image.Image, str]:
         job = check(resolve(flags={**flags, "output": tmp_path / sampler, "sampler": sampler}))
-        return next(draw_samples(job, [(0, 0)])), job.request("a cat", 0).complete(job.base).sampler
+        request = job.request("a cat", 0)
+        return next(draw_images(job.base, [request])), request.complete(job.base).sampler
 
     usual, lively = drawn("auto"), drawn("euler_a")
     assert usual[0] != lively[0] and (usual[1], lively[1]) == ("DDIM", "Euler a")

@@ -80,7 +80,11 @@ def test_fields_of_another_version_are_ignored() -> None:
 def test_a_file_is_read_without_its_damaged_lines(tmp_path: Path) -> None:
     path = tmp_path / "events.jsonl"
     assert read_events(path) == [] == read_events(tmp_path)  # a folder
-    whole = [{"event": "warned", "step": 1, "text": "a\u2028b"}, {"event": "error", "message": "full"}, {"event": "stopped"}]
+    whole = [
+        {"event": "warned", "step": 1, "text": "a\u2028b"},
+        {"event": "error", "message": "full"},
+        {"event": "stopped", "step": 1},
+    ]
     lines = [json.dumps(record, ensure_ascii=False).encode() for record in whole]
     path.write_bytes(b"\n".join([lines[0], b"[" * 100_000, b'{"event": "dance"}', b"\xff", lines[1], lines[2], lines[0][:-3]]))
     assert read_events(path) == whole

@@ -219,7 +219,8 @@ def test_pictures_checkpoints_and_the_choice_are_each_members_own(make: Make) ->
     assert together[1].output and recipe.output
     names = [sorted(path.name for path in folder.rglob("*") if path.is_file()) for folder in (together[1].output, recipe.output)]
     assert names[0] == names[1]
-    sweeps = [(one.output or Path()) / "samples" / "sweep-p0-s0-0.75.png" for one in together]
+    sweeps = [(one.output or Path()) / "samples" for one in together]
+    sweeps = [next(folder.glob("*-zwx-cat-s3-x0.75.png")) for folder in sweeps]
     assert sweeps[0].read_bytes() != sweeps[1].read_bytes()
 
 
@@ -298,6 +299,14 @@ def test_a_run_that_fails_leaves_the_others_alone(make: Make) -> None:
     assert Run(recipes[1].output, "zwx").history()[-1]["event"] == "error"
     list(train(alone := make("alone", steps=6)))
     assert distance(adapter(recipes[0]), adapter(alone)) < CLOSE
+
+
+def test_a_folder_that_somebody_trains_into_is_told_and_the_others_go_on(make: Make) -> None:
+    with closing(train(make("busy"))) as first:
+        next(first)
+        told = fleet([make("busy"), make("free")])
+    assert isinstance(told[0][-1], Failed) and "busy is in use: by process" in told[0][-1].message
+    assert isinstance(told[1][-1], Finished)
 
 
 def test_what_is_wrong_with_a_recipe_is_told_before_any_is_trained(make: Make, tmp_path: Path) -> None:

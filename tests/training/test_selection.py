@@ -241,7 +241,7 @@ def test_what_was_chosen_is_what_the_report_and_the_figures_show(make: Make) -> 
     assert chosen.step < 3
     assert [event.step for event in told(events, Drawn)] == [0, 0, 3, 3, chosen.step, chosen.step]
     found = evidence(folder_of(recipe))
-    path = folder_of(recipe) / "samples" / f"{chosen.step:06}-p0-s0.png"
+    path = folder_of(recipe) / "samples" / f"{chosen.step:06}-a-zwx-cat-s0.png"
     with Image.open(path) as picture:
         assert found.with_trigger[0].adapter.tobytes() == picture.convert("RGB").tobytes()
     page = selection(read_run(folder_of(recipe)))

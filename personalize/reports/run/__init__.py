@@ -4,6 +4,7 @@ read.py        the run folder as values, whatever is missing or damaged
 contents.py    those values -> what the page shows
 samples.py     grids of sample pictures      settings.py   what differs from the defaults, time and memory
 figures.py     measured figures as meters    selection.py  which checkpoint was chosen, and why
+live.py        the page of a run that goes on
 curves.py      loss, rates and norms         usage.py      commands that use the adapter
 """
 
@@ -23,13 +24,15 @@ LADDER = (Sides(768, 320), Sides(512, 256), Sides(384, 192), Sides(256, 128), Si
 __all__ = ["write_report"]
 
 
-def write_report(run_folder: Path) -> Path:
+def write_report(run_folder: Path, *, live: bool = False) -> Path:
     """Write `report.html` into a run folder, from what is there: an unfinished run gets a shorter page.
+
+    While a run goes on (`live`), the page says so, and a browser reads it again every half minute.
 
     Raises:
         DataError: the folder does not exist.
         OutputError: the page cannot be written.
     """
     run = read_run(run_folder := Path(run_folder))
-    pages = (partial(page_values, run, sides) for sides in LADDER)
+    pages = (partial(page_values, run, sides, live) for sides in LADDER)
     return write_page(run_folder / "report.html", render_within(BUDGET, template(Path(__file__).parent), pages))

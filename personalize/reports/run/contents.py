@@ -24,13 +24,15 @@ from .selection import selection
 from .settings import changed_settings, date_and_time, environment, training_seconds, warnings
 
 
-def page_values(run: Run, sides: Sides) -> dict[str, Any]:
+def page_values(run: Run, sides: Sides, live: bool = False) -> dict[str, Any]:
     """Everything that the template needs."""
     inline = inliner(run.folder)
     pairs = before_and_after(run, inline, sides.large)
     prompt = example_prompt(run)
     return {
         "run": run,
+        "live": live,
+        "finish": usage.finish_command(run),
         "base": PurePath(str(run.recipe.get("base") or "")).name,
         "subject": f"{run.trigger} {run.class_name}".strip(),
         "adapter_bytes": run.adapter.stat().st_size if run.adapter else None,

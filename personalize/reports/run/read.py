@@ -33,6 +33,7 @@ class Run:
     finished: Record | None
     failure: str  # why it ended early; empty if it did not say
     starts: int  # how often it was started or resumed
+    changes: tuple[str, ...]  # what is otherwise than when it began, as it went on
     notes: tuple[str, ...]  # warnings and steps down the memory ladder, as sentences
     recipe: Record  # flat names, as flags have them
     toml: str
@@ -105,6 +106,7 @@ def read_run(folder: Path) -> Run:
         finished=_end_record(records),
         failure=_failure(records),
         starts=len(starts),
+        changes=tuple(str(one) for record in starts for one in record.get("changes") or [] if isinstance(one, str)),
         notes=tuple(_notes(records)),
         recipe=_flat(recipe),
         toml=toml,

@@ -41,7 +41,7 @@ def warnings(run: Run) -> list[str]:
     lost = sum(number(record.get("loss")) is None or record.get("skipped") is True for record in run.steps)
     out += [f"{lost} step{'s' * (lost > 1)} had a loss or gradient that was not finite and changed nothing"] if lost else []
     out += [f"step {record['step']}: {cause}" for record in run.steps if (cause := record.get("cause"))][:3]
-    return [*out, *run.notes]
+    return [*out, *(f"since the run began, {change}" for change in run.changes), *run.notes]
 
 
 def environment(run: Run) -> list[tuple[str, str]]:

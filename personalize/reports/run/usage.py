@@ -44,6 +44,11 @@ def generate_command(run: Run, prompt: str) -> str:
     return shlex.join(["personalize", "generate", prompt, "--adapter", f"{_relative_path(_file(run))}:{strength(run):g}"])
 
 
+def finish_command(run: Run) -> str:
+    """The command that makes an adapter of where a stopped run stands."""
+    return shlex.join(["personalize", "finish", str(_relative_path(run.folder))])
+
+
 def train_command(run: Run) -> str:
     """The command that trains the same adapter again."""
     folder = str(run.recipe.get("folder") or "FOLDER")

@@ -1,0 +1,111 @@
+"""What has changed since a run began: what it may go on with, told and noted, and what it may not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import PurePath
+from typing import Any
+
+from ..data.dataset import Example
+from ..errors import RecipeError
+from ..recipe.fields import Recipe
+from .optimizers import factor
+from .rundir import Run, State
+
+SHORT = 40  # letters of a caption that are shown
+SOME = 5  # changes that are named in one line
+
+Identity = list[str | int]  # of a picture: sha256, caption, repeats, sha256 of its mask
+
+
+def identity(example: Example) -> Identity:
+    """Everything about a picture that decides what is learned from it."""
+    return [example.sha256, example.caption, example.repeats, example.mask_sha256]
+
+
+def changes_since(state: State, now: Mapping[str, Any], recipe: Recipe, run: Run, names: Sequence[str]) -> list[str]:
+    """What a run goes on with that it did not begin with, a sentence each. `names` are those of the pictures.
+
+    More or fewer steps than were planned, and other pictures and captions: the steps that were taken count. Raises RecipeError,
+    naming the differences, for what belongs to another run.
+    """
+    refuse_other_runs(run, state.about, now)
+    if recipe.steps < state.done:
+        what = f"{run.folder} has taken {state.done} steps, which is more than --steps {recipe.steps}"
+        raise RecipeError(
+            what, f"give --steps {state.done} or more; its checkpoints can begin other runs: --init FILE --output FOLDER"
+        )
+    planned = state.about["settings"]["steps"]
+    steps = [steps_change(recipe, state.done, planned)] if planned != recipe.steps else []
+    if (before := state.about["pictures"]) == (pictures := now["pictures"]):
+        return steps
+    told = list(picture_changes(before, pictures, names, names_by_sha(run)))
+    return [*steps, *(told or ["the pictures come in another order"])]
+
+
+def refuse_other_runs(run: Run, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raise RecipeError, naming the differences, if a state belongs to another run than the one that is asked for."""
+    old, new = before["settings"], now["settings"]
+    wrong = [
+        f"--{name.replace('_', '-')} was {old.get(name)}, now {new.get(name)}"
+        for name in sorted({*old, *new} - {"steps"})
+        if old.get(name) != new.get(name)
+    ]
+    wrong += ["the weights of the base changed"] if before["weights"] != now["weights"] else []
+    if wrong:
+        what = f"{run.folder} holds a run that cannot go on like this: {'; '.join(wrong[:SOME])}"
+        raise RecipeError(
+            what, "set it back, choose another --output (--init FILE begins with its weights), or start over with --fresh"
+        )
+
+
+def steps_change(recipe: Recipe, done: int, planned: int) -> str:
+    """That another number of steps was planned, and how the learning rate goes on."""
+    what = f"--steps was {planned}, now {recipe.steps}"
+    if done == recipe.steps:
+        return what
+    share = f"at {factor(recipe.optim, done, recipe.steps):.0%} of its peak ({recipe.optim.schedule})"
+    return f"{what}: after step {done} the learning rate goes on as in a run of {recipe.steps} steps, {share}"
+
+
+def picture_changes(
+    before: Sequence[Identity], now: Sequence[Identity], names: Sequence[str], old_names: Mapping[str, str]
+) -> Iterator[str]:
+    """Which pictures, captions, masks and repeats are others. `names` are those of `now`; `old_names` go by sha256, if known."""
+    left, others = list(before), list[tuple[Identity, str]]()
+    for one, name in zip(now, names, strict=True):  # two pictures may be the same
+        left.remove(one) if one in left else others.append((one, name))
+    pairs = list[tuple[str, Identity, Identity | None]]()
+    for one, name in others:
+        was = next((old for old in left if old[0] == one[0]), None)
+        pairs.append((name, one, was))
+        if was:
+            left.remove(was)
+    lost = [old_names.get(str(one[0]), "") for one in left]
+    replaced = {name for name, _, was in pairs if was is None and name in lost}
+    yield from (picture_change(*pair, pair[0] in replaced) for pair in pairs)
+    yield from (f"{name or 'a picture'} is gone" for name in lost if name not in replaced)
+
+
+def picture_change(name: str, now: Identity, was: Identity | None, replaced: bool) -> str:
+    """What is otherwise about a picture."""
+    if was is None:
+        return f"{name} is another picture" if replaced else f"{name} is new"
+    if was[1] != now[1]:
+        return f"the caption of {name} was {caption_text(was[1])}, now {caption_text(now[1])}"
+    if was[2] != now[2]:
+        return f"{name} is repeated {now[2]} times, was {was[2]}"
+    return f"the mask of {name} is another"
+
+
+def caption_text(caption: str | int) -> str:
+    """A caption, or its beginning, in quotes."""
+    text = str(caption)
+    return repr(text if len(text) <= SHORT else text[: SHORT - 1] + "…")
+
+
+def names_by_sha(run: Run) -> dict[str, str]:
+    """Names of the pictures that the run began or went on with, from its diary."""
+    started = [record for record in run.history() if record["event"] == "started"]
+    images = [image for record in started for image in record.get("images") or [] if isinstance(image, dict)]
+    return {str(image.get("sha256")): PurePath(str(image.get("path"))).name for image in images}

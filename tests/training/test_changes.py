@@ -1,0 +1,360 @@
+"""Changing one's mind: more steps, other pictures, another beginning, a word to a run, an early end; nothing is lost by it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from personalize.adapters.adapter import Adapter, distance
+from personalize.adapters.delta import LowRank
+from personalize.cli import run as command
+from personalize.errors import AdapterError, FamilyMismatchError, OutputError, RecipeError
+from personalize.models.model import Base
+from personalize.recipe.fields import AdapterSpec, Recipe
+from personalize.recipe.resolve import resolve
+from personalize.training.changes import picture_changes
+from personalize.training.control import CONTROL, tell
+from personalize.training.events import Event, Finished, Sample, Saved, Started, Step, Stopped, Warned
+from personalize.training.fleet import train_fleet
+from personalize.training.loop import train
+from personalize.training.preflight import check
+from personalize.training.rundir import Run, prompt_name
+from personalize.tuning.attach import attach
+from personalize.tuning.fleet import Fleet
+from personalize.tuning.targets import fresh
+
+pytestmark = pytest.mark.usefixtures("short_exam")
+Make = Callable[..., Recipe]
+
+
+@pytest.fixture
+def make(tiny_base: Path, pictures: Path, tmp_path: Path) -> Make:
+    """A small recipe: 2 steps of 1 picture, no sample pictures unless asked for."""
+
+    def build(**flags: Any) -> Recipe:
+        small = {"base": str(tiny_base), "folder": pictures, "output": tmp_path / "run", "steps": 2, "batch_size": 1, "rank": 2}
+        quiet = {"sample_prompts": [], "sample_seeds": [0], "sample_steps": 1, "checkpoint_every": 2, "class": "cat", "warmup": 0}
+        return resolve(flags={**small, **quiet, "choose": "none", **flags})
+
+    return build
+
+
+def run(recipe: Recipe) -> list[Event]:
+    return list(train(recipe))
+
+
+def digest(recipe: Recipe) -> str:
+    return hashlib.sha256((folder_of(recipe) / "zwx.safetensors").read_bytes()).hexdigest()
+
+
+def folder_of(recipe: Recipe) -> Path:
+    assert recipe.output
+    return recipe.output
+
+
+def weights(recipe: Recipe) -> Adapter:
+    return Adapter.load(folder_of(recipe) / "zwx.safetensors")
+
+
+def same(a: Recipe, b: Recipe) -> bool:
+    """To the bit."""
+    first, second = (weights(one).deltas for one in (a, b))
+    pairs = [(delta.stored(), second[path].stored()) for path, delta in first.items()]
+    return all(torch.equal(mine[role], theirs[role]) for mine, theirs in pairs for role in mine)
+
+
+def steps_of(events: list[Event]) -> list[int]:
+    return [event.step for event in events if isinstance(event, Step)]
+
+
+def stop_after(recipe: Recipe, step: int) -> None:
+    with closing(train(recipe)) as events:
+        next(event for event in events if isinstance(event, Step) and event.step == step)
+
+
+# ---------------------------------------------------------------- more steps
+
+
+def test_a_finished_run_trains_on_as_one_of_so_many_steps_from_there(make: Make, tmp_path: Path) -> None:
+    run(make(schedule="constant"))
+    first, *more = run(make(schedule="constant", steps=4))
+    assert isinstance(first, Started) and first.resumed == 2 and steps_of(more) == [3, 4]
+    told = "--steps was 2, now 4: after step 2 the learning rate goes on as in a run of 4 steps, at 100% of its peak (constant)"
+    assert first.changes == [told]
+    run(whole := make(schedule="constant", steps=4, output=tmp_path / "whole"))
+    assert same(make(), whole)  # nothing that was done is thrown away, or done otherwise
+    said = weights(make()).metadata
+    assert json.loads(said["personalize.changes"]) == [{"after": 2, "what": [told]}] and said["personalize.step"] == "4"
+    assert (folder_of(whole).parent / "run" / "recipe.toml").read_text().startswith(f"# after step 2: {told}\n")
+    assert "personalize.changes" not in weights(whole).metadata
+    (again,) = run(make(schedule="constant", steps=4))
+    assert isinstance(again, Finished) and again.again
+    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").glob("zwx*")) == [
+        "zwx-000002.safetensors",
+        "zwx-000004.safetensors",
+    ]
+
+
+def test_the_learning_rate_goes_on_along_its_schedule(make: Make) -> None:
+    run(make())
+    first, *more = run(make(steps=4))
+    rates = [event.lr for event in more if isinstance(event, Step)]
+    assert isinstance(first, Started) and first.changes[0].endswith("at 50% of its peak (cosine)")
+    assert rates[0] == pytest.approx(make().optim.lr * 0.5) and rates[1] < rates[0]
+
+
+def test_fewer_steps_than_were_taken_are_refused(make: Make) -> None:
+    run(make())
+    with pytest.raises(RecipeError, match=r"has taken 2 steps, which is more than --steps 1 \(give --steps 2 or more"):
+        run(make(steps=1))
+
+
+# ---------------------------------------------------------------- other pictures
+
+
+def test_a_run_goes_on_with_other_captions_and_says_which(make: Make, pictures: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(pictures, tmp_path / "zwx"))
+    run(make(folder=folder))
+    (folder / "0.txt").write_text("zwx cat on a chair")
+    told = "the caption of 0.png was 'zwx cat', now 'zwx cat on a chair'"
+    warned, again = run(make(folder=folder))  # no step is left that would learn it
+    assert isinstance(warned, Warned) and warned.text == f"{told}: the run was finished before, more --steps train on with that"
+    assert isinstance(again, Finished) and again.again
+    first, *more = run(make(folder=folder, steps=3))
+    assert isinstance(first, Started) and told in first.changes and steps_of(more) == [3]
+    assert json.loads(weights(make()).metadata["personalize.changes"])[0]["what"] == first.changes
+    assert [type(event) for event in run(make(folder=folder, steps=3))] == [Finished]
+
+
+def test_each_kind_of_change_to_pictures_has_its_words() -> None:
+    before = [["a", "x", 1, ""], ["b", "x", 1, ""], ["c", "x", 1, ""], ["d", "x", 1, ""], ["e", "x", 1, ""]]
+    now = [["a", "y" * 50, 1, ""], ["B", "x", 1, ""], ["c", "x", 2, ""], ["d", "x", 1, "m"], ["f", "x", 1, ""]]
+    names, old = ["a.png", "b.png", "c.png", "d.png", "f.png"], {"b": "b.png", "e": "e.png"}
+    assert list(picture_changes(before, now, names, old)) == [  # type: ignore[arg-type]
+        f"the caption of a.png was 'x', now '{'y' * 39}…'",
+        "b.png is another picture",
+        "c.png is repeated 2 times, was 1",
+        "the mask of d.png is another",
+        "f.png is new",
+        "e.png is gone",
+    ]
+
+
+# ---------------------------------------------------------------- another beginning
+
+
+@pytest.fixture
+def other(tiny_base: Path) -> Callable[..., Adapter]:
+    """A LoRA of random values on the tiny base's attention."""
+
+    def build(rank: int = 1, targets: tuple[str, ...] = ("attention",)) -> Adapter:
+        start = fresh(Base.load(tiny_base), AdapterSpec(rank=rank, alpha=0.5, targets=targets), ["unet"], 3)
+        generator = torch.Generator().manual_seed(0)
+        return Adapter({p: LowRank(torch.randn(d.up.shape, generator=generator), d.down, d.alpha) for p, d in start.items()})
+
+    return build
+
+
+@pytest.mark.parametrize("dialect", ["kohya", "diffusers", "peft"])
+def test_a_run_begins_with_the_weights_of_an_adapter(
+    make: Make, other: Callable[..., Adapter], tmp_path: Path, dialect: str
+) -> None:
+    given = other()
+    path = given.save(tmp_path / "given.safetensors", dialect, {"personalize.step": "30"})
+    plan = check(make(init=path))
+    held = {p: delta for p, delta in plan.start.items() if p in given.deltas}
+    assert distance(Adapter(held), given) < 1e-6  # in rank 2 and alpha 2 instead of 1 and 0.5
+    assert {d.rank for d in plan.start.values()} == {2} and any(p not in given.deltas for p in plan.start)
+    assert all(not d.up.any() for p, d in plan.start.items() if p not in given.deltas)
+    if dialect != "kohya":
+        return
+    run(make(init=path, lr=1e-9))
+    said = weights(make())
+    assert distance(Adapter({p: said.deltas[p] for p in given.deltas}), given) < 1e-4
+    facts = json.loads(said.metadata["personalize.init"])
+    assert (facts["file"], facts["steps"]) == ("given.safetensors", "30") and len(facts["sha256"]) == 64
+    assert json.loads(said.metadata["personalize.recipe"])["init"] == str(path)
+    path.unlink()  # what was made of it is in the state
+    assert steps_of(run(make(init=path, lr=1e-9, steps=3))) == [3]
+    assert json.loads(weights(make()).metadata["personalize.init"]) == facts
+
+
+def test_an_adapter_that_a_run_cannot_hold_is_told_with_what_would(
+    make: Make, other: Callable[..., Adapter], tmp_path: Path, base_builder: Callable[..., Path]
+) -> None:
+    high, wide, foreign = (tmp_path / f"{name}.safetensors" for name in ("high", "wide", "foreign"))
+    other(rank=3).save(high, "kohya")
+    with pytest.raises(AdapterError, match=r"has rank 3 at unet.*, more than --rank 2 holds \(--rank 3 holds it exactly"):
+        check(make(init=high))
+    assert check(make(init=high, rank=3)).start
+    other(targets=("attention", "conv")).save(wide, "kohya")
+    with pytest.raises(AdapterError, match=r"changes \d+ layers that would not be trained.*--targets .*conv.* trains them"):
+        check(make(init=wide))
+    Adapter({"unet.conv_in": LowRank(torch.ones(320, 1, 1, 1), torch.ones(1, 4, 3, 3), 1)}).save(foreign, "kohya")
+    with pytest.raises((FamilyMismatchError, AdapterError), match="does not fit"):
+        check(make(init=foreign))
+    with pytest.raises(AdapterError, match="nowhere"):
+        check(make(init=tmp_path / "nowhere.safetensors"))
+
+
+# ---------------------------------------------------------------- a word to a run, and an early end
+
+
+def test_a_word_to_a_run_is_obeyed_after_the_step_that_it_takes(make: Make) -> None:
+    recipe, told = make(steps=5, checkpoint_every=0, sample_prompts=["{trigger}"], sample_every=0), list[Event]()
+    words = {1: "sample", 2: "save", 3: "dance", 4: "stop"}
+    for event in train(recipe):
+        told.append(event)
+        if isinstance(event, Step) and event.step in words:
+            word = words[event.step]
+            tell(folder_of(recipe), word) if word != "dance" else (folder_of(recipe) / CONTROL).write_text(word)
+    kinds = [(type(event), event.step) for event in told[1:] if not isinstance(event, Started)]
+    samples = [(Sample, 0)]
+    assert kinds == [*samples, (Step, 1), (Sample, 1), (Step, 2), (Saved, 2), (Step, 3), (Warned, 3), (Step, 4), (Stopped, 4)]
+    assert "'dance'" in next(event.text for event in told if isinstance(event, Warned))
+    assert (folder_of(recipe) / "checkpoints" / "zwx-000002.safetensors").is_file()
+    assert not (folder_of(recipe) / CONTROL).exists()
+    assert steps_of(run(recipe)) == [5]
+    with pytest.raises(OutputError, match="no run goes on in"):
+        tell(folder_of(recipe), "stop")
+    with pytest.raises(RecipeError, match="did you mean stop"):
+        tell(folder_of(recipe), "stopp")
+
+
+def test_finish_makes_everything_of_where_a_run_stands_and_it_can_go_on(
+    make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = make(steps=4, sample_prompts=["{trigger}"], sample_every=0)
+    stop_after(recipe, 3)
+    assert command(["finish", str(folder_of(recipe))]) == 0
+    assert f"report   {folder_of(recipe)}" in capsys.readouterr().out
+    assert weights(recipe).metadata["ss_steps"] == "3"
+    assert (folder_of(recipe) / "report.html").is_file() and (folder_of(recipe) / "samples" / "000003-zwx-s0.png").is_file()
+    assert command(["finish", str(folder_of(recipe))]) == 0
+    assert "already finished" in capsys.readouterr().out
+    assert steps_of(run(recipe)) == [4]
+    run(whole := make(steps=4, sample_prompts=["{trigger}"], sample_every=0, output=tmp_path / "whole"))
+    assert same(recipe, whole)
+    assert command(["finish", str(tmp_path / "nothing")]) == command(["tell", str(tmp_path / "run"), "stop"]) == 2
+    told = capsys.readouterr().err
+    assert "there is no run in" in told and "no run goes on in" in told
+
+
+# ---------------------------------------------------------------- sample pictures
+
+
+def test_new_prompts_and_seeds_are_drawn_for_base_and_adapter_and_nothing_else_is(make: Make) -> None:
+    asked = {"sample_every": 0, "checkpoint_every": 1}
+    recipe = make(sample_prompts=["a {trigger}"], **asked)
+    stop_after(recipe, 1)
+    both = make(sample_prompts=["a {trigger}", "A {trigger}!"], **asked)
+    drawn = [(event.step, event.prompt, event.seed) for event in run(both) if isinstance(event, Sample)]
+    assert drawn == [(0, "A zwx!", 0), (2, "a zwx", 0), (2, "A zwx!", 0)]
+    before = {path: path.read_bytes() for path in (folder_of(recipe) / "samples").iterdir()}
+    times = {path: path.stat().st_mtime_ns for path in before if "-x" not in path.name}
+    more = make(sample_prompts=["a {trigger}"], sample_seeds=[0, 7], **asked)
+    events = run(more)
+    assert [(e.step, e.seed, e.base) for e in events if isinstance(e, Sample)] == [(0, 7, True), (2, 7, False)]
+    assert not steps_of(events)
+    assert all(path.read_bytes() == data for path, data in before.items())
+    assert {path: path.stat().st_mtime_ns for path in times} == times
+    names = {path.name for path in (folder_of(recipe) / "samples").iterdir() if "-x" not in path.name}
+    assert names == {
+        f"{step:06}-{name}-s{seed}.png"
+        for step in (0, 2)
+        for name, seed in (("a-zwx", 0), (prompt_name("A zwx!"), 0), ("a-zwx", 7))
+    }
+
+
+def test_every_prompt_has_a_file_name_of_its_own() -> None:
+    prompts = ["a cat", "A cat", "a cat!", "a-cat", "a  cat", "", "猫", "x" * 300, "x" * 301, "../a cat", "a/cat"]
+    names = [prompt_name(prompt) for prompt in prompts]
+    assert len(set(names)) == len(prompts) and names[0] == "a-cat" and all("/" not in name for name in names)
+
+
+# ---------------------------------------------------------------- fleets that are killed
+
+
+class Killed(BaseException):
+    """What nobody catches: the process would be gone."""
+
+
+def files_of(recipes: list[Recipe]) -> dict[str, bytes]:
+    """Everything in run folders that must repeat to the byte."""
+    return {
+        f"{i}/{path.relative_to(folder_of(recipe))}": path.read_bytes()
+        for i, recipe in enumerate(recipes)
+        for path in sorted(folder_of(recipe).rglob("*"))
+        if path.suffix in (".safetensors", ".png", ".json") and path.name != "state.safetensors"
+    }
+
+
+@pytest.mark.parametrize(("choose", "every"), [("none", 5), pytest.param("best", 1, marks=pytest.mark.slow)])
+def test_a_fleet_killed_at_any_point_of_its_ending_ends_with_the_same_bytes(
+    make: Make, tmp_path: Path, choose: str, every: int
+) -> None:
+    """Two members end first, the third one has a step to go: nobody's steps are taken again in other company."""
+    flags = {"sample_prompts": ["{trigger}"], "sample_every": 0, "choose": choose, "rank": 1, "checkpoint_every": 3}
+
+    def members(name: str) -> list[Recipe]:
+        steps = (2, 2, 3)
+        return [make(output=tmp_path / name / str(i), seed=i, steps=n, lr=1e-2, **flags) for i, n in enumerate(steps)]
+
+    whole, events = members("whole"), list[tuple[int, Event]]()
+    for event in train_fleet(whole):
+        events.append(event)
+    wanted = files_of(whole)
+    last = max(i for i, (_, event) in enumerate(events) if isinstance(event, Step) and event.step == 2)
+    points = [i for i in range(last, len(events)) if not isinstance(events[i][1], Step) or i == last]
+    broken = members("broken")
+    for point in points[::every]:
+        shutil.rmtree(tmp_path / "broken", ignore_errors=True)
+        stream = train_fleet(broken)
+        for _ in range(point + 1):
+            next(stream)
+        with pytest.raises(Killed):
+            stream.throw(Killed())
+        again = [event for _, event in train_fleet(broken)]
+        if point > last:
+            assert all(event.step == 3 for event in again if isinstance(event, Step)), point
+        found = files_of(broken)
+        assert found.keys() == wanted.keys() and [name for name in wanted if found[name] != wanted[name]] == [], point
+
+
+def test_states_are_kept_together_or_not_at_all(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipes = [make(output=tmp_path / str(i), seed=i, steps=4, checkpoint_every=1 + i) for i in range(3)]
+    written, write = list[int](), Run.write_state
+
+    def die_at_the_fifth(self: Run, state: Any) -> None:
+        written.append(state.done)
+        if len(written) == 5:
+            raise Killed
+        write(self, state)
+
+    monkeypatch.setattr(Run, "write_state", die_at_the_fifth)
+    with pytest.raises(Killed):
+        list(train_fleet(recipes))
+    assert written == [1, 1, 1, 2, 2]  # whoever's turn it is, all write theirs
+    states = [Run(folder_of(recipe), "zwx").load_state() for recipe in recipes]
+    assert [state.done for state in states if state] == [1, 1, 1]
+
+
+def test_one_member_alone_on_the_base_gives_what_it_gives_alone(tiny_base: Path) -> None:
+    base, starts = Base.load(tiny_base), []
+    for seed in range(2):
+        starts.append(fresh(base, AdapterSpec(rank=2, alpha=3.0, targets=("attention", "conv")), ["unet"], seed))
+        for delta in starts[-1].values():
+            delta.up.normal_(std=0.1)
+    x, t, cond = torch.randn(2, 16, 8, 8), torch.tensor([100, 900]), base.embed(["a", "b"])
+    with attach(base, Adapter(starts[1])), torch.no_grad():
+        alone = base.denoise(x, t, cond)
+    with Fleet(base, starts) as company, company.active.of(1), torch.no_grad():
+        assert torch.equal(base.denoise(x, t, cond), alone)
