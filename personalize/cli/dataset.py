@@ -35,7 +35,8 @@ def dataset(folder: Path, sheet_path: Path | None, html_path: Path | None, for_p
     """
     from ..reports import dataset as report
 
-    stats = report.measure_dataset(resolve_recipe(folder, None, flags))
+    given = {name: value for name, value in flags.items() if value not in (None, ())}
+    stats = report.measure_dataset(resolve_recipe(folder, None, flags), given)
     findings = report.find_problems(stats)
     click.echo((report.as_json if for_programs else report.as_text)(stats, findings))
     for path, write in ((sheet_path, report.write_sheet), (html_path, report.write_page)):
