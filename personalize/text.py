@@ -145,6 +145,15 @@ def base_summary(facts: Mapping[str, Any]) -> str:
     return f"{facts['title']}, {prediction}, {million:,.0f} M parameters, stored as {stored}, held as {held}"
 
 
+def in_ascii(text: str) -> str:
+    r"""TOML in ASCII, for a file or pipe in a code page: letters outside it as TOML escapes them.
+
+    >>> in_ascii('trigger = "\u732b\U0001f600"')
+    'trigger = "\\u732b\\U0001f600"'
+    """
+    return "".join(one if one.isascii() else f"\\u{ord(one):04x}" if ord(one) < 2**16 else f"\\U{ord(one):08x}" for one in text)
+
+
 def parse_toml(text: str) -> dict[str, Any]:
     """What a TOML file says. Raises ValueError for what is none."""
     if sys.version_info >= (3, 11):

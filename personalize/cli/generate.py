@@ -10,7 +10,7 @@ import click
 
 from ..errors import RecipeError
 from ..recipe.samplers import AUTO, SAMPLERS
-from .messages import print_warning
+from .messages import answer, print_warning
 from .values import PATH, Axis, NamedAdapter, Side
 
 BASE = ("base", "vae", "clip_skip", "prediction", "zero_snr")  # options that say what to draw with, in the recipe's words
@@ -73,11 +73,14 @@ def generate(prompts: tuple[str, ...], listed: Path | None, seeds: tuple[str, ..
     library, image = Library(folder=options.pop("lora_dir")), options.pop("image")
     settings = {name: options.pop(name) for name in REQUEST} | {"image": InitImage.open(image) if image else None}
     request = Request.parse("", adapters=library.add(options.pop("stack")), **settings)
+    pictures = list[dict[str, Any]]()
     for event in draw_files(wanted, seed_list(seeds, count), request, library, base=base, **options):
         if isinstance(event, Notice):
             print_warning(event.text)
         elif isinstance(event, Saved):
             click.echo(event.path)
+            pictures.append({"path": event.path, "number": event.number})
+            answer(pictures=pictures)
     return 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,8 +12,8 @@ import click
 from ..errors import AdapterError, DataError, PersonalizeError, RecipeError
 from ..io import pictures_in
 from ..registry import table
-from ..text import plain
-from .messages import print_warning
+from ..text import in_ascii, plain
+from .messages import answer, print_error, print_warning
 from .values import PATH
 
 if TYPE_CHECKING:
@@ -138,15 +139,18 @@ def print_recipe(recipe: Recipe) -> int:
     """The recipe as TOML, and the pictures with their captions as comments: stdout is a preset that repeats the run."""
     from ..data.folder import read_folder
     from ..recipe.resolve import to_toml
+    from ..recipe.settings import flatten
 
     dataset = read_folder(recipe.data)
-    if recipe.preset:
-        click.echo(f"# from preset {recipe.preset}")
-    click.echo(to_toml(recipe))
-    click.echo(f"# {len(dataset.examples)} pictures in {recipe.data.folder}, trigger {dataset.trigger!r}")
+    lines = [f"# from preset {recipe.preset}"] if recipe.preset else []
+    lines += [to_toml(recipe), f"# {len(dataset.examples)} pictures in {recipe.data.folder}, trigger {dataset.trigger!r}"]
     for example in dataset.examples:
         width, height = example.size
-        click.echo(f"#   {plain(example.path.name):<24} {width}x{height:<6} {plain(example.caption)}")
+        lines.append(f"#   {plain(example.path.name):<24} {width}x{height:<6} {plain(example.caption)}")
+    unicode = (sys.stdout.encoding or "").lower().startswith("utf")  # the file that this goes to is read as UTF-8
+    for line in lines:
+        click.echo(line if unicode else in_ascii(line))
+    answer(recipe=flatten(recipe), pictures=[{"path": one.path, "caption": one.caption} for one in dataset.examples])
     for warning in dataset.warnings:
         print_warning(warning)
     return 0
@@ -227,5 +231,7 @@ def report(run_folder: Path) -> int:
     """Write the report of a run folder again."""
     from ..reports.run import write_report
 
-    click.echo(write_report(run_folder))
+    path = write_report(run_folder)
+    click.echo(path)
+    answer(report=path)
     return 0
