@@ -68,6 +68,14 @@ class TrainingError(PersonalizeError):
     """The run itself went wrong."""
 
 
+def check_type(
+    value: object, kinds: type | tuple[type, ...], what: str, wanted: str, error: type[PersonalizeError] = PersonalizeError
+) -> None:
+    """Raise an error that says what to pass, where a Python call got something of another type."""
+    if not isinstance(value, kinds):
+        raise error(f"{what} must be {wanted.partition(': ')[0]}, not {type(value).__name__}", wanted.partition(": ")[2])
+
+
 def shorten(text: str, limit: int = 500) -> str:
     """A long text without its middle: how it begins and how it ends say most.
 

@@ -37,10 +37,13 @@ def dataset(folder: Path, sheet_path: Path | None, html_path: Path | None, **fla
     from ..reports import dataset as report
 
     given = {name: value for name, value in flags.items() if value not in (None, ())}
-    stats = report.measure_dataset(resolve_recipe(folder, None, flags), given)
+    recipe, taken_for = resolve_recipe(folder, None, flags)
+    stats = report.measure_dataset(recipe, given)
     findings = report.find_problems(stats)
+    if taken_for:
+        click.echo(taken_for)
     click.echo(report.as_text(stats, findings))
-    answer(**json.loads(report.as_json(stats, findings)), sheet=sheet_path, html=html_path)
+    answer(**json.loads(report.as_json(stats, findings)), taken_for=taken_for, sheet=sheet_path, html=html_path)
     for path, write in ((sheet_path, report.write_sheet), (html_path, report.write_page)):
         if path:
             click.echo(f"written  {write(stats, findings, path)}")

@@ -83,7 +83,7 @@ def print_error(error: PersonalizeError | str) -> int:
     """Print an error; returns the exit code of a command that ends with it. A program is told the first."""
     if (current := _ANSWER.get()) and not current.error:
         current.error = error_record(error)
-    click.echo(f"personalize: {plain(str(error), LINE)}", err=True)
+    click.echo(f"personalize: {plain(str(error), LINE)}", file=sys.stderr)  # `err` would write UTF-8 where stderr is ASCII
     return 2
 
 
@@ -91,7 +91,7 @@ def print_warning(message: str) -> None:
     """Print a warning."""
     if current := _ANSWER.get():
         current.warnings.append(plain(message, LINE))
-    click.echo(f"warning: {plain(message, LINE)}", err=True)
+    click.echo(f"warning: {plain(message, LINE)}", file=sys.stderr)
 
 
 def show_in_any_code_page() -> None:

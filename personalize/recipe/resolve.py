@@ -97,6 +97,7 @@ def similar_preset(name: str, prefix: str = "") -> str:
     >>> similar_preset("stlye", "sdxl")
     'did you mean sdxl-style?'
     """
+    prefix = next((one for one in {name.partition("-")[0] for name in presets()} if name.startswith(f"{one}-")), prefix)
     own = {one.removeprefix(f"{prefix}-"): one for one in presets() if prefix and one.startswith(f"{prefix}-")}
     purpose = name.lower().rpartition("-")[2]
     if close := difflib.get_close_matches(purpose, own, n=1, cutoff=0.5):
