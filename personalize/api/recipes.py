@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,9 @@ def explain(
     nothing says where the pictures are.
     """
     given = {name.replace("-", "_"): value for name, value in flags.items() if value not in (None, ())}
+    for name in ("folder", "base"):
+        check_type(given.get(name, ""), (str, PathLike), name, f'a path: p.resolve({name}="path")', RecipeError)
+    given |= {name: str(value) for name in ("base", "vae") if isinstance(value := given.get(name), PathLike)}
     base = str(given.get("base") or (start.base if start else "pocket"))
     prefix = preset_prefix(base, needed and start is None and "preset" not in given)
     showing, told, of_styles = None, "", f"{prefix}-style" if f"{prefix}-style" in presets() else ""

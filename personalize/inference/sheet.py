@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
 from ..io import atomic
+
+
+class Pictures(list[Image.Image]):
+    """Images that a notebook shows beside each other. Otherwise a list."""
+
+    def _repr_png_(self) -> bytes | None:
+        if not self:
+            return None
+        buffer = io.BytesIO()
+        contact_sheet(self, min(4, len(self))).save(buffer, format="PNG")
+        return buffer.getvalue()
 
 
 def enlarge(picture: Image.Image, side: int = 192) -> Image.Image:

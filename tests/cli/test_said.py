@@ -155,7 +155,7 @@ def test_presets_are_listed_and_explained(capsys: pytest.CaptureFixture[str]) ->
 
 
 @pytest.mark.parametrize(
-    ("given", "wanted"), [("style", "pocket-style"), ("stlye", "pocket-style"), ("sd15-sytle", "pocket-style")]
+    ("given", "wanted"), [("style", "pocket-style"), ("stlye", "pocket-style"), ("sd15-sytle", "sd15-style")]
 )
 def test_a_typo_in_a_preset_proposes_one_of_the_base(
     given: str, wanted: str, pictures: Path, capsys: pytest.CaptureFixture[str]
@@ -181,15 +181,11 @@ def test_a_log_without_a_terminal_gets_signs_of_life(monkeypatch: pytest.MonkeyP
 def test_after_the_last_step_the_bar_says_what_is_done() -> None:
     recipe = Recipe(steps=10)
     step = Step(10, 0.1, 0.1, 0.1, 0.1, 0.1)
-    checkpoint, judged, drawn = (
-        Saved(10, "checkpoints/a-000010.safetensors"),
-        Scored(10, 1, 0, 0, 0, 0, 0),
-        Sweep(10, 1, "", 0, ""),
-    )
+    checkpoint, judged = Saved(10, "checkpoints/a-000010.safetensors"), Scored(10, 1, 0, 0, 0, 0, 0)
     assert doing_after(step, recipe) == "drawing the samples"
     assert doing_after(checkpoint, recipe) == "judging the checkpoints"
     assert doing_after(judged, recipe) == "judging step 10 at strength 1"
-    assert doing_after(drawn, recipe) == "writing the adapter"
+    assert doing_after(Sweep(10, 1, "", 0, ""), recipe) == "writing the adapter"
     assert doing_after(Saved(10, "a.safetensors"), recipe) == "writing the report"
     assert doing_after(Step(9, 0.1, 0.1, 0.1, 0.1, 0.1), recipe) == "training"
 
