@@ -20,7 +20,7 @@ from tools.architecture import ROOT, modules
 
 pytestmark = pytest.mark.usefixtures("short_exam")
 COMMAND = re.compile(r"(?<![\w/.-])personalize ([a-z]+)((?: [^`()\n]*)?)")
-PROSE = {"wrote", "reads", "makes", "is", "and", "with", "or", "has", "to", "cannot"}  # what follows the name in a sentence
+PROSE = {"and", "as", "can", "cannot", "has", "is", "makes", "or", "reads", "to", "with", "wrote"}  # in sentences
 
 
 def texts() -> Iterator[tuple[str, str]]:
