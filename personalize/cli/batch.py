@@ -127,8 +127,7 @@ class BatchView(View):
             self.begin(f"{run.name}: writing the report")
             write_reports(run.run, recipe.base)
         run.chosen = read_run(run.run).chosen
-        if event.again:
-            self.print(f"{run.name}: done before: {run.adapter}")
+        if event.again:  # the summary says so
             return
         chosen = f", step {run.chosen['step']} chosen" if run.chosen else ""
         facts = f"{run.adapter} ({readable(run.adapter.stat().st_size)}), {event.step} steps{chosen}"
