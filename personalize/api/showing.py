@@ -71,7 +71,7 @@ class Showing:
 def find_out(folder: Path, base: str, trigger: str | None = None) -> Showing | None:
     """What a folder shows, as far as it can be known; None where its own name or its subfolders' say it, as `10_zwx dog` does.
 
-    A folder that cannot be read is for others to complain about.
+    None too where the folder cannot be read: that is for others to complain about, and nothing is said of what it shows.
     """
     with contextlib.suppress(PersonalizeError):
         dataset = read_folder(Data(folder=folder, trigger=trigger, caption=""), lenient=True)
@@ -81,7 +81,7 @@ def find_out(folder: Path, base: str, trigger: str | None = None) -> Showing | N
         if any(captions):
             return from_captions([caption for caption in captions if caption], dataset.trigger)
         return from_pictures([example.path for example in dataset.examples], base)
-    return Showing(False)
+    return None
 
 
 def from_captions(captions: Sequence[str], trigger: str = "") -> Showing:
