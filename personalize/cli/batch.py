@@ -173,16 +173,18 @@ class BatchView(View):
         from ..inference.sheet import contact_sheet, save_sheet
 
         cells, rows = list[Image.Image](), list[str]()
-        for run, recipe in zip(self.runs, self.recipes, strict=True):
-            if run.adapter is None or not (pairs := sample_pairs(run)):
+        drawn = [(run, recipe, sample_pairs(run)) for run, recipe in zip(self.runs, self.recipes, strict=True) if run.adapter]
+        most = max((len(pairs) for *_, pairs in drawn), default=0)
+        for run, recipe, pairs in drawn:
+            if not pairs:
                 continue
             prompts = "   ".join(f"{i}: {prompt}" for i, (prompt, *_) in enumerate(pairs, 1))
             rows.append(f"{run.name}: {run.score()}\n{prompts}")
             paths = [read_folder(recipe.data).examples[0].path, *(path for _, *both in pairs for path in both)]
-            cells += [*map(cell, paths), *[blank()] * (1 + 2 * SHEET_PROMPTS - len(paths))]
+            cells += [*map(cell, paths), *[blank()] * (1 + 2 * most - len(paths))]
         if not cells:
             return None
-        heads = ("learned from", *(f"{i} {whose}" for i in range(1, SHEET_PROMPTS + 1) for whose in ("base", "adapter")))
+        heads = ("learned from", *(f"{i} {whose}" for i in range(1, most + 1) for whose in ("base", "adapter")))
         sheet = contact_sheet(cells, len(heads), rows=rows, heads=heads, side=SIDE)
         return save_sheet(sheet, self.place / "batch.png")
 
