@@ -32,6 +32,7 @@ FLOORS = {
     "training": "one loop for one run or many; objectives, optimizers, memory, run folders",
     "backends": "where runs are trained",
     "reports": "what a run, an adapter file or a dataset is like: pages, tables, pictures",
+    "api": "what Python and the command share: a recipe from a folder, a run and its report",
     "cli": "the `personalize` command",
     "__init__": "the public names",
     "__main__": "`python -m personalize`",

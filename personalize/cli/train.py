@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,11 +12,12 @@ import click
 from ..errors import AdapterError, DataError, PersonalizeError, RecipeError
 from ..io import pictures_in
 from ..registry import table
-from ..text import plain
-from .messages import print_warning
+from ..text import in_ascii, plain
+from .messages import answer, print_error, print_warning
 from .values import PATH
 
 if TYPE_CHECKING:
+    from ..api.showing import Showing
     from ..recipe.fields import Recipe
     from ..recipe.settings import Setting
 
@@ -75,11 +77,15 @@ def option(setting: Setting) -> click.Option:
 def train(folder: Path | None, origin: Path | None, dry_run: bool, fresh: bool, **flags: Any) -> int:
     """Train an adapter on the pictures in FOLDER; adapter and report go to runs/TRIGGER.
 
-    Without --preset, the preset for subjects of the base's family is used (pocket-, sd15-, sd21- or sdxl-subject).
+    Without --preset, that of the base's family is used: for subjects (sd15-subject, ...), or for styles, where there is no
+    --class and the folder shows no one thing.
 
     The same command again resumes a run that was stopped.
     """
-    recipe = resolve_recipe(folder, origin, flags, needed=not dry_run)
+    recipe, taken_for = resolve_recipe(folder, origin, flags, needed=not dry_run, ask=not dry_run)
+    if taken_for:
+        click.echo(f"{'# ' if dry_run else ''}{taken_for}")
+    answer(taken_for=taken_for)
     if dry_run:
         return print_recipe(recipe)
     from .progress import train_one
@@ -87,40 +93,27 @@ def train(folder: Path | None, origin: Path | None, dry_run: bool, fresh: bool, 
     return train_one(recipe, fresh=fresh)
 
 
-def resolve_recipe(folder: Path | None, origin: Path | None, flags: dict[str, Any], needed: bool = False) -> Recipe:
-    """The recipe of a command line. Raises RecipeError, also when nothing says where the pictures are.
+def resolve_recipe(
+    folder: Path | None, origin: Path | None, flags: dict[str, Any], needed: bool = False, ask: bool = False
+) -> tuple[Recipe, str]:
+    """The recipe of a command line, and a line about what the folder was taken for, if nothing said. Raises RecipeError."""
+    from ..api.recipes import explain
 
-    Where its base will be `needed`, it may be downloaded, and what is wrong with it is an error now.
-    """
-    from ..recipe.resolve import presets, resolve
-
-    given = {name: value for name, value in flags.items() if value not in (None, ())}
-    if folder is not None:
-        given["folder"] = folder
-    if origin is None and "preset" not in given and (usual := default_preset(given.get("base", "pocket"), needed)) in presets():
-        given["preset"] = usual
-    recipe = resolve(flags=given, start=recipe_in(origin) if origin else None)
-    if "folder" not in recipe.data.model_fields_set:
-        raise RecipeError("where are the pictures?", "personalize train FOLDER")
-    return recipe
+    given = flags if folder is None else {**flags, "folder": folder}
+    asking = ask_what_is_shown if ask and sys.stdin.isatty() and sys.stdout.isatty() else None
+    return explain(given, start=recipe_in(origin) if origin else None, needed=needed, ask=asking)
 
 
-def default_preset(base: str, needed: bool = True) -> str:
-    """The preset for subjects of a base's family, whatever the base is called: `sd15-subject`, ...
+def ask_what_is_shown(folder: Path, guess: Showing) -> Showing:
+    """Ask what the pictures show. Enter takes the guess."""
+    from ..api.showing import Showing
 
-    Where the base is not `needed`, nothing is downloaded, and "" is the answer for what is no base.
-    """
-    prefix = base
-    if base != "pocket":  # whose family is known without opening anything
-        from ..models.model import family_at
-
-        try:
-            prefix = family_at(base, download=needed).preset
-        except PersonalizeError:
-            if needed:
-                raise
-            return ""
-    return f"{prefix}-subject"
+    default = "style" if guess.style else guess.class_name or "thing"
+    question = f"What do the pictures in {plain(str(folder))} show? A word such as dog; style; thing, if no word fits"
+    said = " ".join(click.prompt(question, default=default, err=True).split())
+    if said == default:
+        return guess
+    return Showing(said == "style", "" if said in ("style", "thing") else said, "you said so")
 
 
 def recipe_in(adapter: Path) -> Recipe:
@@ -138,15 +131,18 @@ def print_recipe(recipe: Recipe) -> int:
     """The recipe as TOML, and the pictures with their captions as comments: stdout is a preset that repeats the run."""
     from ..data.folder import read_folder
     from ..recipe.resolve import to_toml
+    from ..recipe.settings import flatten
 
     dataset = read_folder(recipe.data)
-    if recipe.preset:
-        click.echo(f"# from preset {recipe.preset}")
-    click.echo(to_toml(recipe))
-    click.echo(f"# {len(dataset.examples)} pictures in {recipe.data.folder}, trigger {dataset.trigger!r}")
+    lines = [f"# from preset {recipe.preset}"] if recipe.preset else []
+    lines += [to_toml(recipe), f"# {len(dataset.examples)} pictures in {recipe.data.folder}, trigger {dataset.trigger!r}"]
     for example in dataset.examples:
         width, height = example.size
-        click.echo(f"#   {plain(example.path.name):<24} {width}x{height:<6} {plain(example.caption)}")
+        lines.append(f"#   {plain(example.path.name):<24} {width}x{height:<6} {plain(example.caption)}")
+    unicode = (sys.stdout.encoding or "").lower().startswith("utf")  # the file that this goes to is read as UTF-8
+    for line in lines:
+        click.echo(line if unicode else in_ascii(line))
+    answer(recipe=flatten(recipe), pictures=[{"path": one.path, "caption": one.caption} for one in dataset.examples])
     for warning in dataset.warnings:
         print_warning(warning)
     return 0
@@ -177,16 +173,17 @@ def batch(folders: tuple[Path, ...], together: int | None, backend: str, dry_run
     if len(found) == len(wrong) > 1 == len(messages := set(wrong.values())):
         raise RecipeError(messages.pop())  # of no folder in particular
     for folder, message in wrong.items():
-        click.echo(f"{plain(folder.name)}: {plain(message)}", err=True)
+        print_error(f"{folder.name}: {message}")
     if dry_run:
+        answer(runs=[{"folder": one.data.folder, "run": one.output, "preset": one.preset, "steps": one.steps} for one in recipes])
         for recipe in recipes:
             settings = f"{recipe.steps} steps, preset {recipe.preset or '-'}, class {recipe.data.class_name or '-'}"
             click.echo(f"{recipe.data.folder} => {recipe.output}  ({pictures_in(recipe.data.folder)} pictures, {settings})")
         return 2 if wrong else 0
-    from .progress import train_many
+    from .batch import train_many
 
-    code = train_many(recipes, backend, fresh=fresh, together=together) if recipes else 2
-    return code or (2 if wrong else 0)
+    place = Path(flags["output"] or "runs")
+    return train_many(recipes, backend, place=place, fresh=fresh, together=together, refused=wrong)
 
 
 def picture_folders(folder: Path) -> list[Path]:
@@ -212,7 +209,10 @@ def resolve_recipes(folders: Sequence[Path], flags: dict[str, Any]) -> tuple[lis
             if "folder" in own:
                 raise RecipeError(f"the folder of pictures is where {file} lies", "leave folder out of it")
             given = {**flags, "output": runs / folder.resolve().name, **own}
-            recipes.append(resolve_recipe(folder, None, given, needed=True))
+            recipe, taken_for = resolve_recipe(folder, None, given, needed=True)
+            recipes.append(recipe)
+            if taken_for:
+                click.echo(taken_for)
         except PersonalizeError as error:
             wrong[folder] = str(error)
     return recipes, wrong
@@ -227,5 +227,7 @@ def report(run_folder: Path) -> int:
     """Write the report of a run folder again."""
     from ..reports.run import write_report
 
-    click.echo(write_report(run_folder))
+    path = write_report(run_folder)
+    click.echo(path)
+    answer(report=path)
     return 0

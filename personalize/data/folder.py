@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from ..errors import DataError, RecipeError
+from ..errors import DataError, RecipeError, check_type
 from ..recipe.fields import Data
 from .captions import Note, fill, missing_trigger, read_metadata, safe_trigger, sidecar
 from .dataset import Concept, Dataset, Example
@@ -28,6 +28,7 @@ def read_folder(data: Data, *, lenient: bool = False) -> Dataset:
     A picture that cannot be read is skipped with a warning. Raises DataError when the folder, its captions or masks are not
     usable (`lenient`: masks may be), or when no picture is left; RecipeError for an unknown word in the caption's template.
     """
+    check_type(data, Data, "what is read", 'the data part of a recipe: p.read_folder(p.resolve(folder="photos").data)', DataError)
     root = _check_folder(data.folder)
     concepts = _concepts(root, data)
 

@@ -51,8 +51,9 @@ def generate(
     names never clash with what is there, or a .png file for a single image or contact sheet. Contact sheets are written with
     `grid` or `axes`, each behind its images.
     """
-    device = device_of(device)
-    dtype = dtype_of(precision_of(resolve(flags={"precision": precision}).fitting, torch.device(device)))
+    how = resolve(flags={"precision": precision, "device": device})
+    device = device_of(how.device)
+    dtype = dtype_of(precision_of(how.fitting, torch.device(device)))
     requests = combine(prompts, seeds, settings, library)
     pages, sheets = plots(requests, seeds, axes, library.find), grid or bool(axes)
     check_output(output, sum(len(page.requests) for page in pages), len(pages) if sheets else 0)

@@ -209,6 +209,14 @@ def _bytes(text: str) -> int:
     return int(float(found[1]) * UNITS[found[2] or ""])
 
 
+def check_device(device: Any) -> Any:
+    """Raise RecipeError for a kind of GPU that is known not to be supported."""
+    if str(device).partition(":")[0] == "mps":
+        why = "nothing here has been run on one, and some kinds of adapters compute in float64, which it lacks"
+        raise RecipeError(f"--device {device}: an Apple GPU is not supported yet: {why}", "--device cpu works on a Mac")
+    return device
+
+
 WITHOUT_CLASS = (
     "{trigger}",
     "{trigger} in the snow",
@@ -272,7 +280,9 @@ class Recipe(Part):
     output: Path | None = Field(None, description="run folder (default: runs/TRIGGER)")
     dialect: Literal["kohya", "diffusers", "peft"] = Field("kohya", description="naming scheme of the adapter file")
     checkpoint_every: int = Field(50, ge=0, description="steps between checkpoints; 0 keeps only the last")
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where to train")
+    device: Annotated[Literal["auto", "cpu", "cuda"], BeforeValidator(check_device)] = Field(
+        "auto", description="where to train; not on an Apple GPU (mps) yet"
+    )
 
     data: Data = Data()
     adapter: AdapterSpec = AdapterSpec()

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from ..errors import PersonalizeError, RecipeError
+from ..errors import PersonalizeError, RecipeError, check_type
 from ..models.model import Base
 from ..recipe.fields import Recipe
 from .events import Failed, Step
@@ -27,6 +27,10 @@ def train_fleet(recipes: Sequence[Recipe], *, fresh: bool = False, together: int
     the way, says so, and the others go on. At most `together` members go through the base at once, and fewer where memory runs
     out. Ctrl-C (or closing the iterator) saves all states; the same call again goes on.
     """
+    wanted = 'a list of recipes: p.train_fleet([p.resolve(folder="photos/rex"), p.resolve(folder="photos/tom")])'
+    check_type(recipes, (list, tuple), "what is trained", wanted, RecipeError)
+    for one in recipes:
+        check_type(one, Recipe, "what is trained", wanted, RecipeError)
     fleets: dict[str, dict[int, RunPlan]] = {}
     bases: dict[str, Base] = {}
     places: dict[Path | None, int] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -43,7 +44,13 @@ def test_every_folder_gets_its_adapter_and_the_broken_one_is_told(
         assert recipe.optim.lr == (2e-3 if name == "vase" else 4e-3)  # the folder's own, and the preset's
         assert (runs / name / "report.html").is_file()
     with Image.open(runs / "batch.png") as sheet:
-        assert sheet.height > 3 * 128  # a row for each
+        assert sheet.height > 3 * 128 and sheet.width > 3 * 128  # a row for each: learned from, base, adapter
+    summary = {one["name"]: one for one in json.loads((runs / "summary.json").read_text(encoding="utf-8"))["runs"]}
+    assert {name: one["state"] for name, one in summary.items()} == {name: "done" for name in ("rex", "tom", "vase")} | {
+        "broken": "failed"
+    }
+    assert summary["vase"]["adapter"] == str(runs / "vase" / "vzx.safetensors") and "none of the 1" in summary["broken"]["error"]
+    assert all(f"  {name} " in told for name in summary)  # every folder is named at the end
     shutil.rmtree(photos / "broken")
     assert run(command(photos, tiny_base)) == 0
     assert capsys.readouterr().out.count("done before") == 3

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-import shlex
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +13,7 @@ import numpy as np
 from ...data.buckets import Grid, enlarges, kept_share
 from ...data.captions import fill, missing_trigger, sidecar, sidecar_of
 from ...findings import Finding, worst_first
+from ...text import command_line, quote, transfer_command
 from .measure import DatasetStats, ImageStats, has_imagehash
 
 NEAR = 6  # bits of the hash by which two pictures may differ and still be nearly the same
@@ -177,7 +177,7 @@ def too_small(stats: DatasetStats) -> Iterator[Finding]:
         yield move_aside(stats, "warning", "too-small", paths, what, "small")
     else:
         yield about_images(
-            stats, "warning", "too-small", paths, what, train_command(stats, f"--resolution {side}"), "small", command=True
+            stats, "warning", "too-small", paths, what, train_command(stats, "--resolution", side), "small", command=True
         )
 
 
@@ -190,17 +190,17 @@ def cropped_images(stats: DatasetStats) -> Iterator[Finding]:
     paths, what = [one.example.path for one in cut], f"cropped by more than {CROPPED:.0%}, up to {worst:.0%}"
     for flags, layout in finer_grids(stats):
         if all(1 - kept_share(one.example.size, layout.shape_of(one.example.size)) <= CROPPED for one in cut):
-            yield about_images(stats, "warning", "cropped", paths, what, train_command(stats, flags), "cropped", command=True)
+            yield about_images(stats, "warning", "cropped", paths, what, train_command(stats, *flags), "cropped", command=True)
             return
     yield about_images(stats, "warning", "cropped", paths, what, "cut them yourself around what matters", "cropped")
 
 
-def finer_grids(stats: DatasetStats) -> Iterator[tuple[str, Grid]]:
+def finer_grids(stats: DatasetStats) -> Iterator[tuple[tuple[object, ...], Grid]]:
     """Flags that crop less, and the grids that they give."""
     if not stats.grid.buckets:
-        yield "--buckets", replace(stats.grid, buckets=True)
+        yield ("--buckets",), replace(stats.grid, buckets=True)
     elif stats.grid.step > stats.multiple:
-        yield f"--bucket-step {stats.multiple}", replace(stats.grid, step=stats.multiple)
+        yield ("--bucket-step", stats.multiple), replace(stats.grid, step=stats.multiple)
 
 
 def blurred_images(stats: DatasetStats) -> Iterator[Finding]:
@@ -227,11 +227,11 @@ def without_caption(stats: DatasetStats) -> Iterator[Finding]:
         elif one.example.caption == template:
             plain.append(one)
     if blank:
-        hint = f"write into {shlex.quote(str(blank[0].with_suffix('.txt')))} what the picture shows"
+        hint = f"write into {quote(blank[0].with_suffix('.txt'))} what the picture shows"
         yield about_images(stats, "warning", "empty-caption", blank, "with an empty caption", hint, "no caption")
     if plain:
         path = plain[0].example.path.with_suffix(".txt")
-        hint = f"write what differs, such as the place, into {shlex.quote(str(path))} and so on: what is told stays changeable"
+        hint = f"write what differs, such as the place, into {quote(path)} and so on: what is told stays changeable"
         paths = [one.example.path for one in plain]
         yield about_images(
             stats, "info", "without-caption", paths, f"without a caption; all are called '{plain[0].example.caption:.60}'", hint
@@ -244,7 +244,7 @@ def repeated_captions(stats: DatasetStats) -> Iterator[Finding]:
     for group in groups_of_equal([one.example.caption for one in written]):
         same = [written[i].example for i in group]
         if len({example.sha256 for example in same}) > 1:
-            hint = f"tell them apart: add to {shlex.quote(str(same[1].path.with_suffix('.txt')))} what only that picture shows"
+            hint = f"tell them apart: add to {quote(same[1].path.with_suffix('.txt'))} what only that picture shows"
             what = f"with the same caption, '{same[0].caption:.60}'"
             yield about_images(stats, "info", "repeated-captions", [example.path for example in same], what, hint, "same caption")
 
@@ -257,8 +257,7 @@ def without_trigger(stats: DatasetStats) -> Iterator[Finding]:
         if bare:
             what = f"whose caption lacks the trigger '{concept.trigger}'"
             other = "" if stats.recipe.data.trigger else common_word(concept.class_name, [example.caption for example in own])
-            flag = f"--trigger {shlex.quote(other)}" if other else f"--caption-prefix {shlex.quote('{trigger},')}"
-            hint = train_command(stats, flag)
+            hint = train_command(stats, *(("--trigger", other) if other else ("--caption-prefix", "{trigger},")))
             yield about_images(stats, "error", "without-trigger", bare, what, hint, "no trigger", command=True)
 
 
@@ -276,7 +275,7 @@ def long_captions(stats: DatasetStats) -> Iterator[Finding]:
     if long:
         longest = max(long, key=lambda example: word_count(example.caption))
         what = f"with a caption of more than {WINDOW} words and signs, the end of which is not read"
-        hint = f"shorten {shlex.quote(str(sidecar_of(longest.path) or longest.path.with_suffix('.txt')))} to some 50 words"
+        hint = f"shorten {quote(sidecar_of(longest.path) or longest.path.with_suffix('.txt'))} to some 50 words"
         yield about_images(stats, "warning", "long-captions", [example.path for example in long], what, hint, "long caption")
 
 
@@ -292,7 +291,7 @@ def with_mask(stats: DatasetStats) -> Iterator[Finding]:
     if masks:
         outside = stats.recipe.objective.mask_outside
         what = f"with a mask: what it leaves out weighs {outside:g}"
-        yield about_images(stats, "info", "with-mask", masks, what, train_command(stats, "--mask-outside 0"), command=True)
+        yield about_images(stats, "info", "with-mask", masks, what, train_command(stats, "--mask-outside", 0), command=True)
 
 
 RULES: tuple[Callable[[DatasetStats], Iterable[Finding]], ...] = (
@@ -331,14 +330,11 @@ def first_few(whys: Sequence[str]) -> str:
 def move_aside(stats: DatasetStats, level: str, code: str, paths: Sequence[Path], what: str, mark: str) -> Finding:
     """A finding about pictures that are better moved out of the folder."""
     folder = stats.folder.absolute()
-    place = shlex.quote(str(folder.with_name(f"{folder.name}-aside")))
-    files = " ".join(shlex.quote(str(path)) for path in paths)
-    return about_images(stats, level, code, paths, what, f"mkdir -p {place} && mv -n {files} {place}", mark, command=True)
+    place = folder.with_name(f"{folder.name}-aside")
+    hint = transfer_command(paths, place, move=True)
+    return about_images(stats, level, code, paths, what, hint, mark, command=True)
 
 
-def train_command(stats: DatasetStats, flags: str) -> str:
-    """The command that trains with some flags more."""
-    data = stats.recipe.data
-    words = [f"--trigger {shlex.quote(data.trigger)}" if data.trigger else ""]
-    words += [f"--class {shlex.quote(data.class_name)}" if data.class_name else ""]
-    return " ".join(filter(None, [f"personalize train {shlex.quote(str(stats.folder))}", *words, flags]))
+def train_command(stats: DatasetStats, *words: object) -> str:
+    """The command that trains with some words more: it repeats the base, preset and settings that were given."""
+    return command_line("personalize", "train", stats.folder, *stats.given_words(without=words), *words)
