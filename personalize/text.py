@@ -166,3 +166,12 @@ def parse_toml(text: str) -> dict[str, Any]:
 def first_line(error: BaseException) -> str:
     """The first line of a library's message."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def spread(n: int, most: int) -> list[int]:
+    """At most so many of n, evenly chosen.
+
+    >>> spread(3, 4), spread(10, 4)
+    ([0, 1, 2], [0, 2, 5, 7])
+    """
+    return [i * n // min(n, most) for i in range(min(n, most))]

@@ -15,6 +15,7 @@ from ..io import write_text
 from ..recipe.fields import Recipe
 from ..text import duration, readable
 from ..training.events import Event, Failed, Finished, Started, Step, Warned
+from ..training.verdict import describe
 from .messages import answer, print_warning, strict
 from .progress import doing_after, error_change
 from .view import View, follow, terminal
@@ -59,6 +60,7 @@ class Standing:
     adapter: Path | None = None
     report: Path | None = None
     chosen: Mapping[str, Any] | None = None  # the record of the checkpoint that became the adapter, if they were judged
+    verdict: str = ""  # what images of it say
     error: str = ""
 
     def score(self) -> str:
@@ -68,7 +70,7 @@ class Standing:
         known = {name: value for name in ("validation", "drift") if isinstance(value := self.chosen.get(name), int | float)}
         validation = f", validation {error_change(known['validation'])}" if "validation" in known else ""
         drift = f", drift {known['drift']:.2f}" if "drift" in known else ""
-        return f"step {self.chosen['step']} of {self.steps}{validation}{drift}"
+        return f"step {self.chosen['step']} of {self.steps}{validation}{drift}" + (f", {self.verdict}" if self.verdict else "")
 
     def line(self, width: int) -> str:
         """One line of the summary."""
@@ -119,6 +121,7 @@ class BatchView(View):
     def _show_end(self, run: Standing, recipe: Recipe, event: Finished) -> None:
         from ..api.runs import write_reports
         from ..reports.run.read import read_run
+        from ..reports.run.verdict import judgement
 
         assert run.run
         run.state, run.step, run.adapter = "done before" if event.again else "done", run.steps, run.run / event.path
@@ -126,7 +129,9 @@ class BatchView(View):
         if not (event.again and run.report.is_file()):
             self.begin(f"{run.name}: writing the report")
             write_reports(run.run, recipe.base)
-        run.chosen = read_run(run.run).chosen
+        read = read_run(run.run)
+        run.chosen, found = read.chosen, judgement(read)
+        run.verdict = describe(found).headline if found else ""
         if event.again:  # the summary says so
             return
         chosen = f", step {run.chosen['step']} chosen" if run.chosen else ""

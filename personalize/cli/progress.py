@@ -14,7 +14,23 @@ from rich.console import Console
 
 from ..recipe.fields import Recipe
 from ..text import base_summary, duration, memory_summary, pace, readable
-from ..training.events import Chosen, Event, Finished, Fold, Sample, Saved, Scored, Started, Step, SteppedDown, Sweep, Warned
+from ..training.events import (
+    Chosen,
+    Encoded,
+    Event,
+    Finished,
+    Fold,
+    Judged,
+    Sample,
+    Saved,
+    Scored,
+    Started,
+    Step,
+    SteppedDown,
+    Sweep,
+    Warned,
+)
+from ..training.verdict import describe
 from .messages import answer
 from .view import SILENCE, View, follow, terminal
 
@@ -45,6 +61,7 @@ class RunView(View):
         self.step, self.loss = 0, math.nan
         self.settings: dict[str, Any] = {}
         self.finished: Finished | None = None
+        self.judged: dict[int, Judged] = {}  # what images of a checkpoint say, by its step
         self.sampled = -1  # step of the last sample pictures that were announced
         self.choice: Chosen | None = None
         self.notice = console.status(self.doing)
@@ -83,6 +100,11 @@ class RunView(View):
             case Fold():
                 best = f"best on it after step {event.step}, validation {error_change(event.validation)}"
                 self.print(f"left out {', '.join(event.pictures)} ({event.number} of {event.of}): {best}")
+            case Encoded() if event.concern:
+                self.print(f"warning: {event.concern}")
+                self.print(f"         look at {self.folder / event.path}")
+            case Judged():
+                self.judged[event.step] = event
             case Chosen():
                 self._show_choice(event)
             case SteppedDown():
@@ -133,6 +155,11 @@ class RunView(View):
             self.print("warning: the adapter knows the pictures no better than the base: a lower --lr may help")
         if event.best != event.step:
             self.print(f"         step {event.best} scored best: --choose best takes it, without training again")
+        if event.step in self.judged:
+            words = describe(self.judged[event.step])
+            self.print(f"verdict  {words.headline}")
+            for reason in words.reasons:
+                self.print(f"         {reason}")
 
     def standing(self) -> str:
         return f"stopped after step {self.step} of {self.recipe.steps}."
@@ -153,7 +180,8 @@ class RunView(View):
         self.print(f"report   {report}")
         self.print(f"next     {(following := proposal(folder))}")
         answer(run=folder, adapter=adapter, report=report, steps=end.step, seconds=end.seconds, again=end.again)
-        answer(chosen=asdict(self.choice) if self.choice else None, next=following)
+        judged = self.judged.get(self.choice.step) if self.choice else None
+        answer(chosen=asdict(self.choice) if self.choice else None, judged=asdict(judged) if judged else None, next=following)
         return 0
 
 
@@ -174,6 +202,8 @@ def doing_after(event: Event, recipe: Recipe) -> str:
             return "drawing at several strengths" if recipe.choosing.choose == "none" else "judging the checkpoints"
         case Scored():
             return f"judging step {event.step} at strength {event.strength:g}"
+        case Judged():
+            return "judging the checkpoints by images"
         case Chosen():
             return "drawing at several strengths"
         case Sweep() if event.strength == 1:

@@ -80,6 +80,32 @@ class Scored:
 
 
 @dataclass(frozen=True, slots=True)
+class Encoded:
+    """What the base's autoencoder makes of the training images was saved; `concern` is a sentence where that is not enough."""
+
+    kept: list[float]  # peak signal-to-noise ratios in dB
+    path: str
+    concern: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """Images of a checkpoint at a strength were drawn and looked at. See verdict.py; nan: not known on this base."""
+
+    step: int
+    strength: float
+    value: float  # estimate of identity * fidelity * (1 - leak) * kept, 0..1
+    low: float  # the truth lies between low and high in 80 of 100 cases
+    high: float
+    identity: float  # share of images with the trigger that show the subject or style
+    fidelity: float  # share of images with the trigger that are what the rest of the prompt says
+    leak: float  # share of images without the trigger that show it all the same
+    kept: float  # share of images of unrelated things that are as obedient as the base's
+    signs: dict[str, Any] = field(default_factory=dict)  # what was measured, see signs.py
+    path: str = ""  # the images, where they were saved
+
+
+@dataclass(frozen=True, slots=True)
 class Fold:
     """A run that left pictures out is done: at which step it was best on them, and how good."""
 
@@ -152,7 +178,9 @@ class Failed:
     message: str
 
 
-Event = Started | Step | Sample | Sweep | Scored | Fold | Chosen | Saved | SteppedDown | Warned | Failed | Finished
+Event = (
+    Started | Encoded | Step | Sample | Sweep | Scored | Judged | Fold | Chosen | Saved | SteppedDown | Warned | Failed | Finished
+)
 
 # ---------------------------------------------------------------- as JSON, and back
 
@@ -163,13 +191,24 @@ NEEDED: dict[str, tuple[str, ...]] = {
     "sample": ("step", "prompt", "seed", "path"),
     "sweep": ("strength", "prompt", "seed", "path"),
     "scored": ("step", "strength", "fit", "validation", "drift", "contrast", "score"),
+    "encoded": ("kept", "path"),
+    "judged": ("step", "strength", "value", "low", "high"),
     "chosen": ("step", "best", "low", "high", "judged_by"),
     "saved": ("step", "path"),
     "steppeddown": ("step", "what", "why"),
     "warned": ("step", "text"),
     "error": ("message",),
 }
-NULLABLE = {"fit", "validation", "drift", "contrast", "score"}  # of those: null stands for a number that is not finite
+NULLABLE = {
+    "fit",
+    "validation",
+    "drift",
+    "contrast",
+    "score",
+    "value",
+    "low",
+    "high",
+}  # of those: null stands for a number that is not finite
 NOTES: dict[str, dict[str, type]] = {"stopped": {}, "error": {"message": str}}  # records of a run's end that are no events
 
 

@@ -14,8 +14,9 @@ from ..inference.png import save_picture
 from ..inference.sheet import enlarge
 from ..io import atomic, write_text
 from ..tuning.tunable import Tunable
-from .events import Chosen, Event, Sample, Saved, Sweep
+from .events import Chosen, Event, Sample, Saved, Sweep, Warned
 from .inputs import training_batches
+from .limits import show_reconstruction, unknown_class, unlike_class
 from .memory.recover import probe_until_it_fits
 from .metadata import describe_run, sidecar
 from .preflight import RunPlan
@@ -30,6 +31,10 @@ def make_what_is_due(run: ActiveRun) -> Iterator[Event]:
     """Sample images and files that are due where the run stands. Doing it twice does no harm, so a run goes on with this."""
     plan, done = run.plan, run.done
     recipe, folder = plan.recipe, plan.run
+    if done == 0:
+        yield folder.record(show_reconstruction(plan, run.data.latents))
+        for concern in filter(None, (unknown_class(plan) or unlike_class(plan),)):
+            yield folder.record(Warned(0, concern))
     if done == 0 or is_due(done, recipe.sampling.sample_every, recipe.steps):
         yield from sample_images(plan, done)
     if recipe.checkpoint_every and is_due(done, recipe.checkpoint_every, recipe.steps):
