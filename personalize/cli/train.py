@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import AdapterError, DataError, PersonalizeError, RecipeError
-from ..io import pictures_in
+from ..pictures.files import look_into
+from ..pictures.galleries import check_folder, count_pictures, galleries
 from ..registry import table
 from ..text import plain
 from .messages import print_warning
@@ -181,7 +182,7 @@ def batch(folders: tuple[Path, ...], together: int | None, backend: str, dry_run
     if dry_run:
         for recipe in recipes:
             settings = f"{recipe.steps} steps, preset {recipe.preset or '-'}, class {recipe.data.class_name or '-'}"
-            click.echo(f"{recipe.data.folder} => {recipe.output}  ({pictures_in(recipe.data.folder)} pictures, {settings})")
+            click.echo(f"{recipe.data.folder} => {recipe.output}  ({count_pictures(recipe.data.folder)} pictures, {settings})")
         return 2 if wrong else 0
     from .progress import train_many
 
@@ -190,13 +191,26 @@ def batch(folders: tuple[Path, ...], together: int | None, backend: str, dry_run
 
 
 def picture_folders(folder: Path) -> list[Path]:
-    """A folder, if it has pictures, or else those in it that have some. Raises DataError where there are none."""
-    if not folder.is_dir():
-        raise DataError(f"there is no folder {folder}", "personalize batch FOLDER...")
-    inner = [folder] if pictures_in(folder) else sorted(one for one in folder.iterdir() if one.is_dir() and pictures_in(one))
+    """A folder, if it has pictures, or else those in it that have some; also those that cannot be read, whose recipe says why.
+
+    Raises DataError where there are none.
+    """
+    if galleries(folder):
+        return [folder]
+    contents = look_into(folder)
+    hidden = [path for path, _ in contents.left_out if path.is_dir()]
+    inner = sorted([*hidden, *(one for one in contents.folders if _may_hold_pictures(one))])
     if not inner:
         raise DataError(f"there are no pictures in {folder}, nor in the folders inside it", "name another folder")
     return inner
+
+
+def _may_hold_pictures(folder: Path) -> bool:
+    """Whether a folder has pictures, or cannot be read."""
+    try:
+        return bool(galleries(folder))
+    except DataError:
+        return True
 
 
 def resolve_recipes(folders: Sequence[Path], flags: dict[str, Any]) -> tuple[list[Recipe], dict[Path, str]]:
@@ -208,6 +222,7 @@ def resolve_recipes(folders: Sequence[Path], flags: dict[str, Any]) -> tuple[lis
     wrong: dict[Path, str] = {}
     for folder in folders:
         try:
+            check_folder(folder)
             own = read_settings(file) if (file := folder / OWN_SETTINGS).is_file() else {}
             if "folder" in own:
                 raise RecipeError(f"the folder of pictures is where {file} lies", "leave folder out of it")

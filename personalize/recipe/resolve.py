@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from ..errors import RecipeError, nearest
-from ..io import pictures_in
+from ..pictures.galleries import count_pictures
 from ..text import parse_toml
 from .fields import WITHOUT_CLASS, Recipe
 from .settings import flat, flatten, record, settings
@@ -33,7 +33,7 @@ def resolve(preset: str | Path | None = None, flags: Mapping[str, Any] | None = 
         layers.append(("--from", record(start)))
     if preset is not None:
         folder = flags.get("folder") or (start.data.folder if start and "folder" in start.data.model_fields_set else None)
-        layers += load_preset(preset, pictures_in(Path(folder)) if folder else 0)
+        layers += load_preset(preset, count_pictures(Path(folder)) if folder else 0)
         layers.append(("", {"preset": str(preset)}))
     layers.append(("", flags))
     return _build(layers)

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from ...data.buckets import Grid, enlarges, kept_share
-from ...data.captions import fill, missing_trigger, sidecar, sidecar_of
+from ...data.captions import fill, missing_trigger
 from ...findings import Finding, worst_first
 from .measure import DatasetStats, ImageStats, has_imagehash
 
@@ -21,7 +21,6 @@ BLURRED = 0.02  # sharpness of a picture blurred by a Gaussian of three pixels, 
 DULL = 1 / 20  # of the folder's median sharpness
 CROPPED = 0.2  # share of a picture that may be cut off without a word
 FEW, FEWEST = 1 / 4, 3  # pictures
-WINDOW = 75  # tokens that CLIP's text encoder reads; a word is one at least
 PACKAGE = "imagehash"
 # words that most captions have, and that are nobody's name
 PLAIN = {"a", "an", "and", "at", "by", "for", "from", "in", "is", "its", "of", "on", "photo", "picture", "style", "the", "with"}
@@ -89,8 +88,8 @@ def duplicates(stats: DatasetStats) -> Iterator[Finding]:
     """Files with the same bytes. One with a caption stays, or else the one with the shortest name."""
     extra: list[Path] = []
     for group in groups_of_equal([one.example.sha256 for one in stats.images]):
-        paths = sorted((stats.images[i].example.path for i in group), key=lambda path: (not sidecar_of(path), len(path.name)))
-        extra += paths[1:]
+        same = [stats.images[i].example for i in group]
+        extra += [one.path for one in sorted(same, key=lambda one: (not one.caption_file, len(one.path.name)))[1:]]
     if extra:
         yield move_aside(stats, "warning", "duplicates", extra, "stored again under another name, which counts double", "twin")
 
@@ -222,7 +221,7 @@ def without_caption(stats: DatasetStats) -> Iterator[Finding]:
     for one in stats.images:
         path, concept = one.example.path, concepts[one.example.concept]
         template = fill(f"{data.caption_prefix} {data.caption}", concept.trigger, concept.class_name)
-        if not one.example.caption or (sidecar_of(path) and not sidecar(path)):
+        if not one.example.caption or (one.example.caption_file and not one.example.written):
             blank.append(path)
         elif one.example.caption == template:
             plain.append(one)
@@ -240,7 +239,7 @@ def without_caption(stats: DatasetStats) -> Iterator[Finding]:
 
 def repeated_captions(stats: DatasetStats) -> Iterator[Finding]:
     """Written captions that say the same about different pictures."""
-    written = [one for one in stats.images if sidecar_of(one.example.path) and one.example.caption]
+    written = [one for one in stats.images if one.example.caption_file and one.example.caption]
     for group in groups_of_equal([one.example.caption for one in written]):
         same = [written[i].example for i in group]
         if len({example.sha256 for example in same}) > 1:
@@ -270,22 +269,6 @@ def common_word(class_name: str, captions: Sequence[str]) -> str:
     return shared[0] if shared and len(words) > 1 else ""
 
 
-def long_captions(stats: DatasetStats) -> Iterator[Finding]:
-    """Captions with more words and signs than CLIP has places for."""
-    long = [one.example for one in stats.images if word_count(one.example.caption) > WINDOW]
-    if long:
-        longest = max(long, key=lambda example: word_count(example.caption))
-        what = f"with a caption of more than {WINDOW} words and signs, the end of which is not read"
-        hint = f"shorten {shlex.quote(str(sidecar_of(longest.path) or longest.path.with_suffix('.txt')))} to some 50 words"
-        yield about_images(stats, "warning", "long-captions", [example.path for example in long], what, hint, "long caption")
-
-
-def word_count(caption: str) -> int:
-    """Words and signs: a lower bound of tokens."""
-    spaced = "".join(letter if letter.isalnum() else f" {letter} " for letter in caption)
-    return len(spaced.split())
-
-
 def with_mask(stats: DatasetStats) -> Iterator[Finding]:
     """What masks do."""
     masks = [one.example.path for one in stats.images if one.example.mask]
@@ -297,7 +280,7 @@ def with_mask(stats: DatasetStats) -> Iterator[Finding]:
 
 RULES: tuple[Callable[[DatasetStats], Iterable[Finding]], ...] = (
     unreadable, bad_masks, too_few, without_trigger, duplicates, near_duplicates, mirror_images, assumed_resolution,
-    too_small, cropped_images, blurred_images, long_captions, without_caption, repeated_captions, unused_files, with_mask,
+    too_small, cropped_images, blurred_images, without_caption, repeated_captions, unused_files, with_mask,
 )  # fmt: skip
 
 

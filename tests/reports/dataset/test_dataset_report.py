@@ -197,15 +197,14 @@ def test_a_plugin_is_named_for_what_needs_one(folder: Path) -> None:
     assert (finding.hint, finding.command, finding.level) == ("pip install pillow-heif", True, "error")
 
 
-def test_captions_that_are_missing_empty_long_or_the_same(folder: Path) -> None:
+def test_captions_that_are_missing_empty_or_the_same(folder: Path) -> None:
     (folder / "0.txt").write_text(" ")
     (folder / "1.txt").unlink()
     for i in (2, 3):
         (folder / f"{i}.txt").write_text("zwx " + "very, " * 40)
     found = {finding.mark or "plain": finding for finding in looked(folder)}
-    assert set(found) == {"no caption", "plain", "same caption", "long caption"}
+    assert set(found) == {"no caption", "plain", "same caption"}  # and not that the end of long ones is not read: it is
     assert [[path.name for path in finding.where] for finding in found.values()] == [
-        ["2.png", "3.png"],
         ["0.png"],
         ["1.png"],
         ["2.png", "3.png"],
