@@ -10,7 +10,7 @@ import click
 
 from ..errors import AdapterError, DataError, PersonalizeError, RecipeError
 from ..pictures.files import look_into
-from ..pictures.galleries import check_folder, count_pictures, galleries
+from ..pictures.galleries import check_folder, check_output, count_pictures, galleries
 from ..registry import table
 from ..text import plain
 from .messages import print_warning
@@ -141,6 +141,8 @@ def print_recipe(recipe: Recipe) -> int:
     from ..recipe.resolve import to_toml
 
     dataset = read_folder(recipe.data)
+    if recipe.output:
+        check_output(recipe.data.folder, recipe.output)
     if recipe.preset:
         click.echo(f"# from preset {recipe.preset}")
     click.echo(to_toml(recipe))
@@ -148,7 +150,7 @@ def print_recipe(recipe: Recipe) -> int:
     for example in dataset.examples:
         width, height = example.size
         click.echo(f"#   {plain(example.path.name):<24} {width}x{height:<6} {plain(example.caption)}")
-    for warning in dataset.warnings:
+    for warning in (*recipe.remarks, *dataset.warnings):
         print_warning(warning)
     return 0
 
@@ -219,6 +221,7 @@ def resolve_recipes(folders: Sequence[Path], flags: dict[str, Any]) -> tuple[lis
 
     runs = Path(flags["output"] or "runs")
     recipes: list[Recipe] = []
+    places: dict[Path, Path] = {}
     wrong: dict[Path, str] = {}
     for folder in folders:
         try:
@@ -227,7 +230,12 @@ def resolve_recipes(folders: Sequence[Path], flags: dict[str, Any]) -> tuple[lis
             if "folder" in own:
                 raise RecipeError(f"the folder of pictures is where {file} lies", "leave folder out of it")
             given = {**flags, "output": runs / folder.resolve().name, **own}
-            recipes.append(resolve_recipe(folder, None, given, needed=True))
+            recipe = resolve_recipe(folder, None, given, needed=True)
+            check_output(folder, recipe.output or runs)
+            if (other := places.setdefault((recipe.output or runs).absolute(), folder)) != folder:
+                hint = f"write output = ... into {folder / OWN_SETTINGS}"
+                raise RecipeError(f"{folder} and {other} have one name, and so one run folder, {recipe.output}", hint)
+            recipes.append(recipe)
         except PersonalizeError as error:
             wrong[folder] = str(error)
     return recipes, wrong

@@ -8,25 +8,43 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from ..errors import RecipeError, nearest
+from ..families.notation import escape, plain_text
 from ..pictures.metadata import read_text
 
+PLACEHOLDER = re.compile(r"(?<!\\)(?:\{(trigger|class)\}|\[(trigger|class)\])")
+GROUP = re.compile(r"(?<!\\)\((?:\\.|[^\\()]|\((?:\\.|[^\\()])*\))*\)|(?<!\\)[\[{](?:\\.|[^\\\[\]{}])*[\]}]")
+EMPTY = re.compile(r"\(\s*(?::[\d.]+\s*)?\)")  # what is left of (zwx:1.2) without zwx
 RESERVED = {"con", "prn", "aux", "nul", *(f"{port}{i}" for port in ("com", "lpt") for i in range(10))}  # no files on Windows
 
 
 def fill(template: str, trigger: str, class_name: str = "") -> str:
-    """Fill in {trigger} and {class}, and collapse spaces. Raises RecipeError for any other {word}.
+    r"""Fill in {trigger} and {class} (or [trigger], as ai-toolkit writes it) as plain text, and collapse spaces.
 
-    >>> fill("a  {class} called {trigger}", "zwx", "dog")
-    'a dog called zwx'
+    Raises RecipeError for any other {word}.
+
+    >>> fill("a  {class} called {trigger}", "zwx_(dog)", "dog")
+    'a dog called zwx_\\(dog\\)'
     """
     words = {"trigger": trigger, "class": class_name}
-
-    def word(match: re.Match[str]) -> str:
+    for match in re.finditer(r"(?<!\\)\{(\w+)\}", template):
         if match[1] not in words:
             raise RecipeError(f"unknown {match[0]} in '{template}'", nearest(match[1], words))
-        return words[match[1]]
+    return _tidy(_fill_known(template, words))
 
-    return _tidy(re.sub(r"\{(\w+)\}", word, template))
+
+def fill_caption(caption: str, trigger: str, class_name: str = "") -> str:
+    r"""A caption that somebody wrote, with its placeholders filled in; the trigger in it is plain text, brackets and all.
+
+    >>> fill_caption("[trigger] the {small} dog", "zwx"), fill_caption("zwx_(dog) on a (red) mat", "zwx_(dog)")
+    ('zwx the {small} dog', 'zwx_\\(dog\\) on a (red) mat')
+    """
+    if escape(trigger) != trigger:
+        caption = re.sub(re.escape(trigger), lambda match: escape(match[0]), caption, flags=re.IGNORECASE)
+    return _tidy(_fill_known(caption, {"trigger": trigger, "class": class_name}))
+
+
+def _fill_known(text: str, words: dict[str, str]) -> str:
+    return PLACEHOLDER.sub(lambda match: escape(words[match[1] or match[2]]), text)
 
 
 def safe_trigger(name: str) -> str:
@@ -49,8 +67,8 @@ def read_caption(file: Path) -> str:
 
 
 def missing_trigger(trigger: str, captions: Iterable[str]) -> list[str]:
-    """The captions that do not hold the trigger as a word of its own."""
-    return [caption for caption in captions if not _as_word(trigger).search(caption)]
+    """The captions, or prompts, that do not hold the trigger as a word of its own, as the encoder reads them."""
+    return [caption for caption in captions if not _as_word(trigger).search(plain_text(caption))]
 
 
 def remove_triggers(trigger: str | Sequence[str], prompt: str) -> tuple[str, bool]:
@@ -72,8 +90,8 @@ def remove_triggers(trigger: str | Sequence[str], prompt: str) -> tuple[str, boo
     if not trigger or missing_trigger(trigger, [prompt]):
         return prompt, False
     kept = []
-    for place, clause in enumerate(prompt.split(",")):
-        bare = " ".join(_as_word(trigger).sub(" ", clause).split())
+    for place, clause in enumerate(clauses(prompt)):
+        bare = " ".join(EMPTY.sub("", _as_word(escape(trigger)).sub(" ", clause)).split())
         if not missing_trigger(trigger, [clause]) and (place > 0 or bare in ("", "style")):
             continue
         kept.append(bare)
@@ -86,7 +104,18 @@ def tags(caption: str) -> list[str]:
     >>> tags("zwx cat, on a mat,, asleep")
     ['zwx cat', 'on a mat', 'asleep']
     """
-    return [tag for part in caption.split(",") if (tag := part.strip())]
+    return [tag for part in clauses(caption) if (tag := part.strip())]
+
+
+def clauses(caption: str) -> list[str]:
+    """What stands between commas, those inside brackets left alone; brackets without a partner are text.
+
+    >>> clauses("zwx, (red, blue:1.2), :(, on a mat")
+    ['zwx', ' (red, blue:1.2)', ' :(', ' on a mat']
+    """
+    inside = [range(match.start(), match.end()) for match in GROUP.finditer(caption)]
+    cuts = [i for i, letter in enumerate(caption) if letter == "," and not any(i in one for one in inside)]
+    return [caption[a + 1 : b] for a, b in zip([-1, *cuts], [*cuts, len(caption)], strict=True)]
 
 
 def _as_word(trigger: str) -> re.Pattern[str]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ..errors import DataError, RecipeError
+from ..families.notation import foreign, has_edits, unescape, variants
 from ..pictures.files import MARK, SIDECARS, Contents, first_few, look_into, same_name
 from ..pictures.galleries import (
     KOHYA,
@@ -22,7 +23,7 @@ from ..pictures.galleries import (
 )
 from ..pictures.metadata import FILES, Note, metadata_file, read_metadata
 from ..recipe.fields import Data
-from .captions import fill, missing_trigger, read_caption, safe_trigger
+from .captions import fill, fill_caption, missing_trigger, read_caption, safe_trigger
 from .dataset import Concept, Dataset, Example
 from .images import Unreadable, probe
 from .masks import mask_of
@@ -54,6 +55,7 @@ def read_folder(data: Data, *, lenient: bool = False) -> Dataset:
     warnings = [
         *dataset.warnings,
         *(line for i, one in enumerate(concepts) for line in _captions_without_trigger(one.trigger, examples, i)),
+        *_foreign_notation(examples),
     ]
     return replace(dataset, examples=examples, warnings=warnings)
 
@@ -81,14 +83,14 @@ def regularization(folder: Path, template: str, class_name: str) -> Dataset:
 
 def _concepts(data: Data, found: Sequence[Gallery]) -> tuple[Concept, ...]:
     """What a folder shows. A trigger or class that the recipe gives are those of the first concept."""
-    given, class_name = " ".join((data.trigger or "").split()), data.class_name
+    given, class_name = unescape(" ".join((data.trigger or "").split())), data.class_name
     named = [(one.name, match) for one in found if one.name and (match := one.numbered)]
     if not named:
         name = os.path.basename(os.path.abspath(data.folder))
         match = KOHYA.fullmatch(name)  # a single folder out of kohya's layout
-        trigger, is_a = (match[2], match[3] or "") if match else (safe_trigger(name), "")
+        trigger, is_a = (unescape(match[2]), match[3] or "") if match else (safe_trigger(name), "")
         return (Concept(given or trigger, class_name or is_a),)
-    concepts = [Concept(match[2], match[3] or "", name, int(match[1])) for name, match in named]
+    concepts = [Concept(unescape(match[2]), match[3] or "", name, int(match[1])) for name, match in named]
     first = replace(concepts[0], trigger=given or concepts[0].trigger, class_name=class_name or concepts[0].class_name)
     return (first, *concepts[1:])
 
@@ -127,7 +129,8 @@ class _Reading:
                 mask, mask_sha256 = mask_of(path, beside.mask_of(path), sha256, size, alpha)
         except DataError as error:
             self.bad_masks.append((path, error))
-        caption = f"{prefix} {written or note.caption or template}".strip()
+        text = written or note.caption
+        caption = f"{prefix} {fill_caption(text, concept.trigger, concept.class_name) if text else template}".strip()
         repeats = note.repeats or concept.repeats
         self.examples.append(Example(path, caption, sha256, size, repeats, number, mask, mask_sha256, file, written))
 
@@ -220,6 +223,17 @@ def _unread(root: Path, found: Sequence[Gallery], reading: _Reading) -> list[str
         names += [_below(root, path) for path in files if path not in known | reading.captions]
     how = f"captions are read from NAME.txt beside NAME.png, or from {', '.join(FILES)}"
     return [f"not read: {first_few(names)} ({how})"] if names else []
+
+
+def _foreign_notation(examples: Sequence[Example]) -> list[str]:
+    """What other programs read in captions, and what only means something while drawing: learned as words."""
+    found: dict[str, list[str]] = {}
+    for example in examples:
+        names = [name.partition(" (")[0] for name, _ in foreign(example.caption)]
+        names += ["prompt editing, as in [cat:dog:0.5]"] if has_edits(variants(example.caption)[0]) else []
+        for name in names:
+            found.setdefault(name, []).append(example.path.name)
+    return [f"captions are learned with {name} as words: {first_few(files)}" for name, files in found.items()]
 
 
 def _captions_without_trigger(trigger: str, examples: Sequence[Example], concept: int) -> list[str]:

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import DataError
+from ..errors import DataError, RecipeError
 from .files import Contents, all_files, first_few, is_picture, look_into, natural, unnameable
 from .metadata import Note, read_metadata
 
@@ -55,6 +55,15 @@ def galleries(root: Path) -> list[Gallery]:
                 return found
     own = _gallery("", contents, notes)
     return [own] if own.pictures else []
+
+
+def check_output(folder: Path, output: Path) -> None:
+    """Raise RecipeError for a run folder, or a file, that would lie among the pictures and be learned as one the next time."""
+    place = output.parent if output.suffix else output
+    for one in galleries(folder):
+        if one.contents.folder.resolve() == place.resolve():
+            what = f"{output} would lie among the pictures in {one.contents.folder}, and be learned with them the next time"
+            raise RecipeError(what, f"choose another --output, such as runs/{folder.absolute().name}")
 
 
 def count_pictures(folder: Path) -> int:

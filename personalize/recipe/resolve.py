@@ -13,7 +13,10 @@ from ..errors import RecipeError, nearest
 from ..pictures.galleries import count_pictures
 from ..text import parse_toml
 from .fields import WITHOUT_CLASS, Recipe
+from .lines import expand, with_our_placeholders
 from .settings import flat, flatten, record, settings
+
+PROMPTS = ("sample_prompts", "prior_prompts")  # lists whose lines may be in a file
 
 
 def resolve(preset: str | Path | None = None, flags: Mapping[str, Any] | None = None, *, start: Recipe | None = None) -> Recipe:
@@ -102,6 +105,8 @@ def _build(layers: list[tuple[str, Mapping[str, Any]]]) -> Recipe:
     for origin, layer in layers:
         for key, value in flat(layer, origin).items():
             values[key], origins[key] = value, origin
+            if key in PROMPTS and isinstance(value, list | tuple) and all(isinstance(prompt, str) for prompt in value):
+                values[key] = [with_our_placeholders(prompt) for prompt in expand(list(value))]
     if not values.get("class"):
         given = values.get("sample_prompts")
         if origins.get("sample_prompts") and isinstance(given, list):  # a preset's
