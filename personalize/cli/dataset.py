@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..pictures.galleries import check_output
 from .train import SettingsCommand, resolve_recipe
 from .values import PATH
 
@@ -35,6 +36,8 @@ def dataset(folder: Path, sheet_path: Path | None, html_path: Path | None, for_p
     """
     from ..reports import dataset as report
 
+    if sheet_path:
+        check_output(folder, sheet_path)
     stats = report.measure_dataset(resolve_recipe(folder, None, flags))
     findings = report.find_problems(stats)
     click.echo((report.as_json if for_programs else report.as_text)(stats, findings))

@@ -17,7 +17,8 @@ from ..errors import DataError
 
 MARK = "-masklabel"  # OneTrainer's name for a mask
 SIDECARS = (".txt", ".caption")  # after a picture's name, with or without its ending; the last is the first choice of kohya's
-SYSTEM = {"lost+found", "__macosx", "system volume information", "$recycle.bin", "@eadir", "#recycle"}  # nobody's pictures
+ASIDE = "_aside"  # where the report on a dataset has pictures moved that are better not learned
+SYSTEM = {"lost+found", "__macosx", "system volume information", "$recycle.bin", "@eadir", "#recycle", ASIDE}  # nobody's pictures
 REFUSED = {"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"}  # programs, data and video, not pixels
 PLUGINS = ("pillow_heif", "pillow_avif", "pillow_jxl")
 ADVICE = {

@@ -14,6 +14,10 @@ import numpy as np
 from ...data.buckets import Grid, enlarges, kept_share
 from ...data.captions import fill, missing_trigger
 from ...findings import Finding, worst_first
+from ...pictures.files import ASIDE
+from ...pictures.metadata import metadata_file
+from ...recipe.resolve import resolve
+from ...recipe.settings import flatten, settings
 from .measure import DatasetStats, ImageStats, has_imagehash
 
 NEAR = 6  # bits of the hash by which two pictures may differ and still be nearly the same
@@ -22,6 +26,8 @@ DULL = 1 / 20  # of the folder's median sharpness
 CROPPED = 0.2  # share of a picture that may be cut off without a word
 FEW, FEWEST = 1 / 4, 3  # pictures
 PACKAGE = "imagehash"
+USUAL_PRESET = "pocket-subject"  # which `train` takes when nothing is said
+EQUAL_MARKS = ("twin", "near twin", "mirror twin", "unreadable")  # without these pictures nothing is lost
 # words that most captions have, and that are nobody's name
 PLAIN = {"a", "an", "and", "at", "by", "for", "from", "in", "is", "its", "of", "on", "photo", "picture", "style", "the", "with"}
 
@@ -312,16 +318,34 @@ def first_few(whys: Sequence[str]) -> str:
 
 
 def move_aside(stats: DatasetStats, level: str, code: str, paths: Sequence[Path], what: str, mark: str) -> Finding:
-    """A finding about pictures that are better moved out of the folder."""
-    folder = stats.folder.absolute()
-    place = shlex.quote(str(folder.with_name(f"{folder.name}-aside")))
-    files = " ".join(shlex.quote(str(path)) for path in paths)
-    return about_images(stats, level, code, paths, what, f"mkdir -p {place} && mv -n {files} {place}", mark, command=True)
+    """A finding about pictures that are better moved out of the way: into a folder beside them that nothing reads.
+
+    Where few would be left, or metadata names them, that is no help.
+    """
+    listed = next((file for path in paths if (file := metadata_file(path.parent) or metadata_file(stats.folder))), None)
+    left = len({one.example.sha256 for one in stats.images if one.example.path not in paths})
+    if listed:
+        return about_images(stats, level, code, paths, what, f"take their lines out of {shlex.quote(str(listed))}", mark)
+    if left < min(FEWEST, len(stats.images)) and mark not in EQUAL_MARKS:
+        return about_images(stats, level, code, paths, what, "add better ones first: few would be left without them", mark)
+    folders = dict.fromkeys(path.parent for path in paths)
+    return about_images(stats, level, code, paths, what, " && ".join(_move(one, paths) for one in folders), mark, command=True)
+
+
+def _move(folder: Path, paths: Sequence[Path]) -> str:
+    """The command that moves those of some pictures that lie in a folder."""
+    place = shlex.quote(str((folder / ASIDE).absolute()))
+    files = " ".join(shlex.quote(str(path.absolute())) for path in paths if path.parent == folder)
+    return f"mkdir -p {place} && mv -n {files} {place}"
 
 
 def train_command(stats: DatasetStats, flags: str) -> str:
-    """The command that trains with some flags more."""
-    data = stats.recipe.data
-    words = [f"--trigger {shlex.quote(data.trigger)}" if data.trigger else ""]
-    words += [f"--class {shlex.quote(data.class_name)}" if data.class_name else ""]
-    return " ".join(filter(None, [f"personalize train {shlex.quote(str(stats.folder))}", *words, flags]))
+    """The command that trains with some flags more: the settings that were given are repeated."""
+    recipe, changed = stats.recipe, {word for word in flags.split() if word.startswith("--")}
+    words = [["--preset", recipe.preset]] if recipe.preset and recipe.preset != USUAL_PRESET else []
+    start = {"folder": recipe.data.folder, "preset": recipe.preset, "class": recipe.data.class_name}
+    usual, given = flatten(resolve(flags={name: value for name, value in start.items() if value})), flatten(recipe)
+    differ = [name for name in given if name not in start and given[name] != usual.get(name)]
+    words += [settings()[name].words(given[name]) for name in ("class", *differ) if given[name] != ""]
+    kept = [shlex.join(some) for some in words if some and some[0] not in changed | {f"--no-{one[2:]}" for one in changed}]
+    return " ".join([f"personalize train {shlex.quote(str(stats.folder))}", *kept, flags])
