@@ -55,7 +55,7 @@ def read_folder(data: Data, *, lenient: bool = False) -> Dataset:
     warnings = [
         *dataset.warnings,
         *(line for i, one in enumerate(concepts) for line in _captions_without_trigger(one.trigger, examples, i)),
-        *_foreign_notation(examples),
+        *foreign_notation(examples),
     ]
     return replace(dataset, examples=examples, warnings=warnings)
 
@@ -225,7 +225,7 @@ def _unread(root: Path, found: Sequence[Gallery], reading: _Reading) -> list[str
     return [f"not read: {first_few(names)} ({how})"] if names else []
 
 
-def _foreign_notation(examples: Sequence[Example]) -> list[str]:
+def foreign_notation(examples: Sequence[Example]) -> list[str]:
     """What other programs read in captions, and what only means something while drawing: learned as words."""
     found: dict[str, list[str]] = {}
     for example in examples:

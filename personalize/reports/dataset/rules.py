@@ -13,6 +13,7 @@ import numpy as np
 
 from ...data.buckets import Grid, enlarges, kept_share
 from ...data.captions import fill, missing_trigger
+from ...data.folder import foreign_notation
 from ...findings import Finding, worst_first
 from ...pictures.files import ASIDE
 from ...pictures.metadata import metadata_file
@@ -78,13 +79,26 @@ def too_few(stats: DatasetStats) -> Iterator[Finding]:
 
 
 def unused_files(stats: DatasetStats) -> Iterator[Finding]:
-    """Masks without an image, and images in subfolders that are not read."""
+    """What lies in the folder and is not read, and how it would be."""
     for text in stats.dataset.unused:
-        lonely = text.endswith("is a mask without a picture")
-        others = "move them up, or call all subfolders like '10_name class' and leave no picture beside them"
-        yield Finding(
-            "warning", "unused-files", text, hint="call it NAME-masklabel.png after its picture NAME" if lonely else others
-        )
+        what, _, flags = text.partition(" are used with ")
+        if flags:
+            yield Finding("info", "unused-files", f"{what} are not used", hint=train_command(stats, flags), command=True)
+        elif text.startswith("not read: "):
+            what, _, how = text.partition(" (")
+            yield Finding("warning", "unused-files", what, hint=how.removesuffix(")"))
+        else:
+            lonely = text.endswith("is a mask without a picture")
+            others = "move them up, or call all subfolders like '10_name class' and leave no picture beside them"
+            yield Finding(
+                "warning", "unused-files", text, hint="call it NAME-masklabel.png after its picture NAME" if lonely else others
+            )
+
+
+def foreign_captions(stats: DatasetStats) -> Iterator[Finding]:
+    """Captions with notation that means nothing in them."""
+    for text in foreign_notation([one.example for one in stats.images]):
+        yield Finding("warning", "foreign-captions", text, hint="write words, or {red|blue} for one of them at each step")
 
 
 # ---------------------------------------------------------------- duplicates
@@ -286,7 +300,7 @@ def with_mask(stats: DatasetStats) -> Iterator[Finding]:
 
 RULES: tuple[Callable[[DatasetStats], Iterable[Finding]], ...] = (
     unreadable, bad_masks, too_few, without_trigger, duplicates, near_duplicates, mirror_images, assumed_resolution,
-    too_small, cropped_images, blurred_images, without_caption, repeated_captions, unused_files, with_mask,
+    too_small, cropped_images, blurred_images, without_caption, repeated_captions, foreign_captions, unused_files, with_mask,
 )  # fmt: skip
 
 

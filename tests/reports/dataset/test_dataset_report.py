@@ -401,9 +401,7 @@ def test_commands_repeat_what_was_given_and_train_takes_them(
     repeated = ("--class toy dog", "--no-flip", "--keep-tokens 2", "pocket-style")
     for number, command in enumerate(commands):
         words = shlex.split(command)[1:]
-        assert [part in " ".join(words) for part in ("--class toy dog", "--no-flip", "--keep-tokens 2", "pocket-style")] == [
-            True
-        ] * 4
+        assert [part for part in repeated if part not in " ".join(words)] == []
         assert run([*words, *quick, "--output", str(tmp_path / str(number))]) == 0, command
         capsys.readouterr()
 
@@ -426,3 +424,22 @@ def test_pictures_are_not_moved_where_that_would_harm(folder: Path) -> None:
     (folder / "metadata.jsonl").write_text(json.dumps({"file_name": "2.png", "text": "zwx"}))
     (finding,) = looked(folder)
     assert not finding.command and finding.hint == f"take their lines out of {shlex.quote(str(folder / 'metadata.jsonl'))}"
+
+
+def test_class_images_of_a_project_and_notation_in_captions_are_advised_on(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    project = tmp_path / "project"
+    shutil.copytree(folder, project / "img" / "5_zwx dog")
+    for i in (7, 8):
+        (project / "reg" / "1_dog").mkdir(parents=True, exist_ok=True)
+        photo(i).save(project / "reg" / "1_dog" / f"{i}.png")
+    (project / "img" / "5_zwx dog" / "0.txt").write_text("zwx AND a [cat:dog:0.5]")
+    (project / "img" / "5_zwx dog" / "meta.json").write_text("{}")
+    found = looked(project, trigger=None)
+    hints = {finding.what.split()[0]: finding for finding in found}
+    assert len(found) == 4 and {finding.code for finding in found} == {"unused-files", "foreign-captions"}
+    assert hints["not"].hint.startswith("captions are read from NAME.txt")
+    command = hints["class"].hint
+    assert hints["class"].command and run([*shlex.split(command)[1:], "--base", "pocket", "--dry-run"]) == 0
+    assert "2_" not in capsys.readouterr().err
