@@ -21,6 +21,7 @@ FLOORS = {
     "text": "numbers and texts as people read them",
     "findings": "what a check found: one type for adapter files and for datasets",
     "io": "atomic writes",
+    "pictures": "what lies in a folder of pictures, by names alone: one answer for whoever counts, trains, draws or advises",
     "formats": "safetensors on disk: headers checked before they are believed, tensors one at a time, checkpoints as a view",
     "families": "one file per model family; what they share: UNet, CLIP, noise, names",
     "adapters": "the adapter file and its algebra: kinds, strengths, operations, doctor; torch and safetensors only",

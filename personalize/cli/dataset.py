@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..pictures.galleries import check_output
 from .messages import answer
 from .train import SettingsCommand, resolve_recipe
 from .values import PATH
@@ -36,6 +37,8 @@ def dataset(folder: Path, sheet_path: Path | None, html_path: Path | None, **fla
     """
     from ..reports import dataset as report
 
+    if sheet_path:
+        check_output(folder, sheet_path)
     given = {name: value for name, value in flags.items() if value not in (None, ())}
     recipe, taken_for = resolve_recipe(folder, None, flags)
     stats = report.measure_dataset(recipe, given)

@@ -20,7 +20,9 @@ REQUEST = ("negative", "steps", "guidance", "sampler", "size", "denoise")  # opt
 
 @click.command()
 @click.argument("prompts", metavar="PROMPT...", nargs=-1)
-@click.option("--prompts", "listed", type=PATH, metavar="FILE", help="more prompts, one per line; # begins a comment")
+@click.option("--prompts", "listed", type=PATH, metavar="FILE",
+              help="more prompts, one per line; # begins a comment; behind each may stand what is its own, as kohya's trainer "
+                   "writes it: --w 96 --h 64 --d SEED --s STEPS --l GUIDANCE --n NEGATIVE --ss SAMPLER")  # fmt: skip
 @click.option("--adapter", "-a", "stack", type=NamedAdapter(), multiple=True, metavar="[NAME=]FILE[:STRENGTH]",
               help="adapter and its strength, can be repeated: A.safetensors:0.8; UNet and text encoder apart: "
                    "A.safetensors:0.8:0.5 (A1111 writes them the other way round) or A.safetensors:unet=0.8:te=0.5; "
@@ -64,11 +66,11 @@ def generate(prompts: tuple[str, ...], listed: Path | None, seeds: tuple[str, ..
     from ..inference.events import Notice, Progress, Saved
     from ..inference.generate import generate as draw_files
     from ..inference.library import Library
-    from ..inference.prompts import from_file
     from ..inference.request import InitImage, Request
+    from ..recipe.lines import expand, read_prompts
     from .view import SILENCE
 
-    wanted = [*prompts, *(from_file(listed) if listed else ())]
+    wanted = [*expand(list(prompts)), *(read_prompts(listed) if listed else ())]
     if not wanted:
         raise RecipeError("what should be drawn?", 'personalize generate "a cat", or --prompts FILE')
     base = {name: value for name in BASE if (value := options.pop(name)) is not None}

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import AdapterError, DataError, PersonalizeError, RecipeError
-from ..io import pictures_in
+from ..pictures.files import look_into
+from ..pictures.galleries import check_folder, check_output, count_pictures, galleries
 from ..registry import table
 from ..text import in_ascii, plain
 from .messages import answer, print_error, print_warning
@@ -134,6 +135,8 @@ def print_recipe(recipe: Recipe) -> int:
     from ..recipe.settings import flatten
 
     dataset = read_folder(recipe.data)
+    if recipe.output:
+        check_output(recipe.data.folder, recipe.output)
     lines = [f"# from preset {recipe.preset}"] if recipe.preset else []
     lines += [to_toml(recipe), f"# {len(dataset.examples)} pictures in {recipe.data.folder}, trigger {dataset.trigger!r}"]
     for example in dataset.examples:
@@ -143,7 +146,7 @@ def print_recipe(recipe: Recipe) -> int:
     for line in lines:
         click.echo(line if unicode else in_ascii(line))
     answer(recipe=flatten(recipe), pictures=[{"path": one.path, "caption": one.caption} for one in dataset.examples])
-    for warning in dataset.warnings:
+    for warning in (*recipe.remarks, *dataset.warnings):
         print_warning(warning)
     return 0
 
@@ -178,7 +181,7 @@ def batch(folders: tuple[Path, ...], together: int | None, backend: str, dry_run
         answer(runs=[{"folder": one.data.folder, "run": one.output, "preset": one.preset, "steps": one.steps} for one in recipes])
         for recipe in recipes:
             settings = f"{recipe.steps} steps, preset {recipe.preset or '-'}, class {recipe.data.class_name or '-'}"
-            click.echo(f"{recipe.data.folder} => {recipe.output}  ({pictures_in(recipe.data.folder)} pictures, {settings})")
+            click.echo(f"{recipe.data.folder} => {recipe.output}  ({count_pictures(recipe.data.folder)} pictures, {settings})")
         return 2 if wrong else 0
     from .batch import train_many
 
@@ -187,13 +190,26 @@ def batch(folders: tuple[Path, ...], together: int | None, backend: str, dry_run
 
 
 def picture_folders(folder: Path) -> list[Path]:
-    """A folder, if it has pictures, or else those in it that have some. Raises DataError where there are none."""
-    if not folder.is_dir():
-        raise DataError(f"there is no folder {folder}", "personalize batch FOLDER...")
-    inner = [folder] if pictures_in(folder) else sorted(one for one in folder.iterdir() if one.is_dir() and pictures_in(one))
+    """A folder, if it has pictures, or else those in it that have some; also those that cannot be read, whose recipe says why.
+
+    Raises DataError where there are none.
+    """
+    if galleries(folder):
+        return [folder]
+    contents = look_into(folder)
+    hidden = [path for path, _ in contents.left_out if path.is_dir()]
+    inner = sorted([*hidden, *(one for one in contents.folders if _may_hold_pictures(one))])
     if not inner:
         raise DataError(f"there are no pictures in {folder}, nor in the folders inside it", "name another folder")
     return inner
+
+
+def _may_hold_pictures(folder: Path) -> bool:
+    """Whether a folder has pictures, or cannot be read."""
+    try:
+        return bool(galleries(folder))
+    except DataError:
+        return True
 
 
 def resolve_recipes(folders: Sequence[Path], flags: dict[str, Any]) -> tuple[list[Recipe], dict[Path, str]]:
@@ -202,14 +218,20 @@ def resolve_recipes(folders: Sequence[Path], flags: dict[str, Any]) -> tuple[lis
 
     runs = Path(flags["output"] or "runs")
     recipes: list[Recipe] = []
+    places: dict[Path, Path] = {}
     wrong: dict[Path, str] = {}
     for folder in folders:
         try:
+            check_folder(folder)
             own = read_settings(file) if (file := folder / OWN_SETTINGS).is_file() else {}
             if "folder" in own:
                 raise RecipeError(f"the folder of pictures is where {file} lies", "leave folder out of it")
             given = {**flags, "output": runs / folder.resolve().name, **own}
             recipe, taken_for = resolve_recipe(folder, None, given, needed=True)
+            check_output(folder, recipe.output or runs)
+            if (other := places.setdefault((recipe.output or runs).absolute(), folder)) != folder:
+                hint = f"write output = ... into {folder / OWN_SETTINGS}"
+                raise RecipeError(f"{folder} and {other} have one name, and so one run folder, {recipe.output}", hint)
             recipes.append(recipe)
             if taken_for:
                 click.echo(taken_for)

@@ -314,9 +314,17 @@ class Recipe(Part):
         if self.name is not None and Path(self.name).name != self.name:
             raise RecipeError(f"--name must be a plain file name, not {self.name!r}", "the folder is --output")
         for flag, template in self._templates():
-            if unknown := set(re.findall(r"{(.*?)}", template)) - {"trigger", "class"}:
+            if unknown := set(re.findall(r"(?<!\\){([^{}|]*)}", template)) - {"trigger", "class"}:
                 raise RecipeError(f"{flag} can hold {{trigger}} and {{class}}, not {{{min(unknown)}}}")
         return self
+
+    @property
+    def remarks(self) -> list[str]:
+        """What is allowed, and most likely not meant."""
+        if self.optim.warmup < self.steps or not self.optim.warmup:
+            return []
+        what = f"--warmup {self.optim.warmup} is as long as the run or longer ({self.steps} steps), so that --lr is never reached"
+        return [f"{what}: --warmup {self.steps // 10}"]
 
     @property
     def prior_rows(self) -> int:

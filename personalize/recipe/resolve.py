@@ -11,10 +11,13 @@ from typing import Any
 from pydantic import ValidationError
 
 from ..errors import RecipeError, nearest
-from ..io import pictures_in
+from ..pictures.galleries import count_pictures
 from ..text import parse_toml
 from .fields import WITHOUT_CLASS, Recipe
+from .lines import expand, with_our_placeholders
 from .settings import flat, flatten, record, settings
+
+PROMPTS = ("sample_prompts", "prior_prompts")  # lists whose lines may be in a file
 
 
 def resolve(
@@ -37,7 +40,7 @@ def resolve(
         layers.append(("--from", record(start)))
     if preset is not None:
         folder = flags.get("folder") or (start.data.folder if start and "folder" in start.data.model_fields_set else None)
-        layers += load_preset(find_preset(preset, prefix), pictures_in(Path(folder)) if folder else 0)
+        layers += load_preset(find_preset(preset, prefix), count_pictures(Path(folder)) if folder else 0)
         layers.append(("", {"preset": str(preset)}))
     layers.append(("", flags))
     return _build(layers)
@@ -121,6 +124,8 @@ def _build(layers: list[tuple[str, Mapping[str, Any]]]) -> Recipe:
     for origin, layer in layers:
         for key, value in flat(layer, origin).items():
             values[key], origins[key] = value, origin
+            if key in PROMPTS and isinstance(value, list | tuple) and all(isinstance(prompt, str) for prompt in value):
+                values[key] = [with_our_placeholders(prompt) for prompt in expand(list(value))]
     if not values.get("class"):
         given = values.get("sample_prompts")
         if origins.get("sample_prompts") and isinstance(given, list):  # a preset's

@@ -27,6 +27,12 @@ class Setting:
     def flag(self) -> str:
         return "--" + self.name.replace("_", "-")
 
+    def words(self, value: Any) -> list[str]:
+        """What to type for a value, as JSON has it."""
+        if isinstance(value, bool):
+            return [self.flag if value else f"--no-{self.flag[2:]}"]
+        return [word for one in (value if isinstance(value, list) else [value]) for word in (self.flag, str(one))]
+
     @property
     def help(self) -> str:
         return self.info.description or ""

@@ -40,7 +40,10 @@ def train_fleet(recipes: Sequence[Recipe], *, fresh: bool = False, together: int
             plan = check(recipe, fresh=fresh, base=bases.get(company))
             bases[company] = plan.base
             if (other := places.setdefault(plan.recipe.output, i)) != i:
-                raise RecipeError(f"{plan.recipe.output} is the run folder of two recipes", f"numbers {other + 1} and {i + 1}")
+                raise RecipeError(
+                    f"{plan.recipe.output} is the run folder of two recipes",
+                    f"{recipes[other].data.folder} and {recipe.data.folder}",
+                )
         except PersonalizeError as error:
             yield i, Failed(0, str(error))
             continue

@@ -20,6 +20,7 @@ from PIL import Image
 from ..data.captions import tags
 from ..data.dataset import Dataset
 from ..data.latents import grid_of
+from ..families.notation import escape
 from ..models.model import Base
 from ..recipe.fields import Recipe
 from ..recipe.resolve import to_json
@@ -160,8 +161,8 @@ def _json(value: object) -> str:
 
 
 def trigger_phrases(dataset: Dataset) -> list[str]:
-    """How a prompt asks for each concept: its trigger and class."""
-    return list(dict.fromkeys(f"{one.trigger} {one.class_name}".strip() for one in dataset.concepts))
+    """How a prompt asks for each concept: its trigger and class, with their brackets escaped as UIs want them."""
+    return list(dict.fromkeys(escape(f"{one.trigger} {one.class_name}".strip()) for one in dataset.concepts))
 
 
 def modelspec_keys(recipe: Recipe, base: Base, dataset: Dataset, name: str, sample: Path | None) -> dict[str, str]:
@@ -176,8 +177,8 @@ def modelspec_keys(recipe: Recipe, base: Base, dataset: Dataset, name: str, samp
         "modelspec.description": f"LoRA of {' and '.join(words)}, from {len(dataset.examples)} pictures",
         "modelspec.resolution": f"{side}x{side}",
         "modelspec.prediction_type": PREDICTION.get(base.noise.prediction, base.noise.prediction),
-        "modelspec.trigger_phrase": ", ".join(dataset.triggers),
-        "modelspec.usage_hint": f"write {' or '.join(_json(word) for word in words)} in the prompt",
+        "modelspec.trigger_phrase": ", ".join(map(escape, dataset.triggers)),
+        "modelspec.usage_hint": "write {} in the prompt".format(" or ".join(f'"{word}"' for word in words)),
     }
     return keys | ({"modelspec.thumbnail": thumbnail(sample)} if sample else {})
 

@@ -52,9 +52,9 @@ def sample_images(plan: RunPlan, done: int) -> Iterator[Event]:
     """Draw the sample images; those of step 0 show the base, for an adapter starts as nothing."""
     pairs = sample_pairs(plan)
     for (p, s), image in zip(pairs, draw_samples(plan, pairs), strict=True):
-        path, prompt, seed = plan.run.sample(done, p, s), plan.prompts[p], plan.recipe.sampling.sample_seeds[s]
-        save_picture(image, path, plan.request(prompt, seed).complete(plan.base))
-        yield plan.run.record(Sample(done, prompt, seed, plan.run.relative(path), base=done == 0))
+        path, request = plan.run.sample(done, p, s), plan.sample_request(p, s)
+        save_picture(image, path, request.complete(plan.base))
+        yield plan.run.record(Sample(done, request.prompt, request.seed, plan.run.relative(path), base=done == 0))
 
 
 def sample_pairs(plan: RunPlan) -> list[tuple[int, int]]:
@@ -65,8 +65,7 @@ def sample_pairs(plan: RunPlan) -> list[tuple[int, int]]:
 def draw_samples(plan: RunPlan, pairs: list[tuple[int, int]], steps: int = 0) -> Iterator[Image.Image]:
     """Sample images for pairs of (prompt, seed) numbers, with what is attached now; in the recipe's steps, or in fewer."""
     fewer = {"steps": steps} if steps else {}
-    seeds = plan.recipe.sampling.sample_seeds
-    return draw_images(plan.base, [plan.request(plan.prompts[p], seeds[s], **fewer) for p, s in pairs])
+    return draw_images(plan.base, [plan.sample_request(p, s, **fewer) for p, s in pairs])
 
 
 def save_adapter(run: ActiveRun, step: int, path: Path) -> Saved:
@@ -108,11 +107,11 @@ def sweep_strengths(plan: RunPlan, tunable: Tunable, step: int) -> Iterator[Even
         with tunable.at(strength):
             images = list(draw_samples(plan, pairs)) if strength in SWEEP else []
         for i, (p, s) in enumerate(pairs):
-            prompt, seed = plan.prompts[p], plan.recipe.sampling.sample_seeds[s]
+            request = plan.sample_request(p, s)
             path = plan.run.sweep(strength, p, s) if images else plan.run.sample(step if strength else 0, p, s)
             if images:
-                save_picture(images[i], path, plan.request(prompt, seed).complete(plan.base))
-            yield plan.run.record(Sweep(step, strength, prompt, seed, plan.run.relative(path)))
+                save_picture(images[i], path, request.complete(plan.base))
+            yield plan.run.record(Sweep(step, strength, request.prompt, request.seed, plan.run.relative(path)))
 
 
 def probe_run(run: ActiveRun) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,16 @@ from ..data.dataset import Concept, Dataset, Example
 from ..data.folder import read_folder, regularization
 from ..data.latents import grid_of
 from ..errors import OutputError, RecipeError, nearest
+from ..families.notation import choose_by_seed, unescape, variants
 from ..inference import schedulers
 from ..inference.png import read_record
+from ..inference.prompts import parse
 from ..inference.request import Request
 from ..models.model import Base, device_of
 from ..models.precision import dtype_of, precision_of
+from ..pictures.galleries import check_output
 from ..recipe.fields import Recipe
+from ..recipe.lines import PromptLine, parse_line
 from ..recipe.resolve import to_toml
 from ..recipe.settings import flatten
 from ..tuning.targets import fresh as fresh_deltas
@@ -63,8 +68,8 @@ class RunPlan:
     @functools.cached_property
     def windows(self) -> int:
         """Windows of the text encoder that every caption is brought to, so that they fit into one batch."""
-        captions = [*(example.caption for example in (*self.dataset.examples, *self.held)), *self.class_captions]
-        return self.base.windows(captions, shuffled=self.recipe.data.varies)
+        written = [way for example in (*self.dataset.examples, *self.held) for way in variants(example.caption)]
+        return self.base.windows([*written, *self.class_captions], weighted=True, shuffled=self.recipe.data.varies)
 
     @property
     def folds(self) -> list[Run]:
@@ -74,12 +79,21 @@ class RunPlan:
 
     @property
     def prompts(self) -> list[str]:
-        """The sample prompts, filled in: all of them for the first concept, and the first with a trigger for each other one."""
+        """The sample prompts, filled in, without the options behind them."""
+        return [line.text for line in self.lines]
+
+    @functools.cached_property
+    def lines(self) -> list[PromptLine]:
+        """The sample prompts, filled in: all of them for the first concept, and the first with a trigger for each other one.
+
+        Raises RecipeError for what is not read in them.
+        """
         templates = self.recipe.sampling.sample_prompts
         called = [template for template in templates if "{trigger}" in template][:1]
         others = [self._fill(template, one) for one in self.dataset.concepts[1:] for template in called]
         own = [self._fill(template) for template in templates]
-        return [*own, *(prompt for prompt in dict.fromkeys(others) if prompt not in own)]
+        filled = [*own, *(prompt for prompt in dict.fromkeys(others) if prompt not in own)]
+        return [_sample_line(prompt, self.recipe.seed) for prompt in filled]
 
     @property
     def class_prompts(self) -> list[str]:
@@ -92,7 +106,14 @@ class RunPlan:
     def class_captions(self) -> list[str]:
         """The pictures' captions without the triggers, then the class prompts: what prior 'output' holds."""
         triggers = self.dataset.triggers
-        return [*(remove_triggers(triggers, example.caption)[0] for example in self.dataset.examples), *self.class_prompts]
+        captions = [variants(example.caption)[0] for example in self.dataset.examples]
+        return [*(remove_triggers(triggers, caption)[0] for caption in captions), *self.class_prompts]
+
+    def sample_request(self, prompt: int, seed: int, **changed: Any) -> Request:
+        """A sample image of a prompt and a seed by their numbers; a prompt's own seed is the first of as many."""
+        (text, options), seeds = self.lines[prompt], self.recipe.sampling.sample_seeds
+        own = {**options, "seed": (options.get("seed", seeds[0]) + seeds[seed] - seeds[0]) % 2**32}
+        return replace(self.request(text, 0), **own | changed)
 
     def request(self, prompt: str, seed: int, **changed: Any) -> Request:
         """A sample image, as the recipe wants it drawn."""
@@ -102,6 +123,15 @@ class RunPlan:
         """Filled in for a concept, by default the first."""
         concept = concept or self.dataset.concepts[0]
         return fill(template, concept.trigger, concept.class_name)
+
+
+def _sample_line(prompt: str, seed: int) -> PromptLine:
+    """A sample prompt with its choices made. Raises RecipeError for what is not read in it."""
+    text, options = parse_line(choose_by_seed(prompt, seed))
+    for one in (text, options.get("negative", "")):
+        if parse(one).uses:
+            raise RecipeError(f"--sample-prompts: adapters cannot be named in '{one:.60}'", "samples show the run's own")
+    return PromptLine(text, options)
 
 
 def check(recipe: Recipe, *, fresh: bool = False, base: Base | None = None) -> RunPlan:
@@ -114,6 +144,7 @@ def check(recipe: Recipe, *, fresh: bool = False, base: Base | None = None) -> R
     recipe = with_defaults(recipe, whole)
     dataset, held = split(whole, recipe)
     assert recipe.output and recipe.name
+    check_output(recipe.data.folder, recipe.output)
     if recipe.output.suffix == ".safetensors":
         raise RecipeError(f"--output is the run's folder, and {recipe.output} a file's name", "name the adapter with --name")
     device = torch.device(device_of(recipe.device))
@@ -131,9 +162,11 @@ def check(recipe: Recipe, *, fresh: bool = False, base: Base | None = None) -> R
     }
     state = None if fresh else run.load_state()
     if state:
-        check_same(run, state.about, about)
+        check_same(run, state.about, about, names_of(recipe, dataset))
     finished = run.finished_event() if state and state.done == recipe.steps and run.recipe_text() == to_toml(recipe) else None
     plan = RunPlan(recipe, base, device, dataset, held, run, about, state, finished, brought)
+    for _, options in plan.lines:
+        schedulers.latent_shape(base, options.get("size"))
     if not finished:
         rehearse(plan)
     return plan
@@ -212,17 +245,48 @@ def weights(base: Base) -> str:
     return str(kept["weights"])
 
 
-def check_same(run: Run, before: dict[str, Any], now: dict[str, Any]) -> None:
-    """Raise RecipeError, naming the differences, if a state belongs to another run than the one that is asked for."""
+def check_same(run: Run, before: dict[str, Any], now: dict[str, Any], names: Sequence[str] = ()) -> None:
+    """Raise RecipeError, naming the differences, if a state belongs to another run than the one that is asked for.
+
+    `names` are those of the pictures now.
+    """
     old, new = before["settings"], now["settings"]
     changed = [
         f"--{n.replace('_', '-')} was {old.get(n)}, now {new.get(n)}" for n in sorted({*old, *new}) if old.get(n) != new.get(n)
     ]
-    changed += ["the pictures or captions changed"] if before["pictures"] != now["pictures"] else []
+    changed += picture_changes(before["pictures"], now["pictures"], names)
     changed += ["the weights of the base changed"] if before["weights"] != now["weights"] else []
     if changed:
         what = f"{run.folder} holds a run that cannot go on like this: {'; '.join(changed[:5])}"
         raise RecipeError(what, "start over with --fresh, choose another --output, or set it back")
+
+
+def picture_changes(before: Sequence[Sequence[Any]], now: Sequence[Sequence[Any]], names: Sequence[str]) -> list[str]:
+    """What changed about the pictures, and about which ones; nothing where captions differ in escapes alone.
+
+    >>> picture_changes([["a", "x", 1, ""], ["b", "y", 1, ""]], [["a", "z", 1, ""], ["c", "y", 1, ""]], ["0.png", "1.png"])
+    ["the pictures or captions changed: the caption of 0.png was 'x', now 'z'; 1.png is new or another; 1 is gone"]
+    """
+    old, new = ([[sha, unescape(caption), *rest] for sha, caption, *rest in some] for some in (before, now))
+    if old == new:
+        return []
+    known = {row[0]: row for row in old}
+    told = [_picture_change(name, known.get(row[0]), row) for name, row in zip([*names, *[""] * len(new)], new, strict=False)]
+    gone = len({row[0] for row in old} - {row[0] for row in new})
+    told = [*filter(None, told)][:4] + ([f"{gone} {'is' if gone == 1 else 'are'} gone"] if gone else [])
+    return [f"the pictures or captions changed: {'; '.join(told) or 'their order'}"]
+
+
+def _picture_change(name: str, old: Sequence[Any] | None, new: Sequence[Any]) -> str:
+    """What changed about one picture; "" where nothing did."""
+    name = name or "a class image"
+    if old is None:
+        return f"{name} is new or another"
+    if old[1] != new[1]:
+        return f"the caption of {name} was '{old[1]:.60}', now '{new[1]:.60}'"
+    if old[2] != new[2]:
+        return f"{name} counted {old[2]} times, now {new[2]}"
+    return f"the mask of {name}" if old[3:] != new[3:] else ""
 
 
 def rehearse(plan: RunPlan) -> None:

@@ -29,6 +29,7 @@ from ..adapters.adapter import Adapter
 from ..data.batches import generator
 from ..data.captions import remove_triggers
 from ..data.latents import Latents
+from ..families.notation import settle
 from ..inference.request import Request
 from ..inference.sampling import denoise, eval_mode
 from ..models.model import Base
@@ -191,7 +192,7 @@ def answers(base: Base, sheet: Sheet, batch: int) -> Tensor:
     distinct = list(dict.fromkeys(sheet.prompts))
     row = torch.tensor([distinct.index(prompt) for prompt in sheet.prompts])
     with eval_mode(base):
-        cond = base.embed(distinct)
+        cond = base.embed(list(map(settle, distinct)), weighted=True)
         parts = [
             base.denoise(sheet.latents[i].to(base.device, base.dtype), sheet.t[i].to(base.device), cond[row[i].to(base.device)])
             for i in torch.arange(len(row)).split(batch)

@@ -52,7 +52,7 @@ class Observer:
 
         Lists have a number for each image: those of `called_` and `plain_` names tell whether it shows what was taught.
         """
-        asked, seen, same = self.questions, self.eyes.look(images), self._recognized(images)
+        asked, seen, same = self.questions, self.eyes.look(images), self._recognize(images)
         n, few = len(asked.called), len(asked.few_plain)
         called, plain, others = seen[:n], seen[n : n + few], seen[n + few :]
         base, base_others = self.base[:n], self.base[n:]
@@ -67,7 +67,7 @@ class Observer:
         }
         return shown | obedience | kept | changed | {"copied": self._copying(called)}
 
-    def _recognized(self, images: Sequence[Image.Image]) -> Tensor:
+    def _recognize(self, images: Sequence[Image.Image]) -> Tensor:
         """How much each image [n] shows what was taught, as the recognizer sees it: 0 like the base's, 1 like the training's."""
         if self.taught is None or self.eyes.recognizer is None:
             return torch.zeros(len(images))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import shlex
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,8 +12,11 @@ from pathlib import Path
 import numpy as np
 
 from ...data.buckets import Grid, enlarges, kept_share
-from ...data.captions import fill, missing_trigger, sidecar, sidecar_of
+from ...data.captions import fill, missing_trigger
+from ...data.folder import foreign_notation
 from ...findings import Finding, worst_first
+from ...pictures.files import ASIDE
+from ...pictures.metadata import metadata_file
 from ...text import command_line, quote, transfer_command
 from .measure import DatasetStats, ImageStats, has_imagehash
 
@@ -21,8 +25,9 @@ BLURRED = 0.02  # sharpness of a picture blurred by a Gaussian of three pixels, 
 DULL = 1 / 20  # of the folder's median sharpness
 CROPPED = 0.2  # share of a picture that may be cut off without a word
 FEW, FEWEST = 1 / 4, 3  # pictures
-WINDOW = 75  # tokens that CLIP's text encoder reads; a word is one at least
 PACKAGE = "imagehash"
+USUAL_PRESET = "pocket-subject"  # which `train` takes when nothing is said
+EQUAL_MARKS = ("twin", "near twin", "mirror twin", "unreadable")  # without these pictures nothing is lost
 # words that most captions have, and that are nobody's name
 PLAIN = {"a", "an", "and", "at", "by", "for", "from", "in", "is", "its", "of", "on", "photo", "picture", "style", "the", "with"}
 
@@ -73,13 +78,28 @@ def too_few(stats: DatasetStats) -> Iterator[Finding]:
 
 
 def unused_files(stats: DatasetStats) -> Iterator[Finding]:
-    """Masks without an image, and images in subfolders that are not read."""
+    """What lies in the folder and is not read, and how it would be."""
     for text in stats.dataset.unused:
-        lonely = text.endswith("is a mask without a picture")
-        others = "move them up, or call all subfolders like '10_name class' and leave no picture beside them"
-        yield Finding(
-            "warning", "unused-files", text, hint="call it NAME-masklabel.png after its picture NAME" if lonely else others
-        )
+        what, _, flags = text.partition(" are used with ")
+        if flags:
+            yield Finding(
+                "info", "unused-files", f"{what} are not used", hint=train_command(stats, *shlex.split(flags)), command=True
+            )
+        elif text.startswith("not read: "):
+            what, _, how = text.partition(" (")
+            yield Finding("warning", "unused-files", what, hint=how.removesuffix(")"))
+        else:
+            lonely = text.endswith("is a mask without a picture")
+            others = "move them up, or call all subfolders like '10_name class' and leave no picture beside them"
+            yield Finding(
+                "warning", "unused-files", text, hint="call it NAME-masklabel.png after its picture NAME" if lonely else others
+            )
+
+
+def foreign_captions(stats: DatasetStats) -> Iterator[Finding]:
+    """Captions with notation that means nothing in them."""
+    for text in foreign_notation([one.example for one in stats.images]):
+        yield Finding("warning", "foreign-captions", text, hint="write words, or {red|blue} for one of them at each step")
 
 
 # ---------------------------------------------------------------- duplicates
@@ -89,8 +109,8 @@ def duplicates(stats: DatasetStats) -> Iterator[Finding]:
     """Files with the same bytes. One with a caption stays, or else the one with the shortest name."""
     extra: list[Path] = []
     for group in groups_of_equal([one.example.sha256 for one in stats.images]):
-        paths = sorted((stats.images[i].example.path for i in group), key=lambda path: (not sidecar_of(path), len(path.name)))
-        extra += paths[1:]
+        same = [stats.images[i].example for i in group]
+        extra += [one.path for one in sorted(same, key=lambda one: (not one.caption_file, len(one.path.name)))[1:]]
     if extra:
         yield move_aside(stats, "warning", "duplicates", extra, "stored again under another name, which counts double", "twin")
 
@@ -222,7 +242,7 @@ def without_caption(stats: DatasetStats) -> Iterator[Finding]:
     for one in stats.images:
         path, concept = one.example.path, concepts[one.example.concept]
         template = fill(f"{data.caption_prefix} {data.caption}", concept.trigger, concept.class_name)
-        if not one.example.caption or (sidecar_of(path) and not sidecar(path)):
+        if not one.example.caption or (one.example.caption_file and not one.example.written):
             blank.append(path)
         elif one.example.caption == template:
             plain.append(one)
@@ -240,7 +260,7 @@ def without_caption(stats: DatasetStats) -> Iterator[Finding]:
 
 def repeated_captions(stats: DatasetStats) -> Iterator[Finding]:
     """Written captions that say the same about different pictures."""
-    written = [one for one in stats.images if sidecar_of(one.example.path) and one.example.caption]
+    written = [one for one in stats.images if one.example.caption_file and one.example.caption]
     for group in groups_of_equal([one.example.caption for one in written]):
         same = [written[i].example for i in group]
         if len({example.sha256 for example in same}) > 1:
@@ -269,22 +289,6 @@ def common_word(class_name: str, captions: Sequence[str]) -> str:
     return shared[0] if shared and len(words) > 1 else ""
 
 
-def long_captions(stats: DatasetStats) -> Iterator[Finding]:
-    """Captions with more words and signs than CLIP has places for."""
-    long = [one.example for one in stats.images if word_count(one.example.caption) > WINDOW]
-    if long:
-        longest = max(long, key=lambda example: word_count(example.caption))
-        what = f"with a caption of more than {WINDOW} words and signs, the end of which is not read"
-        hint = f"shorten {quote(sidecar_of(longest.path) or longest.path.with_suffix('.txt'))} to some 50 words"
-        yield about_images(stats, "warning", "long-captions", [example.path for example in long], what, hint, "long caption")
-
-
-def word_count(caption: str) -> int:
-    """Words and signs: a lower bound of tokens."""
-    spaced = "".join(letter if letter.isalnum() else f" {letter} " for letter in caption)
-    return len(spaced.split())
-
-
 def with_mask(stats: DatasetStats) -> Iterator[Finding]:
     """What masks do."""
     masks = [one.example.path for one in stats.images if one.example.mask]
@@ -296,7 +300,7 @@ def with_mask(stats: DatasetStats) -> Iterator[Finding]:
 
 RULES: tuple[Callable[[DatasetStats], Iterable[Finding]], ...] = (
     unreadable, bad_masks, too_few, without_trigger, duplicates, near_duplicates, mirror_images, assumed_resolution,
-    too_small, cropped_images, blurred_images, long_captions, without_caption, repeated_captions, unused_files, with_mask,
+    too_small, cropped_images, blurred_images, without_caption, repeated_captions, foreign_captions, unused_files, with_mask,
 )  # fmt: skip
 
 
@@ -328,11 +332,19 @@ def first_few(whys: Sequence[str]) -> str:
 
 
 def move_aside(stats: DatasetStats, level: str, code: str, paths: Sequence[Path], what: str, mark: str) -> Finding:
-    """A finding about pictures that are better moved out of the folder."""
-    folder = stats.folder.absolute()
-    place = folder.with_name(f"{folder.name}-aside")
-    hint = transfer_command(paths, place, move=True)
-    return about_images(stats, level, code, paths, what, hint, mark, command=True)
+    """A finding about pictures that are better moved out of the way: into a folder beside them that nothing reads.
+
+    Where few would be left, or metadata names them, that is no help.
+    """
+    listed = next((file for path in paths if (file := metadata_file(path.parent) or metadata_file(stats.folder))), None)
+    left = len({one.example.sha256 for one in stats.images if one.example.path not in paths})
+    if listed:
+        return about_images(stats, level, code, paths, what, f"take their lines out of {quote(listed)}", mark)
+    if left < min(FEWEST, len(stats.images)) and mark not in EQUAL_MARKS:
+        return about_images(stats, level, code, paths, what, "add better ones first: few would be left without them", mark)
+    folders = dict.fromkeys(path.parent for path in paths)
+    moves = [transfer_command([one for one in paths if one.parent == folder], folder / ASIDE, move=True) for folder in folders]
+    return about_images(stats, level, code, paths, what, " && ".join(moves), mark, command=True)
 
 
 def train_command(stats: DatasetStats, *words: object) -> str:

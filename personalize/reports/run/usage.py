@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ...adapters.hosts import HOSTS
 from ...families.names import ROWS
+from ...families.notation import plain_text, settle
 from ...recipe.settings import settings
 from ...text import command_line, transfer_command
 from .read import Run, number
@@ -71,7 +72,7 @@ def _diffusers(run: Run, prompt: str) -> Program:
         f"pipe.load_lora_weights(adapter, adapter_name={name!r})",
         f"pipe.set_adapters({name!r}, {strength(run):g})",
         "image = pipe(",
-        f"    {prompt!r},",
+        f"    {plain_text(settle(prompt))!r},",  # which reads every letter as it is
         f"    num_inference_steps={int(number(run.recipe.get('sample_steps')) or 20)},",
         f"    guidance_scale={number(run.recipe.get('guidance')) or 3.0:g},",
         "    generator=torch.Generator().manual_seed(0),",
