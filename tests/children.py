@@ -1,4 +1,4 @@
-"""Children of the tests' process: what is killed or interrupted needs a process of its own, but no second import of everything."""
+"""Children of the tests' process: what is killed or interrupted needs a process of its own, but not to import all again."""
 
 from __future__ import annotations
 

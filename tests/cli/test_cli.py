@@ -109,8 +109,9 @@ def type_command(arguments: list[str], pipe: Connection) -> None:
     """A command in a process of its own, which says all that it says to a pipe."""
     for number in (1, 2):
         os.dup2(pipe.fileno(), number)
-    sys.stdout = sys.stderr = open(1, "w", buffering=1, encoding="utf-8", closefd=False)
-    sys.exit(run(arguments))
+    with open(1, "w", buffering=1, encoding="utf-8", closefd=False) as sys.stdout:
+        sys.stderr = sys.stdout
+        sys.exit(run(arguments))
 
 
 def interrupted(arguments: list[str], at: str) -> tuple[int | None, list[str]]:

@@ -17,7 +17,6 @@ from torch import nn
 
 from personalize.families import names as keys
 from personalize.families.clip import Clip
-from personalize.families.family import Family
 from personalize.families.names import FAMILIES, Shape
 from personalize.families.unet import UNet
 from personalize.models.loaded import build
