@@ -193,8 +193,9 @@ def test_the_adapter_says_what_it_is(done: tuple[Recipe, list[Event]]) -> None:
         assert preview.size == (256, 256)
 
 
-def test_the_adapter_carries_the_recipe_that_repeats_it(done: tuple[Recipe, list[Event]], tmp_path: Path) -> None:
-    recipe, _ = done
+def test_the_adapter_carries_the_recipe_that_repeats_it(make: Make, tmp_path: Path) -> None:
+    recipe = make(text_encoder_lr=1e-3, sample_prompts=["{trigger} {class}"], sample_every=2, choose="best")
+    run(recipe)
     again = resolve(
         start=from_json(Adapter.load(adapter_of(recipe)).metadata["personalize.recipe"]), flags={"output": tmp_path / "again"}
     )
