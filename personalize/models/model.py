@@ -163,9 +163,14 @@ class Base:
             "resolution": self.resolution,
             "parameters": {part: sum(map(numel, model.modules())) for part, model in models.items()},
             "stored": stored,
-            "dtypes": {part: dtypes_of(model) for part, model in models.items()},
+            "dtypes": self.dtypes,
             "bytes": sum(weight_bytes(model) for model in models.values()),
         }
+
+    @property
+    def dtypes(self) -> dict[str, str]:
+        """Part => in what its weights are held."""
+        return {part: dtypes_of(model) for part, model in {**self.parts, "vae": self.vae}.items()}
 
     def place(self, device: torch.device | None = None, *, lean: bool = False, tiled: bool = False) -> None:
         """Compute on `device` from now on. With `lean`, encoders leave it when they are done, and come when they are needed."""

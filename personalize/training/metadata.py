@@ -6,6 +6,7 @@ Nothing here depends on the clock: the same recipe gives the same bytes. Times a
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 import io
 import json
@@ -30,6 +31,7 @@ from .memory.ladder import ComputePlan
 MIXED = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}  # kohya's words
 ADAMW = "torch.optim.adamw.AdamW(weight_decay={optim.weight_decay},betas=({optim.beta1}, {optim.beta2}))"  # kohya's words too
 PREDICTION = {"v_prediction": "v"}  # modelspec's words
+version_of = functools.cache(version)  # which reads a long file each time, and every checkpoint asks for four
 
 
 def describe_run(
@@ -67,7 +69,7 @@ def describe_run(
 
 def dtypes(base: Base) -> dict[str, str]:
     """In what each part was held, the adapter as well."""
-    return {**base.facts["dtypes"], "adapter": "float32"}
+    return {**base.dtypes, "adapter": "float32"}
 
 
 def kohya_keys(recipe: Recipe, base: Base, dataset: Dataset, name: str, step: int) -> dict[str, str]:
@@ -209,4 +211,4 @@ def thumbnail(picture: Path, side: int = 256) -> str:
 
 def versions() -> dict[str, str]:
     """The versions that decide what a run gives."""
-    return {"personalize": __version__} | {name: version(name) for name in ("torch", "diffusers", "transformers", "peft")}
+    return {"personalize": __version__} | {name: version_of(name) for name in ("torch", "diffusers", "transformers", "peft")}
