@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -100,7 +101,7 @@ class Adapter:
         Raises AdapterError if dialect or dtype cannot carry the adapter, OutputError if the disk refuses.
         """
         _check_path(path)
-        if Path(path).is_dir():
+        if os.path.isdir(path):  # which is no error for a name that is too long: the disk says so later
             raise OutputError(f"{path} is a folder", "name a file in it")
         said = {key: str(value) for key, value in (metadata or {}).items()}
         return files.write(with_ending(path), self.deltas, self.model, self.metadata, dialect, said, dtype)
