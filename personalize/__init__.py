@@ -2,9 +2,9 @@
 
     import personalize
 
-    recipe = personalize.resolve("pocket-subject", {"folder": "photos/rex", "class": "dog"})
-    for event in personalize.train(recipe):
-        print(event)
+    recipe = personalize.resolve(folder="photos/rex", class_="dog")
+    run = personalize.train(recipe).finish()       # or: for event in personalize.train(recipe): print(event)
+    print(run.adapter, run.report)
 
 Names are imported when first used, so that `import personalize` costs nothing.
 """
@@ -20,15 +20,15 @@ from .version import __version__
 if TYPE_CHECKING:
     from .adapters.adapter import Adapter
     from .adapters.describe import describe
+    from .api.recipes import resolve
+    from .api.runs import Run, train
     from .data.folder import read_folder
     from .errors import PersonalizeError
     from .inference.pipeline import draw
     from .models.model import Base
     from .recipe.fields import Recipe
-    from .recipe.resolve import resolve
     from .reports.run import write_report
     from .training.fleet import train_fleet
-    from .training.loop import train
     from .tuning.attach import attach
 
 _HOMES = {
@@ -36,12 +36,13 @@ _HOMES = {
     "Base": "models.model",
     "PersonalizeError": "errors",
     "Recipe": "recipe.fields",
+    "Run": "api.runs",
     "attach": "tuning.attach",
     "describe": "adapters.describe",
     "draw": "inference.pipeline",
     "read_folder": "data.folder",
-    "resolve": "recipe.resolve",
-    "train": "training.loop",
+    "resolve": "api.recipes",
+    "train": "api.runs",
     "train_fleet": "training.fleet",
     "write_report": "reports.run",
 }
@@ -51,6 +52,7 @@ __all__ = [
     "Base",
     "PersonalizeError",
     "Recipe",
+    "Run",
     "__version__",
     "attach",
     "describe",

@@ -28,7 +28,8 @@ class PersonalizeError(Exception):
         self.what, self.hint = what, hint
 
     def __str__(self) -> str:
-        return f"{self.what} ({self.hint})" if self.hint else self.what
+        what = shorten(self.what)
+        return f"{what} ({self.hint})" if self.hint else what
 
 
 class RecipeError(PersonalizeError):
@@ -65,6 +66,26 @@ class OutputError(PersonalizeError):
 
 class TrainingError(PersonalizeError):
     """The run itself went wrong."""
+
+
+def check_type(
+    value: object, kinds: type | tuple[type, ...], what: str, wanted: str, error: type[PersonalizeError] = PersonalizeError
+) -> None:
+    """Raise an error that says what to pass, where a Python call got something of another type."""
+    if not isinstance(value, kinds):
+        raise error(f"{what} must be {wanted.partition(': ')[0]}, not {type(value).__name__}", wanted.partition(": ")[2])
+
+
+def shorten(text: str, limit: int = 500) -> str:
+    """A long text without its middle: how it begins and how it ends say most.
+
+    >>> shorten("no layers called a, b, c, d, e, f, g, h in rex.safetensors", 40)
+    'no layers called a, b, c … x.safetensors'
+    """
+    if len(text) <= limit:
+        return text
+    end = limit // 3
+    return f"{text[: limit - end - 3].rstrip()} … {text[-end:].lstrip()}"
 
 
 def nearest(word: str, valid: Iterable[str]) -> str:

@@ -13,8 +13,6 @@ from typing import BinaryIO
 
 from .errors import OutputError
 
-PICTURES = {".avif", ".bmp", ".gif", ".heic", ".jpeg", ".jpg", ".jxl", ".png", ".tif", ".tiff", ".webp"}
-
 
 @contextlib.contextmanager
 def atomic(path: Path) -> Iterator[Path]:
@@ -25,7 +23,7 @@ def atomic(path: Path) -> Iterator[Path]:
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=f"{path.suffix}.tmp")
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem[:40]}-", suffix=f"{path.suffix}.tmp")
         os.close(handle)
         temporary = Path(name)
         temporary.chmod(0o666 & ~_umask())
@@ -74,10 +72,3 @@ def sha256_of(file: BinaryIO) -> str:
     while count := file.readinto(block):  # type: ignore[attr-defined]
         digest.update(block[:count])
     return digest.hexdigest()
-
-
-def pictures_in(folder: Path) -> int:
-    """How many files right in a folder, and in its subfolders of kohya's form (10_name class), look like pictures; no masks."""
-    folders = [folder, *(sub for sub in folder.glob("[0-9]*_*") if sub.is_dir())] if folder.is_dir() else []
-    files = [file for one in folders for file in one.iterdir() if file.suffix.lower() in PICTURES]
-    return sum(not file.stem.endswith("-masklabel") for file in files)

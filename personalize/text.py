@@ -1,16 +1,65 @@
-"""Texts and numbers as a person reads them."""
+"""Texts and numbers as a person reads them, and commands as a shell does."""
 
 from __future__ import annotations
 
+import os
+import re
+import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
+
+from .errors import shorten
+
+WINDOWS = os.name == "nt"
 
 
 def plain(text: str, limit: int = 500) -> str:
-    """One line without control characters, which could write anywhere on a terminal, and not endless."""
+    """One line without control characters, which could write anywhere on a terminal, and not endless: the middle goes first."""
     shown = "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in " ".join(text.splitlines()))
-    return shown if len(shown) <= limit else shown[: limit - 1] + "…"
+    return shorten(shown, limit)
+
+
+# ---------------------------------------------------------------- commands, as the system's shell reads them
+
+
+def quote(word: object, windows: bool = WINDOWS) -> str:
+    """A word as one types it into the system's shell: POSIX, or cmd and PowerShell, which both know double quotes.
+
+    >>> print(quote("a rex dog", windows=False), quote("a rex dog", windows=True), quote("rex.safetensors:0.8", windows=True))
+    'a rex dog' "a rex dog" rex.safetensors:0.8
+    """
+    text = str(word)
+    if not windows:
+        return shlex.quote(text)
+    if re.fullmatch(r"[\w./:\\=+-]+", text):
+        return text
+    inside = re.sub(r'(\\*)"', r'\1\1\\"', text)
+    return '"' + re.sub(r"(\\+)$", r"\1\1", inside) + '"'
+
+
+def command_line(*words: object, windows: bool = WINDOWS) -> str:
+    """Words as one command.
+
+    >>> command_line("personalize", "train", "my photos", windows=True)
+    'personalize train "my photos"'
+    """
+    return " ".join(quote(word, windows) for word in words)
+
+
+def transfer_command(files: Iterable[object], folder: object, *, move: bool = False, windows: bool = WINDOWS) -> str:
+    """The command that copies files into a folder that is there, or moves them into one that it makes, overwriting nothing.
+
+    >>> transfer_command(["a.png", "b.png"], "aside", move=True, windows=False)
+    'mkdir -p aside && mv -n a.png b.png aside'
+    """
+    if not windows:
+        move_there = f"mkdir -p {quote(folder, False)} && {command_line('mv', '-n', *files, folder, windows=False)}"
+        return move_there if move else command_line("cp", *files, folder, windows=False)
+    literal = ["'" + str(one).replace("'", "''") + "'" for one in (*files, folder)]  # as PowerShell has them; cmd starts it too
+    make = f"New-Item -ItemType Directory -Force {literal[-1]} | Out-Null; " if move else ""
+    what = "Move-Item" if move else "Copy-Item"
+    return f'powershell -NoProfile -Command "{make}{what} -LiteralPath {",".join(literal[:-1])} {literal[-1]}"'
 
 
 def readable(count: float, short: bool = False) -> str:
@@ -96,6 +145,15 @@ def base_summary(facts: Mapping[str, Any]) -> str:
     return f"{facts['title']}, {prediction}, {million:,.0f} M parameters, stored as {stored}, held as {held}"
 
 
+def in_ascii(text: str) -> str:
+    r"""TOML in ASCII, for a file or pipe in a code page: letters outside it as TOML escapes them.
+
+    >>> in_ascii('trigger = "\u732b\U0001f600"')
+    'trigger = "\\u732b\\U0001f600"'
+    """
+    return "".join(one if one.isascii() else f"\\u{ord(one):04x}" if ord(one) < 2**16 else f"\\U{ord(one):08x}" for one in text)
+
+
 def parse_toml(text: str) -> dict[str, Any]:
     """What a TOML file says. Raises ValueError for what is none."""
     if sys.version_info >= (3, 11):
@@ -108,3 +166,12 @@ def parse_toml(text: str) -> dict[str, Any]:
 def first_line(error: BaseException) -> str:
     """The first line of a library's message."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def spread(n: int, most: int) -> list[int]:
+    """At most so many of n, evenly chosen.
+
+    >>> spread(3, 4), spread(10, 4)
+    ([0, 1, 2], [0, 2, 5, 7])
+    """
+    return [i * n // min(n, most) for i in range(min(n, most))]

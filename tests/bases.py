@@ -5,6 +5,7 @@ They are tiny, or of their true size: `python tests/bases.py sd1 FILE.safetensor
 
 from __future__ import annotations
 
+import functools
 import re
 import sys
 from collections.abc import Iterator
@@ -104,6 +105,7 @@ def halves() -> Iterator[None]:
         torch.set_default_dtype(torch.float32)
 
 
+@functools.cache
 def models(name: str, channels: int = 4, true: bool = False) -> dict[str, Any]:
     """Every part of a base in fp16, weights as the classes draw them; `channels` is what its UNet reads."""
     torch.manual_seed(sum(map(ord, name)))
@@ -173,7 +175,12 @@ def sd3(path: Path, *, name: str = "sd35-medium", t5: bool = True) -> Path:
 
 
 def ldm(name: str, channels: int = 4, true: bool = False) -> dict[str, Tensor]:
-    """Key => tensor, as such files have them."""
+    """Key => tensor, as such files have them. The tensors are everybody's."""
+    return dict(_ldm(name, channels, true))
+
+
+@functools.cache
+def _ldm(name: str, channels: int, true: bool) -> dict[str, Tensor]:
     family, parts = row(name, true), models(name, channels, true)
     values = {
         canonical(f"{part}.{key.removesuffix('.weight')}"): value

@@ -28,6 +28,14 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def narrow_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same layers in narrow, for tests of how things are trained: a step takes half the time, and in bf16 a sixth."""
+    from tiny import build_base
+
+    return build_base(tmp_path_factory.mktemp("narrow_base"), narrow=True)
+
+
+@pytest.fixture(scope="session")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder named `zwx` with four plain pictures of different sizes and no captions."""
     folder = tmp_path_factory.mktemp("data") / "zwx"

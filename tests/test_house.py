@@ -135,6 +135,7 @@ def test_the_public_names() -> None:
         "Base",
         "PersonalizeError",
         "Recipe",
+        "Run",
         "__version__",
         "attach",
         "describe",

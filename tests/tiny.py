@@ -22,6 +22,7 @@ POCKET_UNET = {
     "attention_head_dim": (4, 8),
     "norm_num_groups": 16,
 }
+NARROW = {"block_out_channels": (32, 64), "cross_attention_dim": 64, "attention_head_dim": (2, 4)}  # a sixth of the work
 POCKET_VAE = {
     "in_channels": 3,
     "out_channels": 3,
@@ -55,18 +56,22 @@ def byte_tokenizer() -> CLIPTokenizer:
     return CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[], model_max_length=77)
 
 
-def build_base(folder: Path, *, seed: int = 0, scheduler: dict[str, object] | None = None) -> Path:
-    """Write an ordinary diffusers folder of pocket's structure with random weights and return it."""
+def build_base(folder: Path, *, seed: int = 0, scheduler: dict[str, object] | None = None, narrow: bool = False) -> Path:
+    """Write an ordinary diffusers folder of pocket's structure with random weights and return it.
+
+    A narrow one has all of its layers, in other widths: it is read as a Stable Diffusion of strange sizes.
+    """
     torch.manual_seed(seed)
-    tokenizer = byte_tokenizer()
+    tokenizer, unet = byte_tokenizer(), POCKET_UNET | (NARROW if narrow else {})
+    width = unet["cross_attention_dim"]
     text = CLIPTextConfig(
         vocab_size=len(tokenizer),
-        hidden_size=192,
-        intermediate_size=768,
+        hidden_size=width,
+        intermediate_size=4 * width,
         num_hidden_layers=4,
         num_attention_heads=4,
         max_position_embeddings=77,
-        projection_dim=192,
+        projection_dim=width,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -74,7 +79,7 @@ def build_base(folder: Path, *, seed: int = 0, scheduler: dict[str, object] | No
     tokenizer.save_pretrained(folder / "tokenizer")
     CLIPTextModel(text).save_pretrained(folder / "text_encoder")
     AutoencoderKL(**POCKET_VAE).save_pretrained(folder / "vae")
-    UNet2DConditionModel(**POCKET_UNET).save_pretrained(folder / "unet")
+    UNet2DConditionModel(**unet).save_pretrained(folder / "unet")
     DDIMScheduler(**(SCHEDULER | (scheduler or {}))).save_pretrained(folder / "scheduler")
     index = {
         "_class_name": "StableDiffusionPipeline",

@@ -22,6 +22,7 @@ FLOORS = {
     "findings": "what a check found: one type for adapter files and for datasets",
     "io": "atomic writes",
     "lock": "one writer at a time in a folder",
+    "pictures": "what lies in a folder of pictures, by names alone: one answer for whoever counts, trains, draws or advises",
     "formats": "safetensors on disk: headers checked before they are believed, tensors one at a time, checkpoints as a view",
     "families": "one file per model family; what they share: UNet, CLIP, noise, names",
     "adapters": "the adapter file and its algebra: kinds, strengths, operations, doctor; torch and safetensors only",
@@ -33,11 +34,23 @@ FLOORS = {
     "training": "one loop for one run or many; objectives, optimizers, memory, run folders",
     "backends": "where runs are trained",
     "reports": "what a run, an adapter file or a dataset is like: pages, tables, pictures",
+    "api": "what Python and the command share: a recipe from a folder, a run and its report",
     "cli": "the `personalize` command",
     "__init__": "the public names",
     "__main__": "`python -m personalize`",
 }
-LOW = ("version", "errors", "lazy", "registry", "text", "findings", "io", "lock", "__init__", "__main__")  # everybody's: not drawn
+LOW = (
+    "version",
+    "errors",
+    "lazy",
+    "registry",
+    "text",
+    "findings",
+    "io",
+    "lock",
+    "__init__",
+    "__main__",
+)  # everybody's: not drawn
 
 INTRO = """# Architecture
 

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from html import escape
+from numbers import Real
+from os import PathLike
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor
 
-from ..errors import AdapterError, FamilyMismatchError, nearest
+from ..errors import AdapterError, FamilyMismatchError, OutputError, check_type, nearest
 from ..families.family import Family, Shape
 from ..families.names import PARTS, canonical, family_of, kin, part_of
 from ..formats.header import short
@@ -22,6 +26,8 @@ from .delta import Delta, Dense
 from .distance import relative_difference
 from .lazy import OnDemand, map_deltas, shapes_of
 from .strengths.grammar import Weighting
+
+SHOWN = ("modelspec.title", "modelspec.trigger_phrase", "modelspec.description", "ss_base_model_version")  # in a notebook
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -36,6 +42,9 @@ class Adapter:
     metadata: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        check_type(
+            self.deltas, Mapping, "an adapter's deltas", 'updates by path: p.Adapter.load("rex.safetensors")', AdapterError
+        )
         object.__setattr__(self, "metadata", MappingProxyType({str(key): str(value) for key, value in self.metadata.items()}))
         if isinstance(self.deltas, OnDemand):  # its paths come from an adapter or a file that was read
             return
@@ -59,6 +68,7 @@ class Adapter:
         Raises HostileFileError for a file that is not what it says, UnmatchedKeysError for keys of no known module (with
         `allow_unmatched` they are left out), AdapterError for a missing file or weights that are not finite.
         """
+        _check_path(path)
         with one_thread():
             return cls(*files.read(Path(path).expanduser(), allow_unmatched))
 
@@ -69,6 +79,7 @@ class Adapter:
 
         Raises what `load` does, for weights that are not finite only when they are read; AdapterError if the file has changed.
         """
+        _check_path(path)
         return cls(*files.on_demand(Path(path).expanduser(), allow_unmatched))
 
     def save(
@@ -89,6 +100,9 @@ class Adapter:
 
         Raises AdapterError if dialect or dtype cannot carry the adapter, OutputError if the disk refuses.
         """
+        _check_path(path)
+        if os.path.isdir(path):  # which is no error for a name that is too long: the disk says so later
+            raise OutputError(f"{path} is a folder", "name a file in it")
         said = {key: str(value) for key, value in (metadata or {}).items()}
         return files.write(with_ending(path), self.deltas, self.model, self.metadata, dialect, said, dtype)
 
@@ -153,6 +167,7 @@ class Adapter:
 
     def __add__(self, other: Adapter) -> Adapter:
         """The exact sum of both updates, by concatenation: ranks add up. Metadata that both agree on is kept."""
+        check_type(other, Adapter, "what is added to an adapter", 'an Adapter: p.Adapter.load("ink.safetensors")', AdapterError)
         check_kin([self, other])
         deltas = dict(self.deltas)
         for path, delta in other.deltas.items():
@@ -162,8 +177,22 @@ class Adapter:
                 raise AdapterError(f"{path}: {error.what}", "both adapters must be made for the same base") from error
         return Adapter(deltas, dict(self.metadata.items() & other.metadata.items()))
 
+    def __radd__(self, other: object) -> Adapter:
+        """`sum` begins with 0."""
+        return self if other == 0 else self + other  # type: ignore[operator]
+
     def __sub__(self, other: Adapter) -> Adapter:
+        check_type(other, Adapter, "what is taken from an adapter", 'an Adapter: p.Adapter.load("ink.safetensors")', AdapterError)
         return self + -other
+
+    def _repr_html_(self) -> str:
+        """In a notebook: what it is, and what its file says about it."""
+        says = {name.rpartition(".")[2].removeprefix("ss_"): self.metadata.get(name, "") for name in SHOWN}
+        rows = {"for": self.family, "changes": f"{len(self.deltas)} modules of {' + '.join(self.parts) or 'nothing'}"} | says
+        lines = (f"<tr><th>{escape(name)}</th><td>{escape(short(text))}</td></tr>" for name, text in rows.items() if text)
+        thumbnail = self.metadata.get("modelspec.thumbnail", "")
+        picture = f'<img src="{escape(thumbnail)}" alt="" width="128">' if thumbnail.startswith("data:image/") else ""
+        return f'<div class="personalize-adapter">{picture}<table>{"".join(lines)}</table></div>'
 
     @cached_property
     def model(self) -> Family | None:
@@ -204,6 +233,11 @@ def _check_part(name: str) -> None:
         raise AdapterError(f"no part of a model is called {short(name)!r}", nearest(name, PARTS))
 
 
+def _check_path(path: object) -> None:
+    check_type(path, (str, PathLike), "an adapter's file", 'a path: p.Adapter.load("rex.safetensors")', AdapterError)
+
+
 def _check_weight(weight: float) -> None:
+    check_type(weight, Real, "a strength", 'a number: p.Adapter.load("rex.safetensors") * 0.8', AdapterError)
     if not math.isfinite(weight):
         raise AdapterError(f"a strength of {weight} makes no sense", "use a finite number")

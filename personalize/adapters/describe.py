@@ -6,9 +6,11 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
 from typing import TypeVar
 
+from ..errors import AdapterError, check_type
 from ..families.names import family_of, part_of
 from ..formats.header import Header, open_file, read_header, read_scalar
 from . import dialects
@@ -45,6 +47,7 @@ def describe(path: str | Path) -> Description:
 
     Unmatched keys are listed rather than refused. Raises AdapterError for a missing file, HostileFileError for an unsound one.
     """
+    check_type(path, (str, PathLike), "what is described", 'a path: p.describe("rex.safetensors")', AdapterError)
     path = dialects.file_of(Path(path).expanduser())
     header = read_header(path)
     reading = dialects.read_keys(header)

@@ -142,7 +142,7 @@ def write(
     with one_thread(), atomic(path) as temporary, temporary.open("w+b") as file:
         draft = _Draft(path, dialect, dtype, stems, shapes_of(deltas))
         draft.writer = Writer(file, _room(draft, _metadata(draft, family, carried) | dict(extra)))
-        for module, delta in prefetch(deltas.items()):
+        for module, delta in prefetch(deltas.items()) if isinstance(deltas, OnDemand) else deltas.items():
             draft.add(module, delta)
         draft.judge()
         draft.writer.finish(_metadata(draft, family, carried) | dict(extra))

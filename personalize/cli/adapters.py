@@ -11,7 +11,7 @@ import click
 
 from ..errors import AdapterError, OutputError, RecipeError
 from ..text import plain, readable
-from .messages import print_error, print_warning
+from .messages import answer, error_record, print_error, print_warning
 from .values import PATH, AdapterFile, FileSize
 
 if TYPE_CHECKING:
@@ -36,7 +36,6 @@ base_option = click.option(
 lenient = click.option(
     "--allow-unmatched", is_flag=True, help="leave out keys that belong to no known layer, instead of stopping"
 )
-as_json = click.option("--json", "for_programs", is_flag=True, help="for programs")
 
 
 def rules(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -130,18 +129,23 @@ def print_written(path: Path, adapter: Adapter) -> None:
     """Say what was written."""
     from ..adapters.describe import describe
 
-    click.echo(f"{path}  {readable(path.stat().st_size)}, {describe(path).kind}, {len(adapter.deltas)} layers")
+    size, kind = path.stat().st_size, describe(path).kind
+    click.echo(f"{path}  {readable(size)}, {kind}, {len(adapter.deltas)} layers")
+    answer(written=path, bytes=size, kind=kind, layers=len(adapter.deltas))
 
 
 def print_table(report: Report) -> None:
     """Ranks by part, and what a cut of them has lost."""
     lossy = any(line.cut for line in report.lines)
+    answer_parts = dict[str, Any]()
     click.echo(f"{'part':<16}{'layers':>8}{'rank':>20}" + f"{'error':>10}  rank for 1 %" * lossy)
     for name, part in report.rows():
         old, new = value_range(line.old for line in part.lines), value_range(line.new for line in part.lines)
         enough = part.rank_for(0.01) if lossy else None
         loss = f"{part.error:>10.2%}  {'-' if enough is None else enough}" if lossy else ""
+        answer_parts[name] = {"layers": len(part.lines), "rank": new, "error": part.error if lossy else 0.0}
         click.echo(f"{name:<16}{len(part.lines):>8}{old if old == new else f'{old} -> {new}':>20}{loss}")
+    answer(parts=answer_parts)
 
 
 def value_range(values: Iterable[int]) -> str:
@@ -231,6 +235,8 @@ def extract(tuned: Path, base: Path, output: Path, **options: Any) -> int:
     path = found.save(output, options["dialect"], dtype=options["dtype"])
     for part in found.parts:
         click.echo(f"{part:<16}{len(found.part(part).deltas):>6} layers, relative error {report.part(part).error:.2%}")
+    answer(parts={part: {"layers": len(found.part(part).deltas), "error": report.part(part).error} for part in found.parts})
+    answer(left_out=list(report.left_out))
     if report.left_out:
         hint = "" if options["full"] else ", --full keeps biases and norms"
         click.echo(f"left out: {len(report.left_out)} other changed weights ({next(iter(report.left_out))}, ...){hint}")
@@ -252,6 +258,7 @@ def bake(base: Path, files: Files, output: Path, allow_unmatched: bool) -> int:
     report = baking.bake(into, [(adapter, 1.0) for adapter in open_adapters(files, allow_unmatched)], output)
     changed = f"{len(report.changes)} weights changed"
     click.echo(f"{report.path}  {changed}; rounding to the checkpoint's dtype loses {report.error:.2%} of it")
+    answer(written=report.path, weights=len(report.changes), error_of_rounding=report.error)
     return 0
 
 
@@ -266,6 +273,7 @@ def interpolate(base: Path, tuned: Path, alpha: float, output: Path) -> int:
 
     report = baking.interpolate(base_path(base), base_path(tuned), alpha, output)
     click.echo(f"{report.path}  {len(report.changes)} weights")
+    answer(written=report.path, weights=len(report.changes))
     return 0
 
 
@@ -277,18 +285,13 @@ def interpolate(base: Path, tuned: Path, alpha: float, output: Path) -> int:
 @click.argument("other", type=AdapterFile())
 @base_option
 @lenient
-@as_json
-def diff(
-    one: tuple[Path, Weighting], other: tuple[Path, Weighting], base: Path | None, allow_unmatched: bool, for_programs: bool
-) -> int:
+def diff(one: tuple[Path, Weighting], other: tuple[Path, Weighting], base: Path | None, allow_unmatched: bool) -> int:
     """Compare two adapters by their dW, whatever their kinds, ranks and dialects."""
     from ..adapters.ops.compare import compare
 
     a, b = without_base(open_adapters([one, other], allow_unmatched), base)
     rows = compare(a, b)
-    if for_programs:
-        click.echo(json.dumps([vars(row) for row in rows]))
-        return 0
+    answer(rows=[vars(row) for row in rows])
     click.echo(f"{'':<28}{'|A|':>11}{'|B|':>11}{'|A-B|':>11}{'apart':>9}{'cosine':>9}")
     for row in rows:
         cosine = "-" if row.cosine is None else f"{row.cosine:.3f}"
@@ -302,8 +305,7 @@ def diff(
 @click.option("--picture", type=PATH, metavar="FILE.png", help="strengths, cosines and overlaps by block, as a heat map")
 @base_option
 @lenient
-@as_json
-def doctor(files: Files, picture: Path | None, base: Path | None, allow_unmatched: bool, for_programs: bool) -> int:
+def doctor(files: Files, picture: Path | None, base: Path | None, allow_unmatched: bool) -> int:
     """Examine adapters: faults, strength by block, overlap of pairs, block weights that help, and what a merge would lose."""
     from ..adapters.doctor.collisions import collide
     from ..adapters.doctor.exam import examine
@@ -323,29 +325,33 @@ def doctor(files: Files, picture: Path | None, base: Path | None, allow_unmatche
         ones = [1.0] * len(files)
         collision = collide(adapters, ones, base=find)
         predictions = predict([adapter.resolve(find) if find else adapter for adapter in adapters], ones)
-    click.echo((report.as_json if for_programs else report.table)(checkups, collision, predictions))
+    click.echo(report.table(checkups, collision, predictions))
+    answer(**json.loads(report.as_json(checkups, collision, predictions)), picture=picture)
     if picture:
         from ..inference.sheet import save_sheet
 
         save_sheet(heat_map(checkups, collision), picture)
-        click.echo(picture, err=for_programs)
+        click.echo(picture)
     return 0
 
 
 @click.command()
 @click.argument("adapters", type=PATH, nargs=-1, required=True)
-@click.option("--json", "for_programs", is_flag=True, help="everything, one JSON object per file")
-def show(adapters: tuple[Path, ...], for_programs: bool) -> int:
+def show(adapters: tuple[Path, ...]) -> int:
     """Describe an adapter file from its header alone: kind, family, rank, trigger and how it was made."""
     from ..adapters.describe import describe
     from ..reports.adapter.summary import as_json, as_text
 
-    code = 0
+    code, records = 0, list[dict[str, Any]]()
     for path in adapters:
         try:
-            click.echo((as_json if for_programs else as_text)(describe(path)))
+            found = describe(path)
+            click.echo(as_text(found))
+            records.append(json.loads(as_json(found)) | {"error": None})
         except AdapterError as error:
-            code = print_error(str(error))
+            code = print_error(error)
+            records.append({"path": str(path), "error": error_record(error)})
+    answer(**(records[0] if len(records) == 1 and not code else {}), files=records)
     return code
 
 

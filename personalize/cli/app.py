@@ -7,13 +7,14 @@ from collections.abc import Sequence
 
 import click
 
-from ..errors import PersonalizeError
+from ..errors import PersonalizeError, RecipeError
 from ..version import __version__
 from . import adapters
 from .dataset import dataset
 from .generate import generate
 from .merge import merge
-from .messages import print_error, warnings_as_lines
+from .messages import answer, answer_in_json, print_error, show_in_any_code_page, warnings_as_lines
+from .presets import presets
 from .train import batch, finish, report, tell, train
 
 HELP = ("-h", "--help")
@@ -21,31 +22,51 @@ HELP = ("-h", "--help")
 
 def main() -> None:
     """The console script."""
+    show_in_any_code_page()
     sys.exit(run(sys.argv[1:]))
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Run one command and return its exit code: 0, 2 after an expected error, 130 after Ctrl-C."""
+    """Run one command and return its exit code: 0, 2 after an expected error, 130 after Ctrl-C.
+
+    With --json, stdout is one line of JSON for a program, and what a person would read goes to stderr.
+    """
+    options = arguments[: arguments.index("--")] if "--" in arguments else arguments
+    if "--json" not in options:
+        return run_command(arguments)
+    command = next((word for word in options if word in cli.commands), "")
+    with answer_in_json(command) as (found, out):
+        code = run_command(arguments)
+    click.echo(found.line(code), file=out)
+    return code
+
+
+def run_command(arguments: Sequence[str]) -> int:
+    """Run one command for a person, and return its exit code."""
     with warnings_as_lines():
         try:
             return cli.main(list(arguments), prog_name="personalize", standalone_mode=False) or 0
         except PersonalizeError as error:
-            return print_error(str(error))
+            return print_error(error)
         except click.ClickException as error:
-            return print_error(error.format_message())
+            return print_error(RecipeError(error.format_message()))
         except click.Abort:
             click.echo("stopped", err=True)
             return 130
 
 
+json_option = click.option("--json", is_flag=True, expose_value=False, help="one line of JSON for programs; see docs/json.md")
+
+
 class Commands(click.Group):
-    """Commands that each have their own -h: click adds its automatic one only in the first context that asks for it."""
+    """Commands that each have --json, and their own -h: click adds its automatic one only in the first context that asks."""
 
     def add_command(self, cmd: click.Command, name: str | None = None) -> None:
-        super().add_command(click.help_option(*HELP)(cmd), name)
+        super().add_command(click.help_option(*HELP)(json_option(cmd)), name)
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": HELP, "max_content_width": 120}, invoke_without_command=True)
+@json_option
 @click.version_option(__version__, message="%(prog)s %(version)s")
 @click.pass_context
 def cli(ctx: click.Context) -> None:
@@ -65,11 +86,13 @@ def version() -> int:
     import platform
     from importlib.metadata import version as installed
 
-    click.echo(f"personalize {__version__}\npython {platform.python_version()} on {platform.platform()}")
-    for name in ("torch", "diffusers", "transformers", "peft", "safetensors"):
-        click.echo(f"{name} {installed(name)}")
+    found = {"personalize": __version__, "python": platform.python_version()}
+    found |= {name: installed(name) for name in ("torch", "diffusers", "transformers", "peft", "safetensors")}
+    for name, number in found.items():
+        click.echo(f"{name} {number}" + f" on {platform.platform()}" * (name == "python"))
+    answer(versions=found, platform=platform.platform())
     return 0
 
 
-for command in (train, batch, finish, tell, generate, dataset, report, version, merge, *adapters.COMMANDS):
+for command in (train, batch, finish, tell, generate, dataset, report, presets, version, merge, *adapters.COMMANDS):
     cli.add_command(command)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..pictures.galleries import check_output
+from .messages import answer
 from .train import SettingsCommand, resolve_recipe
 from .values import PATH
 
@@ -27,18 +30,24 @@ class DatasetCommand(SettingsCommand):
 @click.argument("folder", type=PATH)
 @click.option("--sheet", "sheet_path", type=PATH, metavar="OUT.png", help="write a contact sheet")
 @click.option("--html", "html_path", type=PATH, metavar="OUT.html", help="write everything as one page")
-@click.option("--json", "for_programs", is_flag=True, help="everything as JSON, for a program")
-def dataset(folder: Path, sheet_path: Path | None, html_path: Path | None, for_programs: bool, **flags: Any) -> int:
+def dataset(folder: Path, sheet_path: Path | None, html_path: Path | None, **flags: Any) -> int:
     """Check the pictures in FOLDER: their sizes and captions, what is wrong, and what to do about it.
 
     The settings are those of `train`; they change how the pictures are judged, never the pictures.
     """
     from ..reports import dataset as report
 
-    stats = report.measure_dataset(resolve_recipe(folder, None, flags))
+    if sheet_path:
+        check_output(folder, sheet_path)
+    given = {name: value for name, value in flags.items() if value not in (None, ())}
+    recipe, taken_for = resolve_recipe(folder, None, flags)
+    stats = report.measure_dataset(recipe, given)
     findings = report.find_problems(stats)
-    click.echo((report.as_json if for_programs else report.as_text)(stats, findings))
+    if taken_for:
+        click.echo(taken_for)
+    click.echo(report.as_text(stats, findings))
+    answer(**json.loads(report.as_json(stats, findings)), taken_for=taken_for, sheet=sheet_path, html=html_path)
     for path, write in ((sheet_path, report.write_sheet), (html_path, report.write_page)):
         if path:
-            click.echo(f"written  {write(stats, findings, path)}", err=for_programs)
+            click.echo(f"written  {write(stats, findings, path)}")
     return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import click
 
 from ..errors import RecipeError
 from ..recipe.samplers import AUTO, SAMPLERS
-from .messages import print_warning
+from .messages import answer, print_warning
 from .values import PATH, Axis, NamedAdapter, Side
 
 BASE = ("base", "vae", "clip_skip", "prediction", "zero_snr")  # options that say what to draw with, in the recipe's words
@@ -19,7 +20,9 @@ REQUEST = ("negative", "steps", "guidance", "sampler", "size", "denoise")  # opt
 
 @click.command()
 @click.argument("prompts", metavar="PROMPT...", nargs=-1)
-@click.option("--prompts", "listed", type=PATH, metavar="FILE", help="more prompts, one per line; # begins a comment")
+@click.option("--prompts", "listed", type=PATH, metavar="FILE",
+              help="more prompts, one per line; # begins a comment; behind each may stand what is its own, as kohya's trainer "
+                   "writes it: --w 96 --h 64 --d SEED --s STEPS --l GUIDANCE --n NEGATIVE --ss SAMPLER")  # fmt: skip
 @click.option("--adapter", "-a", "stack", type=NamedAdapter(), multiple=True, metavar="[NAME=]FILE[:STRENGTH]",
               help="adapter and its strength, can be repeated: A.safetensors:0.8; UNet and text encoder apart: "
                    "A.safetensors:0.8:0.5 (A1111 writes them the other way round) or A.safetensors:unet=0.8:te=0.5; "
@@ -51,7 +54,7 @@ REQUEST = ("negative", "steps", "guidance", "sampler", "size", "denoise")  # opt
               help="also write a sheet along an axis, or two (across, down): strength=0,0.5,1 or seed, steps, guidance, denoise, "
                    "sampler, adapter=none,A,A+B or an adapter's name for its strength: A=0,1,0@0;1@1")  # fmt: skip
 @click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True, help="pictures drawn at once")
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True, help="where to draw")
+@click.option("--device", metavar="auto|cpu|cuda", default="auto", show_default=True, help="where to draw")
 @click.option(
     "--output", "-o", type=PATH, default=Path("pictures"), show_default=True, help="folder, or a .png for a single picture"
 )
@@ -60,24 +63,32 @@ def generate(prompts: tuple[str, ...], listed: Path | None, seeds: tuple[str, ..
 
     <lora:NAME:0.8> in a prompt uses an adapter for that prompt alone, or at another strength.
     """
-    from ..inference.events import Notice, Saved
+    from ..inference.events import Notice, Progress, Saved
     from ..inference.generate import generate as draw_files
     from ..inference.library import Library
-    from ..inference.prompts import from_file
     from ..inference.request import InitImage, Request
+    from ..recipe.lines import expand, read_prompts
+    from .view import SILENCE
 
-    wanted = [*prompts, *(from_file(listed) if listed else ())]
+    wanted = [*expand(list(prompts)), *(read_prompts(listed) if listed else ())]
     if not wanted:
         raise RecipeError("what should be drawn?", 'personalize generate "a cat", or --prompts FILE')
     base = {name: value for name in BASE if (value := options.pop(name)) is not None}
     library, image = Library(folder=options.pop("lora_dir")), options.pop("image")
     settings = {name: options.pop(name) for name in REQUEST} | {"image": InitImage.open(image) if image else None}
     request = Request.parse("", adapters=library.add(options.pop("stack")), **settings)
+    pictures, spoke = list[dict[str, Any]](), time.monotonic()
     for event in draw_files(wanted, seed_list(seeds, count), request, library, base=base, **options):
         if isinstance(event, Notice):
             print_warning(event.text)
+        elif isinstance(event, Progress) and time.monotonic() - spoke >= SILENCE:
+            click.echo(f"... drawing, step {event.step} of {event.steps}", err=True)
+            spoke = time.monotonic()
         elif isinstance(event, Saved):
+            spoke = time.monotonic()
             click.echo(event.path)
+            pictures.append({"path": event.path, "number": event.number})
+            answer(pictures=pictures)
     return 0
 
 

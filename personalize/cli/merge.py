@@ -27,6 +27,7 @@ from .adapters import (
     to,
     without_base,
 )
+from .messages import answer
 from .values import PATH, AdapterFile
 
 RECIPE = "personalize.merge"  # metadata: the arguments that repeat a merge
@@ -57,6 +58,7 @@ def list_methods(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
         return
     from ..adapters.ops.methods import METHODS
 
+    answer(methods={name: {"what": row.what, "paper": row.paper, "options": dict(row.options)} for name, row in METHODS.items()})
     for name, row in METHODS.items():
         paper = f" (arXiv {row.paper})" if row.paper else ""
         takes = f" [{', '.join(f'--{option} {value}' for option, value in row.options.items())}]" if row.options else ""

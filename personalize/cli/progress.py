@@ -1,135 +1,53 @@
-"""Training seen from a terminal: one run with its loss, pictures and checkpoints, or many runs with a line for each that ends.
-
-A bar shows steps, speed and time left; where there is no terminal, a single run prints plain lines instead.
-"""
+"""One run seen from a terminal: its loss, pictures and checkpoints, what it is doing after its last step, and what to do next."""
 
 from __future__ import annotations
 
-import contextlib
 import math
-import shlex
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
-from rich.table import Column
-from rich.text import Text
 
-from ..lock import hold
 from ..recipe.fields import Recipe
-from ..recipe.settings import flatten
-from ..text import base_summary, duration, memory_summary, pace, plain, readable
-from ..training.events import Chosen, Event, Failed, Finished, Fold, Sample, Saved, Started, Step, SteppedDown, Stopped, Warned
-from .live import LiveReports
+from ..text import base_summary, duration, memory_summary, pace, readable
+from ..training.events import (
+    Chosen,
+    Encoded,
+    Event,
+    Finished,
+    Fold,
+    Judged,
+    Sample,
+    Saved,
+    Scored,
+    Started,
+    Step,
+    SteppedDown,
+    Stopped,
+    Sweep,
+    Warned,
+)
+from ..training.verdict import describe
+from .messages import answer
+from .view import SILENCE, View, follow, terminal
 
 SMOOTHING = 0.9  # of the loss that is shown: single steps are mostly noise
 LINES = 10  # of progress, where there is no terminal
-SHEET_PROMPTS = 3  # sample prompts on the sheet of many runs
 
 
 def train_one(recipe: Recipe, fresh: bool = False) -> int:
     """Train with a progress bar and write the report. Returns the exit code: 0, or 130 after Ctrl-C, which saves the state."""
 
     def events() -> Iterator[Event]:
-        from ..training.loop import train  # torch and friends take seconds: imported under the "loading" notice
+        from ..api.runs import train  # torch and friends take seconds: imported under the "loading" notice
 
         return train(recipe, fresh=fresh)
 
     return follow(RunView(terminal(), recipe), events)
-
-
-def train_many(recipes: Sequence[Recipe], backend: str, *, fresh: bool, together: int | None) -> int:
-    """Train many runs on a backend, write a report for each and one sheet. Returns the exit code: 0, 2 if some failed, 130
-    after Ctrl-C. Raises RecipeError for a backend that there is not."""
-
-    def events() -> Iterator[tuple[int, Event]]:
-        from ..backends.backend import get_backend  # torch comes with it
-
-        return get_backend(backend).run(recipes, fresh=fresh, together=together)
-
-    view = BatchView(terminal(), recipes)
-    with hold(view.parent, "wait for it, or choose another --output"):
-        return follow(view, events)
-
-
-def follow(view: View, start: Callable[[], Iterator[Any]]) -> int:
-    """Show all events of a training in a view, and how it ended; returns the exit code."""
-    try:
-        with view:
-            events: Any = start()
-            with contextlib.closing(events):
-                for event in events:
-                    view.show(event)
-    except KeyboardInterrupt:
-        view.stopped = True
-    if not view.stopped:
-        return view.finish()
-    view.reports.end()
-    view.print(f"{view.standing()} To go on, type the same command again.")
-    if folder := view.folder_to_finish():
-        view.print(f"To make an adapter of it as it stands: personalize finish {shlex.quote(str(folder))}")
-    return 130
-
-
-def terminal() -> Console:
-    """Where progress goes: stdout."""
-    return Console(highlight=False, soft_wrap=True)
-
-
-class Speed(ProgressColumn):
-    """Steps per second, or seconds per step where that is the larger number."""
-
-    def render(self, task: Task) -> Text:
-        return Text(pace(task.speed) if task.speed else "", style="dim")
-
-
-class View:
-    """Lines on a console, and a bar below them where that is a terminal."""
-
-    def __init__(self, console: Console, title: str, detail: str) -> None:
-        self.console, self.stopped = console, False
-        self.reports = LiveReports(self.print)
-        speed = Speed(Column(no_wrap=True))
-        columns = (MofNCompleteColumn(), TextColumn(detail), speed, TextColumn("left"), TimeRemainingColumn())
-        self.bar = Progress(TextColumn(title), BarColumn(), *columns, console=console)
-
-    def __enter__(self) -> View:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.bar.stop()
-
-    def print(self, text: str) -> None:
-        """A line, above the bar if there is one. File names and prompts are no markup."""
-        self.console.print(plain(text), markup=False)
-
-    def show(self, event: Any) -> None:
-        """Show what happened."""
-        raise NotImplementedError
-
-    def folder_to_finish(self) -> Path | None:
-        """The folder of what was stopped after some steps."""
-        raise NotImplementedError
-
-    def standing(self) -> str:
-        """How far the training came before it was stopped, as a sentence."""
-        raise NotImplementedError
-
-    def finish(self) -> int:
-        """Show what the training made; returns the exit code."""
-        raise NotImplementedError
-
-
-def write_reports(folder: Path, base: str) -> Path:
-    """Metrics and report of a run folder; returns the report's path."""
-    from ..reports.metrics import write_metrics
-    from ..reports.run import write_report
-
-    write_metrics(folder, base)
-    return write_report(folder)
 
 
 # ---------------------------------------------------------------- one run
@@ -139,29 +57,38 @@ class RunView(View):
     """A single run. `step` is the last one that is done, `settings` the recipe by flat names with every default filled in."""
 
     def __init__(self, console: Console, recipe: Recipe) -> None:
-        super().__init__(console, "training", "loss {task.fields[loss]}")
+        super().__init__(console, "loss {task.fields[loss]}", f"loading {recipe.base} and the pictures")
         self.recipe = recipe
         self.step, self.loss = 0, math.nan
         self.settings: dict[str, Any] = {}
         self.finished: Finished | None = None
+        self.judged: dict[int, Judged] = {}  # what images of a checkpoint say, by its step
         self.sampled = -1  # step of the last sample pictures that were announced
-        self.notice = console.status(f"loading {recipe.base} and the pictures")
+        self.choice: Chosen | None = None
+        self.notice = console.status(self.doing)
 
     def __enter__(self) -> View:
         if self.console.is_terminal:
             self.notice.start()
+        super().__enter__()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.notice.stop()
-        if self.bar.tasks:
-            self.bar.stop()
+        super().__exit__(kind, error, trace)
 
     @property
     def folder(self) -> Path:
         return Path(self.settings["output"])
 
     def show(self, event: Event) -> None:
+        self._tell(event)
+        if self.settings:
+            self.reports.show(self.folder, event)
+        self.begin(doing_after(event, self.recipe) or self.doing)
+
+    def _tell(self, event: Event) -> None:
+        """Print what a person wants to know of an event."""
         match event:
             case Started():
                 self._show_start(event)
@@ -176,6 +103,11 @@ class RunView(View):
             case Fold():
                 best = f"best on it after step {event.step}, validation {error_change(event.validation)}"
                 self.print(f"left out {', '.join(event.pictures)} ({event.number} of {event.of}): {best}")
+            case Encoded() if event.concern:
+                self.print(f"warning: {event.concern}")
+                self.print(f"         look at {self.folder / event.path}")
+            case Judged():
+                self.judged[event.step] = event
             case Chosen():
                 self._show_choice(event)
             case SteppedDown():
@@ -187,8 +119,6 @@ class RunView(View):
                 self.stopped = True
             case Finished():
                 self.finished = event
-        if self.settings:
-            self.reports.show(self.folder, event)
 
     def _show_start(self, event: Started) -> None:
         self.settings = event.recipe
@@ -211,7 +141,7 @@ class RunView(View):
             self.print(f"changed  {change}")
         self.notice.stop()
         if self.console.is_terminal:
-            self.bar.add_task("", total=self.recipe.steps, completed=event.resumed, loss="")
+            self.bar.add_task(self.doing, total=self.recipe.steps, completed=event.resumed, loss="")
             self.bar.start()
 
     def _show_step(self, event: Step) -> None:
@@ -222,11 +152,12 @@ class RunView(View):
         self.loss = event.loss if math.isnan(self.loss) else SMOOTHING * self.loss + (1 - SMOOTHING) * event.loss
         if self.bar.tasks:
             self.bar.update(self.bar.tasks[0].id, completed=event.step, loss=f"{self.loss:.4f}")
-        elif event.step % max(1, self.recipe.steps // LINES) == 0:
+        elif event.step % max(1, self.recipe.steps // LINES) == 0 or time.monotonic() - self.spoke >= SILENCE:
             self.print(f"step {event.step}/{self.recipe.steps}  loss {self.loss:.4f}  {pace(1 / max(event.seconds, 1e-9))}")
 
     def _show_choice(self, event: Chosen) -> None:
         """Which checkpoint became the adapter, why, and at which strengths it is good."""
+        self.choice = event
         evidence = f"validation {error_change(event.validation)} on {event.judged_by}, drift {event.drift:.2f}"
         span = f"strengths {event.low:g} to {event.high:g}" if event.low < event.high else f"strength {event.low:g}"
         self.print(f"chosen   step {event.step} of {self.recipe.steps} ({evidence}), {span}")
@@ -234,33 +165,63 @@ class RunView(View):
             self.print("warning: the adapter knows the pictures no better than the base: a lower --lr may help")
         if event.best != event.step:
             self.print(f"         step {event.best} scored best: --choose best takes it, without training again")
+        if event.step in self.judged:
+            words = describe(self.judged[event.step])
+            self.print(f"verdict  {words.headline}")
+            for reason in words.reasons:
+                self.print(f"         {reason}")
 
     def standing(self) -> str:
         return f"stopped after step {self.step} of {self.recipe.steps}."
 
-    def folder_to_finish(self) -> Path | None:
-        return self.folder if self.step else None
+    def folders_to_finish(self) -> list[Path]:
+        return [self.folder] if self.step else []
 
     def finish(self) -> int:
         """Where everything is, and what to type next."""
-        from ..data.captions import fill
-        from ..data.folder import read_folder
-        from ..training.preflight import with_defaults
+        from ..api.runs import proposal, run_folder
 
         if self.finished is None:
             return 0
-        self.settings = self.settings or flatten(with_defaults(self.recipe, read_folder(self.recipe.data)))
-        adapter = self.folder / self.finished.path
-        if self.finished.again:
+        end, folder = self.finished, run_folder(self.recipe)
+        adapter, report = folder / end.path, folder / "report.html"
+        if end.again:
             self.print("this run is already finished: more --steps train on, --fresh starts it over, another --output keeps both")
         else:
-            time, memory = duration(self.finished.seconds), readable(self.finished.peak_bytes)
-            self.print(f"done     {self.finished.step} steps in {time}, at most {memory} of memory")
+            self.print(f"done     {end.step} steps in {duration(end.seconds)}, at most {readable(end.peak_bytes)} of memory")
         self.print(f"adapter  {adapter}  ({readable(adapter.stat().st_size)})")
-        self.print(f"report   {write_reports(self.folder, self.recipe.base)}")
-        prompt = fill("a {trigger} {class} in the snow", self.settings["trigger"], self.settings.get("class", ""))
-        self.print(f"next     personalize generate {shlex.quote(prompt)} --adapter {shlex.quote(str(adapter))}")
+        self.print(f"report   {report}")
+        self.print(f"next     {(following := proposal(folder))}")
+        answer(run=folder, adapter=adapter, report=report, steps=end.step, seconds=end.seconds, again=end.again)
+        judged = self.judged.get(self.choice.step) if self.choice else None
+        answer(chosen=asdict(self.choice) if self.choice else None, judged=asdict(judged) if judged else None, next=following)
         return 0
+
+
+def doing_after(event: Event, recipe: Recipe) -> str:
+    """What comes after an event, and takes its time; "" where that is what went on before it."""
+    match event:
+        case Step() if event.step < recipe.steps:
+            return "training"
+        case Step():
+            return "drawing the samples"
+        case Started():
+            return "training" if event.resumed else "drawing the base's samples"
+        case Sample():
+            return "training" if event.step < recipe.steps else "writing the checkpoint"
+        case Saved() if "checkpoints/" not in event.path:
+            return "writing the report"
+        case Saved() if event.step == recipe.steps:
+            return "drawing at several strengths" if recipe.choosing.choose == "none" else "judging the checkpoints"
+        case Scored():
+            return f"judging step {event.step} at strength {event.strength:g}"
+        case Judged():
+            return "judging the checkpoints by images"
+        case Chosen():
+            return "drawing at several strengths"
+        case Sweep() if event.strength == 1:
+            return "writing the adapter"
+    return ""
 
 
 def error_change(gain: float) -> str:
@@ -270,125 +231,3 @@ def error_change(gain: float) -> str:
     ('-12 %', '+4 %')
     """
     return f"{-100 * gain:+.0f} %"
-
-
-# ---------------------------------------------------------------- many runs
-
-
-class BatchView(View):
-    """Many runs: one bar for all of their steps, a line for each run that ends, and one sheet of pictures."""
-
-    def __init__(self, console: Console, recipes: Sequence[Recipe]) -> None:
-        super().__init__(console, "{task.description}", "steps")
-        self.recipes = recipes
-        self.finished: dict[int, Finished] = {}
-        self.failed: dict[int, str] = {}
-        self.chosen: dict[int, int] = {}  # the step that became the adapter
-        self.warnings: set[str] = set()  # those that were shown
-        self.steps = [0] * len(recipes)
-        self.task = self.bar.add_task("loading", total=sum(recipe.steps for recipe in recipes))
-
-    def __enter__(self) -> View:
-        self.bar.start()
-        return self
-
-    def name(self, number: int) -> str:
-        """The folder of pictures of a run."""
-        return self.recipes[number].data.folder.resolve().name
-
-    def folder(self, number: int) -> Path:
-        """The run folder of a run."""
-        output = self.recipes[number].output
-        assert output
-        return output
-
-    @property
-    def parent(self) -> Path:
-        """Where the run folders lie."""
-        return self.folder(0).parent
-
-    def show(self, event: tuple[int, Event]) -> None:
-        number, what = event
-        match what:
-            case Started():
-                self.steps[number] = what.resumed
-                for warning in what.warnings:
-                    self.print(f"{self.name(number)}: warning: {warning}")
-            case Step():
-                self.steps[number] = what.step
-            case Warned() if what.text not in self.warnings:
-                self.warnings.add(what.text)
-                self.print(f"warning: {what.text}")
-            case Chosen():
-                self.chosen[number] = what.step
-            case Failed():
-                self.failed[number], self.steps[number] = what.message, self.recipes[number].steps
-                self.print(f"{self.name(number)}: failed: {what.message}")
-            case Stopped():
-                self.stopped = True
-                self.print(f"{self.name(number)}: stopped after step {what.step}")
-            case Finished():
-                self._show_end(number, what)
-        self.reports.show(self.folder(number), what)
-        running = sum(0 < done < recipe.steps for done, recipe in zip(self.steps, self.recipes, strict=True))
-        self.bar.update(self.task, completed=sum(self.steps), description=f"training {running}" if running else "loading")
-
-    def _show_end(self, number: int, event: Finished) -> None:
-        self.finished[number], self.steps[number] = event, self.recipes[number].steps
-        adapter = self.folder(number) / event.path
-        if event.again:
-            self.print(f"{self.name(number)}: done before: {adapter}")
-            return
-        write_reports(self.folder(number), self.recipes[number].base)
-        chosen = f", step {self.chosen[number]} chosen" if number in self.chosen else ""
-        facts = f"{adapter} ({readable(adapter.stat().st_size)}), {event.step} steps{chosen}"
-        self.print(f"{self.name(number)}: done: {facts}, {duration(event.seconds)} after the start")
-
-    def standing(self) -> str:
-        return f"stopped; {len(self.finished)} of {len(self.recipes)} are done."
-
-    def folder_to_finish(self) -> Path | None:
-        return self.parent if any(self.steps) else None
-
-    def finish(self) -> int:
-        """How many adapters there are, and a sheet of them."""
-        failed = f"; {len(self.failed)} failed: {', '.join(map(self.name, self.failed))}" if self.failed else ""
-        older = sum(any(self.folder(i).glob("*.safetensors")) for i in range(len(self.recipes)) if i not in self.finished)
-        before = f", {older} of them from before" if older else ""
-        self.print(f"{len(self.finished) + older} of {len(self.recipes)} adapters are there{before}{failed}")
-        if path := self.write_sheet():
-            self.print(f"pictures {path}")
-        return 2 if self.failed else 0
-
-    def write_sheet(self) -> Path | None:
-        """A row per run: a training picture, and the sample pictures of its end. None where no sample was drawn."""
-        from PIL import Image
-
-        from ..data.folder import read_folder
-        from ..inference.sheet import contact_sheet, enlarge, save_sheet
-
-        cells, rows = list[Image.Image](), list[str]()
-        for number, event in sorted(self.finished.items()):
-            if not (samples := self.last_samples(number, event)):
-                continue
-            rows.append(self.name(number))
-            learned = read_folder(self.recipes[number].data).examples[0].path
-            for path in (learned, *samples, *[samples[-1]] * (SHEET_PROMPTS - len(samples))):
-                with Image.open(path) as picture:
-                    small = picture.convert("RGB").resize((128, 128), Image.Resampling.LANCZOS)
-                cells.append(enlarge(small, 128))
-        if not cells:
-            return None
-        heads = ("learned from", *[""] * SHEET_PROMPTS)
-        sheet = contact_sheet(cells, 1 + SHEET_PROMPTS, rows=rows, heads=heads, side=128)
-        return save_sheet(sheet, self.parent / "batch.png")
-
-    def last_samples(self, number: int, event: Finished) -> list[Path]:
-        """The sample pictures of the step that became the adapter: the first seed of each of the first prompts."""
-        from ..training.rundir import Run
-
-        step, first = self.chosen.get(number, event.step), dict[str, Path]()
-        for (at, prompt, _), path in Run(self.folder(number), "").samples().items():
-            if at == step:
-                first.setdefault(prompt, path)
-        return list(first.values())[:SHEET_PROMPTS]

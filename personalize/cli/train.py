@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,13 +10,15 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import AdapterError, DataError, OutputError, PersonalizeError, RecipeError
-from ..io import pictures_in
+from ..pictures.files import look_into
+from ..pictures.galleries import check_folder, check_output, count_pictures, galleries
 from ..registry import table
-from ..text import plain
-from .messages import print_warning
+from ..text import in_ascii, plain
+from .messages import answer, print_error, print_warning
 from .values import PATH
 
 if TYPE_CHECKING:
+    from ..api.showing import Showing
     from ..recipe.fields import Recipe
     from ..recipe.settings import Setting
 
@@ -75,12 +78,16 @@ def option(setting: Setting) -> click.Option:
 def train(folder: Path | None, origin: Path | None, dry_run: bool, fresh: bool, **flags: Any) -> int:
     """Train an adapter on the pictures in FOLDER; adapter and report go to runs/TRIGGER.
 
-    Without --preset, the preset for subjects of the base's family is used (pocket-, sd15-, sd21- or sdxl-subject).
+    Without --preset, that of the base's family is used: for subjects (sd15-subject, ...), or for styles, where there is no
+    --class and the folder shows no one thing.
 
     The same command again resumes a run that was stopped; with more --steps it trains on with one that is finished. --init begins
     with the weights of any adapter.
     """
-    recipe = resolve_recipe(folder, origin, flags, needed=not dry_run)
+    recipe, taken_for = resolve_recipe(folder, origin, flags, needed=not dry_run, ask=not dry_run)
+    if taken_for:
+        click.echo(f"{'# ' if dry_run else ''}{taken_for}")
+    answer(taken_for=taken_for)
     if dry_run:
         return print_recipe(recipe)
     from .progress import train_one
@@ -88,40 +95,27 @@ def train(folder: Path | None, origin: Path | None, dry_run: bool, fresh: bool, 
     return train_one(recipe, fresh=fresh)
 
 
-def resolve_recipe(folder: Path | None, origin: Path | None, flags: dict[str, Any], needed: bool = False) -> Recipe:
-    """The recipe of a command line. Raises RecipeError, also when nothing says where the pictures are.
+def resolve_recipe(
+    folder: Path | None, origin: Path | None, flags: dict[str, Any], needed: bool = False, ask: bool = False
+) -> tuple[Recipe, str]:
+    """The recipe of a command line, and a line about what the folder was taken for, if nothing said. Raises RecipeError."""
+    from ..api.recipes import explain
 
-    Where its base will be `needed`, it may be downloaded, and what is wrong with it is an error now.
-    """
-    from ..recipe.resolve import presets, resolve
-
-    given = {name: value for name, value in flags.items() if value not in (None, ())}
-    if folder is not None:
-        given["folder"] = folder
-    if origin is None and "preset" not in given and (usual := default_preset(given.get("base", "pocket"), needed)) in presets():
-        given["preset"] = usual
-    recipe = resolve(flags=given, start=recipe_in(origin) if origin else None)
-    if "folder" not in recipe.data.model_fields_set:
-        raise RecipeError("where are the pictures?", "personalize train FOLDER")
-    return recipe
+    given = flags if folder is None else {**flags, "folder": folder}
+    asking = ask_what_is_shown if ask and sys.stdin.isatty() and sys.stdout.isatty() else None
+    return explain(given, start=recipe_in(origin) if origin else None, needed=needed, ask=asking)
 
 
-def default_preset(base: str, needed: bool = True) -> str:
-    """The preset for subjects of a base's family, whatever the base is called: `sd15-subject`, ...
+def ask_what_is_shown(folder: Path, guess: Showing) -> Showing:
+    """Ask what the pictures show. Enter takes the guess."""
+    from ..api.showing import Showing
 
-    Where the base is not `needed`, nothing is downloaded, and "" is the answer for what is no base.
-    """
-    prefix = base
-    if base != "pocket":  # whose family is known without opening anything
-        from ..models.model import family_at
-
-        try:
-            prefix = family_at(base, download=needed).preset
-        except PersonalizeError:
-            if needed:
-                raise
-            return ""
-    return f"{prefix}-subject"
+    default = "style" if guess.style else guess.class_name or "thing"
+    question = f"What do the pictures in {plain(str(folder))} show? A word such as dog; style; thing, if no word fits"
+    said = " ".join(click.prompt(question, default=default, err=True).split())
+    if said == default:
+        return guess
+    return Showing(said == "style", "" if said in ("style", "thing") else said, "you said so")
 
 
 def recipe_in(adapter: Path) -> Recipe:
@@ -142,16 +136,21 @@ def print_recipe(recipe: Recipe) -> int:
     """The recipe as TOML, and the pictures with their captions as comments: stdout is a preset that repeats the run."""
     from ..data.folder import read_folder
     from ..recipe.resolve import to_toml
+    from ..recipe.settings import flatten
 
     dataset = read_folder(recipe.data)
-    if recipe.preset:
-        click.echo(f"# from preset {recipe.preset}")
-    click.echo(to_toml(recipe))
-    click.echo(f"# {len(dataset.examples)} pictures in {recipe.data.folder}, trigger {dataset.trigger!r}")
+    if recipe.output:
+        check_output(recipe.data.folder, recipe.output)
+    lines = [f"# from preset {recipe.preset}"] if recipe.preset else []
+    lines += [to_toml(recipe), f"# {len(dataset.examples)} pictures in {recipe.data.folder}, trigger {dataset.trigger!r}"]
     for example in dataset.examples:
         width, height = example.size
-        click.echo(f"#   {plain(example.path.name):<24} {width}x{height:<6} {plain(example.caption)}")
-    for warning in dataset.warnings:
+        lines.append(f"#   {plain(example.path.name):<24} {width}x{height:<6} {plain(example.caption)}")
+    unicode = (sys.stdout.encoding or "").lower().startswith("utf")  # the file that this goes to is read as UTF-8
+    for line in lines:
+        click.echo(line if unicode else in_ascii(line))
+    answer(recipe=flatten(recipe), pictures=[{"path": one.path, "caption": one.caption} for one in dataset.examples])
+    for warning in (*recipe.remarks, *dataset.warnings):
         print_warning(warning)
     return 0
 
@@ -181,26 +180,40 @@ def batch(folders: tuple[Path, ...], together: int | None, backend: str, dry_run
     if len(found) == len(wrong) > 1 == len(messages := set(wrong.values())):
         raise RecipeError(messages.pop())  # of no folder in particular
     for folder, message in wrong.items():
-        click.echo(f"{plain(folder.name)}: {plain(message)}", err=True)
+        print_error(f"{folder.name}: {message}")
     if dry_run:
+        answer(runs=[{"folder": one.data.folder, "run": one.output, "preset": one.preset, "steps": one.steps} for one in recipes])
         for recipe in recipes:
             settings = f"{recipe.steps} steps, preset {recipe.preset or '-'}, class {recipe.data.class_name or '-'}"
-            click.echo(f"{recipe.data.folder} => {recipe.output}  ({pictures_in(recipe.data.folder)} pictures, {settings})")
+            click.echo(f"{recipe.data.folder} => {recipe.output}  ({count_pictures(recipe.data.folder)} pictures, {settings})")
         return 2 if wrong else 0
-    from .progress import train_many
+    from .batch import train_many
 
-    code = train_many(recipes, backend, fresh=fresh, together=together) if recipes else 2
-    return code or (2 if wrong else 0)
+    place = Path(flags["output"] or "runs")
+    return train_many(recipes, backend, place=place, fresh=fresh, together=together, refused=wrong)
 
 
 def picture_folders(folder: Path) -> list[Path]:
-    """A folder, if it has pictures, or else those in it that have some. Raises DataError where there are none."""
-    if not folder.is_dir():
-        raise DataError(f"there is no folder {folder}", "personalize batch FOLDER...")
-    inner = [folder] if pictures_in(folder) else sorted(one for one in folder.iterdir() if one.is_dir() and pictures_in(one))
+    """A folder, if it has pictures, or else those in it that have some; also those that cannot be read, whose recipe says why.
+
+    Raises DataError where there are none.
+    """
+    if galleries(folder):
+        return [folder]
+    contents = look_into(folder)
+    hidden = [path for path, _ in contents.left_out if path.is_dir()]
+    inner = sorted([*hidden, *(one for one in contents.folders if _may_hold_pictures(one))])
     if not inner:
         raise DataError(f"there are no pictures in {folder}, nor in the folders inside it", "name another folder")
     return inner
+
+
+def _may_hold_pictures(folder: Path) -> bool:
+    """Whether a folder has pictures, or cannot be read."""
+    try:
+        return bool(galleries(folder))
+    except DataError:
+        return True
 
 
 def resolve_recipes(folders: Sequence[Path], flags: dict[str, Any]) -> tuple[list[Recipe], dict[Path, str]]:
@@ -209,14 +222,23 @@ def resolve_recipes(folders: Sequence[Path], flags: dict[str, Any]) -> tuple[lis
 
     runs = Path(flags["output"] or "runs")
     recipes: list[Recipe] = []
+    places: dict[Path, Path] = {}
     wrong: dict[Path, str] = {}
     for folder in folders:
         try:
+            check_folder(folder)
             own = read_settings(file) if (file := folder / OWN_SETTINGS).is_file() else {}
             if "folder" in own:
                 raise RecipeError(f"the folder of pictures is where {file} lies", "leave folder out of it")
             given = {**flags, "output": runs / folder.resolve().name, **own}
-            recipes.append(resolve_recipe(folder, None, given, needed=True))
+            recipe, taken_for = resolve_recipe(folder, None, given, needed=True)
+            check_output(folder, recipe.output or runs)
+            if (other := places.setdefault((recipe.output or runs).absolute(), folder)) != folder:
+                hint = f"write output = ... into {folder / OWN_SETTINGS}"
+                raise RecipeError(f"{folder} and {other} have one name, and so one run folder, {recipe.output}", hint)
+            recipes.append(recipe)
+            if taken_for:
+                click.echo(taken_for)
         except PersonalizeError as error:
             wrong[folder] = str(error)
     return recipes, wrong
@@ -232,10 +254,15 @@ def finish(folders: tuple[Path, ...]) -> int:
 
     RUN is a run folder that was stopped, or a folder of such. The command that trained it still goes on with it afterwards.
     """
-    recipes = [recipe_of_run(run) for folder in folders for run in run_folders(folder)]
-    from .progress import train_many, train_one
+    runs = [run for folder in folders for run in run_folders(folder)]
+    recipes = [recipe_of_run(run) for run in runs]
+    if len(recipes) == 1:
+        from .progress import train_one
 
-    return train_one(recipes[0]) if len(recipes) == 1 else train_many(recipes, "local", fresh=False, together=None)
+        return train_one(recipes[0])
+    from .batch import train_many
+
+    return train_many(recipes, "local", place=runs[0].parent)
 
 
 def run_folders(folder: Path) -> list[Path]:
@@ -271,6 +298,7 @@ def tell(run_folder: Path, word: str) -> int:
 
     leave_word(run_folder, word)
     click.echo(f"{run_folder} will, after the step that it is taking: {WORDS[word]}")
+    answer(run=run_folder, word=word)
     return 0
 
 
@@ -281,5 +309,7 @@ def report(run_folder: Path) -> int:
     from ..lock import is_held
     from ..reports.run import write_report
 
-    click.echo(write_report(run_folder, live=is_held(run_folder)))
+    path = write_report(run_folder, live=is_held(run_folder))
+    click.echo(path)
+    answer(report=path)
     return 0

@@ -88,11 +88,16 @@ def batch_at(
     index = [pool[place] for place in _places(len(pool), turn * batch_size, batch_size, seed, stream)]
     flipped = torch.rand(batch_size, generator=generator(seed, f"{purpose} flip", step)) < 0.5
     dropped = torch.rand(batch_size, generator=generator(seed, f"{purpose} dropout", step)) < data.caption_dropout
-    captions = [
-        "" if drop else vary_caption(latents.captions[i], data, generator(seed, f"{purpose} tags", step, row))
-        for row, (i, drop) in enumerate(zip(index, dropped.tolist(), strict=True))
-    ]
+    captions = []
+    for row, (i, drop) in enumerate(zip(index, dropped.tolist(), strict=True)):
+        said = _variant(latents.variants[i], generator(seed, f"{purpose} choices", step, row))
+        captions.append("" if drop else vary_caption(said, data, generator(seed, f"{purpose} tags", step, row)))
     return _batch(latents, index, shape, (flipped & latents.mirrored).tolist(), dropped, captions)
+
+
+def _variant(ways: Sequence[str], rng: Generator) -> str:
+    """What a caption says at a step, where it leaves a choice."""
+    return ways[int(torch.randint(len(ways), (), generator=rng))] if len(ways) > 1 else ways[0]
 
 
 def vary_caption(caption: str, data: Data, rng: Generator) -> str:
@@ -141,7 +146,8 @@ def _batch(
     numbers = torch.tensor(index)
     cond = None
     if latents.cond is not None:
-        cond = latents.cond[torch.where(dropped, len(latents.cond) - 1, latents.cond_index[numbers])]
+        rows = torch.tensor([latents.rows.get(caption, -1) for caption in captions])
+        cond = latents.cond[torch.where(dropped, len(latents.cond) - 1, rows)]
     masks = [_flip_mask(latents.masks[i], flip) for i, flip in zip(index, flipped, strict=True)]
     some = next((mask for mask in masks if mask is not None), None)
     mask = None if some is None else torch.stack([torch.ones_like(some) if one is None else one for one in masks])[:, None]

@@ -23,7 +23,8 @@ class Example:
     """One picture: where it is, what it is called, its bytes' sha256 and its upright size in pixels (width, height).
 
     `repeats` is how often it is shown for each time that others are, `concept` the number of its concept. `mask` is the file
-    that says what of it is learned, the picture itself where that is its alpha channel.
+    that says what of it is learned, the picture itself where that is its alpha channel. `caption_file` lies beside the picture,
+    and `written` is what stands in it.
     """
 
     path: Path
@@ -34,6 +35,8 @@ class Example:
     concept: int = 0
     mask: Path | None = None
     mask_sha256: str = ""
+    caption_file: Path | None = None
+    written: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,52 +2,68 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
-import re
-import unicodedata
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+import shlex
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from ..errors import DataError, RecipeError
+from ..errors import DataError, RecipeError, check_type
+from ..families.notation import foreign, has_edits, unescape, variants
+from ..pictures.files import MARK, SIDECARS, Contents, first_few, look_into, same_name
+from ..pictures.galleries import (
+    KOHYA,
+    Gallery,
+    advice_without_pictures,
+    class_folder,
+    galleries,
+    subfolders_with_pictures,
+)
+from ..pictures.metadata import FILES, Note, metadata_file, read_metadata
 from ..recipe.fields import Data
-from .captions import Note, fill, missing_trigger, read_metadata, safe_trigger, sidecar
+from .captions import fill, fill_caption, missing_trigger, read_caption, safe_trigger
 from .dataset import Concept, Dataset, Example
-from .images import Unreadable, is_picture, probe
-from .masks import MARK, is_mask, mask_of
+from .images import Unreadable, probe
+from .masks import mask_of
 
-KOHYA = re.compile(r"([1-9]\d*)_(\S+)(?:\s+(.+))?")  # 10_zwx dog
 FINEST = 20  # balanced concepts differ from exact shares of each picture by less than one in so many
+CAPTION_TABLES = {".csv", ".json", ".jsonl", ".parquet", ".tsv"}  # of other programs
+OURS = {"personalize.toml", "readme.txt", "license.txt"}
+Template = Callable[[Concept], str]
 
 
 def read_folder(data: Data, *, lenient: bool = False) -> Dataset:
-    """Open, check and caption every picture of a folder (and those in subfolders that metadata.jsonl names).
+    """Open, check and caption every picture of a folder (and those in subfolders that its metadata names).
 
-    A folder without pictures of its own, but with subfolders called `10_name class`, holds a concept in each of them.
-    A picture that cannot be read is skipped with a warning. Raises DataError when the folder, its captions or masks are not
-    usable (`lenient`: masks may be), or when no picture is left; RecipeError for an unknown word in the caption's template.
+    A folder without pictures of its own, but with subfolders called `10_name class`, holds a concept in each of them; so does a
+    project of kohya's in its `img`. A picture that cannot be read, or whose caption cannot, is left out with a warning. Raises
+    DataError when the folder, its metadata or masks are not usable (`lenient`: masks may be), or when no picture is left;
+    RecipeError for an unknown word in the caption's template.
     """
-    root = _check_folder(data.folder)
-    concepts = _concepts(root, data)
+    check_type(data, Data, "what is read", 'the data part of a recipe: p.read_folder(p.resolve(folder="photos").data)', DataError)
+    found = galleries(data.folder)
+    concepts = _concepts(data, found)
 
-    def words(template: str) -> Callable[[Concept], str]:
+    def words(template: str) -> Template:
         return lambda concept: fill(template, concept.trigger, concept.class_name)
 
-    found = _collect(root, concepts, words(data.caption), words(data.caption_prefix), data.alpha_mask)
-    if found.bad_masks and not lenient:
-        raise found.bad_masks[0][1]
-    examples = _balance_repeats(found.examples, concepts) if data.balance else found.examples
+    dataset = _collect(data.folder, found, concepts, words(data.caption), words(data.caption_prefix), data.alpha_mask)
+    if dataset.bad_masks and not lenient:
+        raise dataset.bad_masks[0][1]
+    examples = _balance_repeats(dataset.examples, concepts) if data.balance else dataset.examples
     warnings = [
-        *found.warnings,
+        *dataset.warnings,
         *(line for i, one in enumerate(concepts) for line in _captions_without_trigger(one.trigger, examples, i)),
+        *foreign_notation(examples),
     ]
-    return replace(found, examples=examples, warnings=warnings)
+    return replace(dataset, examples=examples, warnings=warnings)
 
 
 def class_images(folder: Path, prompt: str) -> Dataset:
     """A folder of class images for prior preservation: a Dataset like any other, captioned with the class prompt."""
-    return replace(_collect(_check_folder(folder), (Concept(""),), lambda _: prompt), trigger=prompt)
+    return replace(_collect(folder, galleries(folder)[:1], (Concept(""),), lambda _: prompt), trigger=prompt)
 
 
 def regularization(folder: Path, template: str, class_name: str) -> Dataset:
@@ -55,77 +71,98 @@ def regularization(folder: Path, template: str, class_name: str) -> Dataset:
 
     A picture without a caption gets the template. Raises DataError, and RecipeError where the template's class is not known.
     """
-    named = _numbered_folders(_check_folder(folder))
-    concepts = [Concept("", rest.partition("_")[2], rest, repeats) for rest, repeats in named] or [Concept("", class_name)]
+    found = galleries(folder)
+    names = [one.numbered for one in found if one.name]
+    named = [(match[0].partition("_")[2], int(match[1])) for match in names if match]
+    concepts = [Concept("", rest, one.name, n) for (rest, n), one in zip(named, found, strict=False)] or [Concept("", class_name)]
     if "{class}" in template and not all(concept.class_name for concept in concepts):
         raise RecipeError(
             "--regularization needs --class, for pictures without a caption", "what is the subject? e.g. --class dog"
         )
-    return _collect(folder, tuple(concepts), lambda concept: fill(template, "", concept.class_name))
+    return _collect(folder, found, tuple(concepts), lambda concept: fill(template, "", concept.class_name))
 
 
-def _concepts(root: Path, data: Data) -> tuple[Concept, ...]:
+def _concepts(data: Data, found: Sequence[Gallery]) -> tuple[Concept, ...]:
     """What a folder shows. A trigger or class that the recipe gives are those of the first concept."""
-    given, class_name = " ".join((data.trigger or "").split()), data.class_name
-    named = [(name, *match.groups()) for name, _ in _numbered_folders(root) if (match := KOHYA.fullmatch(name))]
+    given, class_name = unescape(" ".join((data.trigger or "").split())), data.class_name
+    named = [(one.name, match) for one in found if one.name and (match := one.numbered)]
     if not named:
-        name = os.path.basename(os.path.abspath(root))
+        name = os.path.basename(os.path.abspath(data.folder))
         match = KOHYA.fullmatch(name)  # a single folder out of kohya's layout
-        trigger, is_a = (match[2], match[3] or "") if match else (safe_trigger(name), "")
+        trigger, is_a = (unescape(match[2]), match[3] or "") if match else (safe_trigger(name), "")
         return (Concept(given or trigger, class_name or is_a),)
-    concepts = [Concept(trigger, is_a or "", name, int(repeats)) for name, repeats, trigger, is_a in named]
+    concepts = [Concept(unescape(match[2]), match[3] or "", name, int(match[1])) for name, match in named]
     first = replace(concepts[0], trigger=given or concepts[0].trigger, class_name=class_name or concepts[0].class_name)
     return (first, *concepts[1:])
 
 
-def _numbered_folders(root: Path) -> list[tuple[str, int]]:
-    """Subfolders with pictures called `10_something`, and their numbers; none where there are pictures beside them."""
-    if any(is_picture(path) and not path.is_dir() and not is_mask(path) for path in _visible(root)):
-        return []
-    names = sorted(_galleries(root), key=natural)
-    return [(name, int(match[1])) for name in names if (match := KOHYA.fullmatch(name))]
+@dataclass
+class _Reading:
+    """What was read so far of a folder."""
+
+    root: Path
+    examples: list[Example] = field(default_factory=list)
+    skipped: list[tuple[Path, str]] = field(default_factory=list)
+    bad_masks: list[tuple[Path, DataError]] = field(default_factory=list)
+    pictures: set[Path] = field(default_factory=set)  # readable or not
+    captions: set[Path] = field(default_factory=set)  # files that belong to them
+
+    @functools.cached_property
+    def contents(self) -> Callable[[Path], Contents]:
+        """What lies beside a picture; each folder is listed once."""
+        return functools.cache(look_into)
+
+    def add(self, path: Path, number: int, concept: Concept, note: Note, template: str, prefix: str, alpha: bool | None) -> None:
+        """Read a picture with its caption and mask."""
+        self.pictures.add(path)
+        beside = self.contents(path.parent)
+        file = beside.caption_of(path)
+        self.captions |= {file} if file else set()
+        try:
+            written = read_caption(file) if file else ""
+            sha256, size = probe(path)
+        except (Unreadable, DataError) as error:
+            self.skipped.append((path, str(error)))
+            return
+        mask, mask_sha256 = None, ""
+        try:
+            if alpha is not None:
+                mask, mask_sha256 = mask_of(path, beside.mask_of(path), sha256, size, alpha)
+        except DataError as error:
+            self.bad_masks.append((path, error))
+        text = written or note.caption
+        caption = f"{prefix} {fill_caption(text, concept.trigger, concept.class_name) if text else template}".strip()
+        repeats = note.repeats or concept.repeats
+        self.examples.append(Example(path, caption, sha256, size, repeats, number, mask, mask_sha256, file, written))
 
 
 def _collect(
     root: Path,
+    found: Sequence[Gallery],
     concepts: tuple[Concept, ...],
-    template: Callable[[Concept], str],
-    prefix: Callable[[Concept], str] = lambda _: "",
+    template: Template,
+    prefix: Template = lambda _: "",
     alpha: bool | None = None,
 ) -> Dataset:
     """The pictures of all concepts. `alpha` says whether an alpha channel is a mask; None: nothing is, as of class images."""
-    examples: list[Example] = []
-    skipped: list[tuple[Path, str]] = []
-    bad_masks: list[tuple[Path, DataError]] = []
-    used: list[Path] = []
-    notes = read_metadata(root)
-    for number, concept in enumerate(concepts):
-        folder = root / concept.folder
-        told = {**notes, **(read_metadata(folder) if concept.folder else {})}
-        for path in _pictures(folder, told):
-            used.append(path)
-            note = told.get(path, Note())
-            caption = sidecar(path) or note.caption or template(concept)
-            try:
-                sha256, size = probe(path)
-            except Unreadable as error:
-                skipped.append((path, str(error)))
-                continue
-            mask, mask_sha256 = None, ""
-            try:
-                if alpha is not None:
-                    mask, mask_sha256 = mask_of(path, sha256, size, alpha)
-            except DataError as error:
-                bad_masks.append((path, error))
-            repeats = note.repeats or concept.repeats
-            caption = f"{prefix(concept)} {caption}".strip()
-            examples.append(Example(path, caption, sha256, size, repeats, number, mask, mask_sha256))
-    told_skipped = [f"skipped {path.relative_to(root).as_posix()}: {why}" for path, why in skipped]
-    if not examples:
-        raise DataError(f"none of the {len(used)} pictures in {root} can be read", "; ".join(told_skipped[:3]))
-    unused = (*_lonely(root, concepts, used), *_unused_folders(root, used))
-    warnings = [*told_skipped, *_twins(examples), *unused]
-    return Dataset(tuple(examples), warnings, concepts[0].trigger, concepts, tuple(skipped), unused, tuple(bad_masks))
+    if not found:
+        raise DataError(f"there are no pictures in {root}", advice_without_pictures(look_into(root)))
+    reading = _Reading(root)
+    for number, (concept, gallery) in enumerate(zip(concepts, found, strict=True)):
+        for path in gallery.pictures:
+            note = gallery.notes.get(path, Note())
+            reading.add(path, number, concept, note, template(concept), prefix(concept), alpha)
+        reading.skipped += gallery.contents.left_out
+    if found[0].name:
+        reading.skipped += look_into(root).left_out
+    skipped = [f"skipped {_below(root, path)}: {why}" for path, why in reading.skipped]
+    if not reading.examples:
+        raise DataError(f"none of the {len(reading.pictures)} pictures in {root} can be read", "; ".join(skipped[:3]))
+    unread = _unread(root, found, reading)
+    unused = (*_lonely(found, reading.pictures), *_unused_folders(root, reading.pictures), *unread)
+    warnings = [*skipped, *_twins(reading.examples), *unused]
+    about = tuple(reading.skipped), unused, tuple(reading.bad_masks)
+    return Dataset(tuple(reading.examples), warnings, concepts[0].trigger, concepts, *about)
 
 
 def _balance_repeats(examples: Sequence[Example], concepts: Sequence[Concept]) -> tuple[Example, ...]:
@@ -146,54 +183,8 @@ def _balance_repeats(examples: Sequence[Example], concepts: Sequence[Concept]) -
     return tuple(balanced)
 
 
-def _check_folder(folder: Path) -> Path:
-    if folder.is_dir():
-        return folder
-    if folder.exists():
-        raise DataError(f"{folder} is a file, not a folder", f"give the folder that holds the pictures, perhaps {folder.parent}")
-    raise DataError(f"there is no folder {folder}", "check its spelling; relative paths start at the current folder")
-
-
-def _pictures(folder: Path, told: Iterable[Path]) -> list[Path]:
-    """Picture files right inside the folder, and those in it that metadata.jsonl names, in natural order."""
-    named = {path for path in told if path.is_relative_to(folder)}
-    found = {*named, *(path for path in _visible(folder) if is_picture(path) and not path.is_dir() and not is_mask(path))}
-    if not found:
-        raise DataError(f"there are no pictures in {folder}", _instead(folder))
-    return sorted(found, key=lambda path: natural(path.relative_to(folder).as_posix()))
-
-
-def _visible(folder: Path) -> list[Path]:
-    """Files and folders that a person put there: not hidden, not the leavings of a Mac's zip, no pipes or devices."""
-    try:
-        paths = [path for path in folder.iterdir() if not path.name.startswith(".") and path.name != "__MACOSX"]
-    except OSError as error:
-        raise DataError(f"cannot list {folder}: {error.strerror}", "check its permissions") from error
-    return sorted(path for path in paths if path.is_file() or path.is_dir() or path.is_symlink())
-
-
-def _galleries(folder: Path) -> list[str]:
-    """Names of the subfolders that hold pictures."""
-    return [sub.name for sub in _visible(folder) if sub.is_dir() and any(map(is_picture, _visible(sub)))]
-
-
-def _instead(folder: Path) -> str:
-    """What to do about a folder without pictures."""
-    if galleries := _galleries(folder):
-        return f"there are some in its subfolder {_some(galleries)}: give that folder, or call subfolders like '10_name class'"
-    if suffixes := sorted({path.suffix.lower() for path in _visible(folder) if path.suffix}):
-        return f"it holds {_some(suffixes)}; use PNG, JPEG, WebP or another format that Pillow reads"
-    return "put 3 to 20 pictures in it"
-
-
-def natural(name: str) -> tuple[list[str | int], str]:
-    """Sort key: numbers by value, letters whatever their case, ties by the exact name.
-
-    >>> sorted(["b10", "B9", "a"], key=natural)
-    ['a', 'B9', 'b10']
-    """
-    plain = unicodedata.normalize("NFC", name).casefold()
-    return [int(part) if part.isdecimal() else part for part in re.split(r"([0-9]+)", plain)], name
+def _below(root: Path, path: Path) -> str:
+    return path.relative_to(root).as_posix()
 
 
 def _twins(examples: Sequence[Example]) -> list[str]:
@@ -203,17 +194,47 @@ def _twins(examples: Sequence[Example]) -> list[str]:
     return [f"{name} is the same picture as {twin}" for name, twin in pairs if name != twin]
 
 
-def _lonely(root: Path, concepts: Sequence[Concept], used: Sequence[Path]) -> list[str]:
+def _lonely(found: Sequence[Gallery], pictures: set[Path]) -> list[str]:
     """Masks whose picture is not there: most likely a name was mistyped."""
-    masks = [path for concept in concepts for path in _visible(root / concept.folder) if is_mask(path)]
-    named = {(path.parent, path.stem) for path in used}
-    return [f"{path.name} is a mask without a picture" for path in masks if (path.parent, path.stem[: -len(MARK)]) not in named]
+    named = {(path.parent, same_name(path.stem)) for path in pictures}
+    masks = [path for gallery in found for path in gallery.contents.masks]
+    lonely = [path for path in masks if (path.parent, same_name(path.stem)[: -len(MARK)]) not in named]
+    return [f"{path.name} is a mask without a picture" for path in lonely]
 
 
-def _unused_folders(folder: Path, used: Sequence[Path]) -> list[str]:
-    roots = {path.relative_to(folder).parts[0] for path in used}
-    unused = [name for name in _galleries(folder) if name not in roots]
-    return [f"pictures in the subfolder {_some(unused)} are not used"] if unused else []
+def _unused_folders(root: Path, pictures: set[Path]) -> list[str]:
+    """Subfolders with pictures of which none is used."""
+    parts = {path.relative_to(root).parts[0] for path in pictures}
+    unused = [name for name in subfolders_with_pictures(look_into(root)) if name not in parts]
+    reg, told = class_folder(root), []
+    if reg and reg.name in unused:
+        unused.remove(reg.name)
+        told = [f"class images in the subfolder {reg.name} are used with --prior images --regularization {shlex.quote(str(reg))}"]
+    return [*told, *([f"pictures in the subfolder {first_few(unused)} are not used"] if unused else [])]
+
+
+def _unread(root: Path, found: Sequence[Gallery], reading: _Reading) -> list[str]:
+    """Files that look like captions and that nothing reads; texts that belong to no picture, where one lacks its caption."""
+    known = {metadata_file(folder) for folder in {root, *(one.contents.folder for one in found)} if read_metadata(folder)}
+    names = []
+    for one in found:
+        lacks = any(example.path.parent == one.contents.folder and not example.caption_file for example in reading.examples)
+        kinds = CAPTION_TABLES | (set(SIDECARS) if lacks and not one.notes else set())
+        files = [path for path in one.contents.others if path.suffix.lower() in kinds and path.name.lower() not in OURS]
+        names += [_below(root, path) for path in files if path not in known | reading.captions]
+    how = f"captions are read from NAME.txt beside NAME.png, or from {', '.join(FILES)}"
+    return [f"not read: {first_few(names)} ({how})"] if names else []
+
+
+def foreign_notation(examples: Sequence[Example]) -> list[str]:
+    """What other programs read in captions, and what only means something while drawing: learned as words."""
+    found: dict[str, list[str]] = {}
+    for example in examples:
+        names = [name.partition(" (")[0] for name, _ in foreign(example.caption)]
+        names += ["prompt editing, as in [cat:dog:0.5]"] if has_edits(variants(example.caption)[0]) else []
+        for name in names:
+            found.setdefault(name, []).append(example.path.name)
+    return [f"captions are learned with {name} as words: {first_few(files)}" for name, files in found.items()]
 
 
 def _captions_without_trigger(trigger: str, examples: Sequence[Example], concept: int) -> list[str]:
@@ -223,8 +244,3 @@ def _captions_without_trigger(trigger: str, examples: Sequence[Example], concept
         return []
     what = f"{len(bare)} of {len(own)} captions lack the trigger '{trigger}', such as '{bare[0]:.60}'"
     return [f"{what}: put it into them, or name with --trigger the word that they use"]
-
-
-def _some(words: Sequence[str]) -> str:
-    """The first few of a list, in words."""
-    return ", ".join(words[:4]) + (f" and {len(words) - 4} more" if len(words) > 4 else "")

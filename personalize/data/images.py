@@ -4,34 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
+import io
 import struct
 import warnings
 import zlib
-from collections.abc import Iterator
-from io import BufferedReader
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageCms
 
 from ..errors import DataError
 from ..io import sha256_of
+from ..pictures.files import ADVICE, format_of, formats
 from .buckets import Shape, centre
 
 if TYPE_CHECKING:
     from .dataset import Example
 
-REFUSED = {"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"}  # programs, data and video, not pixels
-PLUGINS = ("pillow_heif", "pillow_avif", "pillow_jxl")
-ADVICE = {
-    **dict.fromkeys((".heic", ".heif", ".hif"), "this format needs a plugin: pip install pillow-heif"),
-    **dict.fromkeys((".avif", ".avifs"), "this format needs a plugin: pip install pillow-avif-plugin"),
-    ".jxl": "this format needs a plugin: pip install pillow-jxl-plugin",
-    **dict.fromkeys((".svg", ".eps", ".ps", ".wmf", ".emf"), "a drawing, not pixels: export it as PNG"),
-    **dict.fromkeys((".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2"), "a camera's raw data: export it as JPEG"),
-}
 BRANDS = {**dict.fromkeys((b"heic", b"heix", b"hevc", b"mif1", b"msf1"), ".heic"), b"avif": ".avif", b"avis": ".avif"}
 # What Pillow's decoders raise on files that are not what they claim to be.
 DAMAGE = (OSError, SyntaxError, ValueError, LookupError, TypeError, ArithmeticError, AttributeError, AssertionError, EOFError,
@@ -39,6 +30,11 @@ DAMAGE = (OSError, SyntaxError, ValueError, LookupError, TypeError, ArithmeticEr
 SPARE = 3  # how many times larger than needed a picture stays when it is averaged down
 STRIP = 256  # rows of a large picture that are handled at a time
 ORIENTATION = 0x0112
+PROFILE_MODES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK", "Lab": "LAB"}  # an ICC profile's colours => how Pillow holds them
+USUAL_GAMMA = 2.2  # of sRGB, as PNG's gAMA chunk counts: 1 / 2.2 says nothing new
+PNG, TEXTS = b"\x89PNG\r\n\x1a\n", (b"tEXt", b"zTXt", b"iTXt")
+TURNED = (b"XML:com.adobe.xmp\0", b"Raw profile type exif\0", b"Raw profile type APP1\0")  # texts that may say which way is up
+LONGEST = 2**18  # bytes of such a text, packed
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -50,23 +46,11 @@ TURNS = {
 }
 
 
+Convert = Callable[[Image.Image], Image.Image]
+
+
 class Unreadable(Exception):
     """A picture that cannot be read; the message says why in a few words."""
-
-
-@functools.cache
-def formats() -> list[str]:
-    """Names of the formats that this Pillow and its installed plugins open, in the order in which to try them."""
-    for plugin in PLUGINS:
-        with contextlib.suppress(ImportError):
-            getattr(importlib.import_module(plugin), "register_heif_opener", lambda: None)()
-    Image.init()
-    return [name for name in Image.ID if name in Image.OPEN and name not in REFUSED]
-
-
-def is_picture(path: Path) -> bool:
-    """Whether the suffix (in any case) says that it is a picture: one that we read, or one to give advice about."""
-    return path.suffix.lower() in ADVICE or _by_suffix(path.suffix) in formats()
 
 
 def probe(path: Path) -> tuple[str, tuple[int, int]]:
@@ -105,7 +89,7 @@ def load_whole(path: Path) -> Image.Image:
     try:
         with open_image(path) as (_, image):
             image.load()
-            turn, flat = TURNS.get(_orientation(image)), over("white", eight_bit(image, white_of(image)))
+            turn, flat = TURNS.get(_orientation(image)), over("white", flattener(image)(image))
     except Unreadable as error:
         raise DataError(f"{path}: {error}", "give another picture") from error
     return flat if turn is None else flat.transpose(turn)
@@ -114,6 +98,8 @@ def load_whole(path: Path) -> Image.Image:
 @contextlib.contextmanager
 def open_image(path: Path) -> Iterator[tuple[str, Image.Image]]:
     """(sha256, opened picture) of a file. Whatever Pillow finds wrong, here or in the block, becomes Unreadable."""
+    if path.exists() and not path.is_file():
+        raise Unreadable("a folder, a pipe or a device, not a file")
     try:
         file = path.open("rb")
     except OSError as error:
@@ -124,7 +110,7 @@ def open_image(path: Path) -> Iterator[tuple[str, Image.Image]]:
         try:
             sha256 = sha256_of(file)
             file.seek(0)
-            with Image.open(file, formats=formats()) as image:
+            with Image.open(without_texts(file), formats=formats()) as image:
                 yield sha256, image
         except Image.UnidentifiedImageError as error:
             raise Unreadable(_advice(file, path)) from error
@@ -134,20 +120,34 @@ def open_image(path: Path) -> Iterator[tuple[str, Image.Image]]:
             raise Unreadable(f"damaged: {str(error) or type(error).__name__}") from error
 
 
-def _advice(file: BufferedReader, path: Path) -> str:
+def without_texts(file: BinaryIO) -> BinaryIO:
+    """A file, without the texts that a PNG carries beside its pixels: Pillow refuses long ones, and the picture with them."""
+    if file.read(8) != PNG:
+        file.seek(0)
+        return file
+    kept, dropped = [PNG], False
+    while len(head := file.read(8)) == 8:
+        size, kind = int.from_bytes(head[:4], "big"), head[4:]
+        body = file.read(size + 4)  # and its checksum
+        if kind in TEXTS and not (body.startswith(TURNED) and size <= LONGEST):
+            dropped = True
+        else:
+            kept += [head, body]
+    file.seek(0)
+    return io.BytesIO(b"".join(kept)) if dropped else file
+
+
+def _advice(file: BinaryIO, path: Path) -> str:
     """Why Pillow does not know a file, and what to do. Phones and chats like to call HEIC pictures .jpg: look inside."""
     file.seek(0)
     start = file.read(12)
     if not start:
         return "empty"
     suffix = BRANDS.get(start[8:], path.suffix.lower()) if start[4:8] == b"ftyp" else path.suffix.lower()
-    known = _by_suffix(suffix) in formats()
+    known = format_of(suffix) in formats()
+    if start[:4] in (b"II*\0", b"MM\0*"):
+        return "a kind of TIFF that Pillow does not read: save it as PNG"
     return "not a picture, whatever its name says" if known else ADVICE.get(suffix, "not a picture that Pillow reads")
-
-
-def _by_suffix(suffix: str) -> str:
-    """Pillow's format for a suffix in any case, or ""."""
-    return Image.registered_extensions().get(suffix.lower(), "")
 
 
 def _stored_shape(image: Image.Image, shape: Shape) -> Shape:
@@ -174,15 +174,15 @@ def over(colour: str, image: Image.Image) -> Image.Image:
 def _shrink(image: Image.Image, shape: Shape) -> Image.Image:
     """RGB or RGBA; the centre of a picture much larger than `shape` is averaged down, in strips that need little memory."""
     left, top, right, bottom = centre(image.size, shape)
-    factor, white = int(min((right - left) / shape[0], (bottom - top) / shape[1])) // SPARE, white_of(image)
+    factor, flat = int(min((right - left) / shape[0], (bottom - top) / shape[1])) // SPARE, flattener(image)
     if factor < 2:
-        return eight_bit(image, white)
+        return flat(image)
     width, height, strip = round(right - left) // factor, round(bottom - top) // factor, max(1, STRIP // factor)
     left, top = (image.width - width * factor) // 2, (image.height - height * factor) // 2
     parts = []
     for row in range(0, height, strip):
         box = (left, top + row * factor, left + width * factor, top + min(row + strip, height) * factor)
-        part = eight_bit(image.crop(box), white)
+        part = flat(image.crop(box))
         # averaged colours must be weighted by their alpha, which is what RGBa holds
         parts.append(part.convert("RGBa").reduce(factor).convert("RGBA") if part.mode == "RGBA" else part.reduce(factor))
     whole = Image.new(parts[0].mode, (width, height))
@@ -191,12 +191,61 @@ def _shrink(image: Image.Image, shape: Shape) -> Image.Image:
     return whole
 
 
-def eight_bit(image: Image.Image, white: float) -> Image.Image:
-    """Any mode -> RGB, or RGBA where something can be transparent; `white` is the brightest value of 16- and 32-bit greys."""
-    if not _is_deep(image):
-        return image.convert("RGBA" if image.has_transparency_data else "RGB")
+def flattener(image: Image.Image) -> Convert:
+    """What brings an image, or a part of it, to RGB as sRGB means it, or to RGBA where something can be transparent."""
+    white, mode, to_srgb = white_of(image), _colours_of(image), _to_srgb(image)
+
+    def flat(part: Image.Image) -> Image.Image:
+        part = _grey(part, white) if _is_deep(part) else part
+        shown = part if part.mode == "LAB" and to_srgb else part.convert("RGBA" if part.has_transparency_data else "RGB")
+        if to_srgb is None:
+            return shown
+        colour = to_srgb(part if part.mode == mode else shown.convert(mode))
+        if shown.mode == "RGBA":
+            colour.putalpha(shown.getchannel("A"))
+        return colour
+
+    return flat
+
+
+def _to_srgb(image: Image.Image) -> Convert | None:
+    """What brings an image's colours, in the mode `_colours_of` says, to sRGB: by its ICC profile, or a PNG's gamma."""
+    mode, gamma = _colours_of(image), image.info.get("gamma")
+    if image.mode == "LAB" or image.info.get("icc_profile"):
+        return _profile_transform(b"" if image.mode == "LAB" else image.info["icc_profile"], mode)
+    if isinstance(gamma, float) and "srgb" not in image.info and abs(gamma * USUAL_GAMMA - 1) > 0.05 and 0.1 < gamma < 10:
+        table = [round(255 * (level / 255) ** (1 / (gamma * USUAL_GAMMA))) for level in range(256)]
+        return lambda part: part.point(table * len(part.getbands())).convert("RGB")
+    return None
+
+
+@functools.lru_cache(maxsize=8)
+def _profile_transform(profile: bytes, mode: str) -> Convert | None:
+    """From a profile's colours in a mode ("": CIE Lab's) to sRGB; None for sRGB itself, and for profiles of other colours."""
+    try:
+        opened = ImageCms.ImageCmsProfile(io.BytesIO(profile) if profile else ImageCms.createProfile("LAB"))
+        about = opened.profile
+        if PROFILE_MODES.get(about.xcolor_space.strip()) != mode or "srgb" in (about.profile_description or "").lower():
+            return None
+        how = ImageCms.Intent.RELATIVE_COLORIMETRIC, ImageCms.Flags.BLACKPOINTCOMPENSATION
+        transform = ImageCms.buildTransform(opened, ImageCms.createProfile("sRGB"), mode, "RGB", *how)
+    except (ImageCms.PyCMSError, ImportError, *DAMAGE):  # a damaged profile, or Pillow without littlecms
+        return None
+    return lambda part: ImageCms.applyTransform(part, transform) or part
+
+
+def _colours_of(image: Image.Image) -> str:
+    """The mode in which a profile has the colours of an image: of a grey one, what the profile is of."""
+    if image.mode in ("CMYK", "LAB"):
+        return image.mode
+    grey = _is_deep(image) or image.mode in ("1", "L", "LA", "La")
+    return "L" if grey and image.info.get("icc_profile", b"")[16:20] == b"GRAY" else "RGB"
+
+
+def _grey(image: Image.Image, white: float) -> Image.Image:
+    """A deep grey in 8 bits; `white` is its brightest value."""
     values = np.nan_to_num(np.asarray(image, dtype=np.float32)) * (255 / white)
-    return Image.fromarray(np.rint(values.clip(0, 255)).astype(np.uint8)).convert("RGB")
+    return Image.fromarray(np.rint(values.clip(0, 255)).astype(np.uint8))
 
 
 def white_of(image: Image.Image) -> float:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -20,8 +21,9 @@ import torch
 from torch import Tensor
 
 from ..errors import BaseModelError
-from ..families import text
+from ..families import emphasis, text
 from ..families.cond import Cond
+from ..families.notation import variants
 from ..models import model
 from ..recipe.fields import Recipe
 from . import buckets
@@ -48,7 +50,9 @@ class Latents:
     mirrored: bool  # whether pictures are shown mirrored half of the time
     posterior: Callable[[int, Shape, bool], tuple[Tensor, Tensor]]  # number, shape, mirrored -> mean, std [c, h, w], scaled
     cond: Cond | None  # of distinct captions + 1, the last of the empty caption; None: to be embedded at each step
-    cond_index: Tensor  # [n], each picture's row of cond
+    cond_index: Tensor  # [n], each picture's row of cond, by the first of its variants
+    variants: list[list[str]]  # of each caption: what it says in turn, where it leaves a choice
+    rows: dict[str, int]  # row of cond by what a caption says
     warnings: list[str]
 
     @functools.cached_property
@@ -90,9 +94,10 @@ def on_demand(base: Base, dataset: Dataset, recipe: Recipe, keep: int | None = 2
         return entry["mean"], entry["std"]
 
     captions = [example.caption for example in examples]
-    distinct = list(dict.fromkeys(captions))
+    ways = [variants(caption) for caption in captions]
+    distinct = list(dict.fromkeys(itertools.chain(*ways)))
     anew = recipe.optim.text_encoder_lr or recipe.data.varies
-    cond = None if anew else _embed(base, [*distinct, ""], windows or base.windows(distinct), warnings)
+    cond = None if anew else _embed(base, [*distinct, ""], windows or base.windows(distinct, weighted=True), warnings)
     masks = [_mask(base, example, shape) for example, shape in zip(examples, shapes, strict=True)]
     return Latents(
         captions=captions,
@@ -103,7 +108,9 @@ def on_demand(base: Base, dataset: Dataset, recipe: Recipe, keep: int | None = 2
         mirrored=recipe.data.flip,
         posterior=posterior,
         cond=cond,
-        cond_index=torch.tensor([distinct.index(caption) for caption in captions]),
+        cond_index=torch.tensor([distinct.index(one[0]) for one in ways]),
+        variants=ways,
+        rows={caption: row for row, caption in enumerate(distinct)},
         warnings=warnings,
     )
 
@@ -139,7 +146,7 @@ def _embed(base: Base, captions: Sequence[str], windows: int, warnings: list[str
 
     @torch.no_grad()
     def embed(caption: str) -> dict[str, Tensor]:
-        cond = base.embed([caption], windows=windows)
+        cond = base.embed([caption], windows=windows, weighted=True)
         return {"tokens": cond.tokens} | ({} if cond.pooled is None else {"pooled": cond.pooled})
 
     def recall(caption: str) -> Cond:
@@ -155,7 +162,8 @@ def identity(base: Base, encoder: Any) -> str:
     config = dict(encoder.config) if isinstance(encoder.config, Mapping) else encoder.config.to_dict()
     plain = {name: str(value) for name, value in config.items() if not name.startswith("_")}  # "_name_or_path" and the like
     weights = store.fingerprint(encoder.state_dict())
-    return store.key(weights=weights, config=plain, device=base.device.type, code=code(model.__name__, text.__name__))
+    own = code(model.__name__, text.__name__, emphasis.__name__)
+    return store.key(weights=weights, config=plain, device=base.device.type, code=own)
 
 
 @functools.cache

@@ -9,28 +9,19 @@ import numpy as np
 
 from ..errors import DataError
 from .buckets import Shape
-from .images import Unreadable, eight_bit, load_image, open_image, over, probe, white_of
+from .images import Unreadable, flattener, load_image, open_image, over, probe
 
 if TYPE_CHECKING:
     from .dataset import Example
 
-MARK = "-masklabel"  # OneTrainer's name for it
 SKEW = 0.02  # by how much a mask's proportions may differ from its picture's
 
 
-def is_mask(path: Path) -> bool:
-    """Whether a file is another picture's mask, and so never a training picture."""
-    return path.stem.casefold().endswith(MARK)
-
-
-def mask_of(picture: Path, sha256: str, size: Shape, alpha: bool) -> tuple[Path | None, str]:
-    """(mask, its sha256) of a picture: the file beside it, else its own alpha channel if that is asked for; (None, "") without.
+def mask_of(picture: Path, mask: Path | None, sha256: str, size: Shape, alpha: bool) -> tuple[Path | None, str]:
+    """(mask, its sha256) of a picture: the file `mask` beside it, else its alpha channel if that is asked for, else (None, "").
 
     Raises DataError for a mask that cannot be read, is all black, or has other proportions than its picture.
     """
-    mask = next(
-        (path for suffix in (".png", ".PNG") if (path := picture.with_name(f"{picture.stem}{MARK}{suffix}")).is_file()), None
-    )
     try:
         if mask is None:
             return (picture, sha256) if alpha and _lightest(picture, alpha=True) is not None else (None, "")
@@ -65,7 +56,7 @@ def _lightest(path: Path, *, alpha: bool = False) -> int | None:
         if alpha and not image.has_transparency_data:
             return None
         image.load()
-        flat = eight_bit(image, white_of(image))
+        flat = flattener(image)(image)
         grey = flat.getchannel("A") if alpha else over("black", flat).convert("L")
         brightest = int(np.asarray(grey).max())
     if brightest == 0:

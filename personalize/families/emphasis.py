@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 STEP = 1.1  # of one pair of brackets, in AUTOMATIC1111
-TOKEN = re.compile(r"\\[()\[\]\\:]|\\|\(|\[|:\s*([+-]?(?:\d+\.?\d*|\.\d+))\s*\)|\)|\]|\bBREAK\b|[^\\()\[\]:B]+|:|B")
+TOKEN = re.compile(r"\\[()\[\]{}\\:]|\\|\(|\[|:\s*([+-]?(?:\d+\.?\d*|\.\d+))\s*\)|\)|\]|\bBREAK\b|[^\\()\[\]:B]+|:|B")
 
 Piece = tuple[str, float | None]  # text and its weight; without one, the text goes on in a new window
 BREAK: Piece = ("", None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gzip
 from pathlib import Path
 from typing import Any
@@ -27,15 +28,17 @@ def clip_tokenizer(pad: str = END) -> Any:
     """The tokenizer of CLIP and OpenCLIP, 49,408 tokens (Radford et al. 2021); the latter pad with `!`."""
     from transformers import CLIPTokenizer
 
-    merges = gzip.decompress(MERGES.read_bytes()).decode("utf-8").split("\n")[:-1]
+    vocabulary, merges = _vocabulary()
+    return CLIPTokenizer(vocab=dict(vocabulary), merges=list(merges), model_max_length=77, pad_token=pad)
+
+
+@functools.cache
+def _vocabulary() -> tuple[dict[str, int], list[tuple[str, ...]]]:
+    """Token => id, and the merges, which are the same for every checkpoint."""
+    merges = [tuple(line.split()) for line in gzip.decompress(MERGES.read_bytes()).decode("utf-8").split("\n")[:-1]]
     letters = list(byte_letters().values())
-    tokens = [*letters, *(f"{letter}</w>" for letter in letters), *("".join(merge.split()) for merge in merges), BEGIN, END]
-    return CLIPTokenizer(
-        vocab={token: i for i, token in enumerate(tokens)},
-        merges=[tuple(merge.split()) for merge in merges],
-        model_max_length=77,
-        pad_token=pad,
-    )
+    tokens = [*letters, *(f"{letter}</w>" for letter in letters), *map("".join, merges), BEGIN, END]
+    return {token: i for i, token in enumerate(tokens)}, merges
 
 
 def byte_letters() -> dict[int, str]:

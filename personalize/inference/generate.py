@@ -13,16 +13,19 @@ import torch
 from PIL import Image
 
 from ..adapters.adapter import Adapter
+from ..data.captions import fill_caption, missing_trigger
 from ..errors import AdapterError, OutputError, RecipeError
+from ..families.notation import choose_by_seed, unescape
 from ..models.model import Base, device_of
 from ..models.precision import dtype_of, precision_of
 from ..recipe.fields import Fitting, Recipe
+from ..recipe.lines import parse_line
 from ..recipe.resolve import from_json, resolve
 from .events import Event, Notice, Picture, Progress, Saved
 from .img2img import fit_image
 from .library import Library
 from .png import save_picture, slug
-from .prompts import Use, parse
+from .prompts import Use, check_negative, parse
 from .request import InitImage, Request
 from .session import Session
 from .sheet import contact_sheet, save_sheet
@@ -51,12 +54,14 @@ def generate(
     names never clash with what is there, or a .png file for a single image or contact sheet. Contact sheets are written with
     `grid` or `axes`, each behind its images.
     """
-    device = device_of(device)
-    dtype = dtype_of(precision_of(resolve(flags={"precision": precision}).fitting, torch.device(device)))
+    how = resolve(flags={"precision": precision, "device": device})
+    device = device_of(how.device)
+    dtype = dtype_of(precision_of(how.fitting, torch.device(device)))
     requests = combine(prompts, seeds, settings, library)
     pages, sheets = plots(requests, seeds, axes, library.find), grid or bool(axes)
     check_output(output, sum(len(page.requests) for page in pages), len(pages) if sheets else 0)
     adapters = library.load(use.name for page in pages for request in page.requests for use in request.adapters)
+    pages = [replace(page, requests=tuple(fill_placeholders(page.requests, adapters))) for page in pages]
     everything = [request for page in pages for request in page.requests]
     yield from map(Notice, check_adapters(adapters, everything))
     session = Session(Base.of(base_recipe(list(adapters.values()), base or {}), device, dtype), library, batch_size=batch_size)
@@ -75,11 +80,39 @@ def combine(prompts: Sequence[str], seeds: Sequence[int], settings: Request, lib
     """A request for every prompt with every seed. Raises RecipeError for tags that say nothing and names that are no adapter."""
     made = []
     for prompt in prompts:
-        text, tags = parse(prompt)
-        own = [Use(library.find(name), weighting) for name, weighting in tags]
-        uses = (*(use for use in settings.adapters if use.name not in dict(own)), *own)
-        made += [replace(settings, prompt=text, seed=seed, adapters=uses) for seed in seeds]
+        text, options = parse_line(prompt)
+        check_negative(options.get("negative", ""))
+        first = options.pop("seed", seeds[0])
+        for seed in seeds:
+            chosen, tags = parse(choose_by_seed(text, own_seed := (first + seed - seeds[0]) % 2**32))
+            own = [Use(library.find(name), weighting) for name, weighting in tags]
+            uses = (*(use for use in settings.adapters if use.name not in dict(own)), *own)
+            made.append(replace(settings, prompt=chosen, seed=own_seed, adapters=uses, **options))
     return made
+
+
+def fill_placeholders(requests: Sequence[Request], adapters: Mapping[str, Adapter]) -> list[Request]:
+    """Requests with {trigger} and {class} filled in from the first adapter of each. Raises RecipeError where none tells them."""
+    made = []
+    for request in requests:
+        texts = request.prompt, request.negative
+        if any(fill_caption(text, "", "") != " ".join(text.split()) for text in texts):
+            known = [adapters[use.name].metadata for use in request.adapters]
+            trigger = next((said for one in known if (said := one.get("modelspec.trigger_phrase"))), "")
+            if not trigger:
+                raise RecipeError(f"nothing tells the trigger in '{request.prompt:.60}'", "give the adapter: --adapter FILE")
+            class_name = next((recipe.data.class_name for recipe in map(recipe_in, known) if recipe), "")
+            words = unescape(trigger.split(", ")[0]), class_name
+            request = replace(request, prompt=fill_caption(texts[0], *words), negative=fill_caption(texts[1], *words))
+        made.append(request)
+    return made
+
+
+def recipe_in(metadata: Mapping[str, str]) -> Recipe | None:
+    """The recipe that an adapter was trained by; None where there is no readable one."""
+    with contextlib.suppress(RecipeError):  # of another version
+        return from_json(text) if (text := metadata.get("personalize.recipe")) else None
+    return None
 
 
 def draw_page(session: Session, page: Plot, output: Path, sheets: bool) -> Iterator[Event]:
@@ -129,9 +162,11 @@ def check_adapters(adapters: Mapping[str, Adapter], requests: Sequence[Request])
             except AdapterError as error:
                 raise RecipeError(f"{name}: {error.what}", error.hint) from error
         trigger = adapter.metadata.get("modelspec.trigger_phrase", "")
-        words = trigger.lower().split(", ")  # one of each concept
-        if trigger and not any(word in request.prompt.lower() for word in words for request in own):
-            yield f"{name} listens to {trigger!r}, which no prompt says"
+        words = [unescape(word) for word in trigger.split(", ")]  # one of each concept
+        if trigger and not any(not missing_trigger(word, [request.prompt]) for word in words for request in own):
+            bare = any(word.lower() in request.prompt.lower() for word in words for request in own)
+            why = ": brackets without a backslash are emphasis" if bare else ""
+            yield f"{name} listens to '{trigger}', which no prompt says{why}"
 
 
 def file_name(request: Request, label: str) -> str:
@@ -150,10 +185,9 @@ def make_folder(folder: Path) -> None:
 def base_recipe(adapters: Sequence[Adapter], given: Mapping[str, Any]) -> Recipe:
     """The recipe of the first adapter that has a readable one, else the default one, with what is `given` of the base."""
     recipe = Recipe()
-    for text in filter(None, (adapter.metadata.get("personalize.recipe") for adapter in adapters)):
-        with contextlib.suppress(RecipeError):  # of another version
-            recipe = from_json(text)
-            break
+    for found in filter(None, (recipe_in(adapter.metadata) for adapter in adapters)):
+        recipe = found
+        break
     if given.get("base", recipe.base) != recipe.base:
         recipe = Recipe()  # what is known of one base says nothing about another
     return recipe.model_copy(update=dict(given))

@@ -17,12 +17,14 @@ from pathlib import Path
 from PIL import Image
 
 from ..adapters.adapter import Adapter
+from ..errors import RecipeError, check_type
 from ..models.model import Base
 from .events import images
 from .library import Library
 from .request import DEFAULTS, DENOISE, InitImage, Request
 from .schedulers import Size
 from .session import Session
+from .sheet import Pictures
 
 
 def draw(
@@ -39,7 +41,7 @@ def draw(
     image: Image.Image | str | Path | None = None,
     denoise: float = DENOISE,
     batch_size: int = 8,
-) -> list[Image.Image]:
+) -> Pictures:
     """One image per (prompt, seed) pair, in order; `<lora:NAME:0.8>` in a prompt adds an adapter of `adapters` to it.
 
     Tags are A1111's (prompts.py). `size` is the side or (width, height) in pixels, by default the image's or the base's.
@@ -57,8 +59,7 @@ def draw(
     >>> one.size, one == two
     ((64, 64), True)
     """
-    if len(prompts) != len(seeds):
-        raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds: give one seed per picture")
+    check_arguments(base, prompts, seeds, adapters, steps, size)
     start = InitImage.open(image) if isinstance(image, str | Path) else image and InitImage(image)
     sides = (size, size) if isinstance(size, int) else size
     library = Library(adapters or {})
@@ -70,7 +71,30 @@ def draw(
     if unused := library.adapters.keys() - {use.name for request in requests for use in request.adapters}:
         name = min(unused)
         warnings.warn(f"no prompt says <lora:{name}:1>: {name} is not used", stacklevel=2)
-    return list(images(Session(base, library, batch_size=batch_size).draw(requests)))
+    return Pictures(images(Session(base, library, batch_size=batch_size).draw(requests)))
+
+
+def check_arguments(
+    base: Base, prompts: Sequence[str], seeds: Sequence[int], adapters: Mapping[str, Adapter] | None, steps: int, size: object
+) -> None:
+    """Raise PersonalizeError, which says what to pass, for what `draw` is easily given by mistake."""
+    check_type(base, Base, "base", 'a loaded Base: p.Base.load("pocket")', RecipeError)
+    for name, value, kind, example in (("prompts", prompts, str, '["a cat"]'), ("seeds", seeds, int, "[0]")):
+        check_type(value, (list, tuple, range), name, f"a list, one for each picture: {name}={example}", RecipeError)
+        for one in value:
+            check_type(one, kind, f"each of {name}", f"of the kind in {example}: {name}={example}", RecipeError)
+    if len(prompts) != len(seeds):
+        raise RecipeError(f"{len(prompts)} prompts but {len(seeds)} seeds", "give one seed per picture")
+    check_type(
+        adapters, (Mapping, type(None)), "adapters", 'by name: adapters={"rex": p.Adapter.load("rex.safetensors")}', RecipeError
+    )
+    for name, adapter in (adapters or {}).items():
+        wanted = f'an Adapter: adapters={{"{name}": p.Adapter.load("{name}.safetensors")}}'
+        check_type(adapter, Adapter, f"adapters[{name!r}]", wanted, RecipeError)
+    check_type(size, (int, tuple, list, type(None)), "size", "a side, or width and height: size=(96, 64)", RecipeError)
+    check_type(steps, int, "steps", "a whole number: steps=20", RecipeError)
+    if steps < 1:
+        raise RecipeError(f"steps must be at least 1, not {steps}", "steps=20")
 
 
 def draw_images(base: Base, requests: Iterable[Request], *, batch_size: int = 8) -> Iterator[Image.Image]:

@@ -6,19 +6,19 @@
     <lyco:NAME:...>                                                                      a1111-sd-webui-lycoris
 
 Everything that may stand behind a file's name after --adapter may stand here too, and means the same; only the order of two bare
-strengths is A1111's. Emphasis, as in (word:1.2), is left in the prompt.
+strengths is A1111's. Emphasis, as in (word:1.2), and edits, as in [cat:dog:0.5], are left in the prompt (families/notation.py).
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from pathlib import Path
 from typing import NamedTuple
 
 from ..adapters.strengths.curves import strength_text
 from ..adapters.strengths.grammar import PARTS, PRESETS, Weighting, read
 from ..errors import AdapterError, RecipeError, nearest
+from ..families.notation import foreign
 
 TAG = re.compile(r"<(lora|lyco|hypernet):([^<>]*)>", re.IGNORECASE)
 OPENING = re.compile(r"<(lora|lyco|hypernet):", re.IGNORECASE)
@@ -46,7 +46,8 @@ class Prompt(NamedTuple):
 
 
 def parse(prompt: str) -> Prompt:
-    """A prompt without its tags, and what they say. Raises RecipeError for tags that say nothing sensible.
+    """A prompt without its tags, and what they say. Raises RecipeError for tags that say nothing sensible, and for what other
+    programs read in prompts and this one does not.
 
     >>> text, uses = parse("a <lora:rex:0.5:0.8:stop=0.5> dog <lyco:ink>")
     >>> text, [(name, str(weighting)) for name, weighting in uses]
@@ -56,6 +57,8 @@ def parse(prompt: str) -> Prompt:
     text = TAG.sub("", prompt)
     if lost := OPENING.search(text):
         raise RecipeError(f"a tag is not closed: {text[lost.start() : lost.start() + 40]}", "write <lora:NAME:0.8>")
+    for name, hint in foreign(text):
+        raise RecipeError(f"{name} is not supported, and would be drawn as words: {text[:60]}", hint)
     return Prompt(re.sub(r"(?<=\S) {2,}|^ +| +$|(?<=\S) +(?=[,.;!?])", _gap, text) if uses else text, uses)
 
 
@@ -123,19 +126,3 @@ def find_name(name: str, known: Iterable[str]) -> str:
             f"no adapter is called {name!r}", nearest(name, known) if known else "give it: --adapter FILE or --lora-dir FOLDER"
         )
     return same[0]
-
-
-def read_prompts(path: Path) -> list[str]:
-    """One prompt per line; empty lines and those that begin with # are left out. Raises RecipeError."""
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(
-            f"{path} cannot be read: {getattr(error, 'strerror', None) or 'not UTF-8'}", "one prompt per line"
-        ) from error
-    if not (prompts := [line for line in lines if line and not line.startswith("#")]):
-        raise RecipeError(f"there are no prompts in {path}", "one per line; # begins a comment")
-    return prompts
-
-
-from_file = read_prompts  # its old name, until the command has the new one

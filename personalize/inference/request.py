@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 from ..adapters.strengths.grammar import read
 from ..data.images import load_whole
 from ..errors import RecipeError
+from ..families.notation import choose_by_seed
 from ..recipe.fields import Sampling
+from ..recipe.lines import parse_line
 from ..recipe.samplers import sampler_name
 from .prompts import Use, check_negative, parse
 from .schedulers import sampler_of
@@ -69,13 +71,16 @@ class Request:
 
     @classmethod
     def parse(cls, prompt: str, *, negative: str = "", sampler: str = DEFAULTS.sampler, **settings: Any) -> Request:
-        """A request as people write it: tags in the prompt, a sampler's name in any spelling.
+        """A request as people write it: tags, choices and kohya's options in the prompt, a sampler's name in any spelling.
 
         Raises RecipeError for tags that say nothing sensible or stand in the negative prompt, and for an unknown sampler.
         """
-        text, uses = parse(prompt)
-        uses = (*settings.pop("adapters", ()), *uses)
-        return cls(text, adapters=uses, negative=check_negative(negative), sampler=sampler_name(sampler), **settings)
+        prompt, options = parse_line(prompt)
+        options = {"negative": negative, "sampler": sampler, **settings} | options
+        text, uses = parse(choose_by_seed(prompt, options.get("seed", 0)))
+        uses = (*options.pop("adapters", ()), *uses)
+        negative, sampler = check_negative(options.pop("negative")), sampler_name(options.pop("sampler"))
+        return cls(text, adapters=uses, negative=negative, sampler=sampler, **options)
 
     @property
     def settings(self) -> tuple[Any, ...]:

@@ -18,6 +18,7 @@ from torch import Tensor
 from ..adapters.adapter import Adapter
 from ..adapters.strengths.grammar import Weighting
 from ..families.cond import Cond
+from ..families.notation import at_step
 from ..tuning.attach import attach, attached_to
 from .schedulers import latent_shape, make_sampler
 
@@ -58,10 +59,10 @@ def denoise(base: Base, requests: Sequence[Request], start: InitLatents | None =
 def denoise_steps(base: Base, requests: Sequence[Request], start: InitLatents | None = None) -> Steps:
     """Noise [b, c, h, w] to latents [b, c, h, w] along the scheduler's timesteps, both halves of the guidance in one call.
 
-    Yields after each step. Adapters on the base follow their schedules; where the text encoder's change, the prompts are
-    embedded anew.
+    Yields after each step. Adapters on the base follow their schedules; where the text encoder's change, or prompts that are
+    edited by step, they are embedded anew.
     """
-    one, prompts = requests[0], [request.prompt for request in requests]
+    one, prompts, said = requests[0], [request.prompt for request in requests], [""]
     shape = tuple(start.latents.shape[1:]) if start else latent_shape(base, one.size)
     scheduler = make_sampler(base, one.steps, one.sampler)
     generators = [torch.Generator().manual_seed(request.seed) for request in requests]
@@ -75,8 +76,10 @@ def denoise_steps(base: Base, requests: Sequence[Request], start: InitLatents | 
     with adapter_schedule(base) as turn:
         for i, t in enumerate(timesteps):
             changed = turn(i // order, count)
-            if cond is None or any(part.startswith("text_encoder") for part in changed):
-                cond = conditioning(base, prompts, one.negative, one.guidance)
+            now = [at_step(text, i // order + 1, count) for text in (one.negative, *prompts)]
+            if cond is None or now != said or any(part.startswith("text_encoder") for part in changed):
+                said = now
+                cond = conditioning(base, said[1:], said[0], one.guidance)
             output = predict(base, scheduler.scale_model_input(latents, t), t, cond, one.guidance)
             latents = scheduler.step(output.float(), t, latents, **own).prev_sample
             if (i + 1) % order == 0 or i + 1 == len(timesteps):

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
 from ..io import atomic
+
+
+class Pictures(list[Image.Image]):
+    """Images that a notebook shows beside each other. Otherwise a list."""
+
+    def _repr_png_(self) -> bytes | None:
+        if not self:
+            return None
+        buffer = io.BytesIO()
+        contact_sheet(self, min(4, len(self))).save(buffer, format="PNG")
+        return buffer.getvalue()
 
 
 def enlarge(picture: Image.Image, side: int = 192) -> Image.Image:
@@ -19,17 +31,19 @@ def enlarge(picture: Image.Image, side: int = 192) -> Image.Image:
 def contact_sheet(
     pictures: Sequence[Image.Image], columns: int, *, rows: Sequence[str] = (), heads: Sequence[str] = (), side: int = 192
 ) -> Image.Image:
-    """A contact sheet on white, `columns` wide: `heads` label the columns, `rows` (e.g. prompts) stand above their row."""
+    """A contact sheet on white, `columns` wide: `heads` label the columns, `rows` (e.g. prompts), of
+    one line or several, stand above their row."""
     cells = [enlarge(picture, side) for picture in pictures]
     width, height = max(cell.width for cell in cells), max(cell.height for cell in cells)
     gap, line = 8, 22
-    top, label = (line if heads else 0) + gap, line if rows else 0
+    top, label = (line if heads else 0) + gap, line * max((row.count("\n") + 1 for row in rows), default=0)
     lines = -(-len(cells) // columns)
     sheet = Image.new("RGB", (gap + columns * (width + gap), top + lines * (label + height + gap)), "white")
     for i, head in enumerate(heads[:columns]):
         write_line(sheet, (gap + i * (width + gap), gap // 2), head, width)
     for i, row in enumerate(rows[:lines]):
-        write_line(sheet, (gap, top + i * (label + height + gap)), row, sheet.width - 2 * gap)
+        for j, text in enumerate(row.split("\n")):
+            write_line(sheet, (gap, top + i * (label + height + gap) + j * line), text, sheet.width - 2 * gap)
     for i, cell in enumerate(cells):
         sheet.paste(cell, (gap + i % columns * (width + gap), top + i // columns * (label + height + gap) + label))
     return sheet

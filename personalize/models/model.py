@@ -11,17 +11,19 @@ import functools
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from os import PathLike
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import RecipeError
+from ..errors import BaseModelError, RecipeError, check_type
 from ..families.cond import Cond
 from ..families.family import Family, LatentFormat, Read
 from ..families.noise import ZERO_SNR, Noise
 from ..families.text import Chunks, TextEncoder
+from ..recipe.fields import check_device
 from .folder import examine, load_folder
 from .loaded import Loaded
 from .quantized import Quantized
@@ -88,6 +90,9 @@ class Base:
         >>> base.family.name, base.resolution, base.embed(["a red cat"]).tokens.shape
         ('pocket', 64, torch.Size([1, 77, 192]))
         """
+        check_type(name, (str, PathLike), "a base", 'a name or path: p.Base.load("pocket")', BaseModelError)
+        check_type(dtype, torch.dtype, "dtype", 'one of torch: p.Base.load("pocket", dtype=torch.float16)', BaseModelError)
+        device = usable_device(device)
         path, other = locate(name), locate_vae(vae)
         with quiet():
             found = load_folder(path, dtype) if path.is_dir() else load_single(path, dtype, other)
@@ -158,9 +163,14 @@ class Base:
             "resolution": self.resolution,
             "parameters": {part: sum(map(numel, model.modules())) for part, model in models.items()},
             "stored": stored,
-            "dtypes": {part: dtypes_of(model) for part, model in models.items()},
+            "dtypes": self.dtypes,
             "bytes": sum(weight_bytes(model) for model in models.values()),
         }
+
+    @property
+    def dtypes(self) -> dict[str, str]:
+        """Part => in what its weights are held."""
+        return {part: dtypes_of(model) for part, model in {**self.parts, "vae": self.vae}.items()}
 
     def place(self, device: torch.device | None = None, *, lean: bool = False, tiled: bool = False) -> None:
         """Compute on `device` from now on. With `lean`, encoders leave it when they are done, and come when they are needed."""
@@ -310,10 +320,19 @@ def locate_vae(vae: str | Path | None) -> Path | None:
 
 
 def device_of(device: str) -> str:
-    """`cpu` or `cuda`; `auto` is CUDA where there is one. Raises RecipeError for a GPU that is not there."""
+    """`cpu` or `cuda`; `auto` is CUDA where there is one. Raises RecipeError for a GPU that is not there, or not supported."""
+    check_device(device)
     if device == "cuda" and not torch.cuda.is_available():
         raise RecipeError("--device cuda, but torch sees no GPU here", "try --device auto")
     return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+
+
+def usable_device(device: str | torch.device) -> torch.device:
+    """The device of a name, `auto` among them. Raises RecipeError for one that there is not."""
+    try:
+        return torch.device(device_of(device) if isinstance(device, str) else device)
+    except (RuntimeError, TypeError) as error:
+        raise RecipeError(f"there is no device {device!r}", "choose from auto, cpu, cuda and cuda:1") from error
 
 
 @contextlib.contextmanager

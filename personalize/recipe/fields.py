@@ -209,6 +209,14 @@ def _bytes(text: str) -> int:
     return int(float(found[1]) * UNITS[found[2] or ""])
 
 
+def check_device(device: Any) -> Any:
+    """Raise RecipeError for a kind of GPU that is known not to be supported."""
+    if str(device).partition(":")[0] == "mps":
+        why = "nothing here has been run on one, and some kinds of adapters compute in float64, which it lacks"
+        raise RecipeError(f"--device {device}: an Apple GPU is not supported yet: {why}", "--device cpu works on a Mac")
+    return device
+
+
 WITHOUT_CLASS = (
     "{trigger}",
     "{trigger} in the snow",
@@ -273,7 +281,9 @@ class Recipe(Part):
     output: Path | None = Field(None, description="run folder (default: runs/TRIGGER)")
     dialect: Literal["kohya", "diffusers", "peft"] = Field("kohya", description="naming scheme of the adapter file")
     checkpoint_every: int = Field(50, ge=0, description="steps between checkpoints; 0 keeps only the last")
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where to train")
+    device: Annotated[Literal["auto", "cpu", "cuda"], BeforeValidator(check_device)] = Field(
+        "auto", description="where to train; not on an Apple GPU (mps) yet"
+    )
 
     data: Data = Data()
     adapter: AdapterSpec = AdapterSpec()
@@ -305,9 +315,17 @@ class Recipe(Part):
         if self.name is not None and Path(self.name).name != self.name:
             raise RecipeError(f"--name must be a plain file name, not {self.name!r}", "the folder is --output")
         for flag, template in self._templates():
-            if unknown := set(re.findall(r"{(.*?)}", template)) - {"trigger", "class"}:
+            if unknown := set(re.findall(r"(?<!\\){([^{}|]*)}", template)) - {"trigger", "class"}:
                 raise RecipeError(f"{flag} can hold {{trigger}} and {{class}}, not {{{min(unknown)}}}")
         return self
+
+    @property
+    def remarks(self) -> list[str]:
+        """What is allowed, and most likely not meant."""
+        if self.optim.warmup < self.steps or not self.optim.warmup:
+            return []
+        what = f"--warmup {self.optim.warmup} is as long as the run or longer ({self.steps} steps), so that --lr is never reached"
+        return [f"{what}: --warmup {self.steps // 10}"]
 
     @property
     def prior_rows(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,16 +11,22 @@ from typing import Any
 from pydantic import ValidationError
 
 from ..errors import RecipeError, nearest
-from ..io import pictures_in
+from ..pictures.galleries import count_pictures
 from ..text import parse_toml
 from .fields import WITHOUT_CLASS, Recipe
+from .lines import expand, with_our_placeholders
 from .settings import flat, flatten, record, settings
 
+PROMPTS = ("sample_prompts", "prior_prompts")  # lists whose lines may be in a file
 
-def resolve(preset: str | Path | None = None, flags: Mapping[str, Any] | None = None, *, start: Recipe | None = None) -> Recipe:
+
+def resolve(
+    preset: str | Path | None = None, flags: Mapping[str, Any] | None = None, *, start: Recipe | None = None, prefix: str = ""
+) -> Recipe:
     """The recipe of a run: defaults, then `start` (another run's recipe), then a preset by name or path, then flags.
 
-    A preset's `[pictures.20]` holds settings for folders of 20 pictures or more; the nearest number counts last.
+    A preset's `[pictures.20]` holds settings for folders of 20 pictures or more; the nearest number counts last. `prefix` is what
+    the names of the base's own presets begin with, to propose one of them where `preset` is none.
 
     Raises RecipeError for unknown settings (naming the nearest), values out of bounds and contradictions.
 
@@ -33,7 +40,7 @@ def resolve(preset: str | Path | None = None, flags: Mapping[str, Any] | None = 
         layers.append(("--from", record(start)))
     if preset is not None:
         folder = flags.get("folder") or (start.data.folder if start and "folder" in start.data.model_fields_set else None)
-        layers += load_preset(preset, pictures_in(Path(folder)) if folder else 0)
+        layers += load_preset(find_preset(preset, prefix), count_pictures(Path(folder)) if folder else 0)
         layers.append(("", {"preset": str(preset)}))
     layers.append(("", flags))
     return _build(layers)
@@ -45,7 +52,7 @@ def load_preset(preset: str | Path, pictures: int = 0) -> list[tuple[str, Mappin
     layers: list[tuple[str, Mapping[str, Any]]] = []
     following: str | Path | None = preset
     while following is not None:
-        path = _find_preset(following)
+        path = find_preset(following)
         if any(str(path) == seen for seen, _ in layers):
             raise RecipeError(f"preset {path} starts from itself")
         whole = _read_toml(path)
@@ -78,12 +85,27 @@ def presets() -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder.glob("*.toml"))}
 
 
-def _find_preset(preset: str | Path) -> Path:
+def find_preset(preset: str | Path, prefix: str = "") -> Path:
+    """A preset's file, by its name or path. Raises RecipeError, which proposes one; of a base's own, where `prefix` tells it."""
     if Path(preset).suffix == ".toml":
         return Path(preset)
     if str(preset) not in presets():
-        raise RecipeError(f"unknown preset {str(preset)!r}", f"{nearest(str(preset), presets())}; a path must end in .toml")
+        raise RecipeError(f"unknown preset {str(preset)!r}", f"{similar_preset(str(preset), prefix)}; a path must end in .toml")
     return presets()[str(preset)]
+
+
+def similar_preset(name: str, prefix: str = "") -> str:
+    """A hint that names the preset that was most likely meant: `style` on a base of the family sdxl is `sdxl-style`.
+
+    >>> similar_preset("stlye", "sdxl")
+    'did you mean sdxl-style?'
+    """
+    prefix = next((one for one in {name.partition("-")[0] for name in presets()} if name.startswith(f"{one}-")), prefix)
+    own = {one.removeprefix(f"{prefix}-"): one for one in presets() if prefix and one.startswith(f"{prefix}-")}
+    purpose = name.lower().rpartition("-")[2]
+    if close := difflib.get_close_matches(purpose, own, n=1, cutoff=0.5):
+        return f"did you mean {own[close[0]]}?"
+    return nearest(name, presets())
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
@@ -102,6 +124,8 @@ def _build(layers: list[tuple[str, Mapping[str, Any]]]) -> Recipe:
     for origin, layer in layers:
         for key, value in flat(layer, origin).items():
             values[key], origins[key] = value, origin
+            if key in PROMPTS and isinstance(value, list | tuple) and all(isinstance(prompt, str) for prompt in value):
+                values[key] = [with_our_placeholders(prompt) for prompt in expand(list(value))]
     if not values.get("class"):
         given = values.get("sample_prompts")
         if origins.get("sample_prompts") and isinstance(given, list):  # a preset's

@@ -27,6 +27,12 @@ class Setting:
     def flag(self) -> str:
         return "--" + self.name.replace("_", "-")
 
+    def words(self, value: Any) -> list[str]:
+        """What to type for a value, as JSON has it."""
+        if isinstance(value, bool):
+            return [self.flag if value else f"--no-{self.flag[2:]}"]
+        return [word for one in (value if isinstance(value, list) else [value]) for word in (self.flag, str(one))]
+
     @property
     def help(self) -> str:
         return self.info.description or ""
@@ -120,3 +126,20 @@ def flat(table: Mapping[str, Any], origin: str = "") -> dict[str, Any]:
                 )
             values[known.name] = plain
     return values
+
+
+def as_words(values: Mapping[str, Any]) -> list[str]:
+    """Settings as one types them on a command line; what is None is left out.
+
+    >>> as_words({"class": "dog", "flip": False, "targets": ["attention", "conv"]})
+    ['--class', 'dog', '--no-flip', '--targets', 'attention', '--targets', 'conv']
+    """
+    words: list[str] = []
+    for name, value in values.items():
+        setting = settings()[name]
+        if setting.type is bool and value is not None:
+            words.append(setting.flag if value else f"--no-{setting.flag[2:]}")
+        elif value is not None:
+            each = value if isinstance(value, list | tuple) else [value]
+            words += [word for one in each for word in (setting.flag, str(one))]
+    return words

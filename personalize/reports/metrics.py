@@ -17,20 +17,15 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.nn import functional as F
 
 from ..data.captions import remove_triggers
 from ..data.dataset import Example
 from ..data.latents import load_pixels
 from ..errors import DataError
-from ..families.tokens import load_tokenizer
 from ..io import write_text
-from ..models.folder import load_model
-from ..models.model import quiet
-from ..models.sources import locate, read_json
+from ..models.clip import Clip
+from ..models.sources import locate
 from ..training.events import Chosen, Sample, Started, parse, read_events
-
-HALF = [0.5, 0.5, 0.5]  # mean and deviation of a CLIP folder without its own: pixels in -1..1
 
 
 @dataclass(frozen=True)
@@ -43,62 +38,6 @@ class Row:
     ceiling: float | None
     better: str  # "higher" or "lower"
     explain: str
-
-
-class Clip:
-    """A CLIP with both towers: pictures and texts as unit vectors in one space."""
-
-    def __init__(self, model: Any, tokenizer: Any, mean: Sequence[float], deviation: Sequence[float]) -> None:
-        self.model, self.tokenizer = model, tokenizer
-        self.mean, self.deviation = (torch.tensor(values)[:, None, None] for values in (mean, deviation))
-
-    @classmethod
-    def of(cls, base: Path) -> Clip | None:
-        """The CLIP in a base's `clip/` folder, None if it has none. Raises BaseModelError for a broken one.
-
-        Where the base's own text encoder is its text tower, as in SD 1.x, the folder may leave that out.
-        """
-        folder = base / "clip"
-        if not (folder / "config.json").is_file():
-            return None
-        from transformers import CLIPModel, CLIPTextModel
-
-        with quiet():
-            text = load_model(CLIPTextModel, base / "text_encoder", torch.float32).state_dict()
-            lent = {f"text_model.{key.removeprefix('text_model.')}": weight for key, weight in text.items()}
-            model = load_model(CLIPModel, folder, torch.float32, lent).eval().requires_grad_(False)
-        own = folder / "preprocessor_config.json"
-        about = read_json(own) if own.is_file() else {}
-        tokenizer = load_tokenizer((folder if (folder / "tokenizer").is_dir() else base) / "tokenizer")
-        return cls(model, tokenizer, about.get("image_mean", HALF), about.get("image_std", HALF))
-
-    @torch.no_grad()
-    def pictures(self, pictures: Sequence[Image.Image]) -> Tensor:
-        """Square pictures => unit vectors [n, d]."""
-        side = self.model.config.vision_config.image_size
-        squares = [np.asarray(picture.convert("RGB").resize((side, side), Image.Resampling.BICUBIC)) for picture in pictures]
-        pixels = (torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2) / 255 - self.mean) / self.deviation
-        return torch.cat(
-            [F.normalize(feature_tensor(self.model.get_image_features(chunk)), dim=-1) for chunk in pixels.split(64)]
-        )
-
-    @torch.no_grad()
-    def texts(self, prompts: Sequence[str]) -> Tensor:
-        """Prompts => unit vectors [n, d]; longer ones are cut to the model's window."""
-        window = self.model.config.text_config.max_position_embeddings
-        tokens = self.tokenizer(list(prompts), padding="max_length", max_length=window, truncation=True, return_tensors="pt")
-        return F.normalize(feature_tensor(self.model.get_text_features(tokens.input_ids)), dim=-1)
-
-    def cosines(self, a: Sequence[Image.Image], b: Sequence[Image.Image]) -> Tensor:
-        """The cosine [n] of each picture of `a` with its partner in `b`."""
-        return (self.pictures(a) * self.pictures(b)).sum(-1)
-
-
-def feature_tensor(features: Any) -> Tensor:
-    """Projected features [n, d]: transformers 5 wraps them in an output object, 4 gave the tensor."""
-    found = features if isinstance(features, Tensor) else features.pooler_output
-    assert isinstance(found, Tensor)
-    return found
 
 
 # ---------------------------------------------------------------- from a run folder
@@ -120,7 +59,6 @@ class Evidence:
     with_trigger: list[Pair]  # of prompts with the trigger
     without_trigger: list[Pair]  # of prompts that never had it
     training: list[Image.Image]
-    captions: list[str]  # of the training pictures, without the trigger
 
 
 def evidence(folder: Path) -> Evidence:
@@ -141,9 +79,8 @@ def evidence(folder: Path) -> Evidence:
             words, has_trigger = remove_triggers(triggers, event.prompt)
             pairs[has_trigger].append(Pair(words, load_rgb(folder / twin), load_rgb(folder / event.path)))
     side = max((pair.adapter.width for pair in pairs[True] + pairs[False]), default=0)
-    training = [(training_crop(one, side), remove_triggers(triggers, one["caption"])[0]) for one in images]
-    there = [(picture, caption) for picture, caption in training if picture]
-    return Evidence(pairs[True], pairs[False], [picture for picture, _ in there], [caption for _, caption in there])
+    training = [picture for one in images if (picture := training_crop(one, side))]
+    return Evidence(pairs[True], pairs[False], training)
 
 
 def training_crop(record: dict[str, Any], side: int) -> Image.Image | None:
@@ -196,9 +133,8 @@ def obedience(found: Evidence, clip: Clip) -> Row:
     """CLIP-T: the mean cosine of pictures to their prompts, without the trigger, which CLIP does not know."""
     texts = clip.texts([pair.prompt for pair in found.with_trigger])
     before, after = (float((vectors * texts).sum(-1).mean()) for vectors in both_features(clip, found.with_trigger))
-    ceiling = float((clip.pictures(found.training) * clip.texts(found.captions)).sum(-1).mean()) if found.training else None
-    explain = "CLIP-T: cosine of pictures to their prompts without the trigger; ceiling: of training pictures to their captions"
-    return Row("does what the prompt says", before, after, ceiling, "higher", explain)
+    explain = "CLIP-T: cosine of pictures to their prompts without the trigger"
+    return Row("does what the prompt says", before, after, None, "higher", explain)
 
 
 def leakage(found: Evidence, clip: Clip) -> Row:

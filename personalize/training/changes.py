@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
 from ..data.dataset import Example
 from ..errors import RecipeError
+from ..families.notation import unescape
 from ..recipe.fields import Recipe
 from .optimizers import factor
 from .rundir import Run, State
@@ -26,8 +27,8 @@ def identity(example: Example) -> Identity:
 def changes_since(state: State, now: Mapping[str, Any], recipe: Recipe, run: Run, names: Sequence[str]) -> list[str]:
     """What a run goes on with that it did not begin with, a sentence each. `names` are those of the pictures.
 
-    More or fewer steps than were planned, and other pictures and captions: the steps that were taken count. Raises RecipeError,
-    naming the differences, for what belongs to another run.
+    More or fewer steps than were planned, and other pictures and captions: the steps that were taken count. Captions that differ
+    in escapes alone are no others. Raises RecipeError, naming the differences, for what belongs to another run.
     """
     refuse_other_runs(run, state.about, now)
     if recipe.steps < state.done:
@@ -37,10 +38,16 @@ def changes_since(state: State, now: Mapping[str, Any], recipe: Recipe, run: Run
         )
     planned = state.about["settings"]["steps"]
     steps = [steps_change(recipe, state.done, planned)] if planned != recipe.steps else []
-    if (before := state.about["pictures"]) == (pictures := now["pictures"]):
+    before, pictures = (unescape_captions(about["pictures"]) for about in (state.about, now))
+    if before == pictures:
         return steps
     told = list(picture_changes(before, pictures, names, names_by_sha(run)))
     return [*steps, *(told or ["the pictures come in another order"])]
+
+
+def unescape_captions(pictures: Iterable[Identity]) -> list[Identity]:
+    """Pictures whose captions are as a run of before had them: no bracket had a backslash."""
+    return [[sha, unescape(str(caption)), *rest] for sha, caption, *rest in pictures]
 
 
 def refuse_other_runs(run: Run, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
@@ -71,9 +78,10 @@ def steps_change(recipe: Recipe, done: int, planned: int) -> str:
 def picture_changes(
     before: Sequence[Identity], now: Sequence[Identity], names: Sequence[str], old_names: Mapping[str, str]
 ) -> Iterator[str]:
-    """Which pictures, captions, masks and repeats are others. `names` are those of `now`; `old_names` go by sha256, if known."""
+    """Which pictures, captions, masks and repeats are others. `names` are those of `now`, which class images follow; `old_names`
+    go by sha256, if known."""
     left, others = list(before), list[tuple[Identity, str]]()
-    for one, name in zip(now, names, strict=True):  # two pictures may be the same
+    for one, name in zip(now, [*names, *["a class image"] * (len(now) - len(names))], strict=True):  # two may be the same
         left.remove(one) if one in left else others.append((one, name))
     pairs = list[tuple[str, Identity, Identity | None]]()
     for one, name in others:
@@ -105,7 +113,13 @@ def caption_text(caption: str | int) -> str:
 
 
 def names_by_sha(run: Run) -> dict[str, str]:
-    """Names of the pictures that the run began or went on with, from its diary."""
-    started = [record for record in run.history() if record["event"] == "started"]
-    images = [image for record in started for image in record.get("images") or [] if isinstance(image, dict)]
-    return {str(image.get("sha256")): PurePath(str(image.get("path"))).name for image in images}
+    """Names, below their folder, of the pictures that the run began or went on with, from its diary."""
+    names = dict[str, str]()
+    for record in run.history():
+        if record["event"] == "started":
+            folder = PurePath(str((record.get("recipe") or {}).get("folder", "")))
+            images = [image for image in record.get("images") or [] if isinstance(image, dict)]
+            paths = {str(image.get("sha256")): PurePath(str(image.get("path"))) for image in images}
+            below = {sha: path.relative_to(folder) if path.is_relative_to(folder) else path for sha, path in paths.items()}
+            names |= {sha: path.as_posix() for sha, path in below.items()}
+    return names

@@ -11,6 +11,7 @@ from pathlib import Path
 from ..errors import OutputError, RecipeError, nearest
 from ..io import disk_error
 from ..lock import is_held
+from ..text import command_line
 
 CONTROL = "control"
 WORDS = {
@@ -26,7 +27,8 @@ def tell(folder: Path, word: str) -> None:
         raise RecipeError(f"a run does not understand {word!r}", nearest(word, WORDS))
     if not is_held(folder):
         raise OutputError(
-            f"no run goes on in {folder}", f"personalize finish {folder} makes an adapter of where a stopped one stands"
+            f"no run goes on in {folder}",
+            f"{command_line('personalize', 'finish', folder)} makes an adapter of where a stopped one stands",
         )
     try:
         with (folder / CONTROL).open("a", encoding="utf-8") as control:

@@ -28,7 +28,7 @@ def started_event(run: ActiveRun) -> Started:
     """The event of a run that is about to go."""
     plan, data = run.plan, run.data
     sources = (plan.dataset, plan.regularization, data.latents, data.prior)
-    warnings = [warning for source in sources if source for warning in source.warnings]
+    warnings = [*plan.recipe.remarks, *(warning for source in sources if source for warning in source.warnings)]
     if run.compute.compile and (why := missing_compiler(plan.device)):
         warnings.append(f"nothing is compiled: {why}")
     return Started(

@@ -82,6 +82,32 @@ class Scored:
 
 
 @dataclass(frozen=True, slots=True)
+class Encoded:
+    """What the base's autoencoder makes of the training images was saved; `concern` is a sentence where that is not enough."""
+
+    kept: list[float]  # peak signal-to-noise ratios in dB
+    path: str
+    concern: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """Images of a checkpoint at a strength were drawn and looked at. See verdict.py; nan: not known on this base."""
+
+    step: int
+    strength: float
+    value: float  # estimate of identity * fidelity * (1 - leak) * kept, 0..1
+    low: float  # the truth lies between low and high in 80 of 100 cases
+    high: float
+    identity: float  # share of images with the trigger that show the subject or style
+    fidelity: float  # share of images with the trigger that are what the rest of the prompt says
+    leak: float  # share of images without the trigger that show it all the same
+    kept: float  # share of images of unrelated things that are as obedient as the base's
+    signs: dict[str, Any] = field(default_factory=dict)  # what was measured, see signs.py
+    path: str = ""  # the images, where they were saved
+
+
+@dataclass(frozen=True, slots=True)
 class Fold:
     """A run that left pictures out is done: at which step it was best on them, and how good."""
 
@@ -161,7 +187,10 @@ class Failed:
     message: str
 
 
-Event = Started | Step | Sample | Sweep | Scored | Fold | Chosen | Saved | SteppedDown | Warned | Stopped | Failed | Finished
+Event = (
+    Started | Encoded | Step | Sample | Sweep | Scored | Judged | Fold | Chosen | Saved | SteppedDown | Warned
+    | Stopped | Failed | Finished
+)  # fmt: skip
 
 # ---------------------------------------------------------------- as JSON, and back
 
@@ -172,6 +201,8 @@ NEEDED: dict[str, tuple[str, ...]] = {
     "sample": ("step", "prompt", "seed", "path"),
     "sweep": ("strength", "prompt", "seed", "path"),
     "scored": ("step", "strength", "fit", "validation", "drift", "contrast", "score"),
+    "encoded": ("kept", "path"),
+    "judged": ("step", "strength", "value", "low", "high"),
     "chosen": ("step", "best", "low", "high", "judged_by"),
     "saved": ("step", "path"),
     "steppeddown": ("step", "what", "why"),
@@ -179,7 +210,8 @@ NEEDED: dict[str, tuple[str, ...]] = {
     "stopped": ("step",),
     "error": ("message",),
 }
-NULLABLE = {"fit", "validation", "drift", "contrast", "score"}  # of those: null stands for a number that is not finite
+# Of those, null stands for a number that is not finite.
+NULLABLE = {"fit", "validation", "drift", "contrast", "score", "value", "low", "high"}
 NOTES: dict[str, dict[str, type]] = {"error": {"message": str}}  # the record of a run's end that is no event
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from ..errors import PersonalizeError, RecipeError
+from ..errors import PersonalizeError, RecipeError, check_type
 from ..models.model import Base
 from ..recipe.fields import Recipe
 from .events import Failed, Finished, Step, Stopped
@@ -30,6 +30,10 @@ def train_fleet(recipes: Sequence[Recipe], *, fresh: bool = False, together: int
     the way, says so, and the others go on. At most `together` members go through the base at once, and fewer where memory runs
     out. Ctrl-C (or closing the iterator) saves all states; the same call again goes on.
     """
+    wanted = 'a list of recipes: p.train_fleet([p.resolve(folder="photos/rex"), p.resolve(folder="photos/tom")])'
+    check_type(recipes, (list, tuple), "what is trained", wanted, RecipeError)
+    for one in recipes:
+        check_type(one, Recipe, "what is trained", wanted, RecipeError)
     with contextlib.ExitStack() as all_locks:
         locks = [all_locks.enter_context(contextlib.ExitStack()) for _ in recipes]
         for i, event in train_companies(recipes, fresh, together, locks):
@@ -48,7 +52,9 @@ def train_companies(
 
     def claim(i: int, run: Run) -> None:
         if (other := places.setdefault(run.folder.resolve(), i)) != i:
-            raise RecipeError(f"{run.folder} is the run folder of two recipes", f"numbers {other + 1} and {i + 1}")
+            raise RecipeError(
+                f"{run.folder} is the run folder of two recipes", f"{recipes[other].data.folder} and {recipes[i].data.folder}"
+            )
         if not recipes[i].choosing.leave_one_out:  # `train` does it
             locks[i].enter_context(run.hold())
 

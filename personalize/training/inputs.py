@@ -46,7 +46,7 @@ def prepare_data(plan: RunPlan) -> TrainingData:
     with plan.base.keeping():
         if needs.class_captions:
             with torch.no_grad():
-                class_cond = plan.base.embed(captions, windows=plan.windows)
+                class_cond = plan.base.embed(captions, windows=plan.windows, weighted=True)
         held = encode_dataset(plan.base, replace(plan.dataset, examples=plan.held), recipe, plan.windows) if plan.held else None
         return TrainingData(encode_dataset(plan.base, plan.dataset, recipe, plan.windows), prior, captions, class_cond, held)
 
@@ -81,11 +81,11 @@ def reader(plan: RunPlan) -> Read:
     @functools.lru_cache(maxsize=256)
     @torch.no_grad()
     def final(caption: str) -> Cond:
-        return plan.base.embed([caption], windows=plan.windows)
+        return plan.base.embed([caption], windows=plan.windows, weighted=True)
 
     def read(captions: Sequence[str], micro: int) -> Cond:
         if micro < learning:
-            return plan.base.embed(captions, windows=plan.windows)
+            return plan.base.embed(captions, windows=plan.windows, weighted=True)
         return Cond.cat(final(caption) for caption in captions)
 
     return read

@@ -6,6 +6,7 @@ Nothing here depends on the clock: the same recipe gives the same bytes. Times a
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 import io
 import json
@@ -20,6 +21,7 @@ from PIL import Image
 from ..data.captions import tags
 from ..data.dataset import Dataset
 from ..data.latents import grid_of
+from ..families.notation import escape
 from ..models.model import Base
 from ..recipe.fields import Recipe
 from ..recipe.resolve import to_json
@@ -29,6 +31,7 @@ from .memory.ladder import ComputePlan
 MIXED = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}  # kohya's words
 ADAMW = "torch.optim.adamw.AdamW(weight_decay={optim.weight_decay},betas=({optim.beta1}, {optim.beta2}))"  # kohya's words too
 PREDICTION = {"v_prediction": "v"}  # modelspec's words
+version_of = functools.cache(version)  # which reads a long file each time, and every checkpoint asks for four
 
 
 def describe_run(
@@ -66,7 +69,7 @@ def describe_run(
 
 def dtypes(base: Base) -> dict[str, str]:
     """In what each part was held, the adapter as well."""
-    return {**base.facts["dtypes"], "adapter": "float32"}
+    return {**base.dtypes, "adapter": "float32"}
 
 
 def kohya_keys(recipe: Recipe, base: Base, dataset: Dataset, name: str, step: int) -> dict[str, str]:
@@ -160,8 +163,8 @@ def _json(value: object) -> str:
 
 
 def trigger_phrases(dataset: Dataset) -> list[str]:
-    """How a prompt asks for each concept: its trigger and class."""
-    return list(dict.fromkeys(f"{one.trigger} {one.class_name}".strip() for one in dataset.concepts))
+    """How a prompt asks for each concept: its trigger and class, with their brackets escaped as UIs want them."""
+    return list(dict.fromkeys(escape(f"{one.trigger} {one.class_name}".strip()) for one in dataset.concepts))
 
 
 def modelspec_keys(recipe: Recipe, base: Base, dataset: Dataset, name: str, sample: Path | None) -> dict[str, str]:
@@ -176,8 +179,8 @@ def modelspec_keys(recipe: Recipe, base: Base, dataset: Dataset, name: str, samp
         "modelspec.description": f"LoRA of {' and '.join(words)}, from {len(dataset.examples)} pictures",
         "modelspec.resolution": f"{side}x{side}",
         "modelspec.prediction_type": PREDICTION.get(base.noise.prediction, base.noise.prediction),
-        "modelspec.trigger_phrase": ", ".join(dataset.triggers),
-        "modelspec.usage_hint": f"write {' or '.join(_json(word) for word in words)} in the prompt",
+        "modelspec.trigger_phrase": ", ".join(map(escape, dataset.triggers)),
+        "modelspec.usage_hint": "write {} in the prompt".format(" or ".join(f'"{word}"' for word in words)),
     }
     return keys | ({"modelspec.thumbnail": thumbnail(sample)} if sample else {})
 
@@ -208,4 +211,4 @@ def thumbnail(picture: Path, side: int = 256) -> str:
 
 def versions() -> dict[str, str]:
     """The versions that decide what a run gives."""
-    return {"personalize": __version__} | {name: version(name) for name in ("torch", "diffusers", "transformers", "peft")}
+    return {"personalize": __version__} | {name: version_of(name) for name in ("torch", "diffusers", "transformers", "peft")}

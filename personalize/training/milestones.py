@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 
@@ -12,11 +12,13 @@ from PIL import Image
 from ..errors import TrainingError
 from ..inference.pipeline import draw_images
 from ..inference.png import save_picture
+from ..inference.request import Request
 from ..inference.sheet import enlarge
 from ..io import atomic, write_text
 from ..tuning.tunable import Tunable
-from .events import Chosen, Event, Sample, Saved, Sweep
+from .events import Chosen, Event, Sample, Saved, Sweep, Warned
 from .inputs import training_batches
+from .limits import show_reconstruction, unknown_class, unlike_class
 from .memory.recover import probe_until_it_fits
 from .metadata import describe_run, sidecar
 from .preflight import RunPlan, is_drawn
@@ -29,7 +31,12 @@ SWEEP = (0.25, 0.5, 0.75, 1.25)  # strengths
 
 def make_what_is_due(run: ActiveRun) -> Iterator[Event]:
     """Sample images and files that are due where the run stands. Doing it twice does no harm, so a run goes on with this."""
-    recipe, done = run.plan.recipe, run.done
+    plan, done = run.plan, run.done
+    recipe, folder = plan.recipe, plan.run
+    if done == 0:
+        yield folder.record(show_reconstruction(plan, run.data.latents))
+        for concern in filter(None, (unknown_class(plan) or unlike_class(plan),)):
+            yield folder.record(Warned(0, concern))
     if done == 0 or is_due(done, recipe.sampling.sample_every, recipe.steps):
         yield from sample_images(run, done)
     if recipe.checkpoint_every and is_due(done, recipe.checkpoint_every, recipe.steps):
@@ -57,20 +64,16 @@ def sample_images(run: ActiveRun, step: int) -> Iterator[Event]:
 def draw_missing(plan: RunPlan, step: int) -> Iterator[Event]:
     """Draw the sample images of a step that are not there as the recipe wants them drawn."""
     there = plan.run.samples()
-    wanted = {pair: plan.request(*pair) for pair in sample_pairs(plan)}
-    missing = [
-        pair for pair, request in wanted.items()
-        if (path := there.get((step, *pair))) is None or not is_drawn(path, request.complete(plan.base))
-    ]  # fmt: skip
-    for pair, image in zip(missing, draw_images(plan.base, [wanted[pair] for pair in missing]), strict=True):
-        path = plan.run.sample(step, *pair)
-        save_picture(image, path, wanted[pair].complete(plan.base))
-        yield plan.run.record(Sample(step, *pair, plan.run.relative(path), base=step == 0))
+    missing = {name: one for name, one in plan.sample_requests().items() if drawn_path(plan, there, step, one) is None}
+    for (name, request), image in zip(missing.items(), draw_images(plan.base, missing.values()), strict=True):
+        path = save_picture(image, plan.run.sample(step, name), request.complete(plan.base))
+        yield plan.run.record(Sample(step, request.prompt, request.seed, plan.run.relative(path), base=step == 0))
 
 
-def sample_pairs(plan: RunPlan) -> list[tuple[str, int]]:
-    """Every sample prompt with every seed."""
-    return [(prompt, seed) for prompt in dict.fromkeys(plan.prompts) for seed in dict.fromkeys(plan.recipe.sampling.sample_seeds)]
+def drawn_path(plan: RunPlan, there: Mapping[tuple[int, str, int], list[Path]], step: int, request: Request) -> Path | None:
+    """The sample image, of those that are `there`, that was drawn from just this request at a step."""
+    own, whole = there.get((step, request.prompt, request.seed), ()), request.complete(plan.base)
+    return next((path for path in own if is_drawn(path, whole)), None)
 
 
 def save_checkpoint(run: ActiveRun) -> Event:
@@ -94,9 +97,13 @@ def save_adapter(run: ActiveRun, step: int, path: Path) -> Saved:
 
 def first_sample(plan: RunPlan, step: int) -> Path | None:
     """The image of the first sample prompt and seed at a step, or the last one before it."""
-    pairs, there = sample_pairs(plan)[:1], plan.run.samples()
-    steps = [at for at, *pair in there if at <= step and tuple(pair) in pairs]
-    return there[(max(steps), *pairs[0])] if steps else None
+    there = plan.run.samples()
+    for request in islice(plan.sample_requests(seeds=1).values(), 1):
+        steps = [at for at, *pair in there if at <= step and pair == [request.prompt, request.seed]]
+        if steps:
+            last = max(steps)
+            return drawn_path(plan, there, last, request) or there[last, request.prompt, request.seed][0]
+    return None
 
 
 def finish(run: ActiveRun) -> Iterator[Event]:
@@ -119,18 +126,24 @@ def finish(run: ActiveRun) -> Iterator[Event]:
 
 def sweep_strengths(plan: RunPlan, tunable: Tunable, step: int) -> Iterator[Event]:
     """Draw the first two prompts at several strengths; those at 0 and 1 are there already."""
-    pairs = [pair for pair in sample_pairs(plan) if pair[1] == plan.recipe.sampling.sample_seeds[0]][:2]
-    there, requests = plan.run.samples(), {pair: plan.request(*pair).complete(plan.base) for pair in pairs}
+    there, requests = plan.run.samples(), dict(islice(plan.sample_requests(seeds=1).items(), 2))
     for strength in (0.0, *SWEEP, 1.0):
-        paths = {pair: plan.run.sweep(step, strength, *pair) for pair in pairs} if strength in SWEEP else {}
-        missing = [pair for pair, path in paths.items() if not is_drawn(path, requests[pair])]  # of a step that is not taken anew
-        with tunable.at(strength):
-            images = list(draw_images(plan.base, [requests[pair] for pair in missing])) if missing else []
-        for pair, image in zip(missing, images, strict=True):
-            save_picture(image, paths[pair], requests[pair])
-        for pair in pairs:
-            path = paths.get(pair) or there[(step if strength else 0, *pair)]
-            yield plan.run.record(Sweep(step, strength, *pair, plan.run.relative(path)))
+        if strength in SWEEP:
+            paths = {name: plan.run.sweep(step, strength, name) for name in requests}
+            with tunable.at(strength):
+                draw_into(plan, paths, requests)
+        else:
+            at = step if strength else 0
+            paths = {n: drawn_path(plan, there, at, request) or plan.run.sample(at, n) for n, request in requests.items()}
+        for name, request in requests.items():
+            yield plan.run.record(Sweep(step, strength, request.prompt, request.seed, plan.run.relative(paths[name])))
+
+
+def draw_into(plan: RunPlan, paths: Mapping[str, Path], requests: Mapping[str, Request]) -> None:
+    """Draw each request whose image is not at its path yet: those of a step that is not taken anew are."""
+    missing = [name for name, path in paths.items() if not is_drawn(path, requests[name].complete(plan.base))]
+    for name, image in zip(missing, draw_images(plan.base, [requests[name] for name in missing]), strict=True):
+        save_picture(image, paths[name], requests[name].complete(plan.base))
 
 
 def probe_run(run: ActiveRun) -> None:
@@ -141,7 +154,7 @@ def probe_run(run: ActiveRun) -> None:
     epoch = -(-len(plan.dataset.examples) // plan.recipe.batch_size)
 
     def sample_and_save() -> None:
-        requests = [plan.request(*pair, steps=1) for pair in sample_pairs(plan)[:8]]
+        requests = list(plan.sample_requests(steps=1).values())[:8]
         for _ in draw_images(plan.base, requests) if requests else ():
             pass
         try:

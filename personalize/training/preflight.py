@@ -20,13 +20,17 @@ from ..data.dataset import Concept, Dataset, Example
 from ..data.folder import read_folder, regularization
 from ..data.latents import grid_of
 from ..errors import OutputError, RecipeError, nearest
+from ..families.notation import choose_by_seed, variants
 from ..inference import schedulers
 from ..inference.png import read_record
+from ..inference.prompts import parse
 from ..inference.request import Request
 from ..io import weights_hash
 from ..models.model import Base, device_of
 from ..models.precision import dtype_of, precision_of
+from ..pictures.galleries import check_output
 from ..recipe.fields import Recipe
+from ..recipe.lines import PromptLine, parse_line
 from ..recipe.resolve import to_toml
 from ..recipe.settings import flatten
 from ..text import plain
@@ -35,7 +39,7 @@ from ..tuning.targets import fresh as fresh_deltas
 from .changes import changes_since, identity
 from .events import Finished
 from .objectives.objective import needs_of
-from .rundir import Run, State
+from .rundir import Run, State, sample_name
 
 # Settings that change nothing about the training itself: a run may go on with other ones.
 HARMLESS = {"preset", "output", "name", "dialect", "checkpoint_every", "folder", "regularization", "device"}
@@ -73,8 +77,8 @@ class RunPlan:
     @functools.cached_property
     def windows(self) -> int:
         """Windows of the text encoder that every caption is brought to, so that they fit into one batch."""
-        captions = [*(example.caption for example in (*self.dataset.examples, *self.held)), *self.class_captions]
-        return self.base.windows(captions, shuffled=self.recipe.data.varies)
+        written = [way for example in (*self.dataset.examples, *self.held) for way in variants(example.caption)]
+        return self.base.windows([*written, *self.class_captions], weighted=True, shuffled=self.recipe.data.varies)
 
     @property
     def folds(self) -> list[Run]:
@@ -84,12 +88,21 @@ class RunPlan:
 
     @property
     def prompts(self) -> list[str]:
-        """The sample prompts, filled in: all of them for the first concept, and the first with a trigger for each other one."""
+        """The sample prompts, filled in, without the options behind them."""
+        return [line.text for line in self.lines]
+
+    @functools.cached_property
+    def lines(self) -> list[PromptLine]:
+        """The sample prompts, filled in: all of them for the first concept, and the first with a trigger for each other one.
+
+        Raises RecipeError for what is not read in them.
+        """
         templates = self.recipe.sampling.sample_prompts
         called = [template for template in templates if "{trigger}" in template][:1]
         others = [self._fill(template, one) for one in self.dataset.concepts[1:] for template in called]
         own = [self._fill(template) for template in templates]
-        return [*own, *(prompt for prompt in dict.fromkeys(others) if prompt not in own)]
+        filled = [*own, *(prompt for prompt in dict.fromkeys(others) if prompt not in own)]
+        return [_sample_line(prompt, self.recipe.seed) for prompt in filled]
 
     @property
     def class_prompts(self) -> list[str]:
@@ -102,7 +115,20 @@ class RunPlan:
     def class_captions(self) -> list[str]:
         """The pictures' captions without the triggers, then the class prompts: what prior 'output' holds."""
         triggers = self.dataset.triggers
-        return [*(remove_triggers(triggers, example.caption)[0] for example in self.dataset.examples), *self.class_prompts]
+        captions = [variants(example.caption)[0] for example in self.dataset.examples]
+        return [*(remove_triggers(triggers, caption)[0] for caption in captions), *self.class_prompts]
+
+    def sample_request(self, prompt: int, seed: int, **changed: Any) -> Request:
+        """A sample image of a prompt and a seed by their numbers; a prompt's own seed is the first of as many."""
+        (text, options), seeds = self.lines[prompt], self.recipe.sampling.sample_seeds
+        own = {**options, "seed": (options.get("seed", seeds[0]) + seeds[seed] - seeds[0]) % 2**32}
+        return replace(self.request(text, 0), **own | changed)
+
+    def sample_requests(self, seeds: int | None = None, **changed: Any) -> dict[str, Request]:
+        """The sample images by the names of their files, without the step: every prompt with all seeds, or the first ones."""
+        numbers = [(p, s) for p in range(len(self.lines)) for s in range(len(self.recipe.sampling.sample_seeds[:seeds]))]
+        requests = [(self.lines[p], self.sample_request(p, s, **changed)) for p, s in numbers]
+        return {sample_name(*line, request.seed): request for line, request in requests}
 
     def request(self, prompt: str, seed: int, **changed: Any) -> Request:
         """A sample image, as the recipe wants it drawn."""
@@ -112,6 +138,15 @@ class RunPlan:
         """Filled in for a concept, by default the first."""
         concept = concept or self.dataset.concepts[0]
         return fill(template, concept.trigger, concept.class_name)
+
+
+def _sample_line(prompt: str, seed: int) -> PromptLine:
+    """A sample prompt with its choices made. Raises RecipeError for what is not read in it."""
+    text, options = parse_line(choose_by_seed(prompt, seed))
+    for one in (text, options.get("negative", "")):
+        if parse(one).uses:
+            raise RecipeError(f"--sample-prompts: adapters cannot be named in '{one:.60}'", "samples show the run's own")
+    return PromptLine(text, options)
 
 
 def check(
@@ -126,6 +161,7 @@ def check(
     recipe = with_defaults(recipe, whole)
     dataset, held = split(whole, recipe)
     assert recipe.output and recipe.name
+    check_output(recipe.data.folder, recipe.output)
     if recipe.output.suffix == ".safetensors":
         raise RecipeError(f"--output is the run's folder, and {recipe.output} a file's name", "name the adapter with --name")
     run = Run(recipe.output, recipe.name)
@@ -137,10 +173,9 @@ def check(
     schedulers.latent_shape(base, recipe.data.resolution or None)
     grid_of(base, recipe)
     brought = class_folder(recipe)
-    pictures = (*dataset.examples, *(brought.examples if brought else ()))
     about = {
         "settings": settings_to_compare(recipe) | held_as(recipe, precision),
-        "pictures": [identity(example) for example in pictures],
+        "pictures": [identity(e) for e in (*dataset.examples, *(brought.examples if brought else ()))],
         "weights": weights(base),
     }
     state = None if fresh else run.load_state()
@@ -150,7 +185,7 @@ def check(
         init, start = begin_with(recipe.init, base, start)
     about |= {"init": init} if init else {}
     history: list[dict[str, Any]] = state.more.get("changes", []) if state else []
-    changes = changes_since(state, about, recipe, run, [example.path.name for example in pictures]) if state else []
+    changes = changes_since(state, about, recipe, run, names_of(recipe, dataset)) if state else []
     same = state and state.done == recipe.steps and run.recipe_text() == recipe_text(recipe, history)
     finished = run.finished_event() if same else None
     if state and changes and not finished:
@@ -158,6 +193,8 @@ def check(
     plan = RunPlan(
         recipe, base, device, dataset, held, run, about, state, finished, start, init, brought, tuple(changes), tuple(history)
     )
+    for _, options in plan.lines:
+        schedulers.latent_shape(base, options.get("size"))
     if not finished:
         rehearse(plan)
     return plan

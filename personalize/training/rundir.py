@@ -30,6 +30,7 @@ from ..errors import OutputError
 from ..inference.png import slug
 from ..io import atomic, disk_error, write_text
 from ..lock import hold
+from ..text import command_line
 from .control import take_words
 from .events import Event, Finished, event_record, parse, read_events
 
@@ -90,17 +91,19 @@ class Run:
         """The validation of each checkpoint by step, from events.jsonl."""
         return {r["step"]: r["validation"] for r in self.history() if r["event"] == "scored" and r["strength"] == 1}
 
-    def sample(self, step: int, prompt: str, seed: int) -> Path:
-        return self.folder / "samples" / f"{step:06}-{prompt_name(prompt)}-s{seed}.png"
+    def sample(self, step: int, name: str) -> Path:
+        return self.folder / "samples" / f"{step:06}-{name}.png"
 
-    def sweep(self, step: int, strength: float, prompt: str, seed: int) -> Path:
-        return self.folder / "samples" / f"{step:06}-{prompt_name(prompt)}-s{seed}-x{strength:.2f}.png"
+    def sweep(self, step: int, strength: float, name: str) -> Path:
+        return self.folder / "samples" / f"{step:06}-{name}-x{strength:.2f}.png"
 
-    def samples(self) -> dict[tuple[int, str, int], Path]:
+    def samples(self) -> dict[tuple[int, str, int], list[Path]]:
         """The sample pictures that the diary tells of and that are there, by step, prompt and seed."""
-        records = [record for record in self.history() if record["event"] == "sample"]
-        found = {(r["step"], r["prompt"], r["seed"]): self.folder / r["path"] for r in records}
-        return {key: path for key, path in found.items() if path.is_file()}
+        found: dict[tuple[int, str, int], list[Path]] = {}
+        for record in self.history():
+            if record["event"] == "sample" and (path := self.folder / record["path"]).is_file():
+                found.setdefault((record["step"], record["prompt"], record["seed"]), []).append(path)
+        return found
 
     def relative(self, path: Path) -> str:
         return path.relative_to(self.folder).as_posix()
@@ -108,7 +111,8 @@ class Run:
     @contextlib.contextmanager
     def hold(self) -> Iterator[None]:
         """Inside, nobody else trains into this folder. Raises OutputError, which names the holder, where somebody does."""
-        with hold(self.folder, f"wait for it, end it with `personalize tell {self.folder} stop`, or choose another --output"):
+        end = command_line("personalize", "tell", self.folder, "stop")
+        with hold(self.folder, f"wait for it, end it with `{end}`, or choose another --output"):
             take_words(self.folder)  # to a run that is gone
             yield
 
@@ -213,14 +217,21 @@ def is_settled(record: Mapping[str, Any], before: bool, done: int) -> bool:
     and the steps and files `before` the end of them."""
     if record["event"] == "sample":
         return bool(record["step"] <= done)
-    return record["event"] in ("started", "steppeddown") or (before and record["event"] in ("step", "saved", "warned"))
+    return record["event"] in ("started", "steppeddown") or (before and record["event"] in ("step", "saved", "warned", "encoded"))
 
 
-def prompt_name(prompt: str) -> str:
-    """A prompt as a part of a file's name, another one for every prompt.
+def sample_name(prompt: str, options: Mapping[str, Any], seed: int) -> str:
+    """The name of a sample picture behind its step; `options` are what is drawn differently for its prompt."""
+    return f"{prompt_name(prompt, {name: value for name, value in options.items() if name != 'seed'})}-s{seed}"
 
-    >>> prompt_name("a rex dog"), prompt_name("A rex dog!")
-    ('a-rex-dog', 'a-rex-dog-ab0f2c')
+
+def prompt_name(prompt: str, options: Mapping[str, Any] | None = None) -> str:
+    """A prompt as a part of a file's name, another one for every prompt, and for every other way to draw it.
+
+    >>> prompt_name("a rex dog"), prompt_name("A rex dog!"), prompt_name("a rex dog", {"size": (96, 64)})
+    ('a-rex-dog', 'a-rex-dog-ab0f2c', 'a-rex-dog-5a1bb9')
     """
-    name = slug(prompt)
-    return name if prompt == name.replace("-", " ") else f"{name}-{hashlib.sha256(prompt.encode()).hexdigest()[:6]}"
+    name, more = slug(prompt), json.dumps(options, sort_keys=True) if options else ""
+    if not more and prompt == name.replace("-", " "):
+        return name
+    return f"{name}-{hashlib.sha256((prompt + more).encode()).hexdigest()[:6]}"

@@ -17,7 +17,8 @@ Nothing is drawn but a few small pictures by the base, once, to have something t
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -28,11 +29,14 @@ from ..adapters.adapter import Adapter
 from ..data.batches import generator
 from ..data.captions import remove_triggers
 from ..data.latents import Latents
+from ..families.notation import settle
 from ..inference.request import Request
 from ..inference.sampling import denoise, eval_mode
 from ..models.model import Base
+from ..text import spread
 from ..tuning.tunable import Tunable
 from .events import Chosen, Event, Scored
+from .examiner import Examiner, prepare_examiner
 from .preflight import RunPlan
 
 # How much is asked, in rows: one prediction each. A training step on 4 pictures costs about as much as 20 of them.
@@ -51,6 +55,8 @@ DRIFT = 2.0
 EQUAL = 0.01  # scores this close are equal, and then the later checkpoint is better: its learning rate has come down further
 CLOSE = 0.1  # strengths are good whose score is below the best one's by at most this share of what was learned
 GRAIN = 0.05  # of a strength range
+SHORTLIST = 2  # checkpoints of which images are drawn
+SAME = 0.03  # estimates this close are equal, and then the later checkpoint is better
 
 
 @dataclass(frozen=True)
@@ -149,15 +155,6 @@ def prepare_exam(plan: RunPlan, trained: Latents, held: Latents | None, tunable:
     return Exam(plan.base, batch, min(len(examples[0]), PICTURES), called, bare, others, right, off)
 
 
-def spread(n: int, most: int) -> list[int]:
-    """At most so many of n, evenly chosen.
-
-    >>> spread(3, 4), spread(10, 4)
-    ([0, 1, 2], [0, 2, 5, 7])
-    """
-    return [i * n // min(n, most) for i in range(min(n, most))]
-
-
 def noisy(
     plan: RunPlan, x0: Tensor, names: Sequence[str], prompts: Sequence[str], times: Sequence[float]
 ) -> tuple[Sheet, Tensor]:
@@ -195,7 +192,7 @@ def answers(base: Base, sheet: Sheet, batch: int) -> Tensor:
     distinct = list(dict.fromkeys(sheet.prompts))
     row = torch.tensor([distinct.index(prompt) for prompt in sheet.prompts])
     with eval_mode(base):
-        cond = base.embed(distinct)
+        cond = base.embed(list(map(settle, distinct)), weighted=True)
         parts = [
             base.denoise(sheet.latents[i].to(base.device, base.dtype), sheet.t[i].to(base.device), cond[row[i].to(base.device)])
             for i in torch.arange(len(row)).split(batch)
@@ -209,23 +206,25 @@ def answers(base: Base, sheet: Sheet, batch: int) -> Tensor:
 def choose(plan: RunPlan, trained: Latents, held: Latents | None, tunable: Tunable) -> Iterator[Event]:
     """Examine every checkpoint, then the chosen one at other strengths; leaves it attached. The last event says which it is.
 
-    With `choose = "last"` it is the last one whatever the scores say; they are told all the same.
+    Denoising ranks all of them; of the best two, images are drawn and judged, and these decide. With `choose = "last"` it is the
+    last one whatever the scores say; they are told all the same.
     """
-    exam, steps, left_out = prepare_exam(plan, trained, held, tunable), plan.recipe.steps, unseen(plan)
-    files: Mapping[int, Path | None] = plan.run.checkpoints() or {steps: None}
+    exam, left_out, examiner = prepare_exam(plan, trained, held, tunable), unseen(plan), prepare_examiner(plan, tunable)
+    files: Mapping[int, Path | None] = plan.run.checkpoints() or {plan.recipe.steps: None}
     asked: dict[int, Figures] = {}
     found: dict[int, Figures] = {}
     for step, file in files.items():
-        if file:
-            tunable.put(Adapter.load(file))
+        put(tunable, file)
         asked[step] = exam.figures()
         found[step] = replace(asked[step], validation=left_out.get(step, asked[step].validation))
         yield plan.run.record(scored_event(step, 1.0, found[step]))
     most = max(map(score, found.values()))
     best = max(step for step, figures in found.items() if score(figures) >= most - EQUAL)
-    step = best if plan.recipe.choosing.choose == "best" else steps
-    if file := files[step]:
-        tunable.put(Adapter.load(file))
+    if examiner and plan.recipe.choosing.choose == "best":
+        others = sorted(set(found) - {best}, key=lambda step: score(found[step]), reverse=True)
+        best = yield from judge_checkpoints(examiner, {step: files[step] for step in (best, *others)[:SHORTLIST]}, found, tunable)
+    step = best if plan.recipe.choosing.choose == "best" else plan.recipe.steps
+    put(tunable, files[step])
     f, by_strength = found[step], {1.0: asked[step]}
     for strength in STRENGTHS:
         with tunable.at(strength):
@@ -233,8 +232,32 @@ def choose(plan: RunPlan, trained: Latents, held: Latents | None, tunable: Tunab
         yield plan.run.record(scored_event(step, strength, by_strength[strength]))
     scores = {strength: score(figures) for strength, figures in by_strength.items()}
     low, weight, high = strengths(scores, CLOSE * max(0.0, asked[step].fit))
+    if examiner and (weight != 1 or plan.recipe.choosing.choose != "best"):
+        with tunable.at(weight):
+            yield plan.run.record(examiner.judge(step, weight, exam.figures()))
     judges = judged_by(plan, left_out)
     yield plan.run.record(Chosen(step, best, len(found), f.fit, f.validation, f.drift, f.contrast, judges, low, weight, high))
+
+
+def put(tunable: Tunable, file: Path | None) -> None:
+    """Attach a checkpoint; None is what is attached already."""
+    if file:
+        tunable.put(Adapter.load(file))
+
+
+def judge_checkpoints(
+    examiner: Examiner, files: Mapping[int, Path | None], found: Mapping[int, Figures], tunable: Tunable
+) -> Generator[Event, None, int]:
+    """Draw and judge images of checkpoints; returns the one with the best estimate, or the first where nothing is calibrated."""
+    judged: dict[int, float] = {}
+    for step, file in files.items():
+        put(tunable, file)
+        event = examiner.judge(step, 1.0, found[step])
+        judged[step] = event.value
+        yield examiner.plan.run.record(event)
+        if math.isnan(event.value):
+            return step
+    return max(judged, key=lambda step: (judged[step] >= max(judged.values()) - SAME, step))
 
 
 def scored_event(step: int, strength: float, f: Figures) -> Scored:

@@ -20,7 +20,7 @@ from ..adapters.fit import check_fit as check_shapes
 from ..adapters.kinds import DOWN
 from ..adapters.kinds.lora import LORA
 from ..adapters.strengths.grammar import Weighting, every_part, read
-from ..errors import AdapterError
+from ..errors import AdapterError, check_type
 from ..families.names import PARTS, native
 from ..models.model import Base
 from ..recipe.fields import AdapterSpec
@@ -137,6 +137,7 @@ def attach(
     from step to step is brought there by `turn`. A stack is exact: sum of strength * dW, whatever the ranks and alphas.
     Raises RecipeError for a target that matches nothing, FamilyMismatchError for an adapter that does not fit.
     """
+    check_type(base, Base, "what is attached to", 'a loaded Base: p.attach(p.Base.load("pocket"), rex)', AdapterError)
     check_free(base)
     if isinstance(what, AdapterSpec):
         return inject(Attached(base), fresh(base, what, parts or [base.family.denoiser.part], seed), what.dropout)
@@ -155,7 +156,11 @@ def attached_to(base: Base) -> Attached | None:
 
 def stack_of(what: Adapter | Iterable[tuple[Adapter, Strengths]]) -> list[tuple[Adapter, Weighting]]:
     """Adapters and how much of each."""
-    pairs = [(what, 1.0)] if isinstance(what, Adapter) else what
+    wanted = 'an Adapter, or pairs of one and a strength: p.attach(base, [(p.Adapter.load("rex.safetensors"), 0.8)])'
+    pairs = [(what, 1.0)] if isinstance(what, Adapter) else list(what) if isinstance(what, Iterable) else [what]
+    for pair in pairs:
+        check_type(pair, (tuple, list), "what is attached", wanted, AdapterError)
+        check_type(pair[0], Adapter, "what is attached", wanted, AdapterError)
     return [(adapter, weighting_of(strengths)) for adapter, strengths in pairs]
 
 

@@ -12,6 +12,7 @@ from ..adapters.delta import LowRank
 from ..adapters.kinds.kind import DOWN, UP
 from ..errors import AdapterError
 from ..models.model import Base
+from ..text import command_line
 from .attach import check_fit, weight_named
 from .targets import matches
 from .tunable import lora_of
@@ -33,7 +34,8 @@ def start_from(base: Base, adapter: Adapter, start: Mapping[str, LowRank], name:
         path = max(higher, key=higher.__getitem__)
         flag = "--rank" if path.startswith(f"{base.family.denoiser.part}.") else "--text-rank"
         what = f"{name} has rank {higher[path]} at {path}, more than {flag} {start[path].rank} holds"
-        smaller = f"personalize convert {name} --to lora --rank {start[path].rank} -o FILE makes it smaller and prints the error"
+        convert = command_line("personalize", "convert", name, "--to", "lora", "--rank", start[path].rank)
+        smaller = f"{convert} -o FILE makes it smaller and prints the error"
         raise AdapterError(what, f"{flag} {higher[path]} holds it exactly; {smaller}")
     return {path: widen(own[path], one) if path in own else one for path, one in start.items()}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -40,10 +41,16 @@ def test_what_is_written_is_what_is_read(tmp_path_factory: pytest.TempPathFactor
     assert sorted(seen.alphas) == sorted({delta.alpha for delta in b.deltas.values()})
 
 
+@functools.cache
+def whole(family: str) -> Adapter:
+    """An adapter on every module of a family."""
+    return make(family, rank=1, alpha=0.5)
+
+
 @pytest.mark.parametrize("dialect", DIALECTS)
 @pytest.mark.parametrize("family", ROWS)
 def test_every_module_of_every_family_is_portable(tmp_path: Path, family: str, dialect: str) -> None:
-    a = make(family, rank=1, alpha=0.5)
+    a = whole(family)
     path = a.save(tmp_path / "all", dialect)
     assert distance(Adapter.load(path), a) < 1e-7
     seen = describe(path)

@@ -66,11 +66,11 @@ def child() -> Iterator[None]:
 
 
 @pytest.fixture
-def make(tiny_base: Path, pictures: Path, tmp_path: Path) -> Callable[..., Recipe]:
+def make(narrow_base: Path, pictures: Path, tmp_path: Path) -> Callable[..., Recipe]:
     """A small recipe: 2 steps of 1 image, nothing drawn."""
 
     def build(name: str, **flags: Any) -> Recipe:
-        small = {"base": str(tiny_base), "folder": pictures, "output": tmp_path / name, "steps": 2, "batch_size": 1, "rank": 2}
+        small = {"base": str(narrow_base), "folder": pictures, "output": tmp_path / name, "steps": 2, "batch_size": 1, "rank": 2}
         quiet = {"sample_prompts": [], "sample_steps": 1, "checkpoint_every": 2, "class": "cat", "choose": "none"}
         return resolve(flags={**small, **quiet, **flags})
 

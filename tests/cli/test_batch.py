@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -26,16 +27,25 @@ def photos(pictures: Path, tmp_path: Path) -> Path:
     return tmp_path / "photos"
 
 
-def command(photos: Path, tiny_base: Path, *more: str) -> list[str]:
+def command(photos: Path, narrow_base: Path, *more: str) -> list[str]:
     small = ["--steps", "2", "--batch-size", "1", "--rank", "2", "--sample-prompts", "{trigger}", "--sample-steps", "1"]
-    where = ["--base", str(tiny_base), "--output", str(photos.parent / "runs"), "--preset", "pocket-subject", "--choose", "none"]
+    where = [
+        "--base",
+        str(narrow_base),
+        "--output",
+        str(photos.parent / "runs"),
+        "--preset",
+        "pocket-subject",
+        "--choose",
+        "none",
+    ]
     return ["batch", str(photos), "--class", "dog", *where, *small, *more]
 
 
 def test_every_folder_gets_its_adapter_and_the_broken_one_is_told(
-    photos: Path, tiny_base: Path, capsys: pytest.CaptureFixture[str]
+    photos: Path, narrow_base: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(command(photos, tiny_base)) == 2
+    assert run(command(photos, narrow_base)) == 2
     told, runs = capsys.readouterr().out, photos.parent / "runs"
     assert "broken: failed: none of the 1 pictures" in told and "3 of 4 adapters are there; 1 failed: broken" in told
     for name, trigger, class_name in (("rex", "rex", "dog"), ("tom", "tom", "dog"), ("vase", "vzx", "vase")):
@@ -44,21 +54,27 @@ def test_every_folder_gets_its_adapter_and_the_broken_one_is_told(
         assert recipe.optim.lr == (2e-3 if name == "vase" else 4e-3)  # the folder's own, and the preset's
         assert (runs / name / "report.html").is_file()
     with Image.open(runs / "batch.png") as sheet:
-        assert sheet.height > 3 * 128  # a row for each
+        assert sheet.height > 3 * 128 and sheet.width > 3 * 128  # a row for each: learned from, base, adapter
+    summary = {one["name"]: one for one in json.loads((runs / "summary.json").read_text(encoding="utf-8"))["runs"]}
+    assert {name: one["state"] for name, one in summary.items()} == {name: "done" for name in ("rex", "tom", "vase")} | {
+        "broken": "failed"
+    }
+    assert summary["vase"]["adapter"] == str(runs / "vase" / "vzx.safetensors") and "none of the 1" in summary["broken"]["error"]
+    assert all(f"  {name} " in told for name in summary)  # every folder is named at the end
     shutil.rmtree(photos / "broken")
-    assert run(command(photos, tiny_base)) == 0
+    assert run(command(photos, narrow_base)) == 0
     assert capsys.readouterr().out.count("done before") == 3
 
 
-def test_a_dry_run_says_what_would_be_trained(photos: Path, tiny_base: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(command(photos, tiny_base, "--dry-run")) == 0
+def test_a_dry_run_says_what_would_be_trained(photos: Path, narrow_base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(command(photos, narrow_base, "--dry-run")) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(" => ")[0] for line in lines] == [str(photos / name) for name in ("broken", "rex", "tom", "vase")]
     assert "class vase" in lines[-1] and not (photos.parent / "runs").exists()
 
 
-def test_a_folder_of_pictures_is_one_of_them(photos: Path, tiny_base: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = command(photos, tiny_base, "--dry-run")
+def test_a_folder_of_pictures_is_one_of_them(photos: Path, narrow_base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = command(photos, narrow_base, "--dry-run")
     assert run([*words[:1], str(photos / "rex"), f"{photos}/rex/", *words[2:]]) == 0  # named twice
     assert len(capsys.readouterr().out.splitlines()) == 1
 
@@ -68,28 +84,28 @@ def test_a_folder_of_pictures_is_one_of_them(photos: Path, tiny_base: Path, caps
     [("rank = = 3", "vase: preset {file} is not TOML"), ("rnak = 3", "rnak"), ("folder = 'x'", "vase: the folder of pictures")],
 )
 def test_wrong_settings_of_a_folder_are_told_and_the_others_go_on(
-    photos: Path, tiny_base: Path, capsys: pytest.CaptureFixture[str], toml: str, told: str
+    photos: Path, narrow_base: Path, capsys: pytest.CaptureFixture[str], toml: str, told: str
 ) -> None:
     file = photos / "vase" / "personalize.toml"
     file.write_text(toml)
-    assert run(command(photos, tiny_base, "--dry-run")) == 2
+    assert run(command(photos, narrow_base, "--dry-run")) == 2
     out, err = capsys.readouterr()
     assert told.format(file=file) in err and len(out.splitlines()) == 3
 
 
-def test_what_is_wrong_for_all_is_told_once(photos: Path, tiny_base: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run([*command(photos, tiny_base), "--preset", "nope"]) == 2
+def test_what_is_wrong_for_all_is_told_once(photos: Path, narrow_base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([*command(photos, narrow_base), "--preset", "nope"]) == 2
     assert capsys.readouterr().err.count("unknown preset 'nope'") == 1
 
 
-def test_a_second_batch_in_the_same_folder_is_told(photos: Path, tiny_base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_second_batch_in_the_same_folder_is_told(photos: Path, narrow_base: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with hold(photos.parent / "runs", ""):
-        assert run(command(photos, tiny_base)) == 2
+        assert run(command(photos, narrow_base)) == 2
     assert "runs is in use: by process" in capsys.readouterr().err
 
 
-def test_nothing_to_train_is_an_error(photos: Path, tiny_base: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = command(photos, tiny_base)
+def test_nothing_to_train_is_an_error(photos: Path, narrow_base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = command(photos, narrow_base)
     for folder, told in ((photos / "empty", "there are no pictures in"), (photos / "nowhere", "there is no folder")):
         assert run([*words[:1], str(folder), *words[2:]]) == 2
         assert told in capsys.readouterr().err

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
 import tomllib
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
 
 import click
 import pytest
+from children import start_child
 from PIL import Image
 from rich.console import Console
 
@@ -83,8 +86,8 @@ def test_fresh_and_from_repeat_the_run(trained: Path, tmp_path: Path, capsys: py
     assert re.search(chosen, out), out
     one, two = Adapter.load(trained / "zwx.safetensors"), Adapter.load(again / "zwx.safetensors")
     assert all((one.deltas[path].up == two.deltas[path].up).all() for path in one.deltas)
-    assert run(["train", "--preset", str(again / "recipe.toml"), "--fresh"]) == 0
-    assert "step 4/4" in capsys.readouterr().out
+    assert run(["train", "--preset", str(again / "recipe.toml"), "--fresh", "--steps", "2", "--choose", "none"]) == 0
+    assert "step 2/2" in capsys.readouterr().out
 
 
 def test_dry_run_prints_a_preset_and_touches_nothing(
@@ -102,29 +105,36 @@ def test_dry_run_prints_a_preset_and_touches_nothing(
     assert [path.name for path in tmp_path.iterdir()] == ["mine.toml"]
 
 
-def interrupted(command: list[str], at: str) -> tuple[int, list[str]]:
-    """Exit code and lines of a command that gets Ctrl-C once it has said `at`, even if these tests run with nohup."""
+def type_command(arguments: list[str], pipe: Connection) -> None:
+    """A command in a process of its own, which says all that it says to a pipe."""
+    for number in (1, 2):
+        os.dup2(pipe.fileno(), number)
+    with open(1, "w", buffering=1, encoding="utf-8", closefd=False) as sys.stdout:
+        sys.stderr = sys.stdout
+        sys.exit(run(arguments))
 
-    def heard() -> None:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    with subprocess.Popen(command, preexec_fn=heard, **pipes) as process:
-        assert process.stdout
-        lines = []
-        for line in process.stdout:
+def interrupted(arguments: list[str], at: str) -> tuple[int | None, list[str]]:
+    """Exit code and lines of a command that gets Ctrl-C once it has said `at`."""
+    reading, writing = Pipe(duplex=False)
+    child = start_child(type_command, arguments, writing)
+    writing.close()
+    lines = []
+    with reading, open(reading.fileno(), encoding="utf-8", closefd=False) as said:
+        for line in said:
             lines.append(line.rstrip("\n"))
             if line.startswith(at):
-                process.send_signal(signal.SIGINT)
+                assert child.pid
+                os.kill(child.pid, signal.SIGINT)
                 at = "only once"
-    return process.returncode, lines
+    child.join(300)
+    return child.exitcode, lines
 
 
-def test_ctrl_c_saves_and_the_same_command_goes_on(tiny_base: Path, pictures: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "personalize", "train", str(pictures), "--base", str(tiny_base), *QUICK]
-    command += ["--steps", "5000", "--output", str(tmp_path / "run")]
+def test_ctrl_c_saves_and_the_same_command_goes_on(narrow_base: Path, pictures: Path, tmp_path: Path) -> None:
+    arguments = ["train", str(pictures), "--base", str(narrow_base), *QUICK, "--steps", "5000", "--output", str(tmp_path / "run")]
     for at in ("saved", "going on after step"):
-        code, lines = interrupted(command, at)
+        code, lines = interrupted(arguments, at)
         assert code == 130, lines
         assert re.fullmatch(r"stopped after step \d+ of 5000. To go on, type the same command again.", lines[-2]), lines
         assert lines[-1] == f"To make an adapter of it as it stands: personalize finish {tmp_path / 'run'}"
@@ -160,14 +170,14 @@ def test_generate_stacks_adapters_and_names_files(trained: Path, tmp_path: Path,
     assert len(about["adapters"][0]["sha256"]) == 64
 
 
-def test_nothing_is_overwritten(tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["generate", "a cat", "--base", str(tiny_base), "--steps", "1", "--output", str(tmp_path)]
+def test_nothing_is_overwritten(narrow_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["generate", "a cat", "--base", str(narrow_base), "--steps", "1", "--output", str(tmp_path)]
     assert run(arguments) == run(arguments) == 0
     assert [Path(line).name for line in capsys.readouterr().out.splitlines()] == ["a-cat-s0.png", "a-cat-s0-2.png"]
 
 
-def test_generate_into_one_file(tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["generate", "a cat", "--base", str(tiny_base), "--steps", "1", "--output", str(tmp_path / "x.png")]
+def test_generate_into_one_file(narrow_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["generate", "a cat", "--base", str(narrow_base), "--steps", "1", "--output", str(tmp_path / "x.png")]
     assert run(arguments) == 0
     assert read_parameters(tmp_path / "x.png")["prompt"] == "a cat"
     assert run([*arguments, "--count", "2", "--grid"]) == 0
@@ -206,8 +216,8 @@ def test_prompts_say_which_adapters_they_get(trained: Path, tmp_path: Path, caps
             assert again.info["parameters"].splitlines()[0] == text and again.tobytes() == first.tobytes()
 
 
-def test_generate_takes_a_sampler_and_a_precision(tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["generate", "a cat", "--base", str(tiny_base), "--steps", "2", "--output", str(tmp_path)]
+def test_generate_takes_a_sampler_and_a_precision(narrow_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["generate", "a cat", "--base", str(narrow_base), "--steps", "2", "--output", str(tmp_path)]
     for more in ([], ["--sampler", "ddim", "--precision", "float32"], ["--sampler", "dpmpp_2m"], ["--precision", "bfloat16"]):
         assert run([*arguments, *more]) == 0
     assert run([*arguments, "--xy", "sampler=ddim,Euler a"]) == 0
@@ -244,9 +254,9 @@ def test_generate_begins_with_a_picture(trained: Path, pictures: Path, tmp_path:
         assert "Denoising strength: 0.5" in picture.info["parameters"]
 
 
-def test_a_large_picture_is_told_once(tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_large_picture_is_told_once(narrow_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Image.new("RGB", (3000, 2000), "teal").save(tmp_path / "large.jpg")
-    arguments = ["generate", "a cat", "a dog", "--base", str(tiny_base), "--image", str(tmp_path / "large.jpg"), "--steps", "2"]
+    arguments = ["generate", "a cat", "a dog", "--base", str(narrow_base), "--image", str(tmp_path / "large.jpg"), "--steps", "2"]
     axes = ["--xy", "denoise=0.1,1", "--xy", "guidance=1,2"]  # a sheet for each prompt
     assert run([*arguments, *axes, "--output", str(tmp_path / "out")]) == 0
     out = capsys.readouterr()
@@ -256,10 +266,10 @@ def test_a_large_picture_is_told_once(tiny_base: Path, tmp_path: Path, capsys: p
     assert line.startswith("warning: the picture of 3000x2000 is drawn over at 80x56, as large as ")
 
 
-def test_pictures_are_drawn_in_batches(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pictures_are_drawn_in_batches(narrow_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes, decode = [], Base.decode
     monkeypatch.setattr(Base, "decode", lambda self, latents: sizes.append(len(latents)) or decode(self, latents))
-    arguments = ["generate", "a cat", "a dog", "--base", str(tiny_base), "--steps", "1", "--output", str(tmp_path)]
+    arguments = ["generate", "a cat", "a dog", "--base", str(narrow_base), "--steps", "1", "--output", str(tmp_path)]
     assert run([*arguments, "--count", "5", "--batch-size", "4"]) == 0
     assert sizes == [4, 4, 2]
 
@@ -423,12 +433,12 @@ def test_help_and_version(arguments: list[str], capsys: pytest.CaptureFixture[st
     ids=lambda value: " ".join(value)[:60] if isinstance(value, list) else "",
 )
 def test_bad_input_is_one_line(
-    arguments: list[str], message: str, tiny_base: Path, pictures: Path, trained: Path, tmp_path: Path,
+    arguments: list[str], message: str, narrow_base: Path, pictures: Path, trained: Path, tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     spoil(tmp_path, trained / "zwx.safetensors")
     before = sorted(tmp_path.rglob("*"))
-    names = {"tmp": tmp_path, "pictures": pictures, "base": tiny_base, "folder": trained, "good": trained / "zwx.safetensors"}
+    names = {"tmp": tmp_path, "pictures": pictures, "base": narrow_base, "folder": trained, "good": trained / "zwx.safetensors"}
     capsys.readouterr()
     assert run([argument.format(**names) for argument in arguments]) == 2
     assert message.format(**names) in told(capsys)
@@ -469,17 +479,16 @@ def test_one_bad_picture_is_skipped_and_named(tmp_path: Path, pictures: Path, ca
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_a_full_disk_is_told(tmp_path: Path, tiny_base: Path, pictures: Path) -> None:
+def test_a_full_disk_is_told(tmp_path: Path, narrow_base: Path, pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A 1 MB file system, where we may mount one."""
     disk = tmp_path / "disk"
     disk.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)], capture_output=True).returncode:
         pytest.skip("may not mount a small file system here")
     try:
-        command = [sys.executable, "-m", "personalize", "train", str(pictures), "--base", str(tiny_base), *QUICK]
-        done = subprocess.run([*command, "--rank", "32", "--output", str(disk / "run")], capture_output=True, text=True)
-        assert done.returncode == 2, done.stderr
-        assert len(done.stderr.splitlines()) == 1 and "free some space" in done.stderr
+        arguments = ["train", str(pictures), "--base", str(narrow_base), *QUICK, "--rank", "32"]
+        assert run([*arguments, "--output", str(disk / "run")]) == 2
+        assert "free some space" in told(capsys)
         assert not list(disk.rglob("*.safetensors"))
     finally:
         subprocess.run(["umount", str(disk)], check=True)

@@ -219,11 +219,11 @@ def test_a_picture_that_is_all_transparent_is_named(tmp_path: Path) -> None:
         read(folder, alpha_mask=True)
 
 
-def test_a_mask_outside_the_crop_is_named(tmp_path: Path, tiny_base: Path) -> None:
+def test_a_mask_outside_the_crop_is_named(tmp_path: Path, narrow_base: Path) -> None:
     folder = filled(tmp_path / "zwx", "a.png", size=(300, 64))
     white((300, 64), 0, 0, 9, 64).save(folder / "a-masklabel.png")
     with pytest.raises(DataError, match=r"nothing is left of the mask .*a-masklabel\.png where its picture is cut to 64 x 64"):
-        encode_dataset(Base.load(tiny_base), read(folder), Recipe(data=Data(buckets=False)))
+        encode_dataset(Base.load(narrow_base), read(folder), Recipe(data=Data(buckets=False)))
 
 
 # ---------------------------------------------------------------- regularization
@@ -246,9 +246,9 @@ def test_regularization_folders(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def make(tiny_base: Path, tmp_path: Path) -> Make:
+def make(narrow_base: Path, tmp_path: Path) -> Make:
     def build(folder: Path, **flags: Any) -> Recipe:
-        small = {"base": str(tiny_base), "folder": folder, "output": tmp_path / "run", "steps": 2, "batch_size": 2, "rank": 2}
+        small = {"base": str(narrow_base), "folder": folder, "output": tmp_path / "run", "steps": 2, "batch_size": 2, "rank": 2}
         quiet = {"sample_prompts": [], "sample_seeds": [0], "sample_steps": 1, "checkpoint_every": 0, "min_snr": 0}
         quiet["choose"] = "none"
         return resolve(flags={**small, **quiet, **flags})

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import random
+import struct
 import unicodedata
 from pathlib import Path
 
@@ -12,15 +14,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageCms, PngImagePlugin
 
-from personalize.data.buckets import Grid, assign, buckets, centre, frame, grid, kept_share
+from personalize.data.buckets import Grid, Shape, assign, buckets, centre, frame, grid, kept_share
 from personalize.data.captions import fill, safe_trigger
 from personalize.data.dataset import Dataset, Example
-from personalize.data.folder import class_images, natural, read_folder
-from personalize.data.images import Unreadable, formats, probe
+from personalize.data.folder import class_images, read_folder
+from personalize.data.images import Unreadable, load_picture, load_whole, probe
 from personalize.data.latents import load_pixels
 from personalize.errors import DataError, RecipeError
+from personalize.pictures.files import formats, natural
 from personalize.recipe.fields import Data
 
 
@@ -438,3 +441,93 @@ def test_a_picture_is_cut_to_its_shape_upright(tmp_path: Path, orientation: int)
         got = load_pixels(Example(tmp_path / f"x{suffix}", "", sha256, size), (64, 48))
         wanted = np.asarray(upright)[:, 16:80]
         assert np.abs(got.permute(1, 2, 0).numpy().astype(int) - wanted).max() <= most
+
+
+# ---------------------------------------------------------------- what a pixel means
+
+
+GREEN = (30, 160, 60)
+
+
+def rgb_profile(red: tuple[float, ...], green: tuple[float, ...], blue: tuple[float, ...], gamma: float = 2.2) -> bytes:
+    """A matrix profile of ICC's version 2: the XYZ (D50) of its primaries, and one gamma."""
+
+    def number(value: float) -> bytes:
+        return struct.pack(">i", round(value * 65536))
+
+    colours = {b"rXYZ": red, b"gXYZ": green, b"bXYZ": blue, b"wtpt": (0.9642, 1, 0.8249)}
+    tags = {key: b"XYZ \0\0\0\0" + b"".join(map(number, value)) for key, value in colours.items()}
+    tags |= dict.fromkeys((b"rTRC", b"gTRC", b"bTRC"), struct.pack(">4s4xIHxx", b"curv", 1, round(gamma * 256)))
+    text = b"wide\0"
+    tags[b"desc"] = struct.pack(">4s4xI", b"desc", len(text)) + text + b"\0" * (78 + -(len(text) + 90) % 4)
+    at, table, body = 132 + 12 * len(tags), struct.pack(">I", len(tags)), b""
+    for key, value in tags.items():
+        table, body = table + key + struct.pack(">II", at + len(body), len(value)), body + value
+    head = struct.pack(">I4xI12sI", at + len(body), 0x02100000, b"mntrRGB XYZ ", 0).ljust(36, b"\0") + b"acsp"
+    return head.ljust(68, b"\0") + number(0.9642) + number(1) + number(0.8249) + b"\0" * 48 + table + body
+
+
+WIDE = rgb_profile((0.60974, 0.31111, 0.01947), (0.20528, 0.62567, 0.06087), (0.14919, 0.06322, 0.74457))  # Adobe RGB's
+
+
+def in_wide_colours(image: Image.Image) -> Image.Image:
+    """The numbers that mean the same colours there."""
+    return ImageCms.profileToProfile(image, ImageCms.createProfile("sRGB"), ImageCms.ImageCmsProfile(io.BytesIO(WIDE))) or image
+
+
+def as_it_is_seen(path: Path, box: Shape = (64, 64)) -> np.ndarray:
+    """RGB [3] in the middle, as training sees it."""
+    (example,) = read(path.parent).examples
+    return np.asarray(load_picture(example, box))[box[1] // 2, box[0] // 2]
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P"])
+@pytest.mark.parametrize("side", [64, 1200])  # whole, and averaged in strips
+def test_colours_are_brought_to_srgb(tmp_path: Path, mode: str, side: int) -> None:
+    wide = in_wide_colours(Image.new("RGB", (side, side), GREEN))
+    assert np.abs(np.asarray(wide)[0, 0] - np.array(GREEN)).max() > 30
+    path = filled(tmp_path / "zwx") / "a.png"
+    stored = wide.quantize(4) if mode == "P" else wide.convert(mode)
+    stored.save(path, icc_profile=WIDE)
+    assert np.abs(as_it_is_seen(path) - np.array(GREEN)).max() <= 4
+    assert np.abs(np.asarray(load_whole(path))[0, 0] - np.array(GREEN)).max() <= 4
+    wide.save(path, icc_profile=b"no profile")  # as browsers do without one
+    assert np.array_equal(as_it_is_seen(path), np.asarray(wide)[0, 0])
+    wide.save(path, icc_profile=ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    assert np.array_equal(as_it_is_seen(path), np.asarray(wide)[0, 0])
+
+
+def test_what_is_transparent_stays_so_in_other_colours(tmp_path: Path) -> None:
+    path = filled(tmp_path / "zwx") / "a.png"
+    Image.new("RGBA", (64, 64), (*GREEN, 0)).save(path, icc_profile=WIDE)
+    assert as_it_is_seen(path).tolist() == [255, 255, 255]
+
+
+def test_lab_and_gamma_and_deep_greys(tmp_path: Path) -> None:
+    path = filled(tmp_path / "zwx") / "a.tif"
+    lab = ImageCms.buildTransform(ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), "RGB", "LAB")
+    image = ImageCms.applyTransform(Image.new("RGB", (64, 64), GREEN), lab)
+    assert image is not None
+    image.save(path)
+    assert np.abs(as_it_is_seen(path) - np.array(GREEN)).max() <= 4
+    path.unlink()
+    path = path.with_suffix(".png")
+    linear = Image.fromarray(np.full((64, 64), round(255 * 0.5**2.2), np.uint8))
+    gamma = PngImagePlugin.PngInfo()
+    gamma.add(b"gAMA", struct.pack(">I", 100_000))
+    linear.save(path, pnginfo=gamma)
+    assert np.abs(as_it_is_seen(path) - 127.5).max() <= 3
+    Image.fromarray(np.full((64, 64), 0x8000, np.uint16)).save(path)
+    assert as_it_is_seen(path).tolist() == [128] * 3
+
+
+def test_long_texts_beside_the_pixels_are_no_damage(tmp_path: Path) -> None:
+    path = filled(tmp_path / "zwx") / "a.png"
+    texts = PngImagePlugin.PngInfo()
+    texts.add_text("workflow", "x" * 3_000_000, zip=True)
+    texts.add_itxt("parameters", "y" * 2_000_000, zip=True)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture((64, 32)).save(path, pnginfo=texts, exif=exif)
+    (example,) = read(path.parent).examples
+    assert example.size == (32, 64)

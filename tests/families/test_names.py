@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +17,6 @@ from torch import nn
 
 from personalize.families import names as keys
 from personalize.families.clip import Clip
-from personalize.families.family import Family
 from personalize.families.names import FAMILIES, Shape
 from personalize.families.unet import UNet
 from personalize.models.loaded import build
@@ -30,8 +30,10 @@ every_family = pytest.mark.parametrize("name", ROWS)
 # --- the real classes -----------------------------------------------------------------------------------------------
 
 
-def reference(family: Family) -> dict[str, nn.Module]:
-    """The real models by part, on the meta device; those of UNets and CLIPs as others configure them."""
+@functools.cache
+def reference(name: str) -> dict[str, nn.Module]:
+    """The real models of a family by part, on the meta device; those of UNets and CLIPs as others configure them."""
+    family = ROWS[name]
     with torch.device("meta"):
         parts = {row.part: build(row, row.config(8)) for row in family.texts if not isinstance(row, Clip)}
         parts |= {text.part: plain_clip(text, text.width // 16) for text in family.texts if isinstance(text, Clip)}
@@ -39,18 +41,18 @@ def reference(family: Family) -> dict[str, nn.Module]:
         return parts | {own.part: plain_unet(own, 16, 256) if isinstance(own, UNet) else build(own, own.config(family.texts))}
 
 
-def tables(model: nn.Module) -> set[str]:
-    """The embedding tables of a model."""
-    return {path for path, module in model.named_modules() if isinstance(module, nn.Embedding)}
+def without_tables(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """The parameters of a model less its embedding tables."""
+    tables = {f"{path}.weight" for path, module in model.named_modules() if isinstance(module, nn.Embedding)}
+    return [(path, parameter) for path, parameter in model.named_parameters() if path not in tables]
 
 
 @every_family
 def test_rows_generate_the_real_weights(name: str) -> None:
     found = {
         keys.canonical(f"{part}.{path}").removesuffix(".weight"): tuple(parameter.shape)
-        for part, model in reference(ROWS[name]).items()
-        for path, parameter in model.named_parameters()
-        if path.removesuffix(".weight") not in tables(model)
+        for part, model in reference(name).items()
+        for path, parameter in without_tables(model)
     }
     assert keys.weights(ROWS[name]) == found
 
@@ -59,7 +61,7 @@ def test_rows_generate_the_real_weights(name: str) -> None:
 def test_modules_are_the_real_linear_and_convolutional_layers(name: str) -> None:
     found = {
         keys.canonical(f"{part}.{path}"): tuple(module.weight.shape)
-        for part, model in reference(ROWS[name]).items()
+        for part, model in reference(name).items()
         for path, module in model.named_modules()
         if isinstance(module, nn.Linear | nn.Conv2d)
     }
@@ -133,7 +135,7 @@ def test_spellings_that_tools_use_are_read(family: str, name: str, path: str) ->
 @pytest.mark.parametrize("name", LDM)
 def test_ldm_names_are_those_of_whole_checkpoints(name: str) -> None:
     """diffusers' converter turns a checkpoint under our LDM names into just the state dict of its UNet."""
-    family, model = ROWS[name], reference(ROWS[name])["unet"]
+    family, model = ROWS[name], reference(name)["unet"]
     names = keys.ldm_names(family)
     checkpoint = {}
     for path, parameter in model.named_parameters():

@@ -9,8 +9,8 @@ import bases
 import pytest
 
 from personalize.adapters.adapter import Adapter
+from personalize.api.recipes import preset_prefix
 from personalize.cli import run
-from personalize.cli.train import default_preset
 from personalize.recipe.resolve import presets, resolve
 from personalize.training.events import Finished
 from personalize.training.loop import train
@@ -53,6 +53,6 @@ def test_a_base_finds_the_preset_of_its_family_whatever_its_name(
     file = shelf[FAMILIES[base]]
     named = tmp_path / f"sdxl_but_not_really{file.suffix}"
     named.symlink_to(file)
-    assert default_preset(str(named)) == f"{base}-subject"
+    assert preset_prefix(str(named)) == base
     assert run(["train", str(pictures), "--dry-run", "--class", "cat", "--base", str(named)]) == 0
     assert f"# from preset {base}-subject" in capsys.readouterr().out

@@ -172,15 +172,17 @@ def test_settings_follow_the_number_of_pictures(tmp_path: Path) -> None:
     preset, child, folder = tmp_path / "p.toml", tmp_path / "child.toml", tmp_path / "zwx"
     preset.write_text("steps = 1\nrank = 4\n[pictures.10]\nsteps = 10\n[pictures.2]\nsteps = 2\nrank = 8\n")
     child.write_text('preset = "p.toml"\nrank = 5\n')
-    (folder / "5_zwx cat").mkdir(parents=True)
+    home = folder / "5_zwx cat"
+    home.mkdir(parents=True)
     told = []
     for count in range(12):
         recipes = [resolve(path, {"folder": folder}) for path in (preset, child)]
         told.append([(recipe.steps, recipe.adapter.rank) for recipe in recipes])
-        home = folder / "5_zwx cat" if count % 2 else folder
         for name in (f"{count}.PNG", f"{count}-masklabel.png", f"{count}.txt"):
-            (home / name).touch()
+            (home / name).write_text("something")
     assert told == [[(1, 4), (1, 5)]] * 2 + [[(2, 8), (2, 5)]] * 8 + [[(10, 8), (10, 5)]] * 2
+    (folder / "own.png").write_text("something")  # the numbered folder beside it is not learned, and so does not count
+    assert resolve(preset, {"folder": folder}).steps == 1
     assert resolve(preset, {"folder": folder, "steps": 7}).steps == 7
     assert resolve(preset).steps == 1
     preset.write_text("[pictures]\nsteps = 3\n")

@@ -43,8 +43,8 @@ def pocket() -> Base:
 
 
 @pytest.fixture(scope="module")
-def base(tiny_base: Path) -> Base:
-    return Base.load(tiny_base)
+def base(narrow_base: Path) -> Base:
+    return Base.load(narrow_base)
 
 
 @pytest.fixture(scope="module")
@@ -189,7 +189,7 @@ def test_every_sampler_follows_strengths_that_change(base: Base, name: str, deno
     """At each look at the model the adapter has the strength of its step, whether a step looks once or twice."""
     oracle = of(base, Oracle, **NOISE, prediction_type="epsilon")
     path = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
-    fading = Adapter({path: LowRank(torch.ones(192, 1), torch.ones(1, 192), 1)})
+    fading = Adapter({path: LowRank(torch.ones(64, 1), torch.ones(1, 64), 1)})
     start = None if denoise is None else InitLatents(torch.full((1, 16, 8, 8), 0.5), denoise)
     oracle.seen = []
     with attach(oracle, [(fading, "1@0,0@1")]) as attached:
@@ -256,8 +256,8 @@ def test_a_missing_library_is_told(base: Base, monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize(("dtype", "hint"), [("float32", "an adapter's are damaged"), ("bfloat16", "try --precision float32")])
-def test_what_is_no_picture_is_told(tiny_base: Path, dtype: str, hint: str) -> None:
-    broken = Base.load(tiny_base, dtype=getattr(torch, dtype))
+def test_what_is_no_picture_is_told(narrow_base: Path, dtype: str, hint: str) -> None:
+    broken = Base.load(narrow_base, dtype=getattr(torch, dtype))
     with torch.no_grad():
         broken.unet.conv_out.bias.fill_(torch.inf)
     with pytest.warns(UserWarning, match=f"not finite in {dtype}: .*{hint}"):
@@ -267,8 +267,8 @@ def test_what_is_no_picture_is_told(tiny_base: Path, dtype: str, hint: str) -> N
 # ---------------------------------------------------------------- while training
 
 
-def test_sample_pictures_are_drawn_with_it(tiny_base: Path, pictures: Path, tmp_path: Path) -> None:
-    flags = {"folder": pictures, "base": str(tiny_base), "sample_steps": 2, "sample_prompts": ["a cat"], "sample_seeds": [0]}
+def test_sample_pictures_are_drawn_with_it(narrow_base: Path, pictures: Path, tmp_path: Path) -> None:
+    flags = {"folder": pictures, "base": str(narrow_base), "sample_steps": 2, "sample_prompts": ["a cat"], "sample_seeds": [0]}
 
     def drawn(sampler: str) -> tuple[Image.Image, str]:
         job = check(resolve(flags={**flags, "output": tmp_path / sampler, "sampler": sampler}))

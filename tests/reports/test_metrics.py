@@ -13,7 +13,8 @@ from transformers import CLIPConfig, CLIPModel
 
 from personalize.data.captions import remove_triggers
 from personalize.errors import BaseModelError
-from personalize.reports.metrics import Clip, evidence, rows, write_metrics
+from personalize.models.clip import Clip
+from personalize.reports.metrics import evidence, rows, write_metrics
 
 TOWER = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "projection_dim": 16}
 SPECIAL = {"bos_token_id": 512, "eos_token_id": 513, "pad_token_id": 513}
@@ -61,7 +62,7 @@ def test_the_last_pictures_are_compared_with_the_base_and_the_trigger_is_taken_o
     assert [pair.prompt for pair in found.without_trigger] == ["a cat"]
     pair = found.with_trigger[0]
     assert pair.adapter.getpixel((30, 30)) == (255, 0, 0) and pair.base.getpixel((30, 30)) == (0, 0, 255)
-    assert len(found.training) == 3 and found.captions == ["cat"] * 3
+    assert len(found.training) == 3
 
 
 def test_training_pictures_are_found_from_where_the_run_was_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,7 +77,7 @@ def test_several_triggers_are_all_taken_out(tmp_path: Path) -> None:
     diary = run_folder(tmp_path, leaky=False) / "events.jsonl"
     diary.write_text(diary.read_text().replace('"caption": "zwx cat"', '"caption": "a cat", "trigger": "a"', 1))
     found = evidence(tmp_path)
-    assert [pair.prompt for pair in found.with_trigger] == ["cat in the snow", "cat"] and found.captions == ["cat"] * 3
+    assert [pair.prompt for pair in found.with_trigger] == ["cat in the snow", "cat"]
 
 
 def test_likeness_rises_and_an_adapter_that_does_not_leak_changes_nothing_else(clip_base: Path, tmp_path: Path) -> None:
@@ -87,7 +88,8 @@ def test_likeness_rises_and_an_adapter_that_does_not_leak_changes_nothing_else(c
     leak = measured["leak without the trigger"]
     assert leak.better == "lower" and leak.adapter == pytest.approx(leak.base)
     assert measured["pixels changed without the trigger"].adapter == 0
-    assert -1 <= measured["does what the prompt says"].adapter <= 1
+    obedience = measured["does what the prompt says"]
+    assert -1 <= obedience.adapter <= 1 and obedience.ceiling is None  # no picture was made to be as obedient as can be
     told = json.loads((tmp_path / "metrics.json").read_text())["rows"]
     assert [row["name"] for row in told] == list(measured)
     assert set(told[0]) == {"name", "base", "adapter", "ceiling", "better", "explain"}

@@ -28,7 +28,7 @@ from personalize.reports.kit import curves, tables
 from personalize.reports.kit.page import BUDGET
 from personalize.reports.run import curves as run_curves
 from personalize.reports.run import samples, selection, settings, usage, write_report
-from personalize.reports.run.figures import judge
+from personalize.reports.run.figures import change
 from personalize.reports.run.read import read_run
 
 VOID = {"meta", "link", "img", "input", "br", "hr"}
@@ -179,7 +179,7 @@ def test_a_finished_run_has_every_section(finished: Path) -> None:
         "4 pictures",
         "48 s",
         "1.2 MB",
-        "80% of the gap closed",
+        "+72",
         "step 40",
         "strength 1.25",
         "1.3 GB",
@@ -392,19 +392,10 @@ def test_ticks_are_few_and_inside(low: float, width: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("figures", "lower", "verdict", "good"),
-    [
-        ((10, 80, 100), False, "78% of the gap closed", True),
-        ((10, 30, 100), False, "22% of the gap closed", False),
-        ((90, 80, 100), False, "-10", False),
-        ((0, 1.5, 0), True, "+1.5", None),
-        ((60, 20, 10), True, "80% of the gap closed", True),
-        ((5, 5, None), True, "unchanged", None),
-        ((None, 5, 9), True, "", None),
-    ],
+    ("base", "adapter", "text"), [(10, 80, "+70"), (90, 80, "-10"), (0, 1.5, "+1.5"), (5, 5, "unchanged"), (None, 5, "")]
 )
-def test_verdicts(figures: tuple[float | None, float | None, float | None], lower: bool, verdict: str, good: bool | None) -> None:
-    assert judge(*figures, lower, 100) == (verdict, good)
+def test_a_figure_says_what_changed_and_not_whether_that_is_good(base: float | None, adapter: float, text: str) -> None:
+    assert change(base, adapter) == text
 
 
 def test_the_recipe_names_what_differs(finished: Path) -> None:

@@ -22,8 +22,8 @@ from torch.nn import functional as F
 from transformers import CLIPTokenizer
 
 from personalize.families.noise import VP
+from personalize.models.clip import Clip
 from personalize.models.model import Base
-from personalize.reports.metrics import Clip
 from tools.pocket import WEIGHTS, clip, pool, pretrain
 from tools.pocket.diffusion import DENSITIES, Teaching
 from tools.pocket.pool import shuffled_batches, write_rows

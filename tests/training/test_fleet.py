@@ -34,11 +34,11 @@ CLOSE = 2e-4  # of dW: sums in another order, through a few steps of AdamW, whos
 
 
 @pytest.fixture
-def make(tiny_base: Path, pictures: Path, tmp_path: Path) -> Make:
+def make(narrow_base: Path, pictures: Path, tmp_path: Path) -> Make:
     """A small recipe with a run folder of its own: 3 steps of 2 pictures, nothing drawn."""
 
     def build(name: str, **flags: Any) -> Recipe:
-        small = {"base": str(tiny_base), "folder": pictures, "output": tmp_path / name, "steps": 3, "batch_size": 2, "rank": 2}
+        small = {"base": str(narrow_base), "folder": pictures, "output": tmp_path / name, "steps": 3, "batch_size": 2, "rank": 2}
         quiet = {"sample_prompts": [], "sample_steps": 1, "checkpoint_every": 2, "class": "cat", "choose": "none", "warmup": 0}
         return resolve(flags={**small, **quiet, **flags})
 
@@ -76,8 +76,8 @@ def losses(events: list[Event]) -> list[float]:
 
 @pytest.mark.parametrize("b", [1, 3])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_rows_meet_their_own_factors_forward_and_backward(tiny_base: Path, b: int, checkpointing: bool) -> None:
-    base, spec, n = Base.load(tiny_base), AdapterSpec(rank=3, alpha=1.5, targets=EVERYTHING), 3
+def test_rows_meet_their_own_factors_forward_and_backward(narrow_base: Path, b: int, checkpointing: bool) -> None:
+    base, spec, n = Base.load(narrow_base), AdapterSpec(rank=3, alpha=1.5, targets=EVERYTHING), 3
     if checkpointing:
         apply_plan(base, ComputePlan("float32", checkpointing=True), base.device)
         base.denoiser.train()  # diffusers checkpoints nothing outside of training
@@ -121,8 +121,8 @@ def test_rows_meet_their_own_factors_forward_and_backward(tiny_base: Path, b: in
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_in_other_dtypes_factors_are_cast_all_at_once(tiny_base: Path, dtype: torch.dtype) -> None:
-    base, spec = Base.load(tiny_base, dtype=dtype), AdapterSpec(rank=2, alpha=1, targets=EVERYTHING)
+def test_in_other_dtypes_factors_are_cast_all_at_once(narrow_base: Path, dtype: torch.dtype) -> None:
+    base, spec = Base.load(narrow_base, dtype=dtype), AdapterSpec(rank=2, alpha=1, targets=EVERYTHING)
     starts = [fresh(base, spec, ("unet",), seed) for seed in range(2)]
     for start in starts:
         for delta in start.values():
@@ -144,8 +144,8 @@ def test_in_other_dtypes_factors_are_cast_all_at_once(tiny_base: Path, dtype: to
     assert all(torch.equal(a, b) and a.dtype == torch.float32 for a, b in zip(*found, strict=True)) and len(found[0]) > 100
 
 
-def test_a_member_is_an_adapter_that_is_attached(tiny_base: Path) -> None:
-    base, spec = Base.load(tiny_base), AdapterSpec(rank=2, targets=EVERYTHING)
+def test_a_member_is_an_adapter_that_is_attached(narrow_base: Path) -> None:
+    base, spec = Base.load(narrow_base), AdapterSpec(rank=2, targets=EVERYTHING)
     starts = [fresh(base, spec, ("unet", "text_encoder"), seed) for seed in range(2)]
     other = {path: delta.with_alpha(1.0) for path, delta in fresh(base, spec, ("unet", "text_encoder"), 7).items()}
     for delta in other.values():

@@ -10,8 +10,6 @@ import json
 import os
 import resource
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -19,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from children import start_child
 from PIL import Image
 
 from personalize import registry
@@ -45,11 +44,11 @@ Make = Callable[..., Recipe]
 
 
 @pytest.fixture
-def make(tiny_base: Path, pictures: Path, tmp_path: Path) -> Make:
+def make(narrow_base: Path, pictures: Path, tmp_path: Path) -> Make:
     """A small recipe: 4 steps of 2 pictures, no sample pictures unless asked for."""
 
     def build(**flags: Any) -> Recipe:
-        small = {"base": str(tiny_base), "folder": pictures, "output": tmp_path / "run", "steps": 4, "batch_size": 2, "rank": 2}
+        small = {"base": str(narrow_base), "folder": pictures, "output": tmp_path / "run", "steps": 4, "batch_size": 2, "rank": 2}
         quiet = {"sample_prompts": [], "sample_seeds": [0], "sample_steps": 1, "checkpoint_every": 2, "class": "cat"}
         return resolve(flags={**small, **quiet, "choose": "none", **flags})
 
@@ -195,8 +194,9 @@ def test_the_adapter_says_what_it_is(done: tuple[Recipe, list[Event]]) -> None:
         assert preview.size == (256, 256)
 
 
-def test_the_adapter_carries_the_recipe_that_repeats_it(done: tuple[Recipe, list[Event]], tmp_path: Path) -> None:
-    recipe, _ = done
+def test_the_adapter_carries_the_recipe_that_repeats_it(make: Make, tmp_path: Path) -> None:
+    recipe = make(text_encoder_lr=1e-3, sample_prompts=["{trigger} {class}"], sample_every=2, choose="best")
+    run(recipe)
     again = resolve(
         start=from_json(Adapter.load(adapter_of(recipe)).metadata["personalize.recipe"]), flags={"output": tmp_path / "again"}
     )
@@ -229,27 +229,21 @@ EVERYTHING = {
     "sample_prompts": ["{trigger}", "a {class}"], "sample_every": 3, "choose": "best", "holdout": "1",
 }  # fmt: skip
 
-KILLED = """
-import os, signal, sys
-from personalize.training.events import Saved, Step
-from personalize.recipe.resolve import resolve
-from personalize.training.loop import train
-output, start, kind, step = sys.argv[1:]
-for event in train(resolve(flags={"preset": start, "output": output})):
-    if type(event).__name__ == kind and event.step == int(step):
-        os.kill(os.getpid(), signal.SIGKILL)
-"""
+
+def train_until_killed(preset: Path, output: Path, kind: str, step: int) -> None:
+    """As `kill -9` does it, when an event of this kind and step was told."""
+    for event in train(resolve(flags={"preset": preset, "output": output})):
+        if type(event).__name__ == kind and getattr(event, "step", None) == step:
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_killed_runs_end_with_the_same_bytes(make: Make, tmp_path: Path) -> None:
     whole, broken = make(**EVERYTHING, output=tmp_path / "whole"), make(**EVERYTHING, output=tmp_path / "broken")
     run(whole)
-    preset = str(tmp_path / "whole" / "recipe.toml")
-    here = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": str(torch.get_num_threads())}
     for kind, step in (("Step", 3), ("Saved", 4)):
-        command = [sys.executable, "-c", KILLED, str(tmp_path / "broken"), preset, kind, str(step)]
-        ended = subprocess.run(command, env=here, capture_output=True, text=True, timeout=300)
-        assert ended.returncode == -signal.SIGKILL, ended.stderr
+        child = start_child(train_until_killed, tmp_path / "whole" / "recipe.toml", tmp_path / "broken", kind, step)
+        child.join(300)
+        assert child.exitcode == -signal.SIGKILL
     with (tmp_path / "broken" / "events.jsonl").open("a") as torn:
         torn.write('{"event": "step", "st')
     resumed = run(broken)[0]
@@ -302,12 +296,12 @@ def test_a_run_with_another_optimizer_goes_on_to_the_same_bytes(make: Make, tmp_
 
 
 @pytest.fixture(scope="module")
-def done_quiet(tiny_base: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+def done_quiet(narrow_base: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     """The digest of the unbroken run of `make()`."""
     output = tmp_path_factory.mktemp("quiet")
     recipe = resolve(
         flags={
-            "base": str(tiny_base), "folder": pictures, "output": output, "steps": 4, "batch_size": 2, "rank": 2,
+            "base": str(narrow_base), "folder": pictures, "output": output, "steps": 4, "batch_size": 2, "rank": 2,
             "sample_prompts": [], "sample_seeds": [0], "sample_steps": 1, "checkpoint_every": 2, "class": "cat", "choose": "none",
         }
     )  # fmt: skip

@@ -45,12 +45,12 @@ Make = Callable[..., Recipe]
 
 
 @pytest.fixture(scope="module")
-def make(tiny_base: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Make:
+def make(narrow_base: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Make:
     """A small recipe: 4 steps of 2 pictures with a checkpoint after each second, no sample pictures."""
     output = tmp_path_factory.mktemp("choose")
 
     def build(name: str = "run", **flags: Any) -> Recipe:
-        small = {"base": str(tiny_base), "folder": pictures, "output": output / name, "steps": 4, "batch_size": 2, "rank": 2}
+        small = {"base": str(narrow_base), "folder": pictures, "output": output / name, "steps": 4, "batch_size": 2, "rank": 2}
         quiet = {"sample_prompts": [], "sample_seeds": [], "sample_steps": 1, "checkpoint_every": 2, "class": "cat"}
         return resolve(flags={**small, **quiet, **flags})
 

@@ -51,14 +51,14 @@ Make = Callable[..., Recipe]
 
 
 @pytest.fixture(scope="module", params=[torch.float32, *LOW], ids=str)
-def base(request: pytest.FixtureRequest, tiny_base: Path) -> Base:
-    return Base.load(tiny_base, dtype=request.param)
+def base(request: pytest.FixtureRequest, narrow_base: Path) -> Base:
+    return Base.load(narrow_base, dtype=request.param)
 
 
 @pytest.fixture
-def make(tiny_base: Path, pictures: Path, tmp_path: Path) -> Make:
+def make(narrow_base: Path, pictures: Path, tmp_path: Path) -> Make:
     def build(**flags: Any) -> Recipe:
-        small = {"base": str(tiny_base), "folder": pictures, "output": tmp_path / "run", "steps": 3, "batch_size": 2, "rank": 2}
+        small = {"base": str(narrow_base), "folder": pictures, "output": tmp_path / "run", "steps": 3, "batch_size": 2, "rank": 2}
         quiet = {"sample_prompts": [], "checkpoint_every": 2, "class": "cat", "choose": "none"}
         return resolve(flags={**small, **quiet, **flags})
 
@@ -273,8 +273,8 @@ def test_a_kind_without_a_formula_of_its_own_adds_its_dw(make_layer: Callable[[]
     torch.testing.assert_close(adapted(x), layer(x))
 
 
-def test_a_kind_is_a_tunable_like_any_other(tiny_base: Path) -> None:
-    base = Base.load(tiny_base)
+def test_a_kind_is_a_tunable_like_any_other(narrow_base: Path) -> None:
+    base = Base.load(narrow_base)
     path = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
     parent, leaf = place_of(base, path)
     own: Any = parent.get_submodule(leaf)
@@ -361,10 +361,10 @@ def test_a_run_that_stops_and_goes_on_has_the_state_of_casts_in_each_layer(
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # torch 2.13 warns of its own compiler
-def test_compiled_blocks_take_factors_that_are_low(tiny_base: Path) -> None:
+def test_compiled_blocks_take_factors_that_are_low(narrow_base: Path) -> None:
     if why := importlib.import_module("personalize.training.memory.apply").missing_compiler(torch.device("cpu")):
         pytest.skip(why)
-    base = Base.load(tiny_base, dtype=torch.bfloat16)
+    base = Base.load(narrow_base, dtype=torch.bfloat16)
     with started(base, SPEC) as attached:
         plain = passed(attached)
         base.denoiser.compile_repeated_blocks()

@@ -223,3 +223,5 @@ UNSEEN: dict[str, Style] = {
         shadow=(0, 0, 0, 90),
     ),
 }
+
+COLOURLESS = {"blueprint", "sepia woodcut"}  # styles that have no room for an object's colour

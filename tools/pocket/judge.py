@@ -30,6 +30,7 @@ from torch.nn import functional as F
 
 from .art_canvas import Pen, shades
 from .art_objects import DRAWINGS
+from .art_styles import COLOURLESS
 from .pool import shuffled_batches
 from .running import Plan, run
 from .world import BACKGROUNDS, COLOURS, OBJECTS, PLACES, SIZES, STYLES, SUBJECTS, UNSEEN_STYLES, Scene, render, scenes
@@ -48,7 +49,6 @@ HEADS: dict[str, tuple[str, ...]] = {
     "subject": (NONE, *SUBJECTS),
 }
 WIDTHS = ((24, 2), (48, 2), (96, 1), (128, 2), (160, 1))  # channels and stride of each convolution
-COLOURLESS = ("blueprint", "sepia woodcut")  # styles that have no room for an object's colour
 COATS = ("brown", "orange")  # no subject wears these
 
 
@@ -271,8 +271,7 @@ def train(pictures: np.ndarray, labels: Tensor, plan: Plan, work: Path) -> Judge
             yield disturb(_pixels(pictures[i]), labels[i], torch.Generator().manual_seed(step))
 
     def loss_of(batch: Any, step: int) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16):
-            return loss_of_labels(judge(batch[0].to(memory_format=torch.channels_last)), batch[1])
+        return loss_of_labels(judge(batch[0].to(memory_format=torch.channels_last)), batch[1])  # bf16 is slow on most CPUs
 
     judge.load_state_dict(run(work, judge, plan, batches, loss_of), strict=False)
     _settle(judge, pictures)

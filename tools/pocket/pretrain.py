@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
 from personalize.io import write_text
-from personalize.reports.metrics import Clip
+from personalize.models.clip import Clip
 
 from . import WEIGHTS, autoencoder, clip, diffusion
 from .autoencoder import save_picture

@@ -15,20 +15,9 @@ from .art_canvas import Pen, article, paint, pick, shades
 from .art_objects import DRAWINGS
 from .art_styles import SEEN, UNSEEN, Style
 from .art_subjects import SUBJECTS, Subject
+from .colours import COLOURS
 
 OBJECTS: tuple[str, ...] = tuple(DRAWINGS)
-COLOURS: dict[str, tuple[int, int, int]] = {
-    "red": (226, 56, 54),
-    "orange": (248, 140, 36),
-    "yellow": (253, 212, 58),
-    "green": (74, 174, 78),
-    "blue": (56, 120, 224),
-    "purple": (136, 78, 196),
-    "pink": (252, 146, 190),
-    "brown": (142, 90, 54),
-    "white": (248, 246, 242),
-    "black": (54, 50, 62),
-}
 SIZES = ("small", "medium", "large")
 PLACES = ("left", "middle", "right")
 BACKGROUNDS: tuple[str, ...] = tuple(PLACES_DRAWN)

@@ -81,7 +81,8 @@ def _finding(finding: Finding) -> Iterator[str]:
         f"{finding.level:<10}[{finding.code}] {text}", WIDTH, initial_indent=" " * 5, subsequent_indent=indent
     )
     if finding.hint:
-        yield from textwrap.wrap(f"-> {plain(finding.hint)}", WIDTH, initial_indent=indent, subsequent_indent=indent + "   ")
+        hint = f"-> {plain(finding.hint, 4000)}"  # whole
+        yield from textwrap.wrap(hint, WIDTH, initial_indent=indent, subsequent_indent=indent + "   ")
 
 
 def _strengths(checkups: Sequence[Checkup], collision: Collision | None) -> Iterator[str]:

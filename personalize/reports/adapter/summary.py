@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import json
-import shlex
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from ...errors import RecipeError
 from ...recipe.resolve import from_json
 from ...recipe.settings import flatten
-from ...text import plain, readable
+from ...text import command_line, plain, readable
 from ..kit.tables import counts
 
 if TYPE_CHECKING:
     from ...adapters.describe import Description
 
+SHOWN = 2000  # letters of a line: commands in it stay whole
 RECIPE_SETTINGS = ("base", "steps", "batch_size", "lr", "text_encoder_lr", "seed")  # of the recipe: what one asks first
 
 
 def as_text(found: Description) -> str:
     """Lines of `what  it is`."""
     lines = [f"{found.path}  ({readable(found.bytes)})"]
-    lines += [f"  {name:<10}{plain(text)}" for name, text in _rows(found) if text]
+    lines += [f"  {name:<10}{plain(text, SHOWN)}" for name, text in _rows(found) if text]
     return "\n".join(lines)
 
 
@@ -50,7 +50,7 @@ def _origin(found: Description) -> Iterator[tuple[str, str]]:
     """How it was trained or merged, as far as the file says."""
     if merged := found.metadata.get("personalize.merge"):
         yield "merged", merged
-        yield "repeat", f"personalize merge --replay {shlex.quote(str(found.path))} -o NAME.safetensors"
+        yield "repeat", command_line("personalize", "merge", "--replay", found.path, "-o", "NAME.safetensors")
     text = found.metadata.get("personalize.recipe")
     if text is None:
         return
@@ -60,7 +60,7 @@ def _origin(found: Description) -> Iterator[tuple[str, str]]:
         yield "recipe", str(error)
         return
     yield "recipe", ", ".join(f"{name} {values[name]}" for name in RECIPE_SETTINGS)
-    yield "repeat", f"personalize train FOLDER --from {shlex.quote(str(found.path))}"
+    yield "repeat", command_line("personalize", "train", "FOLDER", "--from", found.path)
 
 
 def as_json(found: Description) -> str:

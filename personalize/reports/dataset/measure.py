@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib.util
 import json
 from collections import Counter
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,9 @@ from ...families.recognition import detect, family_in
 from ...formats.header import read_header
 from ...models.sources import NAMED, denoiser_in
 from ...recipe.fields import Recipe
+from ...recipe.settings import as_words, flatten, settings
 
+NAMING = ("base", "preset", "trigger", "class")  # settings that say what is learned, and on what
 HASH_SIDE = 8  # the hash has the square of it in bits
 HASHED = 256  # width of the picture that is hashed
 FLAT = 1e-4  # variance of grey (0..1) below which there is nothing to be sharp about
@@ -55,6 +58,7 @@ class DatasetStats:
     multiple: int  # what the base's networks divide a side by
     images: tuple[ImageStats, ...]
     bad_masks: tuple[tuple[Path, DataError], ...] = ()  # pictures whose mask is of no use
+    given: Mapping[str, Any] = field(default_factory=dict)  # settings that somebody gave, which commands repeat
     assumption: str = ""  # why the base's resolution is taken to be what it is, where that is not known
 
     @property
@@ -70,20 +74,32 @@ class DatasetStats:
     def formats(self) -> Counter[str]:
         return Counter(one.format for one in self.images)
 
+    def given_words(self, without: Sequence[object] = ()) -> list[str]:
+        """The settings that were given as words of a command, but for those that other words say anew."""
+        anew = {str(word) for word in without}
+        kept = {name: value for name, value in self.given.items() if settings()[name].flag not in anew and name != "folder"}
+        return as_words(kept)
+
     def name(self, path: Path) -> str:
         """A picture's path inside the folder."""
         return path.relative_to(self.folder).as_posix()
 
 
-def measure_dataset(recipe: Recipe) -> DatasetStats:
-    """Measure every image of the recipe's folder. Raises DataError and RecipeError as `read_folder` and `grid` do."""
+def measure_dataset(recipe: Recipe, given: Mapping[str, Any] | None = None) -> DatasetStats:
+    """Measure every image of the recipe's folder. Raises DataError and RecipeError as `read_folder` and `grid` do.
+
+    `given` are the settings, by flat names, that proposed commands repeat [default: what the recipe says of base and subject].
+    """
+    if given is None:
+        given = {name: value for name, value in flatten(recipe).items() if name in NAMING and value != settings()[name].default}
     side, multiple, why = native_resolution(recipe)
     layout = grid(recipe.data, side, multiple)
     dataset = read_folder(recipe.data, lenient=True)
     masked = [_without_bad_mask(example, layout) for example in dataset.examples]
     images = tuple(_measure_image(example, layout) for example, _ in masked)
     bad_masks = (*dataset.bad_masks, *(lost for _, lost in masked if lost))
-    return DatasetStats(recipe, dataset, layout, multiple, images, bad_masks, "" if recipe.data.resolution else why)
+    assumption = "" if recipe.data.resolution else why
+    return DatasetStats(recipe, dataset, layout, multiple, images, bad_masks, given, assumption)
 
 
 def native_resolution(recipe: Recipe) -> tuple[int, int, str]:

@@ -12,8 +12,12 @@ from pathlib import Path
 import numpy as np
 
 from ...data.buckets import Grid, enlarges, kept_share
-from ...data.captions import fill, missing_trigger, sidecar, sidecar_of
+from ...data.captions import fill, missing_trigger
+from ...data.folder import foreign_notation
 from ...findings import Finding, worst_first
+from ...pictures.files import ASIDE
+from ...pictures.metadata import metadata_file
+from ...text import command_line, quote, transfer_command
 from .measure import DatasetStats, ImageStats, has_imagehash
 
 NEAR = 6  # bits of the hash by which two pictures may differ and still be nearly the same
@@ -21,8 +25,9 @@ BLURRED = 0.02  # sharpness of a picture blurred by a Gaussian of three pixels, 
 DULL = 1 / 20  # of the folder's median sharpness
 CROPPED = 0.2  # share of a picture that may be cut off without a word
 FEW, FEWEST = 1 / 4, 3  # pictures
-WINDOW = 75  # tokens that CLIP's text encoder reads; a word is one at least
 PACKAGE = "imagehash"
+USUAL_PRESET = "pocket-subject"  # which `train` takes when nothing is said
+EQUAL_MARKS = ("twin", "near twin", "mirror twin", "unreadable")  # without these pictures nothing is lost
 # words that most captions have, and that are nobody's name
 PLAIN = {"a", "an", "and", "at", "by", "for", "from", "in", "is", "its", "of", "on", "photo", "picture", "style", "the", "with"}
 
@@ -73,13 +78,28 @@ def too_few(stats: DatasetStats) -> Iterator[Finding]:
 
 
 def unused_files(stats: DatasetStats) -> Iterator[Finding]:
-    """Masks without an image, and images in subfolders that are not read."""
+    """What lies in the folder and is not read, and how it would be."""
     for text in stats.dataset.unused:
-        lonely = text.endswith("is a mask without a picture")
-        others = "move them up, or call all subfolders like '10_name class' and leave no picture beside them"
-        yield Finding(
-            "warning", "unused-files", text, hint="call it NAME-masklabel.png after its picture NAME" if lonely else others
-        )
+        what, _, flags = text.partition(" are used with ")
+        if flags:
+            yield Finding(
+                "info", "unused-files", f"{what} are not used", hint=train_command(stats, *shlex.split(flags)), command=True
+            )
+        elif text.startswith("not read: "):
+            what, _, how = text.partition(" (")
+            yield Finding("warning", "unused-files", what, hint=how.removesuffix(")"))
+        else:
+            lonely = text.endswith("is a mask without a picture")
+            others = "move them up, or call all subfolders like '10_name class' and leave no picture beside them"
+            yield Finding(
+                "warning", "unused-files", text, hint="call it NAME-masklabel.png after its picture NAME" if lonely else others
+            )
+
+
+def foreign_captions(stats: DatasetStats) -> Iterator[Finding]:
+    """Captions with notation that means nothing in them."""
+    for text in foreign_notation([one.example for one in stats.images]):
+        yield Finding("warning", "foreign-captions", text, hint="write words, or {red|blue} for one of them at each step")
 
 
 # ---------------------------------------------------------------- duplicates
@@ -89,8 +109,8 @@ def duplicates(stats: DatasetStats) -> Iterator[Finding]:
     """Files with the same bytes. One with a caption stays, or else the one with the shortest name."""
     extra: list[Path] = []
     for group in groups_of_equal([one.example.sha256 for one in stats.images]):
-        paths = sorted((stats.images[i].example.path for i in group), key=lambda path: (not sidecar_of(path), len(path.name)))
-        extra += paths[1:]
+        same = [stats.images[i].example for i in group]
+        extra += [one.path for one in sorted(same, key=lambda one: (not one.caption_file, len(one.path.name)))[1:]]
     if extra:
         yield move_aside(stats, "warning", "duplicates", extra, "stored again under another name, which counts double", "twin")
 
@@ -177,7 +197,7 @@ def too_small(stats: DatasetStats) -> Iterator[Finding]:
         yield move_aside(stats, "warning", "too-small", paths, what, "small")
     else:
         yield about_images(
-            stats, "warning", "too-small", paths, what, train_command(stats, f"--resolution {side}"), "small", command=True
+            stats, "warning", "too-small", paths, what, train_command(stats, "--resolution", side), "small", command=True
         )
 
 
@@ -190,17 +210,17 @@ def cropped_images(stats: DatasetStats) -> Iterator[Finding]:
     paths, what = [one.example.path for one in cut], f"cropped by more than {CROPPED:.0%}, up to {worst:.0%}"
     for flags, layout in finer_grids(stats):
         if all(1 - kept_share(one.example.size, layout.shape_of(one.example.size)) <= CROPPED for one in cut):
-            yield about_images(stats, "warning", "cropped", paths, what, train_command(stats, flags), "cropped", command=True)
+            yield about_images(stats, "warning", "cropped", paths, what, train_command(stats, *flags), "cropped", command=True)
             return
     yield about_images(stats, "warning", "cropped", paths, what, "cut them yourself around what matters", "cropped")
 
 
-def finer_grids(stats: DatasetStats) -> Iterator[tuple[str, Grid]]:
+def finer_grids(stats: DatasetStats) -> Iterator[tuple[tuple[object, ...], Grid]]:
     """Flags that crop less, and the grids that they give."""
     if not stats.grid.buckets:
-        yield "--buckets", replace(stats.grid, buckets=True)
+        yield ("--buckets",), replace(stats.grid, buckets=True)
     elif stats.grid.step > stats.multiple:
-        yield f"--bucket-step {stats.multiple}", replace(stats.grid, step=stats.multiple)
+        yield ("--bucket-step", stats.multiple), replace(stats.grid, step=stats.multiple)
 
 
 def blurred_images(stats: DatasetStats) -> Iterator[Finding]:
@@ -222,16 +242,16 @@ def without_caption(stats: DatasetStats) -> Iterator[Finding]:
     for one in stats.images:
         path, concept = one.example.path, concepts[one.example.concept]
         template = fill(f"{data.caption_prefix} {data.caption}", concept.trigger, concept.class_name)
-        if not one.example.caption or (sidecar_of(path) and not sidecar(path)):
+        if not one.example.caption or (one.example.caption_file and not one.example.written):
             blank.append(path)
         elif one.example.caption == template:
             plain.append(one)
     if blank:
-        hint = f"write into {shlex.quote(str(blank[0].with_suffix('.txt')))} what the picture shows"
+        hint = f"write into {quote(blank[0].with_suffix('.txt'))} what the picture shows"
         yield about_images(stats, "warning", "empty-caption", blank, "with an empty caption", hint, "no caption")
     if plain:
         path = plain[0].example.path.with_suffix(".txt")
-        hint = f"write what differs, such as the place, into {shlex.quote(str(path))} and so on: what is told stays changeable"
+        hint = f"write what differs, such as the place, into {quote(path)} and so on: what is told stays changeable"
         paths = [one.example.path for one in plain]
         yield about_images(
             stats, "info", "without-caption", paths, f"without a caption; all are called '{plain[0].example.caption:.60}'", hint
@@ -240,11 +260,11 @@ def without_caption(stats: DatasetStats) -> Iterator[Finding]:
 
 def repeated_captions(stats: DatasetStats) -> Iterator[Finding]:
     """Written captions that say the same about different pictures."""
-    written = [one for one in stats.images if sidecar_of(one.example.path) and one.example.caption]
+    written = [one for one in stats.images if one.example.caption_file and one.example.caption]
     for group in groups_of_equal([one.example.caption for one in written]):
         same = [written[i].example for i in group]
         if len({example.sha256 for example in same}) > 1:
-            hint = f"tell them apart: add to {shlex.quote(str(same[1].path.with_suffix('.txt')))} what only that picture shows"
+            hint = f"tell them apart: add to {quote(same[1].path.with_suffix('.txt'))} what only that picture shows"
             what = f"with the same caption, '{same[0].caption:.60}'"
             yield about_images(stats, "info", "repeated-captions", [example.path for example in same], what, hint, "same caption")
 
@@ -257,8 +277,7 @@ def without_trigger(stats: DatasetStats) -> Iterator[Finding]:
         if bare:
             what = f"whose caption lacks the trigger '{concept.trigger}'"
             other = "" if stats.recipe.data.trigger else common_word(concept.class_name, [example.caption for example in own])
-            flag = f"--trigger {shlex.quote(other)}" if other else f"--caption-prefix {shlex.quote('{trigger},')}"
-            hint = train_command(stats, flag)
+            hint = train_command(stats, *(("--trigger", other) if other else ("--caption-prefix", "{trigger},")))
             yield about_images(stats, "error", "without-trigger", bare, what, hint, "no trigger", command=True)
 
 
@@ -270,34 +289,18 @@ def common_word(class_name: str, captions: Sequence[str]) -> str:
     return shared[0] if shared and len(words) > 1 else ""
 
 
-def long_captions(stats: DatasetStats) -> Iterator[Finding]:
-    """Captions with more words and signs than CLIP has places for."""
-    long = [one.example for one in stats.images if word_count(one.example.caption) > WINDOW]
-    if long:
-        longest = max(long, key=lambda example: word_count(example.caption))
-        what = f"with a caption of more than {WINDOW} words and signs, the end of which is not read"
-        hint = f"shorten {shlex.quote(str(sidecar_of(longest.path) or longest.path.with_suffix('.txt')))} to some 50 words"
-        yield about_images(stats, "warning", "long-captions", [example.path for example in long], what, hint, "long caption")
-
-
-def word_count(caption: str) -> int:
-    """Words and signs: a lower bound of tokens."""
-    spaced = "".join(letter if letter.isalnum() else f" {letter} " for letter in caption)
-    return len(spaced.split())
-
-
 def with_mask(stats: DatasetStats) -> Iterator[Finding]:
     """What masks do."""
     masks = [one.example.path for one in stats.images if one.example.mask]
     if masks:
         outside = stats.recipe.objective.mask_outside
         what = f"with a mask: what it leaves out weighs {outside:g}"
-        yield about_images(stats, "info", "with-mask", masks, what, train_command(stats, "--mask-outside 0"), command=True)
+        yield about_images(stats, "info", "with-mask", masks, what, train_command(stats, "--mask-outside", 0), command=True)
 
 
 RULES: tuple[Callable[[DatasetStats], Iterable[Finding]], ...] = (
     unreadable, bad_masks, too_few, without_trigger, duplicates, near_duplicates, mirror_images, assumed_resolution,
-    too_small, cropped_images, blurred_images, long_captions, without_caption, repeated_captions, unused_files, with_mask,
+    too_small, cropped_images, blurred_images, without_caption, repeated_captions, foreign_captions, unused_files, with_mask,
 )  # fmt: skip
 
 
@@ -329,16 +332,21 @@ def first_few(whys: Sequence[str]) -> str:
 
 
 def move_aside(stats: DatasetStats, level: str, code: str, paths: Sequence[Path], what: str, mark: str) -> Finding:
-    """A finding about pictures that are better moved out of the folder."""
-    folder = stats.folder.absolute()
-    place = shlex.quote(str(folder.with_name(f"{folder.name}-aside")))
-    files = " ".join(shlex.quote(str(path)) for path in paths)
-    return about_images(stats, level, code, paths, what, f"mkdir -p {place} && mv -n {files} {place}", mark, command=True)
+    """A finding about pictures that are better moved out of the way: into a folder beside them that nothing reads.
+
+    Where few would be left, or metadata names them, that is no help.
+    """
+    listed = next((file for path in paths if (file := metadata_file(path.parent) or metadata_file(stats.folder))), None)
+    left = len({one.example.sha256 for one in stats.images if one.example.path not in paths})
+    if listed:
+        return about_images(stats, level, code, paths, what, f"take their lines out of {quote(listed)}", mark)
+    if left < min(FEWEST, len(stats.images)) and mark not in EQUAL_MARKS:
+        return about_images(stats, level, code, paths, what, "add better ones first: few would be left without them", mark)
+    folders = dict.fromkeys(path.parent for path in paths)
+    moves = [transfer_command([one for one in paths if one.parent == folder], folder / ASIDE, move=True) for folder in folders]
+    return about_images(stats, level, code, paths, what, " && ".join(moves), mark, command=True)
 
 
-def train_command(stats: DatasetStats, flags: str) -> str:
-    """The command that trains with some flags more."""
-    data = stats.recipe.data
-    words = [f"--trigger {shlex.quote(data.trigger)}" if data.trigger else ""]
-    words += [f"--class {shlex.quote(data.class_name)}" if data.class_name else ""]
-    return " ".join(filter(None, [f"personalize train {shlex.quote(str(stats.folder))}", *words, flags]))
+def train_command(stats: DatasetStats, *words: object) -> str:
+    """The command that trains with some words more: it repeats the base, preset and settings that were given."""
+    return command_line("personalize", "train", stats.folder, *stats.given_words(without=words), *words)

@@ -11,8 +11,10 @@ curves.py      loss, rates and norms         usage.py      commands that use the
 from __future__ import annotations
 
 from functools import partial
+from os import PathLike
 from pathlib import Path
 
+from ...errors import DataError, check_type
 from ..kit.page import BUDGET, render_within, template, write_page
 from .contents import page_values
 from .read import read_run
@@ -33,6 +35,7 @@ def write_report(run_folder: Path, *, live: bool = False) -> Path:
         DataError: the folder does not exist.
         OutputError: the page cannot be written.
     """
+    check_type(run_folder, (str, PathLike), "a run", 'its folder: p.write_report("runs/rex")', DataError)
     run = read_run(run_folder := Path(run_folder))
     pages = (partial(page_values, run, sides, live) for sides in LADDER)
     return write_page(run_folder / "report.html", render_within(BUDGET, template(Path(__file__).parent), pages))

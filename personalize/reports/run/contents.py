@@ -22,6 +22,7 @@ from .samples import (
 )
 from .selection import selection
 from .settings import changed_settings, date_and_time, environment, training_seconds, warnings
+from .verdict import autoencoder, verdict
 
 
 def page_values(run: Run, sides: Sides, live: bool = False) -> dict[str, Any]:
@@ -40,6 +41,8 @@ def page_values(run: Run, sides: Sides, live: bool = False) -> dict[str, Any]:
         "inputs": training_pictures(run, inline, sides.large),
         "pairs": pairs,
         "hero": main_pair(pairs),
+        "verdict": verdict(run, inline),
+        "autoencoder": autoencoder(run, inline),
         "choice": selection(run),
         "growth": checkpoint_grid(run, inline, sides.cell),
         "sweep": strength_grid(run, inline, sides.cell),

@@ -28,6 +28,8 @@ class Run:
     samples: tuple[Record, ...]
     sweeps: tuple[Record, ...]
     scored: tuple[Record, ...]
+    judged: tuple[Record, ...]
+    encoded: tuple[Record, ...]
     chosen: Record | None
     saved: tuple[Record, ...]
     finished: Record | None
@@ -101,6 +103,8 @@ def read_run(folder: Path) -> Run:
         samples=_of(records, "sample"),
         sweeps=_of(records, "sweep"),
         scored=_of(records, "scored"),
+        judged=_of(records, "judged"),
+        encoded=_of(records, "encoded"),
         chosen=next(iter(reversed(_of(records, "chosen"))), None),
         saved=_of(records, "saved"),
         finished=_end_record(records),

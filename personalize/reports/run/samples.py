@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import PurePath
 from typing import NamedTuple
 
+from ...data.captions import missing_trigger
+from ...families.notation import escape
 from ..kit.pictures import Picture
 from .pictures import Inline, training_picture
 from .read import Key, Run, number
@@ -114,7 +116,7 @@ def training_picture_count(run: Run) -> int:
 def example_prompt(run: Run) -> str:
     """A prompt with the trigger and a scene, as somebody would type it."""
     prompts = list(dict.fromkeys(record["prompt"] for record in run.samples if has_trigger(record["prompt"], run.triggers)))
-    return prompts[min(1, len(prompts) - 1)] if prompts else f"{run.trigger} {run.class_name}".strip()
+    return prompts[min(1, len(prompts) - 1)] if prompts else escape(f"{run.trigger} {run.class_name}".strip())
 
 
 def samples_by_prompt(run: Run) -> list[tuple[Key, dict[int, str], str | None]]:
@@ -147,6 +149,5 @@ def spread(steps: list[int], most: int = MOST_COLUMNS) -> list[int]:
 
 
 def has_trigger(prompt: str, triggers: Iterable[str]) -> bool:
-    """Whether a trigger is one of the prompt's words."""
-    plain = "".join(c if c.isalnum() or c in "_-" else " " for c in prompt.lower()).split()
-    return any(all(word in plain for word in trigger.lower().split()) for trigger in triggers if trigger)
+    """Whether a trigger is in the prompt, as the encoder reads it."""
+    return any(not missing_trigger(trigger, [prompt]) for trigger in triggers if trigger)

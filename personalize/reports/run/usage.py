@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
 from ...adapters.hosts import HOSTS
 from ...families.names import ROWS
+from ...families.notation import plain_text, settle
 from ...recipe.settings import settings
+from ...text import command_line, transfer_command
 from .read import Run, number
 
 DEFAULT_BASE = settings()["base"].default
@@ -41,19 +42,19 @@ def strength(run: Run) -> float:
 
 def generate_command(run: Run, prompt: str) -> str:
     """The command that draws with this adapter."""
-    return shlex.join(["personalize", "generate", prompt, "--adapter", f"{_relative_path(_file(run))}:{strength(run):g}"])
+    return command_line("personalize", "generate", prompt, "--adapter", f"{_relative_path(_file(run))}:{strength(run):g}")
 
 
 def finish_command(run: Run) -> str:
     """The command that makes an adapter of where a stopped run stands."""
-    return shlex.join(["personalize", "finish", str(_relative_path(run.folder))])
+    return command_line("personalize", "finish", _relative_path(run.folder))
 
 
 def train_command(run: Run) -> str:
     """The command that trains the same adapter again."""
     folder = str(run.recipe.get("folder") or "FOLDER")
     recipe = str(_relative_path(run.folder / "recipe.toml"))
-    return shlex.join(["personalize", "train", folder, "--preset", recipe, "--output", f"{_relative_path(run.folder)}-again"])
+    return command_line("personalize", "train", folder, "--preset", recipe, "--output", f"{_relative_path(run.folder)}-again")
 
 
 def _here(run: Run, prompt: str) -> Program:
@@ -76,7 +77,7 @@ def _diffusers(run: Run, prompt: str) -> Program:
         f"pipe.load_lora_weights(adapter, adapter_name={name!r})",
         f"pipe.set_adapters({name!r}, {strength(run):g})",
         "image = pipe(",
-        f"    {prompt!r},",
+        f"    {plain_text(settle(prompt))!r},",  # which reads every letter as it is
         f"    num_inference_steps={int(number(run.recipe.get('sample_steps')) or 20)},",
         f"    guidance_scale={number(run.recipe.get('guidance')) or 3.0:g},",
         "    generator=torch.Generator().manual_seed(0),",
@@ -110,12 +111,12 @@ def _conversion(run: Run) -> tuple[tuple[str, str], ...]:
     path = str(_relative_path(_file(run)))
     code = f"from personalize.adapters import Adapter; Adapter.load({path!r}).save({path!r}, dialect='kohya')"
     what = f"This file is in the {run.recipe['dialect']} dialect: make it a kohya file first"
-    return ((what, shlex.join(["python", "-c", code])),)
+    return ((what, command_line("python", "-c", code)),)
 
 
 def _copy(run: Run, folder: str) -> str:
     files = [_file(run).with_suffix(suffix) for suffix in (".safetensors", ".json", ".png")]
-    return shlex.join(["cp", *(str(_relative_path(path)) for path in files if path.is_file()), folder])
+    return transfer_command([_relative_path(path) for path in files if path.is_file()], folder)
 
 
 def _remark(run: Run) -> str:

@@ -27,6 +27,7 @@ from personalize.cli import run
 from personalize.data.folder import read_folder
 from personalize.errors import DataError, RecipeError
 from personalize.findings import Finding
+from personalize.pictures.galleries import count_pictures
 from personalize.recipe.fields import Data, Recipe
 from personalize.recipe.resolve import resolve
 from personalize.reports import dataset as report
@@ -197,15 +198,14 @@ def test_a_plugin_is_named_for_what_needs_one(folder: Path) -> None:
     assert (finding.hint, finding.command, finding.level) == ("pip install pillow-heif", True, "error")
 
 
-def test_captions_that_are_missing_empty_long_or_the_same(folder: Path) -> None:
+def test_captions_that_are_missing_empty_or_the_same(folder: Path) -> None:
     (folder / "0.txt").write_text(" ")
     (folder / "1.txt").unlink()
     for i in (2, 3):
         (folder / f"{i}.txt").write_text("zwx " + "very, " * 40)
     found = {finding.mark or "plain": finding for finding in looked(folder)}
-    assert set(found) == {"no caption", "plain", "same caption", "long caption"}
+    assert set(found) == {"no caption", "plain", "same caption"}  # and not that the end of long ones is not read: it is
     assert [[path.name for path in finding.where] for finding in found.values()] == [
-        ["2.png", "3.png"],
         ["0.png"],
         ["1.png"],
         ["2.png", "3.png"],
@@ -380,3 +380,66 @@ def test_looking_needs_no_torch(folder: Path) -> None:
     code = f"import sys; from personalize.cli import run; run(['dataset', {str(folder)!r}]); print('torch' in sys.modules)"
     told = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
     assert told.splitlines()[-1] == "False"
+
+
+# ---------------------------------------------------------------- advice is tried
+
+
+def test_commands_repeat_what_was_given_and_train_takes_them(
+    folder: Path, tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for i in range(4):
+        photo(i, (48, 40)).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(f"a picture of {i}")
+    Image.new("L", (48, 40), 255).save(folder / "2-masklabel.png")
+    given = ["--base", str(tiny_base), "--preset", "pocket-style", "--class", "toy dog", "--no-flip", "--keep-tokens", "2"]
+    assert run(["dataset", str(folder), *given]) == 0
+    commands = [line.split("$ ")[1] for line in capsys.readouterr().out.splitlines() if "$ personalize train" in line]
+    assert len(commands) == 3
+    quick = shlex.split("--steps 1 --rank 2 --batch-size 1 --choose none --sample-every 0 --sample-steps 1 --checkpoint-every 0")
+    quick += shlex.split("--warmup 0 --prior none --sample-prompts a --sample-seeds 0")
+    repeated = ("--class toy dog", "--no-flip", "--keep-tokens 2", "pocket-style")
+    for number, command in enumerate(commands):
+        words = shlex.split(command)[1:]
+        assert [part for part in repeated if part not in " ".join(words)] == []
+        assert run([*words, *quick, "--output", str(tmp_path / str(number))]) == 0, command
+        capsys.readouterr()
+
+
+def test_what_is_moved_aside_is_learned_by_nobody(folder: Path) -> None:
+    break_one(folder)
+    (finding,) = looked(folder)
+    subprocess.run(finding.hint, shell=True, check=True)
+    assert (folder / "_aside" / "torn.png").is_file() and looked(folder) == []
+    assert count_pictures(folder.parent / folder.name) == 4 and count_pictures(folder.parent) == 0
+
+
+def test_pictures_are_not_moved_where_that_would_harm(folder: Path) -> None:
+    for i in range(3):
+        photo(i).filter(ImageFilter.GaussianBlur(3)).save(folder / f"{i}.png")
+    (finding,) = looked(folder)
+    assert finding.mark == "blurred" and not finding.command and finding.hint.startswith("add better ones")
+    for i in (0, 1):
+        photo(i).save(folder / f"{i}.png")
+    (folder / "metadata.jsonl").write_text(json.dumps({"file_name": "2.png", "text": "zwx"}))
+    (finding,) = looked(folder)
+    assert not finding.command and finding.hint == f"take their lines out of {shlex.quote(str(folder / 'metadata.jsonl'))}"
+
+
+def test_class_images_of_a_project_and_notation_in_captions_are_advised_on(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    project = tmp_path / "project"
+    shutil.copytree(folder, project / "img" / "5_zwx dog")
+    for i in (7, 8):
+        (project / "reg" / "1_dog").mkdir(parents=True, exist_ok=True)
+        photo(i).save(project / "reg" / "1_dog" / f"{i}.png")
+    (project / "img" / "5_zwx dog" / "0.txt").write_text("zwx AND a [cat:dog:0.5]")
+    (project / "img" / "5_zwx dog" / "meta.json").write_text("{}")
+    found = looked(project, trigger=None)
+    hints = {finding.what.split()[0]: finding for finding in found}
+    assert len(found) == 4 and {finding.code for finding in found} == {"unused-files", "foreign-captions"}
+    assert hints["not"].hint.startswith("captions are read from NAME.txt")
+    command = hints["class"].hint
+    assert hints["class"].command and run([*shlex.split(command)[1:], "--base", "pocket", "--dry-run"]) == 0
+    assert "2_" not in capsys.readouterr().err

@@ -60,9 +60,9 @@ Make = Callable[..., Recipe]
 
 
 @pytest.fixture
-def make(tiny_base: Path, pictures: Path, tmp_path: Path) -> Make:
+def make(narrow_base: Path, pictures: Path, tmp_path: Path) -> Make:
     def build(**flags: Any) -> Recipe:
-        small = {"base": str(tiny_base), "folder": pictures, "output": tmp_path / "run", "steps": 4, "batch_size": 2, "rank": 2}
+        small = {"base": str(narrow_base), "folder": pictures, "output": tmp_path / "run", "steps": 4, "batch_size": 2, "rank": 2}
         quiet = {
             "sample_prompts": [],
             "sample_seeds": [0],
@@ -271,8 +271,8 @@ def test_other_precisions_learn_nearly_the_same(exact: dict[str, Tensor], tmp_pa
     assert f'"quantize": "{packed}"' in about["personalize.fit"] and '"adapter": "float32"' in about["personalize.fit"]
 
 
-def test_the_adapter_stays_float32_in_a_half_base(tiny_base: Path) -> None:
-    base = Base.load(tiny_base, dtype=torch.bfloat16)
+def test_the_adapter_stays_float32_in_a_half_base(narrow_base: Path) -> None:
+    base = Base.load(narrow_base, dtype=torch.bfloat16)
     with attach(base, AdapterSpec(rank=2, targets=("attention", "conv"))) as attached:
         cond = base.embed(["a cat"])
         out = base.denoise(torch.randn(1, 16, 8, 8), torch.tensor([3]), cond)
@@ -282,8 +282,8 @@ def test_the_adapter_stays_float32_in_a_half_base(tiny_base: Path) -> None:
         assert {p.grad.dtype for p in learned if p.grad is not None} == {torch.float32}
 
 
-def test_the_vae_is_never_float16(tiny_base: Path) -> None:
-    base = Base.load(tiny_base, dtype=torch.float16)
+def test_the_vae_is_never_float16(narrow_base: Path) -> None:
+    base = Base.load(narrow_base, dtype=torch.float16)
     assert base.vae.dtype == torch.float32 and base.denoiser.dtype == torch.float16
     assert base.decode(torch.randn(1, 16, 8, 8)).isfinite().all()
 
@@ -406,9 +406,9 @@ def test_sdxl_fits_into_five_gigabytes() -> None:
 
 
 @pytest.fixture(scope="module")
-def needs(tiny_base: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
+def needs(narrow_base: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
     """What a run takes on each rung."""
-    flags = {"base": str(tiny_base), "folder": pictures, "output": tmp_path_factory.mktemp("needs"), "batch_size": 4, "rank": 2}
+    flags = {"base": str(narrow_base), "folder": pictures, "output": tmp_path_factory.mktemp("needs"), "batch_size": 4, "rank": 2}
     job = check(resolve(flags={**flags, "sample_prompts": ["a cat", "a dog"], "sample_steps": 1}))
     fit, found = first(job.recipe.fitting, 4, CPU), {}
     while True:
@@ -707,8 +707,8 @@ class Model:
         self.moves.append(self.device.type)
 
 
-def test_encoders_come_and_go(tiny_base: Path) -> None:
-    base = Base.load(tiny_base)
+def test_encoders_come_and_go(narrow_base: Path) -> None:
+    base = Base.load(narrow_base)
     vae, text, learning = Model(), Model(), Model(learning=True)
     texts = tuple(replace(base.texts[0], model=model) for model in (text, learning))
     lean = replace(base, vae=vae, texts=texts)
@@ -749,8 +749,8 @@ def test_a_picture_in_tiles_is_nearly_the_same(pocket: Base) -> None:
     assert 0 < gap < 0.06  # of 1, on average; each tile of 32 pixels normalizes over itself: measured 0.039
 
 
-def test_attention_is_fused_with_and_without_an_adapter(tiny_base: Path) -> None:
-    base = Base.load(tiny_base)
+def test_attention_is_fused_with_and_without_an_adapter(narrow_base: Path) -> None:
+    base = Base.load(narrow_base)
     assert {type(one) for one in base.denoiser.attn_processors.values()} == {AttnProcessor2_0}
     with attach(base, AdapterSpec(rank=2)):
         assert {type(one) for one in base.denoiser.attn_processors.values()} == {AttnProcessor2_0}

@@ -10,10 +10,17 @@ from personalize.errors import PersonalizeError
 from personalize.recipe.fields import Recipe
 from personalize.recipe.samplers import AUTO
 
-from . import base, choice, peer, personalization, settings
+from . import base, choice, peer, personalization, settings, verdict
 from .figures import FIGURES
 
-BENCHMARKS = {"base": base, "personalization": personalization, "choice": choice, "peer": peer, "settings": settings}
+BENCHMARKS = {
+    "base": base,
+    "personalization": personalization,
+    "choice": choice,
+    "peer": peer,
+    "settings": settings,
+    "verdict": verdict,
+}
 
 
 def shared_options() -> argparse.ArgumentParser:

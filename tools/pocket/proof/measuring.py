@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from personalize.adapters.adapter import Adapter
-from personalize.reports.metrics import Clip
+from personalize.models.clip import Clip
 from personalize.tuning.attach import attach
 
 from ..judge import Judge, agreement

@@ -19,11 +19,11 @@ from typing import Any
 from personalize.adapters.adapter import Adapter
 from personalize.errors import DataError, TrainingError
 from personalize.io import write_text
+from personalize.models.clip import Clip
 from personalize.models.model import Base
 from personalize.models.sources import locate
 from personalize.recipe.fields import Recipe
 from personalize.recipe.resolve import to_toml
-from personalize.reports.metrics import Clip
 
 from ..judge import Judge
 from . import personalization

@@ -15,11 +15,11 @@ from PIL import Image
 from personalize.adapters.adapter import Adapter
 from personalize.inference.sheet import contact_sheet
 from personalize.io import write_text
+from personalize.models.clip import Clip
 from personalize.models.model import Base
 from personalize.recipe.fields import Recipe
 from personalize.recipe.resolve import resolve
 from personalize.recipe.settings import flatten
-from personalize.reports.metrics import Clip
 from personalize.training.events import Finished
 from personalize.training.loop import train
 from personalize.training.rundir import Run

@@ -11,7 +11,7 @@ import numpy as np
 
 from personalize.errors import RecipeError, nearest
 
-from ..judge import COLOURLESS
+from ..art_styles import COLOURLESS
 from ..world import (
     BACKGROUND_WORDS,
     BACKGROUNDS,
@@ -98,7 +98,8 @@ def subject_task(name: str, count: int = 35, seed: int = 0) -> Task:
 
 def style_task(name: str, count: int = 35, seed: int = 0) -> Task:
     """Six pictures of different things in a style; prompts ask for the six other things in it."""
-    number, trigger = UNSEEN_STYLES.index(name), TRIGGERS[-1 - UNSEEN_STYLES.index(name)]
+    number = UNSEEN_STYLES.index(name)
+    trigger = TRIGGERS[-1 - number % len(TRIGGERS)]
     rng = np.random.default_rng([seed, number, 22])
     things = [OBJECTS[i] for i in rng.permutation(len(OBJECTS))]
     places, hues = ([values[i] for i in rng.permutation(len(values))] for values in (BACKGROUNDS, list(COLOURS)))

@@ -1,0 +1,199 @@
+"""What commands say: to a person on any console and in any log, and to a program with --json."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from rich.console import Console
+
+from personalize.cli import cli, run, view
+from personalize.cli.messages import Answer, answer, print_error
+from personalize.cli.progress import RunView, doing_after
+from personalize.errors import AdapterError, RecipeError
+from personalize.recipe.fields import Recipe
+from personalize.recipe.resolve import resolve
+from personalize.text import command_line, quote, transfer_command
+from personalize.training.events import Saved, Scored, Step, Sweep
+from personalize.training.rundir import Run
+
+pytestmark = pytest.mark.usefixtures("short_exam")
+
+
+def answers(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
+    """What a command answers to a program: one line of strict JSON in ASCII, whatever else it says."""
+    code = run([*words, "--json"])
+    (line,) = capsys.readouterr().out.splitlines()
+    found: dict[str, Any] = json.loads(line, parse_constant=lambda name: pytest.fail(name))
+    assert line.isascii() and found["ok"] == (code == 0) and (found["error"] is None) == found["ok"]
+    assert isinstance(found["warnings"], list)
+    return found
+
+
+@pytest.fixture(scope="module")
+def made(tiny_base: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Names of what commands need, made once."""
+    folder = tmp_path_factory.mktemp("made")
+    quick = ["--base", str(tiny_base), "--steps", "1", "--rank", "1", "--batch-size", "1", "--sample-steps", "1"]
+    quick += ["--sample-seeds", "0", "--sample-prompts", "a {trigger}", "--choose", "none", "--checkpoint-every", "0"]
+    assert run(["train", str(pictures), *quick, "--output", str(folder / "zwx")]) == 0
+    run_folder = folder / "zwx"
+    return {"run": str(run_folder), "a": str(run_folder / "zwx.safetensors"), "pictures": str(pictures), "folder": str(tiny_base)}
+
+
+WITH_JSON: dict[str, tuple[str, set[str]]] = {  # a command => its words, and keys of its own
+    "train": ("{pictures} --base {folder} --preset pocket-subject --class cat --dry-run", {"recipe", "pictures"}),
+    "batch": ("{pictures} --base {folder} --preset pocket-subject --class cat --dry-run", {"runs"}),
+    "generate": ("zwx --adapter {a} --steps 1 --output {out}.png", {"pictures"}),
+    "dataset": ("{pictures} --class cat", {"folder", "pictures", "findings"}),
+    "finish": ("{run}", {"run", "adapter", "report"}),
+    "tell": ("{run} save", {"run", "word"}),
+    "report": ("{run}", {"report"}),
+    "presets": ("sd15-style", {"presets"}),
+    "version": ("", {"versions", "platform"}),
+    "merge": ("{a} {a}:0.5 -o {out}", {"written", "bytes", "kind", "layers"}),
+    "convert": ("{a} -o {out}", {"written", "bytes", "kind", "layers"}),
+    "resize": ("{a} --rank 1 -o {out}", {"written", "parts"}),
+    "extract": ("{folder} {folder} -o {out}", set()),
+    "bake": ("{folder} {a} -o {out}", {"written", "weights"}),
+    "interpolate": ("{folder} {folder} -o {out}", {"written", "weights"}),
+    "diff": ("{a} {a}", {"rows"}),
+    "doctor": ("{a} {a}", {"files", "collision", "predictions"}),
+    "show": ("{a}", {"files", "trigger", "family"}),
+}
+
+
+@pytest.mark.parametrize("command", sorted(WITH_JSON))
+def test_every_command_answers_programs(
+    command: str, made: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words, keys = WITH_JSON[command]
+    with Run(Path(made["run"]), "zwx").hold() if command == "tell" else contextlib.nullcontext():  # to a run that goes on
+        found = answers(capsys, command, *(word.format(out=tmp_path / "out", **made) for word in words.split()))
+    assert found["command"] == command and (found["ok"] or command == "extract"), (
+        found
+    )  # extract: two equal ones differ in nothing
+    assert keys <= found.keys()
+    if written := found.get("written"):
+        assert Path(written).exists()
+
+
+@pytest.mark.parametrize("command", sorted(cli.commands))
+def test_every_command_answers_a_mistake(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    found = answers(capsys, command, "--no-such-option")
+    assert found["error"] == {"kind": "RecipeError", "what": found["error"]["what"], "hint": ""}
+    assert "--no-such-option" in found["error"]["what"]
+
+
+def test_an_answer_says_what_went_wrong_and_what_to_try(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = answers(capsys, "show", str(tmp_path / "none.safetensors"))
+    assert found["error"]["kind"] == "AdapterError" and found["error"]["hint"] and found["files"][0]["error"] == found["error"]
+    assert answers(capsys, "train")["error"]["hint"] == "personalize train FOLDER"
+    assert answers(capsys, "nope")["command"] == ""
+
+
+def test_an_answer_is_strict_json() -> None:
+    found = json.loads(Answer("x", {"loss": float("nan"), "path": Path("a"), "run": Saved(1, "b")}).line(130))
+    assert (found["loss"], found["path"], found["run"]["path"]) == (None, "a", "b")
+    assert found["error"]["kind"] == "Stopped" and not found["ok"]
+    answer(nothing=1)  # outside of --json nothing happens
+
+
+# ---------------------------------------------------------------- consoles
+
+
+@pytest.mark.parametrize("page", ["cp1252", "cp932", "gbk", "ascii"])
+def test_what_a_code_page_lacks_is_replaced(page: str, tmp_path: Path) -> None:
+    """Output in a code page, as on Windows into a pipe: a dry run's preset survives it, and other letters become `?`."""
+    folder = tmp_path / "\u732b\u2728\u00e9"
+    folder.mkdir()
+    Image.new("RGB", (64, 64), "teal").save(folder / "1.png")
+    (folder / "1.txt").write_text("a \u732b\u2728 in the snow", encoding="utf-8")
+    words = [sys.executable, "-m", "personalize", "train", str(folder), "--class", "\u00e9\u2728", "--dry-run"]
+    env = os.environ | {"PYTHONIOENCODING": page}
+    done = subprocess.run(words, capture_output=True, env=env)
+    assert done.returncode == 0, done.stderr
+    (tmp_path / "mine.toml").write_bytes(done.stdout)
+    again = resolve(tmp_path / "mine.toml")
+    assert (again.data.folder, again.data.class_name) == (folder, "\u00e9\u2728")
+    lost = subprocess.run([*words[:3], "show", str(folder / "\u2728.safetensors")], capture_output=True, env=env)
+    assert lost.returncode == 2 and b"Traceback" not in lost.stderr and b"?.safetensors does not exist" in lost.stderr
+
+
+def test_a_long_message_keeps_its_hint(capsys: pytest.CaptureFixture[str]) -> None:
+    names = ", ".join(f"layer{i}" for i in range(500))
+    error = AdapterError(f"no layers called {names} in rex.safetensors", "personalize show rex.safetensors")
+    print_error(error)
+    line = capsys.readouterr().err
+    assert len(line) < 700 and line.startswith("personalize: no layers called layer0, ")
+    assert line.endswith("in rex.safetensors (personalize show rex.safetensors)\n") and " … " in line
+
+
+def test_commands_suit_the_shell() -> None:
+    words = ("personalize", "generate", "a {rex} dog, it's", "--adapter", r"C:\my runs\rex.safetensors:0.8")
+    quoted = '"a {rex} dog, it\'s" --adapter "C:\\my runs\\rex.safetensors:0.8"'
+    assert command_line(*words, windows=True) == f"personalize generate {quoted}"
+    assert quote('say "hi"', windows=True) == '"say \\"hi\\""' and quote("my folder\\", windows=True) == '"my folder\\\\"'
+    assert quote("$HOME", windows=False) == "'$HOME'"
+    moving = transfer_command(["it's.png", "b.png"], "aside", move=True, windows=True)
+    assert moving.startswith('powershell -NoProfile -Command "New-Item') and "'it''s.png','b.png' 'aside'" in moving
+
+
+# ---------------------------------------------------------------- presets
+
+
+def test_presets_are_listed_and_explained(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["presets"]) == 0
+    assert "sdxl-style " in capsys.readouterr().out
+    assert run(["presets", "sdxl-style"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("A style on SDXL") and "Why:" in out and "guidance = 6" in out and "pictures.50.batch_size = 2" in out
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"), [("style", "pocket-style"), ("stlye", "pocket-style"), ("sd15-sytle", "sd15-style")]
+)
+def test_a_typo_in_a_preset_proposes_one_of_the_base(
+    given: str, wanted: str, pictures: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["train", str(pictures), "--preset", given, "--dry-run"]) == 2
+    assert f"did you mean {wanted}?" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- what goes on
+
+
+def test_a_log_without_a_terminal_gets_signs_of_life(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(view, "SILENCE", 0.01)
+    out = io.StringIO()
+    with RunView(Console(file=out, width=200), Recipe(steps=500)) as shown:
+        shown.begin("judging step 500")
+        until = time.monotonic() + 20
+        while "since the start" not in out.getvalue() and time.monotonic() < until:
+            time.sleep(0.01)
+    assert "... judging step 500 (" in out.getvalue()
+
+
+def test_after_the_last_step_the_bar_says_what_is_done() -> None:
+    recipe = Recipe(steps=10)
+    step = Step(10, 0.1, 0.1, 0.1, 0.1, 0.1)
+    checkpoint, judged = Saved(10, "checkpoints/a-000010.safetensors"), Scored(10, 1, 0, 0, 0, 0, 0)
+    assert doing_after(step, recipe) == "drawing the samples"
+    assert doing_after(checkpoint, recipe) == "judging the checkpoints"
+    assert doing_after(judged, recipe) == "judging step 10 at strength 1"
+    assert doing_after(Sweep(10, 1, "", 0, ""), recipe) == "writing the adapter"
+    assert doing_after(Saved(10, "a.safetensors"), recipe) == "writing the report"
+    assert doing_after(Step(9, 0.1, 0.1, 0.1, 0.1, 0.1), recipe) == "training"
+
+
+def test_errors_shorten_the_middle() -> None:
+    assert str(RecipeError("x" * 2000, "do this")).endswith("x (do this)") and len(str(RecipeError("x" * 2000))) == 500

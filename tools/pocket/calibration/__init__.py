@@ -1,0 +1,5 @@
+"""What evidence is worth: short runs of invented individuals and looks, good and bad, each with the truth that a judge tells.
+
+python -m tools.pocket.calibration runs --work runs/calibration      # hours on one core, resumable
+python -m tools.pocket.calibration fit --work runs/calibration       # writes personalize/pocket/verdict.json
+"""
