@@ -229,7 +229,7 @@ def prompt_name(prompt: str, options: Mapping[str, Any] | None = None) -> str:
     """A prompt as a part of a file's name, another one for every prompt, and for every other way to draw it.
 
     >>> prompt_name("a rex dog"), prompt_name("A rex dog!"), prompt_name("a rex dog", {"size": (96, 64)})
-    ('a-rex-dog', 'a-rex-dog-ab0f2c', 'a-rex-dog-5a1bb9')
+    ('a-rex-dog', 'a-rex-dog-9c2ede', 'a-rex-dog-563043')
     """
     name, more = slug(prompt), json.dumps(options, sort_keys=True) if options else ""
     if not more and prompt == name.replace("-", " "):
