@@ -3,6 +3,9 @@
 Of factors up [out, r] and down [r, in]: QR of both, then the SVD of the r x r core that their triangles make. That is the exact
 truncated SVD at the cost of r x r: 2 ms for rank 32 on [1280, 1280] and 5 ms on a 3x3 convolution of 1280 channels, where the SVD
 of dW takes 0.6 s and 13 s. fp64 costs twice the time of fp32 and is worth it: singular values to 4e-14 instead of 5e-7.
+
+The SVD of a Kronecker product (LoKr) is the Kronecker product of both halves' SVDs (Van Loan 2000, "The ubiquitous Kronecker
+product"), whose largest values are picked out: exact, a millisecond for any layer of SD 1.5.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..delta import Delta, LowRank
+from ..delta import Delta, LowRank, Structured
 from ..delta import sides as sides
 
 # From here on a matrix is sketched if the wanted rank is an eighth of it or less. With as many spare columns as wanted ones and
@@ -36,7 +39,9 @@ def factors(pair: LowRank) -> tuple[Tensor, Tensor]:
 
 
 def svd(delta: Delta, rank: int | None = None) -> Svd:
-    """Of an update that does not need its base: exact from its factors if it has any, else of dW as `of_matrix` does."""
+    """Of an update that does not need its base: exact from its halves or factors, if any, else of dW as `of_matrix` does."""
+    if halves := _halves(delta):
+        return of_kronecker(*halves, rank)
     if pair := delta.low_rank():
         return of_factors(*factors(pair))
     return of_matrix(delta.delta().reshape(sides(delta.shape)), rank)
@@ -47,6 +52,32 @@ def of_factors(up: Tensor, down: Tensor) -> Svd:
     left, right = torch.linalg.qr(up.double()), torch.linalg.qr(down.double().T)
     u, s, v = torch.linalg.svd(left.R @ right.R.T, full_matrices=False)
     return Svd(left.Q @ u, s, v @ right.Q.T)
+
+
+def of_kronecker(one: Tensor, two: Tensor, rank: int | None = None) -> Svd:
+    """Of kron(one [a, b], two [c, d]): [a * c, b * d]; exact: all of it, or the first `rank`."""
+    (u, s, v), (w, t, x) = (_felt(torch.linalg.svd(half, full_matrices=False)) for half in (one, two))
+    products = torch.outer(s, t).flatten()
+    order = products.argsort(descending=True, stable=True)
+    i, j = order[:rank] // len(t), order[:rank] % len(t)
+    left = (u[:, i][:, None] * w[:, j][None]).flatten(0, 1)
+    right = (v[i][:, :, None] * x[j][:, None]).flatten(1)
+    return Svd(left, products[order[:rank]], right, float(torch.linalg.norm(products[order[len(i) :]])))
+
+
+def _felt(parts: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """An SVD without the values that are nothing but rounding: a product of two thin matrices has many."""
+    u, s, v = parts
+    kept = slice(0, max(1, int((s > s[0] * max(u.shape[0], v.shape[1]) * torch.finfo(s.dtype).eps).sum())))
+    return u[:, kept], s[kept], v[kept]
+
+
+def _halves(delta: Delta) -> tuple[Tensor, Tensor] | None:
+    """Two matrices in fp64 whose Kronecker product dW is, with the scale in the first; None for other kinds."""
+    if not isinstance(delta, Structured) or not delta.row.halves:
+        return None
+    one, two = delta.row.halves({role: value.double() for role, value in delta.tensors.items()})
+    return delta.scale * one, two.flatten(1)
 
 
 def of_matrix(matrix: Tensor, rank: int | None = None) -> Svd:
@@ -90,6 +121,9 @@ def sketch(matrix: Tensor, rank: int, iterations: int = _ITERATIONS) -> Svd:
 
 def singular_values(delta: Delta) -> Tensor:
     """Singular values only, falling, fp64; without factors right to 1e-8 of the largest."""
+    if halves := _halves(delta):
+        one, two = (torch.linalg.svd(half, full_matrices=False) for half in halves)
+        return torch.outer(_felt(one)[1], _felt(two)[1]).flatten().sort(descending=True).values
     if not (pair := delta.low_rank()):
         matrix = delta.delta().reshape(sides(delta.shape)).double()
         matrix = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
