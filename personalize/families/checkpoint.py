@@ -40,7 +40,7 @@ def _open_file(path: Path) -> Weights:
     families = (own,) if (own := family_in(shapes)) else keys.FAMILIES
     layouts = {family: _places(header, family) for family in families}
     family = own or _closest({row: {path: place.shape for path, place in places.items()} for row, places in layouts.items()})
-    if family is None and (spelled := _spelled(header)):
+    if family is None and (spelled := _read_spelled(header)):
         found = {at: place.shape for at, place in spelled.items()}
         return Weights(path, _closest({row: found for row in keys.FAMILIES}), (header,), spelled)
     if family is None:
@@ -70,7 +70,7 @@ def _averages(header: Header, places: Mapping[str, Place]) -> dict[str, Place]:
     return found
 
 
-def _spelled(header: Header) -> dict[str, Place]:
+def _read_spelled(header: Header) -> dict[str, Place]:
     """The parameters of a denoiser alone, or in wrappers, under any spelling: ComfyUI's models/diffusion_models, a UNet out of
     diffusers' folder. In the family that knows most of the keys; empty unless they are half of its denoiser."""
     stems = {

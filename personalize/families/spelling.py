@@ -45,7 +45,7 @@ def path_in(family: Family, name: str, shape: Shape = ()) -> str:
         return kohya_paths(family).get(name) or kohya_paths(family).get(_unwrap(family, name), "")
     parts, body = split_part(name)
     possible = (part for part in PARTS if not parts or part in parts)
-    found = [path for part in possible if (path := _dotted(family).get(f"{part}.{body}"))]
+    found = [path for part in possible if (path := _dotted_names(family).get(f"{part}.{body}"))]
     return next((path for path in found if same(shape, weights(family)[path])), found[0] if found else "")
 
 
@@ -121,7 +121,7 @@ def _plain(name: str) -> str:
 
 
 @cache
-def _dotted(family: Family) -> Mapping[str, str]:
+def _dotted_names(family: Family) -> Mapping[str, str]:
     """Every name with dots, its part in front and without wrappers => canonical path."""
     found: dict[str, str] = {}
     for path, body in _bodies(family):

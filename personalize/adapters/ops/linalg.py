@@ -56,7 +56,7 @@ def of_factors(up: Tensor, down: Tensor) -> Svd:
 
 def of_kronecker(one: Tensor, two: Tensor, rank: int | None = None) -> Svd:
     """Of kron(one [a, b], two [c, d]): [a * c, b * d]; exact: all of it, or the first `rank`."""
-    (u, s, v), (w, t, x) = (_felt(torch.linalg.svd(half, full_matrices=False)) for half in (one, two))
+    (u, s, v), (w, t, x) = (_drop_rounding(torch.linalg.svd(half, full_matrices=False)) for half in (one, two))
     products = torch.outer(s, t).flatten()
     order = products.argsort(descending=True, stable=True)
     i, j = order[:rank] // len(t), order[:rank] % len(t)
@@ -65,7 +65,7 @@ def of_kronecker(one: Tensor, two: Tensor, rank: int | None = None) -> Svd:
     return Svd(left, products[order[:rank]], right, float(torch.linalg.norm(products[order[len(i) :]])))
 
 
-def _felt(parts: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+def _drop_rounding(parts: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """An SVD without the values that are nothing but rounding: a product of two thin matrices has many."""
     u, s, v = parts
     kept = slice(0, max(1, int((s > s[0] * max(u.shape[0], v.shape[1]) * torch.finfo(s.dtype).eps).sum())))
@@ -123,7 +123,7 @@ def singular_values(delta: Delta) -> Tensor:
     """Singular values only, falling, fp64; without factors right to 1e-8 of the largest."""
     if halves := _halves(delta):
         one, two = (torch.linalg.svd(half, full_matrices=False) for half in halves)
-        return torch.outer(_felt(one)[1], _felt(two)[1]).flatten().sort(descending=True).values
+        return torch.outer(_drop_rounding(one)[1], _drop_rounding(two)[1]).flatten().sort(descending=True).values
     if not (pair := delta.low_rank()):
         matrix = delta.delta().reshape(sides(delta.shape)).double()
         matrix = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
