@@ -23,9 +23,9 @@ from ..families.family import Family, Shape, weights
 from ..families.names import (
     FAMILIES,
     SPELLED,
+    candidates,
     canonical,
     claims,
-    family_of,
     kohya_names,
     part_of,
     resolve_shape,
@@ -109,10 +109,11 @@ def _read_keys(header: Header, allow_unmatched: bool) -> dialects.Reading:
 
 
 def _shapes(header: Header, reading: dialects.Reading) -> dict[str, Shape]:
-    """Path => the true shape of dW, those of biases too."""
-    family = family_of(reading.shapes, reading.metadata)
+    """Path => the true shape of dW, as far as all families agree that it can be of, and those of biases."""
+    families = candidates(reading.shapes, reading.metadata)
     biases = [path + BIAS for path, slot in reading.slots.items() if slot.keys.keys() & set(kinds.BIASES)]
-    known = {path: resolve_shape(path, shape, family) for path, shape in reading.shapes.items()}
+    told = {path: {resolve_shape(path, shape, one) for one in families} for path, shape in reading.shapes.items()}
+    known = {path: next(iter(told[path])) if len(told[path]) == 1 else shape for path, shape in reading.shapes.items()}
     return known | {path: header.tensors[_bias(reading, path)].shape for path in biases}
 
 

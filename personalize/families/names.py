@@ -120,7 +120,9 @@ def candidates(shapes: Mapping[str, Shape], metadata: Mapping[str, str]) -> tupl
     `metadata` tells, or else how its names were spelled. Families can share layers, as SD1 and SD2 share self-attention."""
     fit, spelled = families_of(shapes), metadata.get(SPELLED, "").split()
     claimed = tuple(family for family in fit if says(metadata, family))
-    return claimed or tuple(family for family in fit if family.name in spelled) or fit
+    kernels = [path for path, shape in shapes.items() if len(shape) == 4]  # as seldom written for a linear layer
+    likely = tuple(family for family in fit if all(len(weights(family)[path]) == 4 for path in kernels)) or fit
+    return claimed or tuple(family for family in likely if family.name in spelled) or likely
 
 
 def names_of(families: Iterable[Family]) -> str:

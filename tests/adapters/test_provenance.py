@@ -183,7 +183,7 @@ def test_a_sparse_rest_is_added(tmp_path: Path) -> None:
     torch.testing.assert_close(delta.delta(), whole * (2.0 / 4))
     torch.testing.assert_close((delta * -3).delta(), whole * -1.5)
     kept, full = adapter.save(tmp_path / "b", dtype="fp16"), convert(adapter, "full")[0]
-    assert describe(kept).kind == "LoRA + sparse" and describe(kept).dtype == "fp16"
+    assert describe(kept).kind == "LoRA+sparse" and describe(kept).dtype == "fp16"
     assert distance(Adapter.load(kept), full) < 1e-3 and distance(adapter, full) < 1e-6
 
 

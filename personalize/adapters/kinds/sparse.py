@@ -40,4 +40,4 @@ def delta(tensors: Tensors, weight: Tensor | None, alpha: float | None) -> Tenso
     return ratio(len(tensors[DOWN]), alpha) * (whole + rest.reshape(whole.shape))
 
 
-SPARSE = Kind("LoRA + sparse", (UP, DOWN, INDICES, VALUES, SIZE), (ALPHA,), shape, inner(DOWN), delta, linear_in=(UP, VALUES))
+SPARSE = Kind("LoRA+sparse", (UP, DOWN, INDICES, VALUES, SIZE), (ALPHA,), shape, inner(DOWN), delta, linear_in=(UP, VALUES))

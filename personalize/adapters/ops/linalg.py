@@ -21,7 +21,7 @@ from ..delta import sides as sides
 # From here on a matrix is sketched if the wanted rank is an eighth of it or less. With as many spare columns as wanted ones and
 # four power iterations the error of merges at rank 64 was 1.0003 (TIES) to 1.001 (DARE: noise has no few directions) of the
 # smallest possible, in a half to a sixth of the time of `leading_svd`.
-_LARGE, _FEW, _SPARE, _ITERATIONS = 512, 8, 16, 4
+_LARGE, _FEW, SPARE, ITERATIONS = 512, 8, 16, 4
 
 
 class Svd(NamedTuple):
@@ -40,7 +40,7 @@ def factors(pair: LowRank) -> tuple[Tensor, Tensor]:
 
 def svd(delta: Delta, rank: int | None = None) -> Svd:
     """Of an update that does not need its base: exact from its halves or factors, if any, else of dW as `of_matrix` does."""
-    if halves := _halves(delta):
+    if halves := halves_of(delta):
         return of_kronecker(*halves, rank)
     if pair := delta.low_rank():
         return of_factors(*factors(pair))
@@ -72,7 +72,7 @@ def _drop_rounding(parts: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor
     return u[:, kept], s[kept], v[kept]
 
 
-def _halves(delta: Delta) -> tuple[Tensor, Tensor] | None:
+def halves_of(delta: Delta) -> tuple[Tensor, Tensor] | None:
     """Two matrices in fp64 whose Kronecker product dW is, with the scale in the first; None for other kinds."""
     if not isinstance(delta, Structured) or not delta.row.halves:
         return None
@@ -85,7 +85,12 @@ def of_matrix(matrix: Tensor, rank: int | None = None) -> Svd:
     small = min(matrix.shape)
     if rank is None or 2 * rank > small:
         return full_svd(matrix)
-    return sketch(matrix, rank) if small > _LARGE and _FEW * rank <= small else leading_svd(matrix, rank)
+    return sketch(matrix, rank) if is_worth_a_sketch(small, rank) else leading_svd(matrix, rank)
+
+
+def is_worth_a_sketch(small: int, rank: int) -> bool:
+    """Whether a matrix whose smaller side is this is large enough, and the rank low enough."""
+    return small > _LARGE and _FEW * rank <= small
 
 
 def full_svd(matrix: Tensor) -> Svd:
@@ -104,14 +109,14 @@ def leading_svd(matrix: Tensor, rank: int) -> Svd:
     return _project(matrix, vectors[:, -rank:], rank)
 
 
-def sketch(matrix: Tensor, rank: int, iterations: int = _ITERATIONS) -> Svd:
+def sketch(matrix: Tensor, rank: int, iterations: int = ITERATIONS) -> Svd:
     """The first `rank`, nearly, by randomized subspace iteration (Halko et al. 2009, https://arxiv.org/abs/0909.4061).
 
     Draws the same numbers each time. `rest` is what it really left out, not an estimate.
     """
     if matrix.shape[0] > matrix.shape[1]:
         return _transpose(sketch(matrix.T, rank, iterations))
-    width = min(rank + max(rank, _SPARE), *matrix.shape)
+    width = min(rank + max(rank, SPARE), *matrix.shape)
     draw = torch.Generator().manual_seed(0)
     basis = matrix @ torch.randn(matrix.shape[1], width, generator=draw, dtype=matrix.dtype)
     for _ in range(iterations):
@@ -121,7 +126,7 @@ def sketch(matrix: Tensor, rank: int, iterations: int = _ITERATIONS) -> Svd:
 
 def singular_values(delta: Delta) -> Tensor:
     """Singular values only, falling, fp64; without factors right to 1e-8 of the largest."""
-    if halves := _halves(delta):
+    if halves := halves_of(delta):
         one, two = (torch.linalg.svd(half, full_matrices=False) for half in halves)
         return torch.outer(_drop_rounding(one)[1], _drop_rounding(two)[1]).flatten().sort(descending=True).values
     if not (pair := delta.low_rank()):

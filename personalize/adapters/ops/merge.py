@@ -14,8 +14,11 @@ from ...formats.tensors import one_thread
 from ..adapter import Adapter, all_words, check_kin, shared_metadata
 from ..delta import Delta, Dense
 from ..lazy import OnDemand
+from . import linalg, sums
 from .methods import METHODS, OPTIONS, Method, Module, Options, Term
-from .resize import Line, Report, check_plain, cut_to_rank, keep_as_is, rank_of
+from .resize import Line, Report, check_plain, cut_parts, cut_to_rank, keep_as_is, rank_of
+
+SUMS = ("concat", "svd")  # methods that are the plain sum
 
 
 def merge(
@@ -59,6 +62,8 @@ def on_demand(
         with one_thread():
             module = Module(path, _terms(path, adapters, weights))
             _check_plain(module, method, rank)
+            if rank and method in SUMS and (cut := _cut_sum(module, rank)):
+                return cut
             return _cut(module, row.merge(module, chosen), rank, row.refactor)
 
     def make(path: str) -> Delta:
@@ -85,6 +90,13 @@ def _check_plain(module: Module, method: str, rank: int | None) -> None:
     alone = method == "concat" and len(module.terms) == 1 and not (rank and rank_of(module.terms[0].delta) > rank)
     for term in () if alone else module.terms:
         check_plain(module.path, term.delta)
+
+
+def _cut_sum(module: Module, rank: int) -> tuple[Delta, Line] | None:
+    """The sum cut to a rank without making dW of it; None where that gains nothing."""
+    small = min(linalg.sides(module.shape)) if len(module.shape) in (2, 4) else 0
+    pieces = sums.pieces_of([term.weighted_delta() for term in module.terms]) if linalg.is_worth_a_sketch(small, rank) else None
+    return cut_parts(module.path, module.shape, small, sums.sketch(pieces, rank), rank) if pieces and len(pieces) > 1 else None
 
 
 def _cut(module: Module, delta: Delta, rank: int | None, refactor: bool) -> tuple[Delta, Line]:

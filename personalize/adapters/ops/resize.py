@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ...errors import AdapterError, nearest
+from ...families.family import Shape
 from ...families.names import PARTS, part_of
 from ...formats.tensors import TORCH, one_thread
 from ..adapter import Adapter
@@ -221,10 +222,14 @@ def cut_to_rank(path: str, delta: Delta, rank: int | None = None) -> tuple[Delta
     """One update at a rank at most, balanced and without the ranks that fp32 cannot tell from nothing; and what was lost."""
     if not can_factor(delta):
         return keep_as_is(path, delta)
-    parts = linalg.svd(delta, rank)
+    return cut_parts(path, delta.shape, rank_of(delta), linalg.svd(delta, rank), rank)
+
+
+def cut_parts(path: str, shape: Shape, old: int, parts: linalg.Svd, rank: int | None) -> tuple[Delta, Line]:
+    """The same of an update whose singular values and vectors are known; `old` is its rank."""
     felt = int((parts.s.square() > _NOISE * parts.s[0].square()).sum())
     new = max(1, min(rank or felt, felt))
-    return linalg.low_rank(parts, delta.shape, new), Line(path, rank_of(delta), new, parts.s, parts.rest)
+    return linalg.low_rank(parts, shape, new), Line(path, old, new, parts.s, parts.rest)
 
 
 def keep_as_is(path: str, delta: Delta) -> tuple[Delta, Line]:
