@@ -9,7 +9,7 @@ import click
 
 from ..errors import PersonalizeError, RecipeError
 from ..version import __version__
-from . import adapters
+from . import adapters, checkpoints
 from .dataset import dataset
 from .generate import generate
 from .merge import merge
@@ -94,5 +94,5 @@ def version() -> int:
     return 0
 
 
-for command in (train, batch, generate, dataset, report, presets, version, merge, *adapters.COMMANDS):
+for command in (train, batch, generate, dataset, report, presets, version, merge, *adapters.COMMANDS, *checkpoints.COMMANDS):
     cli.add_command(command)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
 from PIL import Image
 
+from ..adapters.files import PrecisionError
 from ..errors import TrainingError
 from ..inference.pipeline import draw_images
 from ..inference.png import save_picture
@@ -77,7 +79,11 @@ def save_adapter(run: ActiveRun, step: int, path: Path) -> Saved:
     peak = peak_bytes(plan.base.device) if plan.base.device.type == "cuda" else None
     memory = run.compute, run.facts()["estimate"], plan.regularization, peak
     about = describe_run(plan.recipe, plan.base, plan.dataset, plan.run.name, step, first, *memory)
-    adapter.save(path, plan.recipe.dialect, about)
+    try:
+        adapter.save(path, plan.recipe.dialect, about, plan.recipe.save_precision)
+    except PrecisionError as error:  # learned too little for it yet; what was trained must not be lost
+        warnings.warn(f"{error.what}: kept as fp32 instead", stacklevel=2)
+        adapter.save(path, plan.recipe.dialect, about)
     return Saved(step, plan.run.relative(path))
 
 

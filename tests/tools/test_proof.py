@@ -262,7 +262,4 @@ def test_no_benchmark_changes_the_defaults_of_others() -> None:
     found = {name: vars(parser().parse_args([name, *(["--script", "x"] if name == "peer" else [])])) for name in BENCHMARKS}
     steps = dict.fromkeys(BENCHMARKS, 20) | {"choice": 12, "verdict": 12}
     assert {name: one["sampler_steps"] for name, one in found.items()} == steps
-        "choice": 12,
-        "verdict": 12,
-    }
     assert {name: one["sampler"] for name, one in found.items()} == dict.fromkeys(BENCHMARKS, "auto") | {"settings": "DDIM"}
