@@ -57,7 +57,7 @@ class Embedding:
             held = ", ".join(map(short, list(header.tensors)[:3]))
             raise AdapterError(f"{path} is no textual inversion", f"it holds {held}{inside}")
         sizes = [header.tensors[key].shape for key in known.values()]
-        if len({size[:-1] for size in sizes}) > 1:
+        if any(len(size) not in (1, 2) or 0 in size for size in sizes) or len({size[:-1] for size in sizes}) > 1:
             found = " and ".join(str(list(size)) for size in sizes)
             raise HostileFileError(f"{path} is no sound textual inversion: {found} are not as many vectors for each text encoder")
         with open_file(header.path) as file:

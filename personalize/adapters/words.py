@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
+from ..families.names import FAMILIES
 from ..formats.header import Entry
 from . import kinds
 
@@ -24,22 +25,28 @@ KEYS = {  # key => the text encoder whose vectors it holds; "": the width tells
 }
 BUNDLE = "bundle_emb"
 _WIDTHS = {1280: "text_encoder_2", 4096: "text_encoder_3"}  # of CLIP bigG and of T5; other widths are a first encoder's
+_ALL_WIDTHS = {row.width for family in FAMILIES for row in family.texts}
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _INSIDE = re.compile(rf"{BUNDLE}\.(?:(?P<word>.+)\.(?P<key>string_to_param\.[^.]+|(?:{'|'.join(map(re.escape, KEYS))})(?:_out)?)|"
                      r"(?P<first>[^.]+)\.(?P<rest>.+))")  # fmt: skip
 
 
 def vectors_in(tensors: Mapping[str, Entry]) -> dict[str, str]:
-    """Text encoder => the key of its vectors, of a file that is a textual inversion; empty for another file."""
+    """Text encoder => the key of its vectors, of a file that is a textual inversion; empty for another file. Whether their shapes
+    are sound is another question."""
     own = {key: entry for key, entry in tensors.items() if not key.startswith("string_to_token")}  # a token's number
-    if any(len(entry.shape) not in (1, 2) or 0 in entry.shape or entry.dtype not in _FLOATS for entry in own.values()):
-        return {}
     known = {key: KEYS[name] for key in own if (name := key.removeprefix("string_to_param.")) in KEYS}
-    if not known and len(own) == 1 and not next(iter(own)).endswith((".weight", *(f".{role}" for role in kinds.roles()))):
+    if not known and len(own) == 1 and _may_be_a_word(*next(iter(own.items()))):
         known = dict.fromkeys(own, "")
-    parts = {key: part or _WIDTHS.get(own[key].shape[-1], "text_encoder") for key, part in known.items()}
+    parts = {key: part or _WIDTHS.get((own[key].shape or (0,))[-1], "text_encoder") for key, part in known.items()}
     whole = known.keys() == own.keys() and len(set(parts.values())) == len(parts)
     return {part: key for key, part in parts.items()} if whole else {}
+
+
+def _may_be_a_word(key: str, entry: Entry) -> bool:
+    """Whether a lone tensor is as wide as a text encoder, and no tensor of an adapter or a model by its name."""
+    named = key.isprintable() and not key.endswith((".weight", *(f".{role}" for role in kinds.roles())))
+    return named and len(entry.shape) in (1, 2) and entry.shape[-1] in _ALL_WIDTHS and entry.dtype in _FLOATS
 
 
 def words_in(keys: Mapping[str, Entry]) -> dict[str, dict[str, str]]:

@@ -1,4 +1,4 @@
-"""A sum of updates as a matrix that is never made: each is two factors, or two halves of a Kronecker product (LoKr). All in fp64.
+"""A sum of updates as a matrix that is never made: each is two factors, or two halves of a Kronecker product (LoKr).
 
 A product with a thin matrix costs what the pieces do: for a LoKr on a 3x3 convolution of 1280 channels a thirtieth of dW's.
 """
@@ -58,14 +58,15 @@ def pieces_of(deltas: Sequence[Delta]) -> list[Piece] | None:
 
 def sketch(pieces: Sequence[Piece], rank: int) -> linalg.Svd:
     """The first `rank` singular values of the sum, nearly, as `linalg.sketch` finds them; `rest` is what is really left out."""
-    turned = [piece.T for piece in pieces]
+    quick = [Piece(piece.a.float(), piece.b.float(), piece.kron) for piece in pieces]  # a basis need not be more exact
+    turned = [piece.T for piece in quick]
     columns = turned[0].a.shape[0] * (turned[0].b.shape[0] if turned[0].kron else 1)
     draw = torch.Generator().manual_seed(0)
-    basis = _times(pieces, torch.randn(columns, rank + max(rank, linalg.SPARE), generator=draw, dtype=torch.float64))
+    basis = _times(quick, torch.randn(columns, rank + max(rank, linalg.SPARE), generator=draw))
     for _ in range(linalg.ITERATIONS):
-        basis = _times(pieces, torch.linalg.qr(_times(turned, torch.linalg.qr(basis).Q)).Q)
-    basis = torch.linalg.qr(basis).Q
-    u, s, v = torch.linalg.svd(_times(turned, basis).T, full_matrices=False)
+        basis = _times(quick, torch.linalg.qr(_times(turned, torch.linalg.qr(basis).Q)).Q)
+    basis = torch.linalg.qr(basis.double()).Q
+    u, s, v = torch.linalg.svd(_times([piece.T for piece in pieces], basis).T, full_matrices=False)
     square = sum(one.dot(other) for one in pieces for other in pieces)
     return linalg.Svd(basis @ u[:, :rank], s[:rank], v[:rank], max(0.0, square - float(s[:rank].square().sum())) ** 0.5)
 
