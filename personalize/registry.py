@@ -20,6 +20,7 @@ from .errors import RecipeError, nearest
 BUILT_IN: dict[str, dict[str, str]] = {
     "kinds": {
         "lora": "personalize.adapters.kinds.lora:LORA",
+        "lora+sparse": "personalize.adapters.kinds.sparse:SPARSE",
         "loha": "personalize.adapters.kinds.loha:LOHA",
         "lokr": "personalize.adapters.kinds.lokr:LOKR",
         "oft": "personalize.adapters.kinds.oft:OFT",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -18,7 +19,18 @@ from torch import Tensor
 
 from ..errors import AdapterError, FamilyMismatchError, OutputError, check_type, nearest
 from ..families.family import Family, Shape
-from ..families.names import PARTS, canonical, family_of, kin, part_of
+from ..families.names import (
+    ESSENTIAL,
+    PARTS,
+    ROWS,
+    TEXT_PARTS,
+    candidates,
+    canonical,
+    claims,
+    kin,
+    names_of,
+    part_of,
+)
 from ..formats.header import short
 from ..formats.tensors import one_thread, with_ending
 from . import files
@@ -28,6 +40,7 @@ from .lazy import OnDemand, map_deltas, shapes_of
 from .strengths.grammar import Weighting
 
 SHOWN = ("modelspec.title", "modelspec.trigger_phrase", "modelspec.description", "ss_base_model_version")  # in a notebook
+Words = Mapping[str, Mapping[str, Tensor]]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -40,11 +53,15 @@ class Adapter:
 
     deltas: Mapping[str, Delta]
     metadata: Mapping[str, str] = field(default_factory=dict)
+    words: Words = field(
+        default_factory=dict
+    )  # that it brings along: word => key as in words.py => vectors, as the file has them
 
     def __post_init__(self) -> None:
         check_type(
             self.deltas, Mapping, "an adapter's deltas", 'updates by path: p.Adapter.load("rex.safetensors")', AdapterError
         )
+        object.__setattr__(self, "words", MappingProxyType(dict(self.words)))
         object.__setattr__(self, "metadata", MappingProxyType({str(key): str(value) for key, value in self.metadata.items()}))
         if isinstance(self.deltas, OnDemand):  # its paths come from an adapter or a file that was read
             return
@@ -56,7 +73,7 @@ class Adapter:
         object.__setattr__(self, "deltas", MappingProxyType(dict(sorted(deltas.items()))))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Adapter, (dict(self.deltas), dict(self.metadata))  # read-only mappings cannot be pickled
+        return Adapter, (dict(self.deltas), dict(self.metadata), dict(self.words))  # read-only mappings cannot be pickled
 
     def __repr__(self) -> str:
         return f"Adapter({self.family}, {len(self.deltas)} modules of {' + '.join(self.parts) or 'nothing'})"
@@ -104,7 +121,8 @@ class Adapter:
         if os.path.isdir(path):  # which is no error for a name that is too long: the disk says so later
             raise OutputError(f"{path} is a folder", "name a file in it")
         said = {key: str(value) for key, value in (metadata or {}).items()}
-        return files.write(with_ending(path), self.deltas, self.model, self.metadata, dialect, said, dtype)
+        families = candidates(self.shapes, {**self.metadata, **said})
+        return files.write(with_ending(path), self.deltas, self.words, families, self.metadata, dialect, said, dtype)
 
     def resolve(self, weights: Mapping[str, Tensor] | Callable[[str], Tensor]) -> Adapter:
         """The same update without what depends on the base: DoRA, OFT, GLoRA and IA3 become full updates of these weights.
@@ -121,12 +139,35 @@ class Adapter:
             except KeyError:
                 raise AdapterError(f"the base has no {path}", "name the base that the adapter was made for") from None
 
-        return Adapter(map_deltas(self.deltas, plain), self.metadata)
+        return self.with_deltas(map_deltas(self.deltas, plain))
+
+    def with_deltas(self, deltas: Mapping[str, Delta]) -> Adapter:
+        """The same adapter with other updates; what it says and the words that it brings are carried along."""
+        return Adapter(deltas, self.metadata, self.words)
+
+    def for_family(self, name: str) -> Adapter:
+        """The same adapter, that says it is of this family. Raises AdapterError for one that lacks some of its layers."""
+        if name not in ROWS:
+            raise AdapterError(f"no model family is called {short(name)!r}", nearest(name, ROWS))
+        told = {key: value for key, value in self.metadata.items() if key not in ESSENTIAL} | claims(ROWS[name])
+        if ROWS[name] not in candidates(self.shapes, told):
+            raise AdapterError(f"its layers are not those of {name}", f"by their shapes they are of {self.family}")
+        return Adapter(self.deltas, told, self.words)
+
+    def strip_metadata(self) -> Adapter:
+        """The same adapter without what its file says, but for its family."""
+        return Adapter(self.deltas, {key: self.metadata[key] for key in ESSENTIAL if key in self.metadata}, self.words)
 
     @property
     def family(self) -> str:
-        """The model family whose modules and weight shapes these are: "pocket", "sd1", ... or "unknown"."""
-        return self.model.name if self.model else "unknown"
+        """The model family whose modules and weight shapes these are: "pocket", "sd1", ..., "sd1 or sd2" where neither these nor
+        the metadata tell, or "unknown"."""
+        return names_of(self.families)
+
+    @cached_property
+    def families(self) -> tuple[Family, ...]:
+        """The rows of all families that it can be of."""
+        return candidates(self.shapes, self.metadata)
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -137,14 +178,16 @@ class Adapter:
         """What it adds to one part of the model; empty if nothing."""
         _check_part(name)
         own = [path for path in self.deltas if part_of(path) == name]
-        return Adapter(map_deltas(self.deltas, lambda _, delta: delta, own), self.metadata)
+        return Adapter(
+            map_deltas(self.deltas, lambda _, delta: delta, own), self.metadata, self.words if name in TEXT_PARTS else {}
+        )
 
     def scaled(self, weights: Mapping[str, float]) -> Adapter:
         """Each part times its own strength; parts that are not named stay as they are."""
         for name, weight in weights.items():
             _check_part(name)
             _check_weight(weight)
-        return Adapter(map_deltas(self.deltas, lambda path, delta: delta * weights.get(part_of(path), 1.0)), self.metadata)
+        return self.with_deltas(map_deltas(self.deltas, lambda path, delta: delta * weights.get(part_of(path), 1.0)))
 
     def weighted(self, weighting: Weighting) -> Adapter:
         """As much of it as a weighting says, by part, block and pattern; updates at 0 are left out.
@@ -154,11 +197,11 @@ class Adapter:
         kept = {path: strength for path, strength in weighting.of(self.deltas, self.model).items() if strength}
         for strength in set(kept.values()):
             _check_weight(strength)
-        return Adapter(map_deltas(self.deltas, lambda path, delta: _times(delta, kept[path]), kept), self.metadata)
+        return self.with_deltas(map_deltas(self.deltas, lambda path, delta: _times(delta, kept[path]), kept))
 
     def __mul__(self, weight: float) -> Adapter:
         _check_weight(weight)
-        return Adapter(map_deltas(self.deltas, lambda _, delta: delta * weight), self.metadata)
+        return self.with_deltas(map_deltas(self.deltas, lambda _, delta: delta * weight))
 
     __rmul__ = __mul__
 
@@ -175,7 +218,7 @@ class Adapter:
                 deltas[path] = deltas[path] + delta if path in deltas else delta
             except AdapterError as error:
                 raise AdapterError(f"{path}: {error.what}", "both adapters must be made for the same base") from error
-        return Adapter(deltas, dict(self.metadata.items() & other.metadata.items()))
+        return Adapter(deltas, shared_metadata([self, other]), all_words([self, other]))
 
     def __radd__(self, other: object) -> Adapter:
         """`sum` begins with 0."""
@@ -194,10 +237,10 @@ class Adapter:
         picture = f'<img src="{escape(thumbnail)}" alt="" width="128">' if thumbnail.startswith("data:image/") else ""
         return f'<div class="personalize-adapter">{picture}<table>{"".join(lines)}</table></div>'
 
-    @cached_property
+    @property
     def model(self) -> Family | None:
-        """The row of its family; None if it is unknown."""
-        return family_of(self.shapes, self.metadata)
+        """The row of its family, the first of several that it can be of; None if it is unknown."""
+        return self.families[0] if self.families else None
 
     @property
     def shapes(self) -> Mapping[str, Shape]:
@@ -211,6 +254,27 @@ def check_kin(adapters: Sequence[Adapter]) -> None:
         names = [short(one.metadata.get("ss_output_name", f"number {i}")) for i, one in enumerate(adapters, 1)]
         told = ", ".join(f"{name} is for {one.family}" for name, one in zip(names, adapters, strict=True))
         raise FamilyMismatchError(f"adapters of different families do not go together: {told}", "leave the strangers out")
+
+
+def shared_metadata(adapters: Sequence[Adapter]) -> dict[str, str]:
+    """What all say alike, in order of the keys."""
+    return dict(sorted(set.intersection(*(set(one.metadata.items()) for one in adapters))))
+
+
+def all_words(adapters: Sequence[Adapter]) -> Words:
+    """The words of all. A word that two bring with different vectors keeps both: the later one's gets a number, and is told."""
+    found: dict[str, Mapping[str, Tensor]] = {}
+    for word, vectors in ((word, vectors) for one in adapters for word, vectors in one.words.items()):
+        names = (word, *(f"{word}-{i}" for i in range(2, len(adapters) + 2)))
+        name = next(name for name in names if name not in found or _same_vectors(found[name], vectors))
+        if name != word:
+            warnings.warn(f"two adapters bring the word {short(word)!r}: the later one is called {short(name)!r}", stacklevel=2)
+        found[name] = vectors
+    return found
+
+
+def _same_vectors(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(a[key].dtype == b[key].dtype and a[key].equal(b[key]) for key in a)
 
 
 def distance(a: Adapter, b: Adapter) -> float:

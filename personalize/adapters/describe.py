@@ -5,18 +5,20 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
 from typing import TypeVar
 
 from ..errors import AdapterError, check_type
-from ..families.names import family_of, part_of
+from ..families.names import candidates, names_of, part_of
 from ..formats.header import Header, open_file, read_header, read_scalar
 from . import dialects
-from .kinds import ALPHA, NUMBERS
+from .dialects import TEXTUAL_INVERSION
+from .kinds import ALPHA, INTEGERS, NUMBERS
 
 T = TypeVar("T")
+HEAVY = 1 << 14  # bytes of metadata that nobody minds
 _PRECISIONS = {"F64": "fp64", "F32": "fp32", "F16": "fp16", "BF16": "bf16", "F8_E4M3": "fp8", "F8_E5M2": "fp8"}
 
 
@@ -27,7 +29,7 @@ class Description:
     path: Path
     dialect: str  # "kohya", "diffusers", "peft"; "" if no key is an adapter's
     kind: str  # "LoRA", "LoHa + full", "textual inversion", ... or "unknown"
-    family: str  # "pocket", "sd1", ..., "unknown"
+    family: str  # "pocket", "sd1", ..., "sd1 or sd2" where nothing tells, "unknown"
     parts: Mapping[str, int]
     ranks: Mapping[int, int]
     alphas: Mapping[float, int]
@@ -40,6 +42,18 @@ class Description:
     thumbnail: str  # a data URL, or ""
     metadata: Mapping[str, str]
     unmatched: tuple[str, ...]
+    words: Mapping[str, int] = field(default_factory=dict)  # words inside, or of a textual inversion => how many vectors
+    weight_bytes: int = 0
+
+    @property
+    def heaviest(self) -> tuple[str, int, int] | None:
+        """The largest entry of the metadata with its bytes, and those of all metadata, where they outweigh the tensors."""
+        sizes = {key: len(key.encode()) + len(value.encode("utf-8", "replace")) for key, value in self.metadata.items()}
+        total = sum(sizes.values())
+        if total <= max(self.weight_bytes, HEAVY):
+            return None
+        key = max(sizes, key=lambda name: sizes[name])
+        return key, sizes[key], total
 
 
 def describe(path: str | Path) -> Description:
@@ -51,14 +65,13 @@ def describe(path: str | Path) -> Description:
     path = dialects.file_of(Path(path).expanduser())
     header = read_header(path)
     reading = dialects.read_keys(header)
-    family = family_of(reading.shapes, header.metadata)
     stored = [(role, key) for slot in reading.slots.values() for role, key in slot.keys.items()]
-    weights = [header.tensors[key] for role, key in stored if role not in NUMBERS]
+    weights = [header.tensors[key] for role, key in stored if role not in (*NUMBERS, *INTEGERS)]
     return Description(
         path=path,
         dialect=reading.dialect,
         kind=reading.kind,
-        family=family.name if family else "unknown",
+        family=names_of(candidates(reading.shapes, reading.metadata)),
         parts=_count(map(part_of, reading.slots)),
         ranks=_count(rank for slot in reading.slots.values() if (rank := dialects.rank(header, slot))),
         alphas=_count(_alphas(header, reading)),
@@ -70,8 +83,15 @@ def describe(path: str | Path) -> Description:
         trigger=header.metadata.get("modelspec.trigger_phrase", ""),
         thumbnail=header.metadata.get("modelspec.thumbnail", ""),
         metadata=header.metadata,
-        unmatched=reading.unmatched,
+        unmatched=() if reading.kind == TEXTUAL_INVERSION else reading.unmatched,
+        words={word: _count_vectors(header, keys) for word, keys in reading.words.items()},
+        weight_bytes=sum(entry.end - entry.start for entry in header.tensors.values()),
     )
+
+
+def _count_vectors(header: Header, keys: Mapping[str, str]) -> int:
+    shape = header.tensors[next(iter(keys.values()))].shape
+    return shape[0] if len(shape) == 2 else 1
 
 
 def _alphas(header: Header, reading: dialects.Reading) -> list[float]:

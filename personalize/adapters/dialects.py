@@ -5,6 +5,10 @@ diffusers  `unet.down_blocks.0...to_q.lora_A.weight`, `.lora_B.weight`, and a Lo
 peft       `base_model.model.down_blocks.0...to_q.lora_A.weight`: what PeftModel.save_pretrained writes for one module.
            An adapter of one part is written just so; one of several parts as peft names a module that holds them:
            `base_model.model.unet...`, `base_model.model.text_encoder...`. No UI reads these files, peft and we do.
+omi        `unet.input_blocks.4.1...to_q.lora_down.weight`, `clip_l.text_model...`, `diffusion_model...`: kohya's roles behind
+           paths with dots, as OneTrainer and ComfyUI write them. Read only.
+
+Which layer a name means is told by families/spelling.py, for all dialects alike: a layer that no family has is unmatched.
 
 Text encoders say `text_model` whatever transformers calls its modules, since UIs know nothing else; only peft's files use the
 names of transformers >= 5.6, or peft would load nothing.
@@ -21,32 +25,35 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from ..errors import AdapterError, HostileFileError, UnmatchedKeysError, nearest
 from ..families.family import Shape
-from ..families.names import DENOISERS, FAMILIES, KOHYA_PREFIXES, PARTS, canonical, find_kohya, part_of, tops
+from ..families.names import DENOISERS, FAMILIES, KOHYA_PREFIXES, PARTS, SPELLED, part_of
+from ..families.spelling import CALLED, find_paths, tell_apart
 from ..formats.header import Header, short
 from . import kinds
+from .words import vectors_in, words_in
 
 DialectName = Literal["kohya", "diffusers", "peft"]
-DIALECTS: tuple[str, ...] = get_args(DialectName)
+DIALECTS: tuple[str, ...] = get_args(DialectName)  # that are written
+DOTTED = ("diffusers", "peft", "omi")  # whose names have dots; `omi` is read only
 
 ADAPTER_METADATA = "lora_adapter_metadata"  # diffusers' header key for the LoraConfigs, each key behind its part's name
 PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"  # the pair of names that peft looks for
 
+TEXTUAL_INVERSION = "textual inversion"  # the kind of files that are vectors of a word, and no adapter
 _ROLES = {"A": kinds.DOWN, "B": kinds.UP, "down": kinds.DOWN, "up": kinds.UP, "alpha": kinds.ALPHA}
-_LEAVES = (  # of dialects that spell module paths with dots
-    re.compile(r"(?P<path>[\w.]+)\.lora_(?P<role>[AB])(\.\w+)?\.weight"),
+_LEAVES = (  # of dialects that spell module paths with dots; peft puts its adapter's name behind a role
+    re.compile(r"(?P<path>[\w.]+)\.lora_(?P<role>[AB])(\.(?!weight|bias)\w+)?(\.weight)?"),
     re.compile(r"(?P<path>[\w.]+)\.(lora|lora_linear_layer)\.(?P<role>down|up)\.weight"),
     re.compile(r"(?P<path>[\w.]+_lora)\.(?P<role>down|up)\.weight"),
     re.compile(r"(?P<path>[\w.]+)\.(?P<role>lora_magnitude_vector)(\.\w+)?(\.weight)?"),
-    re.compile(r"(?P<path>[\w.]+)\.(?P<role>alpha|dora_scale|(hada|lokr)_[wt][12](_[ab])?)(\.(?!weight)\w+)?"),
+    re.compile(r"(?P<path>[\w.]+)\.(lora|lora_linear_layer)\.(?P<role>alpha)"),
 )
-_OLD_ATTENTION = re.compile(r"\.(?:processor\.)?to_(q|k|v|out)_lora$")  # diffusers before 0.22
 _MOVED = ("pissa", "olora", "corda", "loftq", "lora")  # peft's starts (lora_ga) that change the base; what is kept is no dW
-EMBEDDINGS = ("emb_params", "clip_l", "clip_g", "string_to_param", "t5xxl")  # keys of a textual inversion
 
 
 @dataclass(frozen=True)
@@ -71,6 +78,8 @@ class Reading:
     slots: Mapping[str, Slot]
     shapes: Mapping[str, Shape]  # of the dW that slots hold, as far as they tell; none of those that change a bias only
     unmatched: tuple[str, ...]
+    words: Mapping[str, Mapping[str, str]]  # word => key of its vectors => key in the file
+    metadata: Mapping[str, str]  # the file's, and what its spelling tells of its family
 
 
 def file_of(path: Path) -> Path:
@@ -80,26 +89,30 @@ def file_of(path: Path) -> Path:
 
 
 def read_keys(header: Header) -> Reading:
-    """Understand all keys of a file. Those that belong to another dialect than most, or to no module, are unmatched."""
+    """Understand all keys of a file. Those that belong to another dialect than most, or to no layer of any known family, are
+    unmatched."""
     known = kinds.roles()
     parsed = {key: address for key in header.tensors if (address := _parse(key, known))}
     votes = Counter(dialect for dialect, _, _ in parsed.values())
-    dialect = max(DIALECTS, key=lambda name: votes[name]) if votes else ""
+    kohya = votes["kohya"] >= sum(votes.values()) - votes["kohya"]
+    dialect = ("kohya" if kohya else max(DOTTED, key=lambda name: votes[name])) if votes else ""
     found: dict[str, dict[str, str]] = {}
     for key, (spoken, name, role) in parsed.items():
-        if spoken == dialect:
+        if (spoken == "kohya") == kohya:
             found.setdefault(name, {}).setdefault(role, key)
     slots = {name: Slot(kinds.kind_of(roles), roles) for name, roles in found.items()}
     slots = {name: slot for name, slot in slots.items() if slot.kind or slot.keys.keys() & set(kinds.BIASES)}
     shapes = {name: shape(header, slot) for name, slot in slots.items()}
-    if dialect == "kohya":
-        paths = find_kohya(shapes, header.metadata)
-        shapes = {paths[name]: shape for name, shape in shapes.items() if name in paths}
-        slots = {paths[name]: slot for name, slot in slots.items() if name in paths}
-    shapes = {path: shape for path, shape in shapes.items() if slots[path].kind}
+    names = find_paths(shapes, header.metadata)
+    slots = {names[name]: slot for name, slot in slots.items() if name in names}
+    shapes = {names[name]: shape for name, shape in shapes.items() if name in names and slots[names[name]].kind}
+    words = words_in(header.tensors)
     matched = {key for slot in slots.values() for role, key in slot.keys.items() if _is_read(slot, role)}
+    matched |= {key for keys in words.values() for key in keys.values()}
     unmatched = tuple(key for key in header.tensors if key not in matched)
-    return Reading(dialect, _kind(slots, unmatched), slots, shapes, unmatched)
+    spelled = tell_apart(names, shapes, header.metadata)
+    metadata = ({SPELLED: spelled} if spelled else {}) | dict(header.metadata)
+    return Reading(dialect, _kind(header, slots, unmatched, words), slots, shapes, unmatched, words, metadata)
 
 
 def _is_read(slot: Slot, role: str) -> bool:
@@ -129,7 +142,7 @@ def unmatched_error(header: Header, reading: Reading) -> UnmatchedKeysError:
     listed = ", ".join(short(key) for key in reading.unmatched[:3]) + (", …" if len(reading.unmatched) > 3 else "")
     count = f"{len(reading.unmatched)} of {len(header.tensors)}"
     what = f"{header.path}: {count} tensors belong to no known module or lack their other half: {listed}"
-    if reading.kind == "textual inversion":
+    if reading.kind == TEXTUAL_INVERSION:
         return UnmatchedKeysError(f"{header.path} is a textual inversion, not an adapter", "Embedding.load reads it")
     if not reading.slots:
         holds = "no adapter: name another file" if reading.kind == "unknown" else f"parts of {reading.kind} updates, none whole"
@@ -199,40 +212,42 @@ def lora_configs(ranks: Mapping[str, int]) -> dict[str, dict[str, Any]]:
     return configs
 
 
-def _parse(key: str, roles: Collection[str]) -> tuple[str, str, str] | None:
-    """A file key => (dialect, kohya name or canonical path, role); None if no dialect has it. `roles`: those of the kinds."""
+def _parse(key: str, roles: frozenset[str]) -> tuple[str, str, str] | None:
+    """A file key => (dialect, name of the layer in the file, role); None if no dialect has it. `roles`: those of the kinds."""
     if key.startswith(KOHYA_PREFIXES):
         name, _, role = key.partition(".")
         return ("kohya", name, role) if role in roles else None
-    for pattern in _LEAVES:
+    for pattern in (*_LEAVES, _any_role(roles)):
         if found := pattern.fullmatch(key):
-            path = found["path"]
-            dialect = "diffusers" if part_of(path) in PARTS else "peft"
-            full = _explicit(path.removeprefix("base_model.model."))
-            return (dialect, full, _ROLES.get(found["role"], found["role"])) if full else None
+            role = _ROLES.get(found["role"], found["role"])
+            return _dotted_dialect(found["path"], found["role"]), found["path"], role
     return None
 
 
-def _explicit(path: str) -> str:
-    """The canonical path behind an explicit one, which may lack its part or use old attention names; "" if unknown."""
-    if part_of(path) not in PARTS:
-        homes = {"text_model": "text_encoder", "encoder": "text_encoder", "text_projection": "text_encoder_2"}
-        part = {**homes, **tops()}.get(part_of(path), "")
-        path = f"{part}.{path}" if part else ""
-    if old := _OLD_ATTENTION.search(path):
-        leaf = f"to_{old[1]}" if part_of(path) in DENOISERS else f"{old[1]}_proj"
-        path = f"{path[: old.start()]}.{'to_out.0' if leaf == 'to_out' else leaf}"
-    return canonical(path)
+@cache
+def _any_role(roles: frozenset[str]) -> re.Pattern[str]:
+    """A role as LyCORIS and ComfyUI spell it, behind a path with dots. IA3's `weight` is every checkpoint's."""
+    words = "|".join(sorted(map(re.escape, roles - {"weight", "on_input"}), key=len, reverse=True))
+    return re.compile(rf"(?P<path>[\w.]+?)\.(?P<role>{words})(\.(?!weight)\w+)?")
 
 
-def _kind(slots: Mapping[str, Slot], unmatched: Iterable[str]) -> str:
+def _dotted_dialect(path: str, role: str) -> str:
+    """What a path with dots is in: a part in front is diffusers', unless kohya's roles are behind it (OneTrainer, ComfyUI)."""
+    lead = part_of(path)
+    if role in kinds.KOHYA_ONLY or (lead in CALLED and lead not in PARTS):
+        return "omi"
+    return "diffusers" if lead in PARTS else "peft"
+
+
+def _kind(header: Header, slots: Mapping[str, Slot], unmatched: Iterable[str], words: Mapping[str, object]) -> str:
     """What most modules hold, the rest behind a plus sign."""
     counts = Counter(slot.name or "bias" for slot in slots.values())
-    if not counts:
-        known = kinds.roles()
-        lone = [hint for key in unmatched if (address := _parse(key, known)) and (hint := kinds.hint_of(address[2]))]
-        return "textual inversion" if any(key in EMBEDDINGS for key in unmatched) else (*lone, "unknown")[0]
-    return " + ".join(name for name, _ in counts.most_common())
+    if counts:
+        return " + ".join(name for name, _ in counts.most_common())
+    known = kinds.roles()
+    lone = [hint for key in unmatched if (address := _parse(key, known)) and (hint := kinds.hint_of(address[2]))]
+    alone = words or (not lone and vectors_in(header.tensors))
+    return TEXTUAL_INVERSION if alone else (*lone, "unknown")[0]
 
 
 def _lora_config(header: Header) -> dict[str, Any]:

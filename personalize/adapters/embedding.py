@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,12 +12,12 @@ import torch
 from torch import Tensor
 
 from ..errors import AdapterError, HostileFileError
-from ..formats.header import open_file, read_header, short
+from ..formats.header import Entry, open_file, read_header, short
 from ..formats.tensors import TORCH, read_tensor, with_ending, write_tensors
 from ..io import atomic
+from .words import vectors_in, words_in
 
-# key of a file => the text encoder whose vectors it holds: A1111 (SD 1.x, 2.x), SDXL's two encoders
-KEYS = {"emb_params": "text_encoder", "clip_l": "text_encoder", "clip_g": "text_encoder_2"}
+_WRITTEN = {"text_encoder": "clip_l", "text_encoder_2": "clip_g", "text_encoder_3": "t5"}  # where there are several
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -43,31 +44,51 @@ class Embedding:
 
     @classmethod
     def load(cls, path: str | Path) -> Embedding:
-        """Read A1111's `emb_params`, SDXL's `clip_l` and `clip_g`, or diffusers' one tensor under the word itself.
+        """Read the vectors of a word in any spelling of words.py.
 
         Raises AdapterError for a missing file or one that is no textual inversion, HostileFileError for an unsound one.
         """
         header = read_header(Path(path).expanduser())
-        known = {key: KEYS[key] for key in header.tensors if key in KEYS}
-        if not known and len(header.tensors) == 1 and len(next(iter(header.tensors.values())).shape) in (1, 2):
-            known = dict.fromkeys(header.tensors, "text_encoder")
-        if not known or known.keys() != header.tensors.keys() or len(set(known.values())) < len(known):
-            raise AdapterError(f"{path} is no textual inversion", f"it holds {', '.join(map(short, list(header.tensors)[:3]))}")
-        sizes = [header.tensors[key].shape for key in known]
+        known = vectors_in(header.tensors)
+        if not known:
+            inside = "; its words are inside an adapter: personalize convert --words takes them out" * bool(
+                words_in(header.tensors)
+            )
+            held = ", ".join(map(short, list(header.tensors)[:3]))
+            raise AdapterError(f"{path} is no textual inversion", f"it holds {held}{inside}")
+        sizes = [header.tensors[key].shape for key in known.values()]
         if any(len(size) not in (1, 2) or 0 in size for size in sizes) or len({size[:-1] for size in sizes}) > 1:
             found = " and ".join(str(list(size)) for size in sizes)
             raise HostileFileError(f"{path} is no sound textual inversion: {found} are not as many vectors for each text encoder")
         with open_file(header.path) as file:
-            vectors = {part: read_tensor(file, key, header.tensors[key]).float() for key, part in known.items()}
+            vectors = {part: read_tensor(file, key, header.tensors[key]).float() for part, key in known.items()}
         if sick := [part for part, value in vectors.items() if not value.isfinite().all()]:
             raise HostileFileError(f"{path} holds NaN or Inf for the {sick[0]}")
         return cls({part: value if value.ndim == 2 else value[None] for part, value in vectors.items()}, header.metadata)
 
+    @classmethod
+    def from_words(cls, words: Mapping[str, Mapping[str, Tensor]], folder: Path) -> list[tuple[Path, Embedding]]:
+        """The words of an adapter (Adapter.words), each with a path in `folder` that no two share.
+
+        Raises AdapterError for vectors that stand for an encoder's output (OneTrainer), which no file of their own can say.
+        """
+        found: dict[Path, Embedding] = {}
+        for word, vectors in words.items():
+            shapes = {key: Entry("F32", tuple(value.shape), 0, 0) for key, value in vectors.items()}
+            if not (own := vectors_in(shapes)):
+                raise AdapterError(f"the word {short(word)!r} is no textual inversion", f"it holds {', '.join(vectors)}")
+            name = re.sub(r'[\x00-\x1f/\\:*?"<>|]', "_", word).strip(". ") or "word"
+            path = folder / f"{name}.safetensors"
+            if path in found:
+                raise AdapterError(f"two words would be written as {path}", "rename one of them")
+            found[path] = cls({part: vectors[key].reshape(-1, vectors[key].shape[-1]) for part, key in own.items()})
+        return list(found.items())
+
     def save(self, path: str | Path, dtype: str = "fp32") -> Path:
         """Write it as UIs read it; returns the path, which always ends in .safetensors."""
         path = with_ending(path)
-        both = "text_encoder_2" in self.vectors
-        names = {"text_encoder": "clip_l" if both else "emb_params", "text_encoder_2": "clip_g"}
+        alone = self.vectors.keys() == {"text_encoder"}
+        names = _WRITTEN | ({"text_encoder": "emb_params"} if alone else {})
         with atomic(path) as temporary:
             tensors = {names[part]: value.to(TORCH[dtype]) for part, value in self.vectors.items()}
             write_tensors(temporary, tensors, {"format": "pt", **self.metadata})

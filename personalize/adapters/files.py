@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -20,8 +20,18 @@ from torch import Tensor
 
 from ..errors import AdapterError, HostileFileError, nearest
 from ..families.family import Family, Shape, weights
-from ..families.names import FAMILIES, canonical, family_of, kohya_names, part_of, resolve_shape, says
-from ..formats.header import Header, open_file, read_header, read_scalar, short
+from ..families.names import (
+    FAMILIES,
+    SPELLED,
+    candidates,
+    canonical,
+    claims,
+    kohya_names,
+    part_of,
+    resolve_shape,
+    says,
+)
+from ..formats.header import Entry, Header, open_file, read_header, read_scalar, short
 from ..formats.tensors import HASHES, TORCH, Writer, one_thread, read_tensor
 from ..io import atomic, weights_hash, write_text
 from . import dialects, hosts, kinds
@@ -30,24 +40,31 @@ from .delta import Decomposed, Delta, Dense, LowRank, kind_name
 from .distance import estimate_norm, is_within, relative_difference
 from .kinds.kind import shapes_of as shapes_of_tensors
 from .lazy import OnDemand, prefetch, shapes_of
+from .words import key_inside
 
 # Relative error of dW that a storage dtype may cause: a few of its rounding steps; more means it cannot hold the weights.
 _TOLERANCE = {"fp32": 1e-6, "fp16": 2e-3, "bf16": 1.6e-2}
 BIAS = ".bias"  # behind a module's path: the update of its bias
 
+
+class PrecisionError(AdapterError):
+    """A storage dtype rounds more of an update off than it may."""
+
+
 Deltas = Mapping[str, Delta]
+Words = Mapping[str, Mapping[str, Tensor]]  # word => key as in words.py => vectors
 
 
 # ---------------------------------------------------------------- reading
 
 
-def read(path: Path, allow_unmatched: bool) -> tuple[dict[str, Delta], Mapping[str, str]]:
-    """The deltas and metadata of a file in any dialect. Raises as `Adapter.load` does."""
-    deltas, metadata = on_demand(path, allow_unmatched)
-    return dict(deltas), metadata
+def read(path: Path, allow_unmatched: bool) -> tuple[dict[str, Delta], Mapping[str, str], Words]:
+    """The deltas, metadata and words of a file in any dialect. Raises as `Adapter.load` does."""
+    deltas, metadata, words = on_demand(path, allow_unmatched)
+    return dict(deltas), metadata, words
 
 
-def on_demand(path: Path, allow_unmatched: bool) -> tuple[OnDemand, Mapping[str, str]]:
+def on_demand(path: Path, allow_unmatched: bool) -> tuple[OnDemand, Mapping[str, str], Words]:
     """As `read`, but each delta is read whenever it is asked for."""
     header = read_header(dialects.file_of(path))
     reading = _read_keys(header, allow_unmatched)
@@ -63,7 +80,25 @@ def on_demand(path: Path, allow_unmatched: bool) -> tuple[OnDemand, Mapping[str,
             bias = read_tensor(file, key, header.tensors[key])
             return _check_finite(file, {key: bias}, Dense(bias))
 
-    return OnDemand(shapes, make), header.metadata
+    return OnDemand(shapes, make), reading.metadata, _read_words(header, reading)
+
+
+def _read_words(header: Header, reading: dialects.Reading) -> Words:
+    """The words inside a file, with their vectors as they are."""
+    if not reading.words:
+        return {}
+    with open_file(header.path) as file:
+        return {
+            word: {key: _read_finite(file, own, header.tensors[own]) for key, own in keys.items()}
+            for word, keys in reading.words.items()
+        }
+
+
+def _read_finite(file: BinaryIO, key: str, entry: Entry) -> Tensor:
+    value = read_tensor(file, key, entry)
+    if not value.float().isfinite().all():
+        raise AdapterError(f"{file.name}: {short(key)} holds NaN or Inf", "the training that made it diverged")
+    return value
 
 
 def _read_keys(header: Header, allow_unmatched: bool) -> dialects.Reading:
@@ -74,10 +109,11 @@ def _read_keys(header: Header, allow_unmatched: bool) -> dialects.Reading:
 
 
 def _shapes(header: Header, reading: dialects.Reading) -> dict[str, Shape]:
-    """Path => the true shape of dW, those of biases too."""
-    family = family_of(reading.shapes, header.metadata)
+    """Path => the true shape of dW, as far as all families agree that it can be of, and those of biases."""
+    families = candidates(reading.shapes, reading.metadata)
     biases = [path + BIAS for path, slot in reading.slots.items() if slot.keys.keys() & set(kinds.BIASES)]
-    known = {path: resolve_shape(path, shape, family) for path, shape in reading.shapes.items()}
+    told = {path: {resolve_shape(path, shape, one) for one in families} for path, shape in reading.shapes.items()}
+    known = {path: next(iter(told[path])) if len(told[path]) == 1 else shape for path, shape in reading.shapes.items()}
     return known | {path: header.tensors[_bias(reading, path)].shape for path in biases}
 
 
@@ -95,7 +131,7 @@ def read_delta(file: BinaryIO, header: Header, slot: dialects.Slot, scale: float
     """One weight's update; `scale` is what a config says of it."""
     own = {role: key for role, key in slot.keys.items() if role not in kinds.BIASES}
     numbers = {role: read_scalar(file, own.pop(role), header.tensors[slot.keys[role]]) for role in kinds.NUMBERS if role in own}
-    tensors = {role: read_tensor(file, key, header.tensors[key]) for role, key in own.items()}
+    tensors = {role: read_tensor(file, key, header.tensors[key], role in kinds.INTEGERS) for role, key in own.items()}
     try:
         delta = _build_delta(slot.kind, tensors, numbers, scale, shape)
     except AdapterError as error:
@@ -128,26 +164,31 @@ def _check_finite(file: BinaryIO, tensors: Mapping[str, Tensor], delta: Delta) -
 def write(
     path: Path,
     deltas: Deltas,
-    family: Family | None,
+    words: Words,
+    families: Sequence[Family],
     carried: Mapping[str, str],
     dialect: str,
     extra: Mapping[str, str],
     dtype: str,
 ) -> Path:
-    """Write deltas, each asked for once; raises and describes as `Adapter.save` does. `carried` is metadata of old, `extra`
-    what to say above all."""
-    closest = family or _closest_family(deltas)
-    stems = _stems(path, deltas, dialects.check_dialect(dialect), kohya_names(closest), dtype)
+    """Write deltas, each asked for once; raises and describes as `Adapter.save` does. `families` are all that they can be of,
+    `carried` is metadata of old, `extra` what to say above all."""
+    closest = families[0] if families else _closest_family(deltas)
+    stems = _stems(path, deltas, dialects.check_dialect(dialect), families or (closest,), dtype)
+    _check_words(path, words, dialect)
     carried = {key: value for key, value in carried.items() if key not in (dialects.ADAPTER_METADATA, *HASHES)}
     with one_thread(), atomic(path) as temporary, temporary.open("w+b") as file:
         draft = _Draft(path, dialect, dtype, stems, shapes_of(deltas))
-        draft.writer = Writer(file, _room(draft, _metadata(draft, family, carried) | dict(extra)))
+        draft.writer = Writer(file, _room(draft, _metadata(draft, families, carried) | dict(extra)))
         for module, delta in prefetch(deltas.items()) if isinstance(deltas, OnDemand) else deltas.items():
             draft.add(module, delta)
         draft.judge()
-        draft.writer.finish(_metadata(draft, family, carried) | dict(extra))
+        for word, vectors in words.items():
+            for key, value in vectors.items():
+                draft.writer.add(key_inside(word, key), value)
+        draft.writer.finish(_metadata(draft, families, carried) | dict(extra))
         file.flush()
-        _check_same(temporary, draft, closest)
+        _check_same(temporary, draft, closest, words)
     if dialect == "peft" and path.name == dialects.PEFT_FILE and len(parts := {part_of(module) for module in stems}) == 1:
         config = dialects.lora_configs(draft.ranks)[parts.pop()]
         write_text(path.with_name(dialects.PEFT_CONFIG), json.dumps(config, indent=2) + "\n")
@@ -159,16 +200,28 @@ def _closest_family(deltas: Deltas) -> Family:
     return max(FAMILIES, key=lambda one: len(deltas.keys() & weights(one).keys()))
 
 
-def _stems(path: Path, deltas: Deltas, dialect: str, names: Mapping[str, str], dtype: str) -> Mapping[str, str]:
+def _stems(path: Path, deltas: Deltas, dialect: str, families: Sequence[Family], dtype: str) -> Mapping[str, str]:
     """Module path => what its keys begin with. Raises AdapterError for what can be refused by names alone."""
     if dtype not in TORCH:
         raise AdapterError(f"no storage dtype is called {dtype!r}", nearest(dtype, TORCH))
     modules = {module.removesuffix(BIAS) for module in deltas}
     if not modules:
         raise AdapterError(f"{path} not written: the adapter changes nothing")
-    if dialect == "kohya" and (strange := sorted(modules - names.keys())):
-        raise AdapterError(f"{path} not written: kohya has no name for {_first_of(strange)}", "save it in the diffusers dialect")
+    names = kohya_names(families[0])
+    if strange := sorted(modules - names.keys()):
+        raise AdapterError(f"{path} not written: no known family has {_first_of(strange)}", "name layers as diffusers does")
+    for other in families[1:] if dialect == "kohya" else ():
+        if torn := sorted(module for module in modules if kohya_names(other)[module] != names[module]):
+            what = f"{torn[0]} is {names[torn[0]]} in files of {families[0].name}, and {kohya_names(other)[torn[0]]} in those"
+            hint = f"say it: --family {families[0].name} or --family {other.name}; in Python adapter.for_family(...)"
+            raise AdapterError(f"{path} not written: {what} of {other.name}, and nothing tells which it is of", hint)
     return dialects.stems(dialect, modules, names)
+
+
+def _check_words(path: Path, words: Words, dialect: str) -> None:
+    if words and dialect != "kohya":
+        what = f"{path} not written: {dialect} files hold LoRA only, and it brings the word {short(next(iter(words)))!r}"
+        raise AdapterError(what, "take its words out into files of their own: personalize convert --words FOLDER")
 
 
 def _room(draft: _Draft, metadata: Mapping[str, str]) -> int:
@@ -208,7 +261,7 @@ class _Draft:
             role = self._role(path, role, delta)
             if role == kinds.ALPHA and self.dialect != "kohya":
                 continue
-            kept = value if role == kinds.ALPHA else value.to(TORCH[self.dtype])
+            kept = value if role == kinds.ALPHA else value.to(torch.int32 if role in kinds.INTEGERS else TORCH[self.dtype])
             if role in kinds.NUMBERS:
                 numbers[role] = float(kept)
             else:
@@ -223,7 +276,8 @@ class _Draft:
         floor = 1e-6 * max(self._norms.values())  # what is a millionth of the rest may be rounded off
         for path, far in self._far.items():
             if not far <= _TOLERANCE[self.dtype] * max(self._norms[path], floor):
-                raise AdapterError(f"{self.path} not written: {self.dtype} cannot hold {path} exactly enough", "save it as fp32")
+                what = f"{self.path} not written: {self.dtype} cannot hold {path} exactly enough"
+                raise PrecisionError(what, "save it as fp32")
 
     def _check(self, path: str, delta: Delta) -> None:
         if not delta.finite():
@@ -264,7 +318,7 @@ class _Draft:
             self._far[path] = relative_difference(found, wanted)
 
 
-def _metadata(draft: _Draft, family: Family | None, carried: Mapping[str, str]) -> dict[str, str]:
+def _metadata(draft: _Draft, families: Sequence[Family], carried: Mapping[str, str]) -> dict[str, str]:
     """The header's metadata: what was carried along, and on top facts about these tensors."""
     general = {"format": "pt", "modelspec.sai_model_spec": "1.0.1", "modelspec.title": draft.path.stem}
     facts = {
@@ -273,9 +327,9 @@ def _metadata(draft: _Draft, family: Family | None, carried: Mapping[str, str]) 
         "ss_network_dim": _common_value(f"{rank}" for rank, _ in draft.low.values()),
         "ss_network_alpha": _common_value(f"{alpha:g}" for _, alpha in draft.low.values()),
     }
-    if family and not says(carried, family):
-        facts |= {"ss_base_model_version": family.base_version, "modelspec.architecture": family.architecture}
-        facts["ss_v2"] = str(family.base_version.startswith("sd_v2"))  # what A1111 asks
+    if len(families) == 1:  # what is not known is not said
+        carried = {key: value for key, value in carried.items() if key != SPELLED}
+        facts |= {} if says(carried, families[0]) else claims(families[0])
     if draft.dialect != "kohya":
         configs = dialects.lora_configs(draft.ranks)
         flat = {f"{part}.{key}": value for part, config in configs.items() for key, value in config.items()}
@@ -283,7 +337,7 @@ def _metadata(draft: _Draft, family: Family | None, carried: Mapping[str, str]) 
     return general | dict(carried) | facts
 
 
-def _check_same(temporary: Path, draft: _Draft, family: Family) -> None:
+def _check_same(temporary: Path, draft: _Draft, family: Family, words: Words) -> None:
     """The export contract: the file holds these bytes, and its keys, shapes and scales mean what they were written for."""
     path = draft.path
     try:
@@ -296,6 +350,9 @@ def _check_same(temporary: Path, draft: _Draft, family: Family) -> None:
     wrong = [module for _, (module, _) in found.items() ^ draft.roles.items()]
     wrong += [module for module in shapes.keys() | draft.shapes.keys() if shapes.get(module) != draft.shapes.get(module)]
     wrong += [module for module, scale in scales.items() if scale * draft.low[module][0] != draft.low[module][1]]
+    wrong += [
+        word for word in words.keys() | reading.words.keys() if words.get(word, {}).keys() != reading.words.get(word, {}).keys()
+    ]
     if wrong:
         raise AdapterError(f"{path} not written: {_first_of(sorted(set(wrong)))} does not read back")
     if weights_hash(temporary) != draft.writer.digest:

@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from ..errors import AdapterError, FamilyMismatchError
 from ..families.family import Shape
 from ..families.names import same
 from ..formats.header import short
 from .adapter import Adapter
+from .strengths.grammar import PARTS
+
+SHORT = {part: name for name, part in PARTS.items()}  # as people type them
+
+
+def check_parts(adapter: Adapter, parts: Collection[str], name: str) -> None:
+    """Raise AdapterError unless the base `name` has every part of the model that the adapter changes."""
+    if lacking := [part for part in adapter.parts if part not in parts]:
+        has = f"it has {' and '.join(parts)} alone"
+        hint = f"leave it out: FILE:{':'.join(f'{SHORT.get(part, part)}=0' for part in lacking)}"
+        raise MissingPartError(f"{name} has no {' and no '.join(lacking)}, which the adapter changes: {has}", hint)
+
+
+class MissingPartError(AdapterError):
+    """A base lacks parts that an adapter changes."""
 
 
 def check_fit(adapter: Adapter, shapes: Mapping[str, Shape], name: str, family: str) -> None:
@@ -24,7 +39,7 @@ def check_fit(adapter: Adapter, shapes: Mapping[str, Shape], name: str, family: 
     here = f"is {list(shapes[path])}" if path in shapes else "does not exist"
     called = f"{short(adapter.metadata['ss_output_name'])} " if adapter.metadata.get("ss_output_name") else ""
     what = f"the adapter {called}({adapter.family}) does not fit {name} ({family}): {len(wrong)} of {len(adapter.deltas)}"
-    raise (AdapterError if adapter.family in (family, "unknown") else FamilyMismatchError)(
+    raise (AdapterError if family in adapter.family.split(" or ") or adapter.family == "unknown" else FamilyMismatchError)(
         f"{what} updates differ, e.g. {path} is {list(adapter.shapes[path])} there and here it {here}",
         "use the base it was trained on",
     )

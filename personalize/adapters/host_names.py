@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from functools import cache
 
 from ..families.clip import Clip
-from ..families.family import Family
+from ..families.family import Family, weights
 from ..families.unet import UNet
 
 
@@ -198,7 +198,7 @@ _SGM = re.compile(r"(input|middle|output)_blocks?_(\d+)_(?:(\d+)_)?(.+)")
 
 def diffusers_path(stem: str, family: Family) -> str:
     if not stem.startswith("lora_"):
-        return stem
+        return stem if stem in weights(family) else ""  # a path that its model lacks loads nothing, with a warning only
     prefix, _, name = stem.removeprefix("lora_").partition("_")
     if prefix == "unet":
         return f"unet.{_replace_words(_renumber(name, _unet(family).layers_per_block + 1), _WORDS)}"

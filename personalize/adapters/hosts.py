@@ -155,7 +155,7 @@ HOSTS = (
         a1111_path,
         ("kohya",),
         ("sd1", "sd2", "sdxl"),  # three blocks to a level; it has no names for the encoder of SDXL's refiner
-        (*_FACTORED, *_NORMED, "OFT", "IA3", "GLoRA", "full", "norm"),
+        (*_FACTORED, *_NORMED, "OFT", "IA3", "GLoRA", "LoRA+sparse", "full", "norm"),
         (
             Note("GLoRA", "", "reads the order of LyCORIS 1 alone, without alpha, and no convolutions"),
             Note("norm", "-b_norm", _REFUSES),

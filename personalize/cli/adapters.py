@@ -1,9 +1,10 @@
-"""Commands on adapter files: convert, resize, extract, bake, interpolate, diff, doctor, show; merge is in merge.py."""
+"""Commands on adapter files: convert, resize, diff, doctor, show; merge is in merge.py, checkpoints are in checkpoints.py."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,14 @@ base_option = click.option(
 )
 lenient = click.option(
     "--allow-unmatched", is_flag=True, help="leave out keys that belong to no known layer, instead of stopping"
+)
+family_option = click.option(
+    "--family", metavar="NAME", help="the model family, where neither layers nor metadata tell: sd1, sdxl, ..."
+)
+stripped = click.option(
+    "--strip-metadata",
+    is_flag=True,
+    help="leave out what the files say about themselves (captions' tags, recipe, ...), but for the family",
 )
 
 
@@ -77,6 +86,12 @@ def open_adapters(files: Files, allow_unmatched: bool) -> list[Adapter]:
         if unmatched := describe(path).unmatched:
             print_warning(f"left out of {path}: {len(unmatched)} tensors, {unmatched[0]} ...")
     return [Adapter.open(path, allow_unmatched=allow_unmatched).weighted(weighting) for path, weighting in files]
+
+
+def as_told(adapter: Adapter, family: str | None, strip_metadata: bool) -> Adapter:
+    """The adapter as it is to be written: of the family that was named, and without its metadata if that was asked for."""
+    adapter = adapter.strip_metadata() if strip_metadata else adapter
+    return adapter.for_family(family) if family else adapter
 
 
 def output_path(output: Path, *read: Path) -> Path:
@@ -164,8 +179,11 @@ def value_range(values: Iterable[int]) -> str:
     "--to", "kind", type=click.Choice(["lora", "full"]), help="turn other kinds into LoRA, or everything into dW itself"
 )
 @click.option("--rank", type=click.IntRange(1), help="of what becomes LoRA [default: exact where the kind has factors, else 32]")
+@click.option("--words", type=PATH, metavar="FOLDER", help="take the words inside it out, into embeddings of their own")
 @base_option
 @lenient
+@family_option
+@stripped
 @dialect
 @dtype
 def convert(file: tuple[Path, Weighting], output: Path, kind: str | None, rank: int | None, base: Path | None, **how: Any) -> int:
@@ -178,7 +196,9 @@ def convert(file: tuple[Path, Weighting], output: Path, kind: str | None, rank: 
     path, _ = file
     output = output_path(output, path)
     (adapter,) = without_base(open_adapters([file], how["allow_unmatched"]), base)
-    made, report = to_kind(adapter, kind, rank)
+    made, report = to_kind(as_told(adapter, how["family"], how["strip_metadata"]), kind, rank)
+    if how["words"]:
+        made = take_words_out(made, how["words"])
     made.save(output, how["dialect"], dtype=how["dtype"] or storage_dtype(path))
     if report:
         print_table(report)
@@ -193,6 +213,8 @@ def convert(file: tuple[Path, Weighting], output: Path, kind: str | None, rank: 
 @click.option("--drop", is_flag=True, help="drop layers that the rule leaves nothing of")
 @base_option
 @lenient
+@family_option
+@stripped
 @dialect
 @dtype
 def resize(file: tuple[Path, Weighting], output: Path, base: Path | None, **options: Any) -> int:
@@ -203,6 +225,7 @@ def resize(file: tuple[Path, Weighting], output: Path, base: Path | None, **opti
     (adapter,) = without_base(open_adapters([file], options["allow_unmatched"]), base)
     rule, value = rule_of(options)
     kept = options["dtype"] or storage_dtype(file[0])
+    adapter = as_told(adapter, options["family"], options["strip_metadata"])
     cut, report = resizing.resize(adapter, rule, value, max_rank=options["max_rank"], dtype=kept, drop=options["drop"])
     path = cut.save(output, options["dialect"], dtype=kept)
     print_table(report)
@@ -210,71 +233,15 @@ def resize(file: tuple[Path, Weighting], output: Path, base: Path | None, **opti
     return 0
 
 
-# ---------------------------------------------------------------- extract, bake, interpolate
+def take_words_out(adapter: Adapter, folder: Path) -> Adapter:
+    """Write the words that an adapter brings as embeddings of their own; returns it without them."""
+    from ..adapters.embedding import Embedding
 
-
-@click.command()
-@click.argument("tuned", type=PATH)
-@click.argument("base", type=PATH)
-@to
-@rules
-@click.option("--part", "parts", multiple=True, help="unet, text_encoder or text_encoder_2 [default: all]")
-@click.option("--target", "targets", multiple=True, default=("*",), help="layers whose path matches, can be repeated")
-@click.option("--full", is_flag=True, help="biases and norms too, as they are")
-@click.option("--clamp", type=float, metavar="X", help="cut factors off at this quantile of their entries (kohya's tool: 0.99)")
-@dialect
-@click.option("--dtype", default="fp16", show_default=True, metavar="fp32|fp16|bf16", help="storage")
-def extract(tuned: Path, base: Path, output: Path, **options: Any) -> int:
-    """Make an adapter of the difference between the checkpoints TUNED and BASE; of rank 32 unless a rule says otherwise."""
-    from ..adapters.ops.extract import extract as difference
-
-    rule, value = rule_of(options, ("rank", 32))
-    picked = {name: options[name] for name in ("max_rank", "parts", "targets", "full")}
-    output = output_path(output)
-    found, report = difference(base_path(tuned), base_path(base), rule, value, clamp_quantile=options["clamp"], **picked)
-    path = found.save(output, options["dialect"], dtype=options["dtype"])
-    for part in found.parts:
-        click.echo(f"{part:<16}{len(found.part(part).deltas):>6} layers, relative error {report.part(part).error:.2%}")
-    answer(parts={part: {"layers": len(found.part(part).deltas), "error": report.part(part).error} for part in found.parts})
-    answer(left_out=list(report.left_out))
-    if report.left_out:
-        hint = "" if options["full"] else ", --full keeps biases and norms"
-        click.echo(f"left out: {len(report.left_out)} other changed weights ({next(iter(report.left_out))}, ...){hint}")
-    print_written(path, found)
-    return 0
-
-
-@click.command()
-@click.argument("base", type=PATH)
-@click.argument("files", nargs=-1, required=True, type=AdapterFile(), metavar="FILE[:STRENGTH]...")
-@click.option("--output", "-o", type=PATH, required=True, help="the checkpoint or folder to write")
-@lenient
-def bake(base: Path, files: Files, output: Path, allow_unmatched: bool) -> int:
-    """Write a checkpoint: BASE with adapters merged into its weights. BASE itself stays as it is."""
-    from ..adapters.ops import bake as baking
-    from ..families.checkpoint import open_weights
-
-    into = open_weights(base_path(base))
-    report = baking.bake(into, [(adapter, 1.0) for adapter in open_adapters(files, allow_unmatched)], output)
-    changed = f"{len(report.changes)} weights changed"
-    click.echo(f"{report.path}  {changed}; rounding to the checkpoint's dtype loses {report.error:.2%} of it")
-    answer(written=report.path, weights=len(report.changes), error_of_rounding=report.error)
-    return 0
-
-
-@click.command()
-@click.argument("base", type=PATH)
-@click.argument("tuned", type=PATH)
-@click.option("--alpha", type=float, default=0.5, show_default=True, help="0 is BASE, 1 is TUNED; outside it goes beyond")
-@click.option("--output", "-o", type=PATH, required=True, help="the checkpoint or folder to write")
-def interpolate(base: Path, tuned: Path, alpha: float, output: Path) -> int:
-    """Write a checkpoint between two others (WiSE-FT): often better than both on what the base knew."""
-    from ..adapters.ops import bake as baking
-
-    report = baking.interpolate(base_path(base), base_path(tuned), alpha, output)
-    click.echo(f"{report.path}  {len(report.changes)} weights")
-    answer(written=report.path, weights=len(report.changes))
-    return 0
+    if not adapter.words:
+        raise AdapterError("it brings no words", "leave --words out")
+    for path, word in Embedding.from_words(adapter.words, folder):
+        click.echo(f"{word.save(path)}  {word.tokens} vectors: a prompt calls it {path.stem}")
+    return replace(adapter, words={})
 
 
 # ---------------------------------------------------------------- diff, doctor
@@ -355,4 +322,4 @@ def show(adapters: tuple[Path, ...]) -> int:
     return code
 
 
-COMMANDS: tuple[click.Command, ...] = (convert, resize, extract, bake, interpolate, diff, doctor, show)
+COMMANDS: tuple[click.Command, ...] = (convert, resize, diff, doctor, show)

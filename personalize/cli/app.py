@@ -9,7 +9,7 @@ import click
 
 from ..errors import PersonalizeError, RecipeError
 from ..version import __version__
-from . import adapters
+from . import adapters, checkpoints
 from .dataset import dataset
 from .generate import generate
 from .merge import merge
@@ -94,5 +94,6 @@ def version() -> int:
     return 0
 
 
-for command in (train, batch, finish, tell, generate, dataset, report, presets, version, merge, *adapters.COMMANDS):
+COMMANDS = (train, batch, finish, tell, generate, dataset, report, presets, version, merge)
+for command in (*COMMANDS, *adapters.COMMANDS, *checkpoints.COMMANDS):
     cli.add_command(command)

@@ -15,15 +15,18 @@ from ..errors import AdapterError, RecipeError
 from ..io import weights_hash
 from .adapters import (
     Files,
+    as_told,
     base_option,
     dialect,
     dtype,
+    family_option,
     lenient,
     open_adapters,
     output_path,
     print_table,
     print_written,
     storage_dtype,
+    stripped,
     to,
     without_base,
 )
@@ -74,6 +77,8 @@ def list_methods(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
 @method_options
 @base_option
 @lenient
+@family_option
+@stripped
 @dialect
 @dtype
 @click.option("--replay", type=PATH, metavar="FILE", help="repeat the merge that made this file")
@@ -101,10 +106,13 @@ def write_merge(files: Files, output: Path, options: dict[str, Any], hashes: Ite
     chosen = {name: options[name] for name in OPTIONS if options[name] is not None}
     adapters = without_base(open_adapters(files, options["allow_unmatched"]), options["base"])
     whole, lines = merging.on_demand(adapters, [1.0] * len(adapters), options["method"], options["rank"], **chosen)
+    whole = as_told(whole, options["family"], options["strip_metadata"])
     metadata = {RECIPE: merge_arguments(files, options), "modelspec.merged_from": ", ".join(path.stem for path, _ in files)}
     metadata["personalize.merge_hashes"] = json.dumps(list(hashes))
     if triggers := [trigger for one in adapters if (trigger := one.metadata.get("modelspec.trigger_phrase"))]:
         metadata["modelspec.trigger_phrase"] = ", ".join(dict.fromkeys(triggers))
+    if options["strip_metadata"]:
+        metadata = {}
     path = whole.save(output, options["dialect"], metadata, options["dtype"] or storage_dtype(files[0][0]))
     print_table(Report(tuple(lines.values())))
     print_written(path, whole)
@@ -115,7 +123,7 @@ def merge_arguments(files: Files, options: Mapping[str, Any]) -> str:
     """A merge as the words that repeat it."""
     words = [f"{path}:{weighting}" for path, weighting in files] + ["--method", options["method"]]
     words += ["--allow-unmatched"] * options["allow_unmatched"]
-    for name in ("rank", "base", *OPTIONS):
+    for name in ("rank", "base", "family", *OPTIONS):
         if (value := options[name]) is not None:
             words += [f"--{name}" if value else f"--no-{name}"] if isinstance(value, bool) else [f"--{name}", str(value)]
     return shlex.join(words)

@@ -13,6 +13,7 @@ from ..formats.header import PICKLES, Address, Entry, Header, read_header, short
 from . import names as keys
 from .family import Family, addresses
 from .recognition import family_in, stranger_in
+from .spelling import path_in
 
 _FLOATS = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
 _CONVERT = "pickled weights can run code and are never opened; take the .safetensors, or convert them where they came from"
@@ -39,11 +40,14 @@ def _open_file(path: Path) -> Weights:
     families = (own,) if (own := family_in(shapes)) else keys.FAMILIES
     layouts = {family: _places(header, family) for family in families}
     family = own or _closest({row: {path: place.shape for path, place in places.items()} for row, places in layouts.items()})
+    if family is None and (spelled := _read_spelled(header)):
+        found = {at: place.shape for at, place in spelled.items()}
+        return Weights(path, _closest({row: found for row in keys.FAMILIES}), (header,), spelled)
     if family is None:
         adapter = any("lora" in key or "hada_" in key or "lokr_" in key for key in header.tensors)
         hint = "that is an adapter: name the checkpoint" if adapter else f"known: {', '.join(row.name for row in keys.FAMILIES)}"
         raise BaseModelError(f"{path} is no checkpoint of a known family{stranger_in(shapes)}", hint)
-    return Weights(path, family, (header,), layouts[family])
+    return Weights(path, family, (header,), layouts[family], _averages(header, layouts[family]))
 
 
 def _places(header: Header, family: Family) -> dict[str, Place]:
@@ -54,6 +58,32 @@ def _places(header: Header, family: Family) -> dict[str, Place]:
         if (entry := header.tensors.get(key)) and _usable(entry) and _holds(entry, address):
             table[path] = Place(header, Address(key, address.rows, address.transposed))
     return table
+
+
+def _averages(header: Header, places: Mapping[str, Place]) -> dict[str, Place]:
+    """The moving averages that LDM's trainer keeps beside the weights, under their names without dots."""
+    found = {}
+    for path, place in places.items():
+        key = f"model_ema.{place.address.key.removeprefix('model.').replace('.', '')}"
+        if (entry := header.tensors.get(key)) and _usable(entry) and entry.shape == place.entry.shape:
+            found[path] = Place(header, Address(key))
+    return found
+
+
+def _read_spelled(header: Header) -> dict[str, Place]:
+    """The parameters of a denoiser alone, or in wrappers, under any spelling: ComfyUI's models/diffusion_models, a UNet out of
+    diffusers' folder. In the family that knows most of the keys; empty unless they are half of its denoiser."""
+    stems = {
+        key: key.rpartition(".") for key, entry in header.tensors.items() if key.endswith((".weight", ".bias")) and _usable(entry)
+    }
+    best: dict[str, Place] = {}
+    for family in keys.FAMILIES:
+        table = {key: path_in(family, stem) for key, (stem, _, _) in stems.items() if not key.startswith(keys.KOHYA_PREFIXES)}
+        found = {path + ".bias" * key.endswith(".bias"): Place(header, Address(key)) for key, path in table.items() if path}
+        layers = sum(keys.part_of(path) == family.denoiser.part for path in keys.modules(family))
+        own = sum(keys.part_of(path) == family.denoiser.part for path in found)
+        best = found if 2 * own > layers and len(found) > len(best) else best
+    return best
 
 
 def _closest(shapes: Mapping[Family, Mapping[str, keys.Shape]]) -> Family | None:

@@ -23,6 +23,10 @@ DENOISERS = tuple(dict.fromkeys(family.denoiser.part for family in FAMILIES))  #
 PARTS = (*DENOISERS, *sorted({row.part for family in FAMILIES for row in family.texts}))
 TEXT_PARTS = PARTS[len(DENOISERS) :]
 KOHYA_PREFIXES = tuple(dict.fromkeys(f"{prefix}_" for family in FAMILIES for row in family.networks for prefix in row.prefixes))
+SPELLED = "personalize.families"  # metadata: the families that spell a file's names so, where its shapes fit more
+
+# Metadata by which a family is known, and what it predicts: what is kept when all else is stripped.
+ESSENTIAL = ("ss_base_model_version", "modelspec.architecture", "ss_v2", "modelspec.prediction_type", SPELLED)
 
 
 def canonical(path: str) -> str:
@@ -49,12 +53,6 @@ def part_of(path: str) -> str:
     'unet'
     """
     return path.partition(".")[0]
-
-
-@cache
-def tops() -> Mapping[str, str]:
-    """The first word of a path inside a denoiser => which one, for paths that lack their part."""
-    return {layer.path.partition(".")[0]: family.denoiser.part for family in FAMILIES for layer in family.denoiser.layers()}
 
 
 # --- names ----------------------------------------------------------------------------------------------------------
@@ -113,12 +111,29 @@ def kin(each: Iterable[Mapping[str, Shape]]) -> bool:
 
 
 def family_of(shapes: Mapping[str, Shape], metadata: Mapping[str, str] | None = None) -> Family | None:
-    """The family that has all these weights with these shapes; None if there is none.
+    """The first of `candidates`: a row to work with; None if there is none."""
+    return next(iter(candidates(shapes, metadata or {})), None)
 
-    Families can share layers (SD1 and SD2 share self-attention); then the file's own word in `metadata` decides,
-    and without one the first row.
-    """
-    return min(families_of(shapes), key=lambda family: not says(metadata or {}, family), default=None)
+
+def candidates(shapes: Mapping[str, Shape], metadata: Mapping[str, str]) -> tuple[Family, ...]:
+    """Every family that an adapter may be of: those that have all its weights with these shapes, of which a file's own word in
+    `metadata` tells, or else how its names were spelled. Families can share layers, as SD1 and SD2 share self-attention."""
+    fit, spelled = families_of(shapes), metadata.get(SPELLED, "").split()
+    claimed = tuple(family for family in fit if says(metadata, family))
+    kernels = [path for path, shape in shapes.items() if len(shape) == 4]  # as seldom written for a linear layer
+    likely = tuple(family for family in fit if all(len(weights(family)[path]) == 4 for path in kernels)) or fit
+    return claimed or tuple(family for family in likely if family.name in spelled) or likely
+
+
+def names_of(families: Iterable[Family]) -> str:
+    """`sd1`, `sd1 or sd2` where nothing tells which, or `unknown`."""
+    return " or ".join(family.name for family in families) or "unknown"
+
+
+def claims(family: Family) -> dict[str, str]:
+    """The metadata by which UIs know an adapter of this family."""
+    told = {"ss_base_model_version": family.base_version, "modelspec.architecture": family.architecture}
+    return told | {"ss_v2": str(family.base_version.startswith("sd_v2"))}  # what A1111 asks
 
 
 def says(metadata: Mapping[str, str], family: Family) -> bool:
@@ -127,20 +142,6 @@ def says(metadata: Mapping[str, str], family: Family) -> bool:
     stem = family.architecture.removesuffix("/lora").removesuffix("-512").removesuffix("-base")
     refines = ("refiner" in architecture) == ("refiner" in stem)  # SDXL's stem begins its refiner's
     return version.startswith(family.base_version.removesuffix("-0")) or (architecture.startswith(stem) and refines)
-
-
-def find_kohya(shapes: Mapping[str, Shape], metadata: Mapping[str, str]) -> Mapping[str, str]:
-    """kohya name => canonical path, in the family that knows most of the names and fits their weight shapes best."""
-
-    def misfit(family: Family) -> tuple[int, int, bool]:
-        paths, known = kohya_paths(family), weights(family)
-        named = [name for name in shapes if name in paths]
-        wrong = sum(not same(shapes[name], known[paths[name]]) for name in named)
-        return len(shapes) - len(named), wrong, not says(metadata, family)
-
-    best = 0, 0, not any(says(metadata, family) for family in FAMILIES)
-    perfect = (family for family in FAMILIES if misfit(family) == best)  # so that tables of the families behind it are not made
-    return kohya_paths(next(perfect, None) or min(FAMILIES, key=misfit))
 
 
 # --- shapes ---------------------------------------------------------------------------------------------------------

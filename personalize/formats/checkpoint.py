@@ -11,8 +11,8 @@ import difflib
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -27,6 +27,8 @@ from .tensors import HASHES, bytes_of, encode_header, read_tensor
 
 New = Callable[[str], Tensor | None]  # path => its new tensor; None leaves it as it is
 Changed = Mapping[str, Tensor] | New
+
+Views = Sequence[tuple["Weights", New]]
 
 CHUNK = 4 << 20  # bytes of unchanged tensors that are copied at once
 _WEIGHTS = {*PICKLES, ".safetensors", ".msgpack", ".h5", ".onnx", ".onnx_data", ".pb", ".gguf"}
@@ -64,6 +66,7 @@ class Weights:
     row: Any  # the model's family (families.family.Family); None for another architecture
     headers: tuple[Header, ...]  # of the files that hold the parameters
     places: Mapping[str, Place]
+    copies: Mapping[str, Place] = field(default_factory=dict)  # second copies of parameters: an EMA beside the weights
 
     def __repr__(self) -> str:
         return f"Weights({self.path.name}, {self.family}, {len(self)} parameters)"
@@ -94,6 +97,11 @@ class Weights:
         return self.places[path]
 
     @property
+    def copy(self) -> Weights:
+        """The second copies, as weights of their own."""
+        return replace(self, places=self.copies, copies={})
+
+    @property
     def family(self) -> str:
         """Its name: "sd1", ... or "unknown"."""
         return str(self.row.name) if self.row else "unknown"
@@ -117,11 +125,20 @@ def close(path: str, paths: Iterable[str]) -> str:
 # --- writing --------------------------------------------------------------------------------------------------------
 
 
-def rewrite(source: Weights, destination: str | Path, changed: Changed, metadata: Mapping[str, str] | None = None) -> Path:
+def rewrite(
+    source: Weights,
+    destination: str | Path,
+    changed: Changed,
+    metadata: Mapping[str, str] | None = None,
+    *,
+    copies: New = lambda path: None,
+    stripped: bool = False,
+) -> Path:
     """Write `source` to `destination` with some parameters changed, in the same layout and dtypes; return the path written.
 
     `changed` gives new tensors by canonical path, a callable one at a time. All else is copied byte for byte, and the new
-    file or folder takes its name when it is whole. `metadata` is added to a single file's header, whose hashes are dropped.
+    file or folder takes its name when it is whole. `copies` gives new tensors of second copies, which know no other.
+    `metadata` is added to a single file's header, whose hashes are dropped; with `stripped`, what it said before is too.
     Of a folder come all files but the weights that were not read and would now be wrong: other variants, pickles, a copy of
     the model in one file. An existing file is replaced, an existing folder is not.
 
@@ -130,12 +147,14 @@ def rewrite(source: Weights, destination: str | Path, changed: Changed, metadata
     destination = check_destination(destination, source)
     if isinstance(changed, Mapping) and (strange := sorted(changed.keys() - source.places.keys())):
         raise AdapterError(f"{source.path} has no parameter {short(strange[0])}", close(strange[0], source.places))
-    new = changed.get if isinstance(changed, Mapping) else changed
+    new: New = changed.get if isinstance(changed, Mapping) else changed
+    views = ((source, new), (source.copy, copies))
     if source.path.is_dir():
-        _rewrite_folder(source, destination, new)
+        _rewrite_folder(source, destination, views)
     else:
         with atomic(destination) as temporary:
-            _rewrite_file(source, source.headers[0], temporary, destination, new, metadata or {})
+            head = _header_with(source.headers[0], metadata or {}, stripped)
+            _rewrite_file(views, source.headers[0], temporary, destination, head)
     return destination
 
 
@@ -161,14 +180,14 @@ def overwrites(path: Path, source: Path) -> bool:
     return source.resolve() in (path.resolve(), *path.resolve().parents) or (path.exists() and path.samefile(source))
 
 
-def _rewrite_folder(source: Weights, destination: Path, new: New) -> None:
+def _rewrite_folder(source: Weights, destination: Path, views: Views) -> None:
     headers = {header.path: header for header in source.headers}
     with _whole_folder(destination) as temporary:
         for file in _files_to_copy(source.path, headers):
             target = temporary / file.relative_to(source.path)
             target.parent.mkdir(parents=True, exist_ok=True)
             if file in headers:
-                _rewrite_file(source, headers[file], target, destination, new, None)
+                _rewrite_file(views, headers[file], target, destination)
             else:
                 with open_file(file) as original, _output(target, destination) as out:
                     shutil.copyfileobj(original, out, CHUNK)
@@ -205,20 +224,19 @@ def _whole_folder(destination: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _rewrite_file(
-    source: Weights, header: Header, target: Path, name: Path, new: New, metadata: Mapping[str, str] | None
-) -> None:
-    """Write one file of `source` anew; `name` is what errors call it."""
-    inside: dict[str, list[str]] = {}
-    for path, place in source.places.items():
-        if place.header is header:
-            inside.setdefault(place.address.key, []).append(path)
+def _rewrite_file(views: Views, header: Header, target: Path, name: Path, head: bytes = b"") -> None:
+    """Write one file of the views' source anew, its header as it is if no other is given; `name` is what errors call it."""
+    inside: dict[str, list[tuple[Weights, New, str]]] = {}
+    for view, new in views:
+        for path, place in view.places.items():
+            if place.header is header:
+                inside.setdefault(place.address.key, []).append((view, new, path))
     with open_file(header.path) as file, _output(target, name) as out:
-        out.write(_head(file) if metadata is None else _header_with(header, metadata))
+        out.write(head or _head(file))
         for key, entry in sorted(header.tensors.items(), key=lambda item: (item[1].start, item[1].end)):
-            fresh = {path: tensor for path in inside.get(key, ()) if (tensor := new(path)) is not None}
+            fresh = {path: tensor for _, new, path in inside.get(key, ()) if (tensor := new(path)) is not None}
             if fresh:
-                whole = _patch_tensor(read_tensor(file, key, entry), source, fresh)
+                whole = _patch_tensor(read_tensor(file, key, entry), inside[key][0][0], fresh)
                 out.write(bytes_of(whole))
             else:
                 _copy(file, out, entry)
@@ -244,14 +262,14 @@ def _head(file: BinaryIO) -> bytes:
     return length + file.read(int.from_bytes(length, "little"))
 
 
-def _header_with(header: Header, metadata: Mapping[str, str]) -> bytes:
-    """The same tensors in the same order, with more metadata, and without the hashes that no longer hold."""
+def _header_with(header: Header, metadata: Mapping[str, str], stripped: bool) -> bytes:
+    """The same tensors in the same order, with more metadata, without the hashes that no longer hold (`stripped`: and more)."""
     start = min((entry.start for entry in header.tensors.values()), default=0)
     entries = {
         key: {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": [entry.start - start, entry.end - start]}
         for key, entry in header.tensors.items()
     }
-    kept = {key: value for key, value in header.metadata.items() if key not in HASHES}
+    kept = {key: value for key, value in header.metadata.items() if key not in HASHES and not stripped}
     return encode_header(entries, kept | dict(metadata))
 
 

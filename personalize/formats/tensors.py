@@ -26,7 +26,8 @@ _READABLE = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }
-_NAMES = {dtype: name for name, dtype in _READABLE.items()}
+_INTEGERS = {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
+_NAMES = {dtype: name for name, dtype in (_READABLE | _INTEGERS).items()}
 HASHES = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")
 _LEGACY = 0x100000, 0x110000  # the bytes of a file that A1111's old hash is of
 _BLOCK = 1 << 22
@@ -43,17 +44,18 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def read_tensor(file: BinaryIO, key: str, entry: Entry) -> Tensor:
-    """One tensor of floating-point numbers. Never reads more than the file holds: its header was checked."""
-    if entry.dtype not in _READABLE:
-        raise HostileFileError(f"{file.name}: {short(key)} holds {entry.dtype}, not weights", f"known: {', '.join(_READABLE)}")
+def read_tensor(file: BinaryIO, key: str, entry: Entry, integers: bool = False) -> Tensor:
+    """One tensor of floating-point numbers, or of integers. Never reads more than the file holds: its header was checked."""
+    known = _INTEGERS if integers else _READABLE
+    if entry.dtype not in known:
+        raise HostileFileError(f"{file.name}: {short(key)} holds {entry.dtype}, not weights", f"known: {', '.join(known)}")
     if 0 in entry.shape:
-        return torch.empty(entry.shape, dtype=_READABLE[entry.dtype])
+        return torch.empty(entry.shape, dtype=known[entry.dtype])
     raw = bytearray(entry.end - entry.start)
     file.seek(entry.start)
     if file.readinto(raw) != len(raw):  # type: ignore[attr-defined]
         raise HostileFileError(f"{file.name} became shorter while it was read", "try again")
-    return torch.frombuffer(raw, dtype=_READABLE[entry.dtype]).reshape(entry.shape)
+    return torch.frombuffer(raw, dtype=known[entry.dtype]).reshape(entry.shape)
 
 
 def bytes_of(tensor: Tensor) -> memoryview:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -14,6 +15,7 @@ from ..adapters.describe import describe
 from ..adapters.dialects import file_of
 from ..adapters.strengths.grammar import WHOLE, Weighting
 from ..errors import AdapterError, RecipeError
+from ..formats.header import short
 from ..io import weights_hash
 from .prompts import Use, find_name, tag_name
 from .request import Request
@@ -113,6 +115,9 @@ class Library:
         state = file_state(path)
         if entry is None or (entry.path, entry.state) != (path, state):
             entry = Entry(path, state, Adapter.load(path))
+            if words := entry.adapter.words:
+                what = f"{path} brings the word {short(next(iter(words)))!r}, whose vectors are not used in drawing here"
+                warnings.warn(f"{what}; `personalize convert --words FOLDER` takes them out for UIs", stacklevel=2)
         self._loaded[name] = entry
         return entry
 

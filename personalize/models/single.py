@@ -56,7 +56,8 @@ def load_single(path: Path, dtype: torch.dtype, vae: Path | None = None) -> Load
 def open_whole(path: Path) -> Weights:
     """A file that holds every part of a family but the VAE. Reads the header alone. Raises BaseModelError."""
     weights = open_weights(path)
-    assert weights.row
+    if weights.row is None or not any(place.address.key.startswith("model.") for place in weights.places.values()):
+        raise BaseModelError(f"{path} holds {' and '.join(weights.parts)} alone", "take the full checkpoint, not a part of it")
     shapes = {key: entry.shape for key, entry in weights.headers[0].tensors.items()}
     check_family(path, weights.row, weights.row.denoiser.reads(shapes) - weights.row.denoiser.latent)
     check_whole(weights, weights.row)

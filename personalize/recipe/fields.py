@@ -280,6 +280,11 @@ class Recipe(Part):
     name: str | None = Field(None, description="name of the adapter file (default: the trigger)")
     output: Path | None = Field(None, description="run folder (default: runs/TRIGGER)")
     dialect: Literal["kohya", "diffusers", "peft"] = Field("kohya", description="naming scheme of the adapter file")
+    save_precision: Literal["fp32", "fp16", "bf16"] = Field(
+        "fp32",
+        description="what the adapter file's numbers are kept in; fp16 halves it",
+        exclude_if=lambda kept: kept == "fp32",
+    )
     checkpoint_every: int = Field(50, ge=0, description="steps between checkpoints; 0 keeps only the last")
     device: Annotated[Literal["auto", "cpu", "cuda"], BeforeValidator(check_device)] = Field(
         "auto", description="where to train; not on an Apple GPU (mps) yet"

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 
 from PIL import Image
 
+from ..adapters.files import PrecisionError
 from ..errors import TrainingError
 from ..inference.pipeline import draw_images
 from ..inference.png import save_picture
@@ -91,7 +93,11 @@ def save_adapter(run: ActiveRun, step: int, path: Path) -> Saved:
     about = describe_run(plan.recipe, plan.base, plan.dataset, plan.run.name, step, first_sample(plan, step), *memory)
     past = {"personalize.init": plan.init, "personalize.changes": plan.history}
     about |= {name: json.dumps(value, ensure_ascii=False) for name, value in past.items() if value}
-    adapter.save(path, plan.recipe.dialect, about)
+    try:
+        adapter.save(path, plan.recipe.dialect, about, plan.recipe.save_precision)
+    except PrecisionError as error:  # learned too little for it yet; what was trained must not be lost
+        warnings.warn(f"{error.what}: kept as fp32 instead", stacklevel=2)
+        adapter.save(path, plan.recipe.dialect, about)
     return Saved(step, plan.run.relative(path))
 
 

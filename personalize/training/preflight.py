@@ -20,6 +20,7 @@ from ..data.dataset import Concept, Dataset, Example
 from ..data.folder import read_folder, regularization
 from ..data.latents import grid_of
 from ..errors import OutputError, RecipeError, nearest
+from ..families.names import claims
 from ..families.notation import choose_by_seed, variants
 from ..inference import schedulers
 from ..inference.png import read_record
@@ -42,7 +43,7 @@ from .objectives.objective import needs_of
 from .rundir import Run, State, sample_name
 
 # Settings that change nothing about the training itself: a run may go on with other ones.
-HARMLESS = {"preset", "output", "name", "dialect", "checkpoint_every", "folder", "regularization", "device"}
+HARMLESS = {"preset", "output", "name", "dialect", "save_precision", "checkpoint_every", "folder", "regularization", "device"}
 HARMLESS |= {"choose", "leave_one_out"}
 # How a run fits into memory rounds its results, no more; precision and what is quantized are compared as they came out.
 HARMLESS |= {"precision", "quantize", "memory", "checkpointing", "free_encoders", "tile_vae", "micro_batch", "compile"}
@@ -280,7 +281,7 @@ def rehearse(plan: RunPlan) -> None:
     """Save the adapter as it will be, still empty, read it back and remove it: targets, dialect, output and disk are sound."""
     plan.run.make()
     path = plan.run.folder / ".rehearsal.safetensors"
-    Adapter(plan.start).save(path, plan.recipe.dialect)
+    Adapter(plan.start, claims(plan.base.family)).save(path, plan.recipe.dialect, dtype=plan.recipe.save_precision)
     size, free = path.stat().st_size, shutil.disk_usage(plan.run.folder).free
     path.unlink()
     saves = 2 + (plan.recipe.steps // plan.recipe.checkpoint_every if plan.recipe.checkpoint_every else 0)

@@ -28,7 +28,7 @@ from .layers import ActiveRows, AdapterLayer
 from .placement import check_free, place_of, put_layers, restore_layers
 from .scheduled import Moving, Vector, side_by_side
 from .targets import fresh
-from .tunable import LayerAdapter, lora_of
+from .tunable import LayerAdapter, lora_of, of_base
 
 REGISTERED = "attached"  # under this name a base knows what it carries
 Strengths = float | Mapping[str, float] | str | Weighting  # a text is what stands behind a file's name: "0.8:lbw=OUTD"
@@ -54,7 +54,8 @@ class Attached(LayerAdapter):
     def snapshot(self, metadata: Mapping[str, str] | None = None) -> Adapter:
         """A copy of what is attached now, on the CPU."""
         layers = super().snapshot().deltas
-        return Adapter({**layers, **{path: vector.delta for path, vector in self.vectors.items()}}, metadata or {})
+        every = {**layers, **{path: vector.delta for path, vector in self.vectors.items()}}
+        return of_base(self.base, Adapter(every, metadata or {}))
 
     def detach(self) -> Adapter:
         """What was attached; the base is left exactly as it was before."""

@@ -73,6 +73,12 @@ class Tunable(Protocol):
         ...
 
 
+def of_base(base: Base, adapter: Adapter) -> Adapter:
+    """An adapter of a base's layers, that says which family it is of where its layers alone do not tell."""
+    name = base.family.name
+    return adapter.for_family(name) if len(adapter.families) > 1 and name in {one.name for one in adapter.families} else adapter
+
+
 class LayerAdapter:
     """Adapter `number` of those that layers of a base hold: a Tunable."""
 
@@ -94,7 +100,8 @@ class LayerAdapter:
 
     def snapshot(self, metadata: Mapping[str, str] | None = None) -> Adapter:
         """A copy of what is attached now, on the CPU."""
-        return Adapter({path: delta_of(layer, self.number) for path, layer in self.layers.items()}, metadata or {})
+        deltas = {path: delta_of(layer, self.number) for path, layer in self.layers.items()}
+        return of_base(self.base, Adapter(deltas, metadata or {}))
 
     def save(self, path: Path, dialect: str, metadata: Mapping[str, str] | None = None) -> Path:
         """Write a snapshot. Raises OutputError where that is not possible."""

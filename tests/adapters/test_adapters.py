@@ -157,7 +157,8 @@ def test_adapters_travel_between_processes() -> None:
 def test_parts_of_one_family_add_up(name: str) -> None:
     """Although the text encoder of SD1 is also one of SDXL's, and SD1 and SD2 share self-attention."""
     whole = make(name, "attn", rank=1)
-    assert functools.reduce(operator.add, map(whole.part, PARTS)).family == name
+    found = functools.reduce(operator.add, map(whole.part, PARTS)).family
+    assert found == {"sd3": "sd3 or sd35-medium"}.get(name, name)  # its layers are among those of the other
     if whole.part("unet").deltas:
         assert (make(name, "attn1", rank=1) + make(name, "attn2", rank=1)).family == name
 

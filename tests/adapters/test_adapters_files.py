@@ -116,7 +116,7 @@ def test_saving_keeps_the_promise_or_the_old_file(tmp_path: Path) -> None:
         (tiny, {"dtype": "fp16"}, "fp16 cannot hold"),
         (make(pick="to_q") * 1e9, {"dtype": "fp16"}, "does not read back|fp16"),
         (sick, {}, "unet.conv_in holds NaN"),
-        (strange, {}, "no name for unet.my_own.layer"),
+        (strange, {}, "no known family has unet.my_own.layer"),
         (Adapter({}), {}, "changes nothing"),
         (tiny, {"dialect": "koyha"}, "did you mean kohya"),
         (tiny, {"dtype": "float16"}, "did you mean fp16"),

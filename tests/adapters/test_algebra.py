@@ -19,7 +19,8 @@ from personalize.adapters.ops.compare import compare
 from personalize.adapters.ops.methods import OPTIONS
 from personalize.adapters.ops.resize import RULES
 from personalize.cli import run
-from personalize.cli.adapters import extract, resize
+from personalize.cli.adapters import resize
+from personalize.cli.checkpoints import extract
 from personalize.cli.merge import OPTIONS as FLAGS
 from tools.pocket import WEIGHTS
 

@@ -52,7 +52,8 @@ def rank_one(family: Family, paths: Any = None, alpha: float = 1.0) -> Adapter:
     """A LoRA of every layer, or of some, that is cheap: no layer is written wider than its factors."""
     shapes = modules(family)
     down = {path: torch.ones(1, *shapes[path][1:]) for path in paths or shapes}
-    return Adapter({p: LowRank(torch.ones(shapes[p][0], 1, *[1] * (d.ndim - 2)), d, alpha) for p, d in down.items()})
+    deltas = {p: LowRank(torch.ones(shapes[p][0], 1, *[1] * (d.ndim - 2)), d, alpha) for p, d in down.items()}
+    return Adapter(deltas).for_family(family.name)  # few layers are shared by several
 
 
 def written(family: Family, blocks: str) -> dict[str, str]:
@@ -101,7 +102,7 @@ def test_what_a_host_leaves_out_is_told(tmp_path: Path) -> None:
     unheard = hosts.ignored_layers(comfy, "diffusers", FAMILY["sd1"], mixed)
     assert unheard == [path for path in sorted(LAYERS)[::-1] if ".to_" in path][::-1]
     norm = "text_encoder.text_model.encoder.layers.0.layer_norm1"
-    norms = slots(Adapter({norm: Dense(noise(768)), f"{norm}.bias": Dense(noise(768))}), tmp_path / "d")
+    norms = slots(Adapter({norm: Dense(noise(768)), f"{norm}.bias": Dense(noise(768))}).for_family("sd1"), tmp_path / "d")
     assert hosts.ignored_layers(comfy, "kohya", FAMILY["sd1"], norms) == [norm] and not hosts.ignored_layers(
         a1111, "kohya", FAMILY["sd1"], norms
     )
@@ -499,10 +500,12 @@ def test_a1111_refuses_files_for_a_lone_bias(tmp_path: Path) -> None:
     sd1, norm = FAMILY["sd1"], "unet.down_blocks.1.resnets.0.norm1"
     plain, size = dict(rank_one(sd1, LAYERS[:1]).deltas), weights(sd1)[norm]
     for lone in (norm, f"{norm}.bias", f"{LAYERS[2]}.bias"):
-        path = Adapter(plain | {lone: Dense(noise(*weights(sd1)[lone]))}).save(tmp_path / "a")
+        path = Adapter(plain | {lone: Dense(noise(*weights(sd1)[lone]))}).for_family("sd1").save(tmp_path / "a")
         with pytest.raises(AssertionError, match="Could not find a module type"):
             a1111_network(path, sd1, {})
         told = hosts.departures(HOST["A1111"], dialects.read_keys(read_header(path)).slots)
         assert told == {"A1111 refuses the whole file for it": [lone.removesuffix(".bias")]}
-    both = Adapter(plain | {norm: Dense(noise(*size)), f"{norm}.bias": Dense(noise(*size))}).save(tmp_path / "b")
+    both = (
+        Adapter(plain | {norm: Dense(noise(*size)), f"{norm}.bias": Dense(noise(*size))}).for_family("sd1").save(tmp_path / "b")
+    )
     assert set(a1111_network(both, sd1, {})) == {LAYERS[0], norm}

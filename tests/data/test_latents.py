@@ -328,7 +328,8 @@ def made(*buckets: Counts, mirrored: bool = True) -> Latents:
     cond = Cond(torch.tensor([*range(n), -1]).float()[:, None, None].expand(n + 1, 3, 5))
     captions = [f"caption {i}" for i in range(n)]
     repeats = [count for bucket in buckets for count in bucket]
-    return Latents(captions, shapes, shapes, repeats, [None] * n, mirrored, posterior, cond, torch.arange(n), [])
+    rows, variants = {caption: i for i, caption in enumerate([*captions, ""])}, [[caption] for caption in captions]
+    return Latents(captions, shapes, shapes, repeats, [None] * n, mirrored, posterior, cond, torch.arange(n), variants, rows, [])
 
 
 def take(latents: Latents, count: int, start: int = 0, data: Data = Data(), **options: object) -> list[Batch]:  # noqa: B008

@@ -18,6 +18,7 @@ from torch import nn
 from personalize.families import names as keys
 from personalize.families.clip import Clip
 from personalize.families.names import FAMILIES, Shape
+from personalize.families.spelling import find_paths
 from personalize.families.unet import UNet
 from personalize.models.loaded import build
 
@@ -229,7 +230,7 @@ def test_kohya_names_find_their_family(name: str, blocks: str, unknown: str) -> 
         "kernel": lambda shape: (*shape[:1], shape[1] * shape[2] * shape[3]) if len(shape) == 4 else shape,
     }[unknown]
     file = {name: blur(shape) for name, shape in named(name, blocks).items()}
-    paths = keys.find_kohya(file, {})
+    paths = find_paths(file, {})
     assert {paths[each] for each in file} == keys.kohya_names(ROWS[name]).keys()
     assert keys.family_of({paths[each]: shape for each, shape in file.items()}) is ROWS[name]
 
@@ -238,7 +239,7 @@ def test_kohya_names_find_their_family(name: str, blocks: str, unknown: str) -> 
 @pytest.mark.parametrize("pick", ["to_k", "mid_block", "down_blocks.1"])
 def test_few_kohya_names_find_their_family(name: str, pick: str) -> None:
     file = named(name, "ldm", pick)
-    paths = keys.find_kohya(file, {})
+    paths = find_paths(file, {})
     assert keys.families_of({paths[each]: shape for each, shape in file.items()}) == (ROWS[name],)
 
 
@@ -255,13 +256,13 @@ def test_few_kohya_names_find_their_family(name: str, pick: str) -> None:
     ],
 )
 def test_a_lone_text_encoder_is_known_by_its_shapes(prefix: str, width: int, part: str) -> None:
-    paths = keys.find_kohya({f"{prefix}_text_model_encoder_layers_0_mlp_fc1": (4 * width, width)}, {})
+    paths = find_paths({f"{prefix}_text_model_encoder_layers_0_mlp_fc1": (4 * width, width)}, {})
     assert paths[f"{prefix}_text_model_encoder_layers_0_mlp_fc1"] == f"{part}.text_model.encoder.layers.0.mlp.fc1"
 
 
 def test_both_text_encoders_of_sdxl() -> None:
     shapes = {f"lora_te{i}_text_model_encoder_layers_0_mlp_fc1": (4 * width, width) for i, width in ((1, 768), (2, 1280))}
-    paths = keys.find_kohya(shapes, {})
+    paths = find_paths(shapes, {})
     assert [keys.part_of(paths[name]) for name in shapes] == ["text_encoder", "text_encoder_2"]
 
 

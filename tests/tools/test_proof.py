@@ -260,5 +260,6 @@ def test_ranks_are_compared(a: list[float], b: list[float], found: float) -> Non
 
 def test_no_benchmark_changes_the_defaults_of_others() -> None:
     found = {name: vars(parser().parse_args([name, *(["--script", "x"] if name == "peer" else [])])) for name in BENCHMARKS}
-    assert {name: one["sampler_steps"] for name, one in found.items()} == dict.fromkeys(BENCHMARKS, 20) | {"choice": 12}
+    steps = dict.fromkeys(BENCHMARKS, 20) | {"choice": 12, "verdict": 12}
+    assert {name: one["sampler_steps"] for name, one in found.items()} == steps
     assert {name: one["sampler"] for name, one in found.items()} == dict.fromkeys(BENCHMARKS, "auto") | {"settings": "DDIM"}

@@ -96,6 +96,7 @@ def test_events_come_in_order(done: tuple[Recipe, list[Event]]) -> None:
     choice = ["Scored"] * (2 + len(STRENGTHS)) + ["Chosen"]
     assert kinds == [
         "Started",
+        "Encoded",
         *pictures,
         "Step",
         "Step",
@@ -146,7 +147,7 @@ def test_the_folder_holds_what_it_should(done: tuple[Recipe, list[Event]]) -> No
     chosen, names = next(event.step for event in done[1] if isinstance(event, Chosen)), ("zwx-cat", "a-cat")
     samples = {f"{step:06}-{name}-s{seed}.png" for step in (0, 2, 4) for name in names for seed in (0, 5)}
     sweep = {f"{chosen:06}-{name}-s0-x{strength}.png" for name in names for strength in ("0.25", "0.50", "0.75", "1.25")}
-    assert {path.name for path in (folder / "samples").iterdir()} == samples | sweep
+    assert {path.name for path in (folder / "samples").iterdir()} == samples | sweep | {"autoencoder.png"}
     names = {"zwx-000002.safetensors", "zwx-000004.safetensors", "state.safetensors"}
     assert {path.name for path in (folder / "checkpoints").iterdir()} == names
     own = {"zwx.safetensors", "zwx.png", "zwx.json", "recipe.toml", "events.jsonl", "samples", "checkpoints"}

@@ -11,8 +11,10 @@ from typing import Any
 import bases
 import pytest
 from PIL import Image
+from small import small_recipe
 
 from personalize.adapters.adapter import Adapter
+from personalize.adapters.describe import describe
 from personalize.data.folder import read_folder
 from personalize.models.model import Base
 from personalize.recipe.fields import Recipe
@@ -71,3 +73,21 @@ def test_a_run_leaves_what_uis_want(name: str, prediction: str, kind: str, pictu
     thumbnail = base64.b64decode(said["modelspec.thumbnail"].partition(",")[2])
     with Image.open(path.with_suffix(".png")) as preview, Image.open(io.BytesIO(thumbnail)) as inside:
         assert (preview.format, preview.size, inside.format, inside.size) == ("PNG", (256, 256), "JPEG", (64, 64))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+def test_the_file_keeps_the_precision_that_was_asked_for(precision: str, pictures: Path, tiny_base: Path, tmp_path: Path) -> None:
+    recipe = small_recipe(
+        tiny_base, pictures, output=tmp_path, steps=1, batch_size=1, rank=1, resolution=64, save_precision=precision
+    )
+    list(train(recipe))
+    found = describe(next(tmp_path.glob("*.safetensors")))
+    assert found.dtype == precision
+    assert ("save_precision" in found.metadata["personalize.recipe"]) == (precision != "fp32")  # old files stay the same
+
+
+def test_what_a_precision_cannot_hold_is_kept_and_told(pictures: Path, tiny_base: Path, tmp_path: Path) -> None:
+    flags = {"steps": 1, "batch_size": 1, "rank": 1, "resolution": 64, "save_precision": "fp16", "lr": 1e-8}
+    with pytest.warns(UserWarning, match="fp16 cannot hold .* kept as fp32"):
+        list(train(small_recipe(tiny_base, pictures, output=tmp_path, **flags)))
+    assert describe(next(tmp_path.glob("*.safetensors"))).dtype == "fp32"

@@ -78,7 +78,7 @@ def test_a_run_of_before_goes_on_with_escaped_brackets(tmp_path: Path) -> None:
 
 def test_two_folders_of_one_name_are_both_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     one, two = filled(tmp_path / "a" / "rex", "a.png"), filled(tmp_path / "b" / "rex", "a.png")
-    assert run(["batch", str(one), str(two), "--dry-run"]) == 2
+    assert run(["batch", str(one), str(two), "--class", "dog", "--dry-run"]) == 2
     out, err = capsys.readouterr()
     assert len(out.splitlines()) == 1 and f"{two} and {one} have one name" in err
 

@@ -70,7 +70,7 @@ def test_a_trigger_with_brackets_is_the_same_tokens_everywhere(
     asked = ["--sample-prompts", "{trigger} {class}"]
     assert run(["train", str(folder), "--base", str(tiny_base), "--output", str(out), *QUICK, *asked]) == 0
     printed = " ".join(capsys.readouterr().out.split())
-    assert f"personalize generate 'a {ESCAPED} in the snow'" in printed
+    assert f"personalize generate '{ESCAPED}' --adapter" in printed
     (adapter,) = out.glob("*.safetensors")
     said, beside = Adapter.load(adapter).metadata, json.loads(adapter.with_suffix(".json").read_text())
     assert said["modelspec.trigger_phrase"] == r"katarina_\(league\)" and beside["activation text"] == ESCAPED

@@ -13,6 +13,7 @@ from statistics import median
 
 from ...families.names import A1111, part_of, says
 from ...findings import Finding
+from ...formats.header import short
 from .. import dialects, hosts
 from ..kinds import ALPHA, DORA, MAGNITUDE, row
 from .measures import SHARE, Exam, Module
@@ -143,9 +144,24 @@ def metadata_family(exam: Exam) -> Iterator[Finding]:
         words = " and ".join(f"{key} says {value}" for key, value in wrong.items())
         level = "warning" if hidden or not right else "info"
         yield Finding(level, "metadata-family", f"{words}, its layers are of {exam.family.name}{effect}", tuple(wrong), hint)
-    elif right and said[0] not in metadata:
+    elif right and said[0] not in metadata and " or " not in exam.about.family:
         level = "warning" if hidden else "info"
         yield Finding(level, "metadata-missing", f"{said[0]} is missing{effect or ': UIs cannot tell its family'}", (), hint)
+
+
+def heavy_metadata(exam: Exam) -> Iterator[Finding]:
+    """Tags of thousands of captions, or a workflow, copied into every file."""
+    if heavy := exam.about.heaviest:
+        key, size, total = heavy
+        what = f"its metadata hold {total:,} bytes, more than its tensors, {short(key)} alone {size:,}"
+        yield Finding("info", "metadata-heavy", what, (key,), "save it with --strip-metadata")
+
+
+def family_open(exam: Exam) -> Iterator[Finding]:
+    """Layers that several families share, in a file that does not say which it is of."""
+    if " or " in exam.about.family:
+        what = f"its layers are those of {exam.about.family}, and nothing in it tells which"
+        yield Finding("info", "family-open", what, (), "say it when saving: --family")
 
 
 # ---------------------------------------------------------------- who reads it
@@ -171,7 +187,7 @@ def unread_kinds(exam: Exam) -> Iterator[Finding]:
         if deaf := [ui.name for ui in UIS if title not in ui.kinds] + ["InvokeAI"] * (title in INVOKEAI):
             what = f"{title} in {_count(own, 'layer')}: not read by {' and '.join(deaf)}"
             yield Finding("warning", "kind-unread", what, own, "name the --base and save it as a full update, or extract LoRA")
-    if exam.reading.dialect in ("peft", "diffusers"):
+    if exam.reading.dialect in dialects.DOTTED:
         what = f"{exam.reading.dialect}'s names: A1111 and Forge do not read them, and ComfyUI reads a part"
         yield Finding("warning", "dialect-unread", what, (), "save it in kohya's names")
     outer = tuple(path for path in slots if path.startswith(("unet.conv_in", "unet.conv_out", "unet.time_emb", "unet.add_emb")))
@@ -226,7 +242,9 @@ CHECKS: Sequence[Check] = (
     unread_names,
     missing_alpha,
     metadata_family,
+    family_open,
     metadata_numbers,
+    heavy_metadata,
     unknown_strengths,
     unused_rank,
     fp32_weights,

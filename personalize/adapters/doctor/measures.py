@@ -80,8 +80,8 @@ def in_family_order(family: str, found: Iterable[str]) -> tuple[str, ...]:
 
 
 def family_named(name: str) -> Family | None:
-    """The row of that name; None for "unknown"."""
-    return next((one for one in FAMILIES if one.name == name), None)
+    """The row of that name, the first of several ("sd1 or sd2" share their blocks); None for "unknown"."""
+    return next((one for one in FAMILIES if one.name == name.partition(" or ")[0]), None)
 
 
 # ---------------------------------------------------------------- reading

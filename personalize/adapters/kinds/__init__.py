@@ -3,6 +3,7 @@
     lora.py   LoRA, on linear layers and convolutions, with a Tucker core too (LoCon)
     loha.py   LoHa: the entrywise product of two low-rank matrices
     lokr.py   LoKr: a Kronecker product
+    sparse.py LoRA and a sparse rest (LyCORIS' extraction)
     oft.py    OFT and BOFT: rotations of the base's weight
     glora.py  GLoRA: a low-rank change of the base's weight, and a low-rank update
     ia3.py    (IA)^3: a factor for each channel of the base's weight
@@ -23,6 +24,8 @@ from .kind import ALPHA as ALPHA
 from .kind import BIASES as BIASES
 from .kind import DORA as DORA
 from .kind import DOWN as DOWN
+from .kind import INTEGERS as INTEGERS
+from .kind import KOHYA_ONLY as KOHYA_ONLY
 from .kind import MAGNITUDE as MAGNITUDE
 from .kind import MAX_ENTRIES as MAX_ENTRIES
 from .kind import NUMBERS as NUMBERS

@@ -21,8 +21,11 @@ if TYPE_CHECKING:
 
 Shapes = Mapping[str, Shape]  # role -> shape
 UP, DOWN, MID, ALPHA = "lora_up.weight", "lora_down.weight", "lora_mid.weight", "alpha"
+KOHYA_ONLY = (UP, DOWN, MID)  # LoRA's roles as kohya spells them; diffusers and peft have words of their own
 DORA, MAGNITUDE = "dora_scale", "lora_magnitude_vector"  # the norms of W + dW as LyCORIS stores them, and as peft does: [out]
 SCALED = (ALPHA, DORA)
+INDICES, VALUES, SIZE = "bias_indices", "bias_values", "bias_size"  # of what a sparse matrix adds to dW, no bias of the layer
+INTEGERS = (INDICES, SIZE)
 NUMBERS = (ALPHA, "on_input")  # roles that are one number
 BIASES = ("diff_b", "b_norm")  # updates of a bias, beside or without one of the weight
 MAX_ENTRIES = 1 << 26  # of one dW; the largest weights that adapters change hold 66 M (Flux), 42 M (SDXL's refiner)

@@ -7,7 +7,7 @@ Inputs are paths or open Weights, and are never changed. The VAE stays the base'
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -39,6 +39,7 @@ class Report:
     changes: Mapping[str, Change]
     left_out: Mapping[str, float] = field(default_factory=dict)
     path: Path | None = None
+    copies: int = 0  # how many second copies of parameters were changed as well (EMA)
 
     def part(self, name: str) -> Report:
         """The same for one part of the model."""
@@ -57,8 +58,10 @@ def open_source(source: Source) -> Weights:
     return source if isinstance(source, Weights) else open_weights(source)
 
 
-def shared_paths(tuned: Weights, base: Weights, parts: Sequence[str]) -> list[str]:
-    """The parameters of `parts`, or of all parts that both have; both must have them all."""
+def shared_paths(
+    tuned: Weights, base: Weights, parts: Sequence[str], wanted: Callable[[str], bool] = lambda path: True
+) -> list[str]:
+    """The parameters of `parts`, or of all parts that both have; both must have all that are wanted."""
     if base.family != tuned.family and "unknown" not in (base.family, tuned.family):
         raise FamilyMismatchError(f"{tuned.path} is {tuned.family} and {base.path} is {base.family}: nothing can be compared")
     for part in parts:
@@ -71,11 +74,11 @@ def shared_paths(tuned: Weights, base: Weights, parts: Sequence[str]) -> list[st
     if not common:
         raise BaseModelError(f"{tuned.path} and {base.path} have no part of a model in common")
     ours, theirs = ({path for path in one if part_of(path) in common} for one in (base, tuned))
-    if missing := sorted(ours ^ theirs):
+    if missing := sorted(path for path in ours ^ theirs if wanted(path)):
         lacking, having = (tuned, base) if missing[0] in ours else (base, tuned)
         more = f" and {len(missing) - 1} more differ" if len(missing) > 1 else ""
         raise BaseModelError(f"{lacking.path} lacks {missing[0]}, which {having.path} has{more}", "is the download complete?")
-    return [path for path in base if path in ours]
+    return [path for path in base if path in ours & theirs]
 
 
 def check_same_shapes(tuned: Weights, base: Weights, paths: Iterable[str]) -> None:

@@ -22,10 +22,10 @@ def convert(adapter: Adapter, kind: str | None = None, rank: int | None = None) 
     if kind == "full":
         if rank:
             raise AdapterError("a full update has no rank", "leave --rank out, or convert --to lora")
-        return Adapter(map_deltas(adapter.deltas, _as_full), adapter.metadata), None
+        return adapter.with_deltas(map_deltas(adapter.deltas, _as_full)), None
     done = {path: _as_lora(path, delta, rank) for path, delta in adapter.deltas.items()}
     lines = tuple(line for _, line in done.values())
-    return Adapter({path: delta for path, (delta, _) in done.items()}, adapter.metadata), Report(lines)
+    return adapter.with_deltas({path: delta for path, (delta, _) in done.items()}), Report(lines)
 
 
 converted = convert  # its name until 0.2
@@ -43,4 +43,4 @@ def _as_lora(path: str, delta: Delta, rank: int | None) -> tuple[Delta, Line]:
     exact = delta.low_rank()
     if exact and (rank is None or exact.rank <= rank):
         return keep_as_is(path, exact)
-    return cut_to_rank(path, exact or delta, rank or USUAL)
+    return cut_to_rank(path, delta, rank or USUAL)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...errors import AdapterError
-from ...families.names import same
+from ...families.names import FAMILIES, claims, same
 from ...formats.checkpoint import Weights, close
 from ..adapter import Adapter
 from ..delta import Delta, Dense, LowRank, frobenius
@@ -37,32 +37,39 @@ def extract(
 
     `rule` and `value` are those of `resize`, applied to each layer by itself. `parts` none: all that both have. `targets` are
     globs over canonical paths, with or without the part. `full` adds biases and norms as they are; embedding tables never are.
+    What rounding to the narrower dtype of both explains is equal. A layer of another shape (the first one of an inpainting
+    model) is left out, if it is one of few.
     `clamp_quantile` cuts factors off at that quantile of their entries, as kohya's tool does at 0.99; by default nothing is cut.
     The report measures what truncation lost, and tells what changed and is not in the adapter.
 
     Raises FamilyMismatchError for two families, BaseModelError for what one lacks, AdapterError for shapes, rules or targets
-    that do not fit, and if nothing differs.
+    that do not fit (half of the layers that were chosen, or more), and if nothing differs.
     """
     _check_rule(rule, value, max_rank, clamp_quantile)
     tuned, base = open_source(tuned), open_source(base)
-    paths = shared_paths(tuned, base, parts)
-    check_same_shapes(tuned, base, [path for path in paths if not _is_embedding(path)])
+    paths = shared_paths(tuned, base, parts, lambda path: bool(_matching([path], targets)) and not _is_embedding(path))
     chosen = {path for path in _matching_paths(paths, targets) if not _is_embedding(path)}
+    misfits = [path for path in paths if path in chosen and not same(tuned.shape(path), base.shape(path))]
+    if 2 * len(misfits) >= len(chosen):
+        check_same_shapes(tuned, base, misfits)
     deltas: dict[str, Delta] = {}
     changes, left_out = {}, {}
     for path in paths:
         update = _difference(tuned, base, path)
         if update is None:
             continue
-        if path not in chosen or not (full or update.ndim > 1):
+        if path not in chosen or path in misfits or not (full or update.ndim > 1):
             left_out[path] = frobenius(update)
             continue
         deltas[path] = _compress(update, rule, value, max_rank, clamp_quantile) if update.ndim > 1 else Dense(update)
         changes[path] = _truncation(update, deltas[path])
     if not deltas:
+        check_same_shapes(tuned, base, misfits)
         differ = f"what differs was not asked for: {next(iter(left_out))} and {len(left_out) - 1} more" if left_out else ""
         raise AdapterError(f"{tuned.path} and {base.path} are the same in every layer that was asked for", differ)
     said = {"ss_sd_model_name": base.path.name, "ss_training_comment": f"{tuned.path.name} minus {base.path.name}"}
+    row = base.row or tuned.row
+    said |= claims(row) if row in FAMILIES else {}
     return Adapter(deltas, said), Report(changes, left_out)
 
 
@@ -79,14 +86,27 @@ def _is_embedding(path: str) -> bool:
 
 
 def _difference(tuned: Weights, base: Weights, path: str) -> Tensor | None:
-    """W_tuned - W_base in fp32, in the base's shape; None if they are equal. Tables may differ in length: then inf."""
+    """W_tuned - W_base in fp32, in the base's shape; None if they are equal but for rounding. Of other shapes: [inf]."""
     if not same(tuned.shape(path), base.shape(path)):
         return torch.tensor([math.inf])
-    ours = in_fp32(base[path])
-    update = (in_fp32(tuned[path]).reshape(ours.shape) - ours).float()
+    stored, other = base[path], tuned[path]
+    ours, theirs = in_fp32(stored), in_fp32(other).reshape(stored.shape)
+    update = (theirs - ours).float()
     if not update.isfinite().all():
         raise AdapterError(f"{path} holds NaN or Inf in {tuned.path} or {base.path}", "is the download complete?")
-    return update if update.any() else None
+    return update if update.any() and not _is_rounding(update, ours, (stored.dtype, other.dtype)) else None
+
+
+def _is_rounding(update: Tensor, weight: Tensor, dtypes: tuple[torch.dtype, torch.dtype]) -> bool:
+    """Whether every entry is at most what the rounding of one number to both dtypes can make: half a step of each, unless they
+    are the same."""
+    if dtypes[0] == dtypes[1]:
+        return False
+    above = torch.frexp(torch.maximum(weight.abs(), (weight + update).abs())).exponent - 1  # 2 ** above <= the larger of both
+    facts = [torch.finfo(dtype) for dtype in dtypes]
+    unit = torch.ldexp(torch.ones_like(update), above)
+    steps = [(unit * one.eps).clamp(min=one.tiny * one.eps) for one in facts]  # at least the smallest number there is
+    return bool((update.abs() <= 0.5 * (steps[0] + steps[1])).all())
 
 
 def _compress(update: Tensor, rule: str, value: float, max_rank: int | None, clamp_quantile: float | None) -> LowRank:
@@ -118,10 +138,12 @@ def _truncation(update: Tensor, delta: Delta) -> Change:
 
 def _matching_paths(paths: Sequence[str], targets: Sequence[str]) -> set[str]:
     """The paths that any glob names. Raises AdapterError for a glob that names none."""
-    chosen: set[str] = set()
     for target in targets:
-        found = {path for path in paths if fnmatchcase(path, target) or fnmatchcase(path.partition(".")[2], target)}
-        if not found:
+        if not _matching(paths, [target]):
             raise AdapterError(f"no layer matches the target {target!r}", close(target.replace("*", ""), paths))
-        chosen |= found
-    return chosen
+    return _matching(paths, targets)
+
+
+def _matching(paths: Sequence[str], targets: Sequence[str]) -> set[str]:
+    whole = ((path, name) for path in paths for name in (path, path.partition(".")[2]))
+    return {path for path, name in whole if any(fnmatchcase(name, target) for target in targets)}

@@ -3,6 +3,9 @@
 Of factors up [out, r] and down [r, in]: QR of both, then the SVD of the r x r core that their triangles make. That is the exact
 truncated SVD at the cost of r x r: 2 ms for rank 32 on [1280, 1280] and 5 ms on a 3x3 convolution of 1280 channels, where the SVD
 of dW takes 0.6 s and 13 s. fp64 costs twice the time of fp32 and is worth it: singular values to 4e-14 instead of 5e-7.
+
+The SVD of a Kronecker product (LoKr) is the Kronecker product of both halves' SVDs (Van Loan 2000, "The ubiquitous Kronecker
+product"), whose largest values are picked out: exact, a millisecond for any layer of SD 1.5.
 """
 
 from __future__ import annotations
@@ -12,13 +15,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..delta import Delta, LowRank
+from ..delta import Delta, LowRank, Structured
 from ..delta import sides as sides
 
 # From here on a matrix is sketched if the wanted rank is an eighth of it or less. With as many spare columns as wanted ones and
 # four power iterations the error of merges at rank 64 was 1.0003 (TIES) to 1.001 (DARE: noise has no few directions) of the
 # smallest possible, in a half to a sixth of the time of `leading_svd`.
-_LARGE, _FEW, _SPARE, _ITERATIONS = 512, 8, 16, 4
+_LARGE, _FEW, SPARE, ITERATIONS = 512, 8, 16, 4
 
 
 class Svd(NamedTuple):
@@ -36,7 +39,9 @@ def factors(pair: LowRank) -> tuple[Tensor, Tensor]:
 
 
 def svd(delta: Delta, rank: int | None = None) -> Svd:
-    """Of an update that does not need its base: exact from its factors if it has any, else of dW as `of_matrix` does."""
+    """Of an update that does not need its base: exact from its halves or factors, if any, else of dW as `of_matrix` does."""
+    if halves := halves_of(delta):
+        return of_kronecker(*halves, rank)
     if pair := delta.low_rank():
         return of_factors(*factors(pair))
     return of_matrix(delta.delta().reshape(sides(delta.shape)), rank)
@@ -49,12 +54,43 @@ def of_factors(up: Tensor, down: Tensor) -> Svd:
     return Svd(left.Q @ u, s, v @ right.Q.T)
 
 
+def of_kronecker(one: Tensor, two: Tensor, rank: int | None = None) -> Svd:
+    """Of kron(one [a, b], two [c, d]): [a * c, b * d]; exact: all of it, or the first `rank`."""
+    (u, s, v), (w, t, x) = (_drop_rounding(torch.linalg.svd(half, full_matrices=False)) for half in (one, two))
+    products = torch.outer(s, t).flatten()
+    order = products.argsort(descending=True, stable=True)
+    i, j = order[:rank] // len(t), order[:rank] % len(t)
+    left = (u[:, i][:, None] * w[:, j][None]).flatten(0, 1)
+    right = (v[i][:, :, None] * x[j][:, None]).flatten(1)
+    return Svd(left, products[order[:rank]], right, float(torch.linalg.norm(products[order[len(i) :]])))
+
+
+def _drop_rounding(parts: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """An SVD without the values that are nothing but rounding: a product of two thin matrices has many."""
+    u, s, v = parts
+    kept = slice(0, max(1, int((s > s[0] * max(u.shape[0], v.shape[1]) * torch.finfo(s.dtype).eps).sum())))
+    return u[:, kept], s[kept], v[kept]
+
+
+def halves_of(delta: Delta) -> tuple[Tensor, Tensor] | None:
+    """Two matrices in fp64 whose Kronecker product dW is, with the scale in the first; None for other kinds."""
+    if not isinstance(delta, Structured) or not delta.row.halves:
+        return None
+    one, two = delta.row.halves({role: value.double() for role, value in delta.tensors.items()})
+    return delta.scale * one, two.flatten(1)
+
+
 def of_matrix(matrix: Tensor, rank: int | None = None) -> Svd:
     """Of a dense matrix: all of it, or the first `rank` by the cheapest way that is good enough, with the rest measured."""
     small = min(matrix.shape)
     if rank is None or 2 * rank > small:
         return full_svd(matrix)
-    return sketch(matrix, rank) if small > _LARGE and _FEW * rank <= small else leading_svd(matrix, rank)
+    return sketch(matrix, rank) if is_worth_a_sketch(small, rank) else leading_svd(matrix, rank)
+
+
+def is_worth_a_sketch(small: int, rank: int) -> bool:
+    """Whether a matrix whose smaller side is this is large enough, and the rank low enough."""
+    return small > _LARGE and _FEW * rank <= small
 
 
 def full_svd(matrix: Tensor) -> Svd:
@@ -73,14 +109,14 @@ def leading_svd(matrix: Tensor, rank: int) -> Svd:
     return _project(matrix, vectors[:, -rank:], rank)
 
 
-def sketch(matrix: Tensor, rank: int, iterations: int = _ITERATIONS) -> Svd:
+def sketch(matrix: Tensor, rank: int, iterations: int = ITERATIONS) -> Svd:
     """The first `rank`, nearly, by randomized subspace iteration (Halko et al. 2009, https://arxiv.org/abs/0909.4061).
 
     Draws the same numbers each time. `rest` is what it really left out, not an estimate.
     """
     if matrix.shape[0] > matrix.shape[1]:
         return _transpose(sketch(matrix.T, rank, iterations))
-    width = min(rank + max(rank, _SPARE), *matrix.shape)
+    width = min(rank + max(rank, SPARE), *matrix.shape)
     draw = torch.Generator().manual_seed(0)
     basis = matrix @ torch.randn(matrix.shape[1], width, generator=draw, dtype=matrix.dtype)
     for _ in range(iterations):
@@ -90,6 +126,9 @@ def sketch(matrix: Tensor, rank: int, iterations: int = _ITERATIONS) -> Svd:
 
 def singular_values(delta: Delta) -> Tensor:
     """Singular values only, falling, fp64; without factors right to 1e-8 of the largest."""
+    if halves := halves_of(delta):
+        one, two = (torch.linalg.svd(half, full_matrices=False) for half in halves)
+        return torch.outer(_drop_rounding(one)[1], _drop_rounding(two)[1]).flatten().sort(descending=True).values
     if not (pair := delta.low_rank()):
         matrix = delta.delta().reshape(sides(delta.shape)).double()
         matrix = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T

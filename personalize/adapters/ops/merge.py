@@ -11,11 +11,14 @@ from typing import Any
 from ...errors import AdapterError, nearest
 from ...families.family import Shape
 from ...formats.tensors import one_thread
-from ..adapter import Adapter, check_kin
+from ..adapter import Adapter, all_words, check_kin, shared_metadata
 from ..delta import Delta, Dense
 from ..lazy import OnDemand
+from . import linalg, sums
 from .methods import METHODS, OPTIONS, Method, Module, Options, Term
-from .resize import Line, Report, check_plain, cut_to_rank, keep_as_is, rank_of
+from .resize import Line, Report, check_plain, cut_parts, cut_to_rank, keep_as_is, rank_of
+
+SUMS = ("concat", "svd")  # methods that are the plain sum
 
 
 def merge(
@@ -37,7 +40,7 @@ def merge_with_report(
     FamilyMismatchError for adapters of different families.
     """
     merged, lines = on_demand(adapters, weights, method, rank, **options)
-    return Adapter(dict(merged.deltas), merged.metadata), Report(tuple(lines.values()))
+    return merged.with_deltas(dict(merged.deltas)), Report(tuple(lines.values()))
 
 
 def on_demand(
@@ -58,6 +61,9 @@ def on_demand(
     def merge_at(path: str) -> tuple[Delta, Line]:
         with one_thread():
             module = Module(path, _terms(path, adapters, weights))
+            _check_plain(module, method, rank)
+            if rank and method in SUMS and (cut := _cut_sum(module, rank)):
+                return cut
             return _cut(module, row.merge(module, chosen), rank, row.refactor)
 
     def make(path: str) -> Delta:
@@ -67,17 +73,30 @@ def on_demand(
         lines[path] = line
         return delta
 
-    shared = set.intersection(*(set(adapter.metadata.items()) for adapter in adapters))
-    return Adapter(OnDemand({path: shapes[path] for path in paths}, make), dict(sorted(shared))), lines
+    merged = OnDemand({path: shapes[path] for path in paths}, make)
+    return Adapter(merged, shared_metadata(adapters), all_words(given)), lines
 
 
 def _terms(path: str, adapters: Sequence[Adapter], weights: Sequence[float]) -> tuple[Term, ...]:
     terms = []
     for place, (adapter, weight) in enumerate(zip(adapters, weights, strict=True)):
         if weight and (delta := adapter.deltas.get(path)):
-            check_plain(path, delta)
             terms.append(Term(place, float(weight), delta))
     return tuple(terms)
+
+
+def _check_plain(module: Module, method: str, rank: int | None) -> None:
+    """Raise AdapterError for what depends on the base, unless it goes through as it is: alone in its layer, and not cut."""
+    alone = method == "concat" and len(module.terms) == 1 and not (rank and rank_of(module.terms[0].delta) > rank)
+    for term in () if alone else module.terms:
+        check_plain(module.path, term.delta)
+
+
+def _cut_sum(module: Module, rank: int) -> tuple[Delta, Line] | None:
+    """The sum cut to a rank without making dW of it; None where that gains nothing."""
+    small = min(linalg.sides(module.shape)) if len(module.shape) in (2, 4) else 0
+    pieces = sums.pieces_of([term.weighted_delta() for term in module.terms]) if linalg.is_worth_a_sketch(small, rank) else None
+    return cut_parts(module.path, module.shape, small, sums.sketch(pieces, rank), rank) if pieces and len(pieces) > 1 else None
 
 
 def _cut(module: Module, delta: Delta, rank: int | None, refactor: bool) -> tuple[Delta, Line]:

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from ...errors import AdapterError, nearest
+from ...families.family import Shape
 from ...families.names import PARTS, part_of
 from ...formats.tensors import TORCH, one_thread
 from ..adapter import Adapter
-from ..delta import Delta, Dense, LowRank, kind_name
+from ..delta import Decomposed, Delta, Dense, LowRank, kind_name
 from ..lazy import map_deltas
 from . import linalg
 
@@ -214,17 +215,21 @@ def resize(
         chosen = RULES[rule].choose(cuts, value - _overhead(adapter) if rule == "size" else value)
         ranks = {cut.path: rank for cut, rank in zip(cuts, chosen, strict=True) if rank}
         deltas = map_deltas(adapter.deltas, lambda path, delta: _at_rank(delta, ranks[path]), ranks)
-    return Adapter(deltas, adapter.metadata), Report(tuple(cut.line(rank) for cut, rank in zip(cuts, chosen, strict=True)))
+    return adapter.with_deltas(deltas), Report(tuple(cut.line(rank) for cut, rank in zip(cuts, chosen, strict=True)))
 
 
 def cut_to_rank(path: str, delta: Delta, rank: int | None = None) -> tuple[Delta, Line]:
     """One update at a rank at most, balanced and without the ranks that fp32 cannot tell from nothing; and what was lost."""
     if not can_factor(delta):
         return keep_as_is(path, delta)
-    parts = linalg.svd(delta, rank)
+    return cut_parts(path, delta.shape, rank_of(delta), linalg.svd(delta, rank), rank)
+
+
+def cut_parts(path: str, shape: Shape, old: int, parts: linalg.Svd, rank: int | None) -> tuple[Delta, Line]:
+    """The same of an update whose singular values and vectors are known; `old` is its rank."""
     felt = int((parts.s.square() > _NOISE * parts.s[0].square()).sum())
     new = max(1, min(rank or felt, felt))
-    return linalg.low_rank(parts, delta.shape, new), Line(path, rank_of(delta), new, parts.s, parts.rest)
+    return linalg.low_rank(parts, shape, new), Line(path, old, new, parts.s, parts.rest)
 
 
 def keep_as_is(path: str, delta: Delta) -> tuple[Delta, Line]:
@@ -263,9 +268,9 @@ def _values(delta: Delta) -> Tensor:
 
 
 def _at_rank(delta: Delta, rank: int) -> Delta:
-    delta = delta.low_rank() or delta
-    if not can_factor(delta) or (rank >= rank_of(delta) and isinstance(delta, LowRank | Dense)):
-        return delta
+    kept = delta.low_rank() or delta
+    if not can_factor(kept) or (rank >= rank_of(kept) and isinstance(kept, LowRank | Dense)):
+        return kept
     return linalg.low_rank(linalg.svd(delta), delta.shape, rank)
 
 
@@ -276,7 +281,7 @@ def can_factor(delta: Delta) -> bool:
 
 def rank_of(delta: Delta) -> int:
     """Of the factors that it has or, if it has none, the rank that dW can have."""
-    pair = delta.low_rank()
+    pair = (delta.inner if isinstance(delta, Decomposed) else delta).low_rank()
     return pair.rank if pair else min(linalg.sides(delta.shape)) if can_factor(delta) else 1
 
 

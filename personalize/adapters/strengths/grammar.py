@@ -61,6 +61,10 @@ class Weighting:
             pieces = [f"{name}={strength_text(self.parts[part])}" for name, part in PARTS.items()]
         return ":".join([*pieces, *([self.inside] if self.inside else [])])
 
+    def without(self, parts: Iterable[str]) -> Weighting:
+        """The same with nothing of some parts."""
+        return replace(self, parts={**self.parts, **dict.fromkeys(parts, 0.0)})
+
     @property
     def inside(self) -> str:
         """What is said of blocks, patterns and steps; "" for nothing."""

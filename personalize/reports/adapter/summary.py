@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from ...errors import RecipeError
 from ...recipe.resolve import from_json
 from ...recipe.settings import flatten
-from ...text import command_line, plain, readable
+from ...text import command_line, plain, quote, readable
 from ..kit.tables import counts
 
 if TYPE_CHECKING:
@@ -35,10 +35,15 @@ def _rows(found: Description) -> Iterator[tuple[str, str]]:
         yield "what", "no adapter; a checkpoint is read by bake, extract and interpolate"
     yield "title", found.title if found.title != found.path.stem else ""
     yield "trigger", found.trigger
+    yield "words", ", ".join(f"{word} ({count} vector{'s' * (count > 1)})" for word, count in found.words.items())
     yield "parts", ", ".join(f"{part} ({count} layers)" for part, count in found.parts.items())
     yield "rank", counts(found.ranks, "{:g} ({} layers)", 6)
     yield "alpha", counts(found.alphas, "{:g} ({} layers)", 6)
     yield "size", f"{found.parameters:,} parameters in {found.tensors} tensors" if found.tensors else "nothing inside"
+    if heavy := found.heaviest:
+        key, size, total = heavy
+        hint = f"leave it out: personalize convert {quote(found.path)} --strip-metadata -o NAME.safetensors"
+        yield "metadata", f"{readable(total)}, more than the tensors, of which {key} {readable(size)}; {hint}"
     yield "about", found.metadata.get("modelspec.description", "")
     yield from _origin(found)
     if found.unmatched:

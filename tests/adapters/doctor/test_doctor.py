@@ -151,7 +151,7 @@ def test_rank_that_is_not_used(tmp_path: Path) -> None:
 
 
 def test_what_metadata_says(tmp_path: Path) -> None:
-    path = make("sd1", "attn2.to_q", rank=2, alpha=2).save(tmp_path / "a")
+    path = make("sd1", "attn2.to_k", rank=2, alpha=2).save(tmp_path / "a")
     assert codes(examine(path)) == {}
     said = {"ss_network_dim": "32", "ss_network_alpha": "16", "ss_base_model_version": "sdxl_base_v1-0"}
     found = examine(rewritten(path, metadata=said))
@@ -200,7 +200,7 @@ def test_kinds_that_uis_do_not_read(tmp_path: Path) -> None:
     based = examine(tmp_path / "b.safetensors", {MID: torch.ones(192, 192)})
     assert based.norm == pytest.approx(192) and based.modules[0].ratio == pytest.approx(1) and "needs-base" not in codes(based)
     assert codes(examine(make(pick="conv_in").save(tmp_path / "c"))) == {"outer-layers": "info"}
-    large = make("sd1", "attn1.to_q", rank=16).save(tmp_path / "e")
+    large = make("sd1", "attn1.to_q", rank=16).for_family("sd1").save(tmp_path / "e")
     assert codes(examine(large)) == {"fp32": "info"}
 
 

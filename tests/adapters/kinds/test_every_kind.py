@@ -19,7 +19,21 @@ from personalize.adapters.adapter import Adapter, distance
 from personalize.adapters.build import build
 from personalize.adapters.delta import Structured
 from personalize.adapters.describe import describe
-from personalize.adapters.kinds.kind import ALPHA, DORA, DOWN, MAGNITUDE, MID, UP, Kind, Shapes, ratio, shapes_of
+from personalize.adapters.kinds.kind import (
+    ALPHA,
+    DORA,
+    DOWN,
+    INDICES,
+    MAGNITUDE,
+    MID,
+    SIZE,
+    UP,
+    VALUES,
+    Kind,
+    Shapes,
+    ratio,
+    shapes_of,
+)
 from personalize.adapters.ops.convert import convert
 from personalize.adapters.ops.merge import merge
 from personalize.families.names import FAMILIES, Shape, same, weights
@@ -64,6 +78,8 @@ def examples() -> Iterator[tuple[str, Example]]:
     yield "LoRA, core", Example("lora", CONV, core, 1.5)
     rows = {UP: noise(96, 3), DOWN: noise(3, 96), MAGNITUDE: 1 + noise(96).abs()}
     yield "DoRA, rows", Example("dora", LINEAR, rows, 1.5)
+    rest = {INDICES: torch.tensor([[0, 95], [7, 0]]), VALUES: noise(2), SIZE: torch.tensor([96, 96])}
+    yield "LoRA+sparse", Example("lora+sparse", LINEAR, {UP: noise(96, 3), DOWN: noise(3, 96), **rest}, 1.5)
     yield "norm", Example("norm", NORM, {"w_norm": noise(96)}, None)
 
 
@@ -104,7 +120,7 @@ def test_the_shape_that_is_told_is_that_of_dw(name: str) -> None:
 def test_dw_is_differentiable_in_all_its_tensors(name: str) -> None:
     one = EXAMPLES[name]
     probe = noise(*one.delta().shape, seed=3)
-    fixed = {role: value for role, value in one.tensors.items() if role == "on_input"}
+    fixed = {role: value for role, value in one.tensors.items() if role in ("on_input", *kinds.INTEGERS)}
     leaves = {role: value.clone().requires_grad_() for role, value in one.tensors.items() if role not in fixed}
     (one.delta(leaves | fixed) * probe).sum().backward()
     for role, leaf in leaves.items():

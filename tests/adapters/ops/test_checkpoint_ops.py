@@ -20,6 +20,7 @@ from personalize.adapters.adapter import Adapter, distance
 from personalize.adapters.delta import Decomposed, Dense, LowRank, Structured
 from personalize.adapters.ops.bake import STORY, bake, interpolate
 from personalize.adapters.ops.extract import extract
+from personalize.cli.app import run
 from personalize.errors import AdapterError, BaseModelError, FamilyMismatchError, OutputError
 from personalize.families.checkpoint import open_weights
 from personalize.formats.checkpoint import Weights, rewrite
@@ -362,3 +363,93 @@ def test_interpolating_touches_no_source(tmp_path: Path) -> None:
     interpolate(POCKET, tmp_path / "tuned", 1.0, tmp_path / "out")
     after, base = open_weights(tmp_path / "out"), open_weights(POCKET)
     assert torch.equal(after[FC1], base[FC1]) and not torch.equal(after[TO_Q], base[TO_Q])
+
+
+# --- second copies, rounding, other shapes, files of a denoiser alone -----------------------------------------------
+
+
+def averaged(path: Path, scale: float = 2.0) -> Path:
+    """The embedded base as a single file, with moving averages of its UNet as LDM's trainer keeps them."""
+    tensors = load_file(pocket_file(path))
+    own = {key: value for key, value in tensors.items() if key.startswith("model.diffusion_model.")}
+    averages = {f"model_ema.{key.removeprefix('model.').replace('.', '')}": value * scale for key, value in own.items()}
+    save_file(tensors | averages | {"model_ema.decay": torch.tensor(0.9999)}, path)
+    return path
+
+
+def test_a_moving_average_gets_the_same_update(tmp_path: Path) -> None:
+    file = averaged(tmp_path / "a.safetensors")
+    report = bake(file, [(some(), 1.0)], tmp_path / "b")
+    before, after = open_weights(file), open_weights(tmp_path / "b.safetensors")
+    deltas = some().deltas
+    assert report.copies == len(before.copy) - sum(path not in deltas for path in before.copy) == 3
+    for path in before.copy:
+        moved = deltas[path].delta().reshape(before.shape(path)) if path in deltas else 0.0
+        torch.testing.assert_close(after.copy[path].float(), before.copy[path].float() + moved, rtol=1e-3, atol=1e-3)
+    plain = pocket_file(tmp_path / "plain.safetensors")
+    assert interpolate(file, plain, 0.5, tmp_path / "c").copies == len(before.copy)
+    half = open_weights(tmp_path / "c.safetensors").copy[TO_Q].float()
+    torch.testing.assert_close(half, 1.5 * open_weights(plain)[TO_Q].float(), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(("narrow", "wide"), [(torch.float16, torch.float32), (torch.bfloat16, torch.float16)])
+def test_rounding_is_not_learning(tmp_path: Path, narrow: torch.dtype, wide: torch.dtype) -> None:
+    values = {key: value.to(wide) for key, value in load_file(pocket_file(tmp_path / "a.safetensors")).items()}
+    base, tuned = tmp_path / "base.safetensors", tmp_path / "tuned.safetensors"
+    save_file(values, base)
+    save_file({key: value.to(narrow) for key, value in values.items()}, tuned)
+    for pair in ((tuned, base), (base, tuned)):
+        with pytest.raises(AdapterError, match="the same in every layer"):
+            extract(*pair)
+    moved = {key: value + 0.1 if key.endswith("attn1.to_q.weight") else value for key, value in values.items()}
+    save_file({key: value.to(narrow) for key, value in moved.items()}, tuned)
+    found, report = extract(tuned, base, "rank", 1)
+    assert {path.rpartition(".attn1.")[2] for path in found.deltas} == {"to_q"} and not report.left_out
+
+
+def test_one_step_of_the_same_dtype_is_learning(tmp_path: Path) -> None:
+    values = load_file(pocket_file(tmp_path / "a.safetensors"))
+    key = next(key for key in values if key.endswith("attn1.to_q.weight"))
+    save_file(values | {key: values[key].nextafter(torch.tensor(9.0, dtype=values[key].dtype))}, tmp_path / "b.safetensors")
+    assert len(extract(tmp_path / "b.safetensors", tmp_path / "a.safetensors", "rank", 1)[0].deltas) == 1
+
+
+def test_an_inpainting_model_less_the_plain_one(tmp_path: Path) -> None:
+    """The layer that reads more channels is left out, whether it was chosen or not."""
+    values = load_file(pocket_file(tmp_path / "a.safetensors"))
+    first = "model.diffusion_model.input_blocks.0.0.weight"
+    tuned = {key: value + 0.1 if key.endswith("attn1.to_q.weight") else value for key, value in values.items()}
+    tuned[first] = torch.cat([values[first], values[first][:, :5]], 1)
+    save_file(tuned, tmp_path / "b.safetensors")
+    for targets in (("*",), ("*attn*",)):
+        found, report = extract(tmp_path / "b.safetensors", tmp_path / "a.safetensors", "rank", 1, targets=targets)
+        assert all(path.endswith("attn1.to_q") for path in found.deltas) and report.left_out == {"unet.conv_in": math.inf}
+    with pytest.raises(AdapterError, match="conv_in is"):
+        extract(tmp_path / "b.safetensors", tmp_path / "a.safetensors", "rank", 1, targets=("unet.conv_in",))
+
+
+@pytest.mark.parametrize("lead", ["", "diffusion_model.", "module.model.diffusion_model.", "model.diffusion_model."])
+def test_a_denoiser_alone_is_read_whatever_stands_before_its_names(tmp_path: Path, lead: str) -> None:
+    prefix = "model.diffusion_model."
+    whole = load_file(pocket_file(tmp_path / "whole.safetensors"))
+    save_file(
+        {lead + key.removeprefix(prefix): value for key, value in whole.items() if key.startswith(prefix)},
+        tmp_path / "a.safetensors",
+    )
+    weights = open_weights(tmp_path / "a.safetensors")
+    assert weights.parts == ("unet",) and weights.family == "pocket"
+    assert torch.equal(weights[TO_Q], open_weights(tmp_path / "whole.safetensors")[TO_Q])
+    with pytest.raises(AdapterError, match=r"has no text_encoder.*te=0"):
+        bake(weights, [(some(), 1.0)], tmp_path / "b")
+    report = bake(weights, [(some(), {"text_encoder": 0.0})], tmp_path / "b")
+    assert report.changes.keys() == {path for path in SOME if path.startswith("unet.")}
+
+
+def test_the_hint_for_a_denoiser_alone_works(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    adapter = some().save(tmp_path / "lora")
+    whole = load_file(pocket_file(tmp_path / "whole.safetensors"))
+    save_file({key: value for key, value in whole.items() if key.startswith("model.")}, tmp_path / "a.safetensors")
+    command = ["bake", str(tmp_path / "a.safetensors"), "-o", str(tmp_path / "b.safetensors")]
+    assert run([*command, str(adapter)]) == 2
+    hint = capsys.readouterr().err.rpartition("leave it out: ")[2].strip().removesuffix(")")
+    assert hint == f"{adapter}:1:0" and run([*command, hint]) == 0

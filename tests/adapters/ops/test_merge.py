@@ -13,6 +13,7 @@ from torch import Tensor
 
 from personalize.adapters.adapter import Adapter
 from personalize.adapters.delta import Delta, Dense, LowRank, Structured
+from personalize.adapters.ops import sums
 from personalize.adapters.ops.linalg import inner
 from personalize.adapters.ops.merge import merge, merge_with_report
 from personalize.adapters.ops.methods import METHODS, OPTIONS
@@ -361,3 +362,19 @@ def test_rows_tell_what_they_take() -> None:
     assert set().union(*(row.options for row in METHODS.values())) == OPTIONS.keys()
     for row in METHODS.values():
         assert row.what and all(OPTIONS[name].allows(value) for name, value in row.options.items())
+
+
+@pytest.mark.parametrize("shape", [(640, 768), (768, 64, 3, 3)])
+def test_a_sum_with_kronecker_products_is_cut_without_being_made(shape: tuple[int, ...]) -> None:
+    """As good a cut as that of dW, and the error that is told is the true one."""
+    draw = torch.Generator().manual_seed(0)
+    one, two = torch.randn(16, 16, generator=draw), torch.randn(shape[0] // 16, shape[1] // 16, *shape[2:], generator=draw) * 0.01
+    kron = Structured("lokr", {"lokr_w1": one, "lokr_w2": two}, None, shape)
+    terms = [low_rank(shape, 4, 4.0, 1), kron, low_rank(shape, 8, 8.0, 2)]
+    parts = sums.sketch(sums.pieces_of(terms), 8)
+    whole = sum(term.delta().double() for term in terms).flatten(1)
+    exact = torch.linalg.svdvals(whole)
+    made = parts.u * parts.s @ parts.v
+    assert float((whole - made).norm()) == pytest.approx(parts.rest, rel=1e-6)
+    assert parts.rest <= 1.01 * float(exact[8:].norm())
+    assert sums.pieces_of(terms[:1]) is None  # factors alone have their own way
