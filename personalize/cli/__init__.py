@@ -1,10 +1,12 @@
 """The `personalize` command.
 
-app.py        the group, exit codes and error lines     messages.py  one-line errors and warnings
-train.py      train, batch, report; flags from settings  generate.py  generate
-adapters.py   convert, resize, extract, bake, ...        merge.py     merge, and how it is repeated
-dataset.py    the check of a dataset before training     progress.py  runs seen from a terminal
-values.py     what people type, as values                live.py      reports while runs go on
+app.py        the group, exit codes and error lines     messages.py     one-line errors and warnings, answers in JSON
+train.py      train, batch, finish, tell, report        generate.py     generate
+adapters.py   convert, resize, diff, doctor, show       checkpoints.py  extract, bake, interpolate
+merge.py      merge, and how it is repeated             dataset.py      the check of a dataset before training
+presets.py    the presets, explained                    view.py         what a long command shows while it works
+progress.py   one run seen from a terminal              batch.py        many runs seen from a terminal
+live.py       reports while runs go on                  values.py       what people type, as values
 
 Only click is imported with these; torch, pydantic and rich come with the command that needs them, so that help is instant.
 """

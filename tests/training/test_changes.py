@@ -198,7 +198,7 @@ def test_an_adapter_that_a_run_cannot_hold_is_told_with_what_would(
     other(targets=("attention", "conv")).save(wide, "kohya")
     with pytest.raises(AdapterError, match=r"changes \d+ layers that would not be trained.*--targets .*conv.* trains them"):
         check(make(init=wide))
-    Adapter({"unet.conv_in": LowRank(torch.ones(320, 1, 1, 1), torch.ones(1, 4, 3, 3), 1)}).save(foreign, "kohya")
+    Adapter({"unet.conv_in": LowRank(torch.ones(320, 1, 1, 1), torch.ones(1, 4, 3, 3), 1)}).save(foreign, "diffusers")
     with pytest.raises((FamilyMismatchError, AdapterError), match="does not fit"):
         check(make(init=foreign))
     with pytest.raises(AdapterError, match="nowhere"):
