@@ -530,6 +530,7 @@ TELLING = [
 ]
 ELSEWHERE = {
     "kind",
+    "save_precision",  # test_metadata.py
     "folder",
     "base",
     "vae",
