@@ -535,6 +535,7 @@ TELLING = [
 ]
 ELSEWHERE = {
     "kind",
+    "save_precision",  # test_metadata.py
     "folder",
     "base",
     "vae",
