@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from personalize.adapters.adapter import Adapter, distance
 from personalize.adapters.delta import LowRank
@@ -276,6 +277,19 @@ def test_new_prompts_and_seeds_are_drawn_for_base_and_adapter_and_nothing_else_i
         for step in (0, 2)
         for name, seed in (("a-zwx", 0), (prompt_name("A zwx!"), 0), ("a-zwx", 7))
     }
+
+
+def test_one_prompt_drawn_in_two_ways_is_two_pictures(make: Make) -> None:
+    """What kohya's options behind a prompt say is drawn, kept when the run goes on, and has a name of its own."""
+    asked = {"sample_prompts": ["a {trigger}", "a {trigger} --w 64 --h 96", "a {trigger} --d 5"], "sample_every": 0}
+    recipe = make(**asked)
+    drawn = [event for event in run(recipe) if isinstance(event, Sample) and not event.base]
+    sizes = []
+    for event in drawn:
+        with Image.open(folder_of(recipe) / event.path) as picture:
+            sizes.append((event.seed, picture.size))
+    assert sizes[0][0] == sizes[1][0] == 0 and sizes[0][1] != sizes[1][1] == (64, 96) and sizes[2] == (5, sizes[0][1])
+    assert [event.step for event in run(make(**asked, steps=3)) if isinstance(event, Sample)] == [3, 3, 3]
 
 
 def test_every_prompt_has_a_file_name_of_its_own() -> None:
