@@ -72,7 +72,7 @@ def _averages(header: Header, places: Mapping[str, Place]) -> dict[str, Place]:
 
 def _read_spelled(header: Header) -> dict[str, Place]:
     """The parameters of a denoiser alone, or in wrappers, under any spelling: ComfyUI's models/diffusion_models, a UNet out of
-    diffusers' folder. In the family that knows most of the keys; empty unless they are half of its denoiser."""
+    diffusers' folder. In the family that knows most of the keys; empty unless they are half of its denoiser, and nearly all."""
     stems = {
         key: key.rpartition(".") for key, entry in header.tensors.items() if key.endswith((".weight", ".bias")) and _usable(entry)
     }
@@ -82,7 +82,8 @@ def _read_spelled(header: Header) -> dict[str, Place]:
         found = {path + ".bias" * key.endswith(".bias"): Place(header, Address(key)) for key, path in table.items() if path}
         layers = sum(keys.part_of(path) == family.denoiser.part for path in keys.modules(family))
         own = sum(keys.part_of(path) == family.denoiser.part for path in found)
-        best = found if 2 * own > layers and len(found) > len(best) else best
+        whole = 2 * own > layers and len(found) > 0.95 * len(stems)
+        best = found if whole and len(found) > len(best) else best
     return best
 
 

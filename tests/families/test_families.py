@@ -286,7 +286,7 @@ def test_missing_and_misshaped_parts_are_named(tmp_path: Path, shelf: Path) -> N
 
     refused(lacking("first_stage_model."), "has no VAE in it .*--vae")
     refused(lacking("first_stage_model.decoder.mid"), "the VAE in .* cannot be loaded")
-    refused(lacking("conditioner.embedders.1."), "no checkpoint of a known family|has no text_encoder_2|refiner|holds unet alone")
+    refused(lacking("conditioner.embedders.1."), "no checkpoint of a known family|has no text_encoder_2|refiner")
     refused(
         lacking("model.diffusion_model.middle_block.1.norm"), "the unet of .* lacks 2 weights, model.diffusion_model.middle_block"
     )
