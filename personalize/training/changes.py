@@ -89,8 +89,10 @@ def picture_changes(
         pairs.append((name, one, was))
         if was:
             left.remove(was)
-    lost = [old_names.get(str(one[0]), "") for one in left]
-    replaced = {name for name, _, was in pairs if was is None and name in lost}
+    fresh = {name for name, _, was in pairs if was is None}
+    there = set(names) - fresh  # a class image may have the same bytes as a picture that is there
+    lost = [name if (name := old_names.get(str(one[0]), "")) not in there else "a class image" for one in left]
+    replaced = fresh & set(lost)
     yield from (picture_change(*pair, pair[0] in replaced) for pair in pairs)
     yield from (f"{name or 'a picture'} is gone" for name in lost if name not in replaced)
 
