@@ -1,6 +1,7 @@
 """What looks at images: a CLIP with both towers, from a base's `clip/` folder or the hub's cache, and a DINOv2 beside it.
 
-Nothing is downloaded: `hf download openai/clip-vit-large-patch14 facebook/dinov2-base` brings both for bases that have no CLIP.
+Nothing is downloaded: for bases that have no CLIP, `hf download openai/clip-vit-large-patch14` brings one, and
+`hf download facebook/dinov2-base` the other.
 """
 
 from __future__ import annotations

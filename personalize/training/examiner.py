@@ -10,15 +10,13 @@ from typing import Any
 
 from PIL import Image
 
-from ..data.images import load_picture
 from ..inference.sheet import contact_sheet, save_sheet
 from ..models.clip import eyes_for
-from ..text import spread
 from ..tuning.tunable import Tunable
 from .calibration import calibration_of
 from .events import Judged
 from .evidence import Questions, ask, draw_questions
-from .limits import fit_square
+from .limits import fit_square, training_squares
 from .preflight import RunPlan
 from .signs import MOST_TRAINING, Observer, Signs, observe
 
@@ -87,11 +85,10 @@ def prepare_examiner(plan: RunPlan, tunable: Tunable) -> Examiner | None:
     eyes = eyes_for(Path(plan.base.path))
     if eyes is None:
         return None
-    questions, side = ask(plan), plan.side
+    questions = ask(plan)
     with tunable.off():
         base = draw_questions(plan, questions.for_base)
-    examples = [plan.dataset.examples[i] for i in spread(len(plan.dataset.examples), MOST_TRAINING)]
-    training = [load_picture(example, (side, side)) for example in examples]
+    training = training_squares(plan, MOST_TRAINING)
     return Examiner(
         plan, questions, observe(eyes, questions, training, base, style=not plan.dataset.concepts[0].class_name), base
     )

@@ -94,6 +94,12 @@ def unknown_class(plan: RunPlan) -> str:
     return f"{plan.base.name} was never taught what '{strange[0]}' is: it knows {', '.join(known.nouns)}; {OTHERS}"
 
 
+def training_squares(plan: RunPlan, most: int) -> list[Image.Image]:
+    """At most so many of the training images, evenly chosen, cropped to squares of the run's side."""
+    examples = [plan.dataset.examples[i] for i in spread(len(plan.dataset.examples), most)]
+    return [load_picture(example, (plan.side, plan.side)) for example in examples]
+
+
 def unlike_class(plan: RunPlan) -> str:
     """One sentence where the training images look more like another thing than like their class.
 
@@ -103,8 +109,7 @@ def unlike_class(plan: RunPlan) -> str:
     eyes = eyes_for(Path(plan.base.path)) if name else None
     if eyes is None:
         return ""
-    examples = [plan.dataset.examples[i] for i in spread(len(plan.dataset.examples), SHOWN)]
-    training = eyes.clip.pictures([load_picture(example, (plan.side, plan.side)) for example in examples])
+    training = eyes.clip.pictures(training_squares(plan, SHOWN))
     things = tuple(dict.fromkeys((name, *NOUNS)))
     likeness = (training @ eyes.clip.texts([f"a {thing}" for thing in things]).T).mean(0)
     best = things[int(likeness.argmax())]

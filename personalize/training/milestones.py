@@ -37,7 +37,7 @@ def make_what_is_due(run: ActiveRun) -> Iterator[Event]:
     recipe, folder = plan.recipe, plan.run
     if done == 0:
         yield folder.record(show_reconstruction(plan, run.data.latents))
-        for concern in filter(None, (unknown_class(plan) or unlike_class(plan),)):
+        if concern := unknown_class(plan) or unlike_class(plan):
             yield folder.record(Warned(0, concern))
     if done == 0 or is_due(done, recipe.sampling.sample_every, recipe.steps):
         yield from sample_images(run, done)

@@ -79,14 +79,9 @@ class Observer:
         way = self.training.whole.mean(0) - before.whole.mean(0)
         moved, direction, length = seen.whole - before.whole, F.normalize(way, dim=0), float(way.norm()) or 1.0
         found = torch.stack([patches_found(self.training.patches, self.weights, one) for one in seen.patches])
-        nearest_training = (seen.whole @ self.training.whole.T).max(1).values - (before.whole @ self.training.whole.T).max(
-            1
-        ).values
         return {
             "toward": moved @ direction / length,
-            "straight": F.normalize(moved, dim=-1) @ direction,
             "patches": (found - self.floor) / max(self.ceiling - self.floor, 1e-3),
-            "near": nearest_training,
         }
 
     def _obeys(self, seen: View, before: View, asked: Sequence[Question], what: str) -> Tensor:

@@ -71,7 +71,7 @@ def main_pair(pairs: list[Strip]) -> Strip | None:
 def checkpoint_grid(run: Run, inline: Inline, side: int) -> Grid | None:
     """Checkpoints x prompts: the base first, then the samples of each step."""
     drawn = samples_by_prompt(run)[:MOST_ROWS]
-    steps = spread(sorted({step for _, by_step, _ in drawn for step in by_step}))
+    steps = choose_steps(sorted({step for _, by_step, _ in drawn for step in by_step}))
     based = any(base for *_, base in drawn)
     if len(steps) + based < 3:
         return None
@@ -143,7 +143,7 @@ def grid(labels: list[str], strips: list[Strip], left_out: int) -> Grid | None:
     return Grid(tuple(labels), tuple(strips), frozenset(list(first.values())[::-1][:4]), left_out) if strips else None
 
 
-def spread(steps: list[int], most: int = MOST_COLUMNS) -> list[int]:
+def choose_steps(steps: list[int], most: int = MOST_COLUMNS) -> list[int]:
     """At most that many steps, evenly chosen, the first and last among them."""
     return steps if len(steps) <= most else [steps[round(i * (len(steps) - 1) / (most - 1))] for i in range(most)]
 

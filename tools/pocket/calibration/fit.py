@@ -30,7 +30,7 @@ from personalize.training.signs import observe
 from ..art_objects import DRAWINGS
 from ..judge import Judge
 from ..proof.choice import spearman, truth
-from ..proof.drawing import renders
+from ..proof.drawing import load_images, renders
 from ..proof.figures import share
 from ..proof.measuring import measure
 from ..world import render, scenes
@@ -66,22 +66,17 @@ def read_points(work: Path, judge: Judge, runs: Mapping[str, Any]) -> list[Point
         if not files or not (one.folder / "base.npy").is_file():
             continue
         training = [Image.open(file).convert("RGB") for file in sorted((one.folder / "pictures").glob("*.png"))]
-        observer = observe(eyes, ask(one.plan()), training, load(one.folder / "base.npy"), one.task.kind == "style")
+        observer = observe(eyes, ask(one.plan()), training, load_images(one.folder / "base.npy"), one.task.kind == "style")
         for file in files:
             about = json.loads(file.read_text())
             score = {key: about["score"][key] for key in ("fit", "drift", "contrast")}
             style = {"style": float(about["kind"] == "style")}
-            signs = observer.signs(load(file.with_suffix(".npy"))) | score | style
-            drawn = SimpleNamespace(**{kind: load(file.with_name(f"{file.stem}-{kind}.npy")) for kind in NAMES})
+            signs = observer.signs(load_images(file.with_suffix(".npy"))) | score | style
+            drawn = SimpleNamespace(**{kind: load_images(file.with_name(f"{file.stem}-{kind}.npy")) for kind in NAMES})
             drawn.true, drawn.true_plain = renders(one.task.called, 64), renders(one.task.plain, 64)
             measured = measure(judge, None, one.task, drawn)  # type: ignore[arg-type]
             found.append(Point(name, signs, truth(measured), factors(measured), about))
     return found
-
-
-def load(file: Path) -> list[Image.Image]:
-    """The images of a file."""
-    return [Image.fromarray(image) for image in np.load(file)]
 
 
 def factors(measured: Mapping[str, Any]) -> dict[str, float]:

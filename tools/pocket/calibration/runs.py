@@ -14,10 +14,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 
 from personalize.adapters.adapter import Adapter
-from personalize.io import atomic, write_text
+from personalize.io import write_text
 from personalize.recipe.resolve import resolve
 from personalize.recipe.samplers import AUTO
 from personalize.training.evidence import ask, draw_questions
@@ -27,7 +26,7 @@ from personalize.tuning.attach import attach, weighting_of
 
 from .. import judge as judging
 from ..judge import Judge
-from ..proof.drawing import Artist
+from ..proof.drawing import Artist, load_or_draw
 from ..proof.measuring import draw
 from ..proof.tasks import Task, tasks
 from ..running import Plan
@@ -106,7 +105,7 @@ def look_at(one: Trained, number: int, artist: Artist) -> None:
         pass
     plan = replace(one.plan(), base=artist.base)
     questions = ask(plan)
-    save_images(one.folder / "base.npy", lambda: draw_questions(plan, questions.for_base))
+    load_or_draw(one.folder / "base.npy", lambda: draw_questions(plan, questions.for_base))
     scores = {(r["step"], r["strength"]): r for r in plan.run.history() if r["event"] == "scored"}
     for step, strength, path in points(plan, number):
         name = f"{step:04}-{strength:g}"
@@ -115,27 +114,15 @@ def look_at(one: Trained, number: int, artist: Artist) -> None:
         began = time.process_time()
         adapter = Adapter.load(path)
         with attach(artist.base, [(adapter, strength)]):
-            save_images(one.folder / f"{name}.npy", lambda: draw_questions(plan, questions.for_adapters))
+            load_or_draw(one.folder / f"{name}.npy", lambda: draw_questions(plan, questions.for_adapters))
         middle = time.process_time()
         drawn = draw(artist, one.task, adapter.weighted(weighting_of(strength)) if strength != 1 else adapter)
         for kind in ("base", "called", "leaked", "unrelated_base", "unrelated"):
-            save_images(one.folder / f"{name}-{kind}.npy", functools.partial(getattr, drawn, kind))
+            load_or_draw(one.folder / f"{name}-{kind}.npy", functools.partial(getattr, drawn, kind))
         about = {"kind": one.task.kind, "name": one.task.name, "variant": one.variant, "step": step, "strength": strength}
         cost = {"evidence": middle - began, "truth": time.process_time() - middle}
         write_text(one.folder / f"{name}.json", json.dumps(about | {"score": scores[step, strength], "cost": cost}) + "\n")
         print(f"{one.task.name}, {one.variant}: {name} {cost['evidence']:.0f} s, {cost['truth']:.0f} s", flush=True)
-
-
-def save_images(file: Path, make: Any) -> None:
-    """Images [n, h, w, 3] in a file, made if they are not there."""
-    if not file.is_file():
-        with atomic(file) as temporary, temporary.open("wb") as out:
-            np.save(out, np.stack([np.asarray(image) for image in make()]))
-
-
-def load_images(file: Path) -> list[Image.Image]:
-    """Images of a file."""
-    return [Image.fromarray(image) for image in np.load(file)]
 
 
 def train_judge(work: Path) -> Judge:

@@ -65,6 +65,11 @@ def load_or_draw(file: Path, draw: Callable[[], Pictures]) -> Pictures:
     if not file.is_file():
         with atomic(file) as temporary, temporary.open("wb") as out:
             np.save(out, np.stack([np.asarray(picture) for picture in draw()]))
+    return load_images(file)
+
+
+def load_images(file: Path) -> Pictures:
+    """The pictures in a file of arrays [n, h, w, 3]."""
     return [Image.fromarray(array) for array in np.load(file)]
 
 

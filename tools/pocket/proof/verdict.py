@@ -15,28 +15,25 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from PIL import Image
-
 from personalize.adapters.adapter import Adapter
-from personalize.data.images import load_picture
-from personalize.io import atomic, write_text
+from personalize.io import write_text
 from personalize.models.clip import eyes_for
 from personalize.models.model import Base
 from personalize.recipe.fields import Recipe
 from personalize.training.calibration import calibration_of
 from personalize.training.events import Chosen, Judged
 from personalize.training.evidence import ask, draw_questions
+from personalize.training.limits import training_squares
 from personalize.training.loop import train
 from personalize.training.preflight import check
-from personalize.training.signs import observe
+from personalize.training.signs import MOST_TRAINING, observe
 from personalize.training.verdict import describe
 from personalize.tuning.attach import attach
 
 from ..judge import Judge
 from . import personalization
 from .choice import spearman, truth
-from .drawing import Artist
+from .drawing import Artist, load_images, load_or_draw
 from .figures import Figure, machine, markdown, publish, show_table
 from .measuring import draw, mean, measure
 from .tasks import Task, tasks
@@ -134,7 +131,7 @@ def choose_and_tell(record: dict[str, Any], one: Tried, artist: Artist) -> dict[
     plan = check(recipe)
     history = plan.run.history()
     scores = {r["step"]: r for r in history if r["event"] == "scored" and r["strength"] == 1}
-    training = [load_picture(example, (plan.side, plan.side)) for example in plan.dataset.examples]
+    training = training_squares(plan, MOST_TRAINING)
     style = not one.task.class_name and one.variant != "photographs"
     observer = observe(eyes, ask(plan), training, load_images(one.folder / "evidence-base.npy"), style)
     rows = []
@@ -164,26 +161,15 @@ def checkpoint_rows(one: Tried, judge: Judge, artist: Artist) -> Iterator[dict[s
     """Every checkpoint: the images that it is told by are kept, and the truth is measured on more of them."""
     plan = replace(check(one.recipe()), base=artist.base)
     questions = ask(plan)
-    save_images(one.folder / "evidence-base.npy", draw_questions(plan, questions.for_base))
+    load_or_draw(one.folder / "evidence-base.npy", lambda: draw_questions(plan, questions.for_base))
     for step, path in plan.run.checkpoints().items():
         adapter = Adapter.load(path)
         with attach(artist.base, adapter):
-            save_images(one.folder / f"evidence-{step}.npy", draw_questions(plan, questions.for_adapters))
+            load_or_draw(one.folder / f"evidence-{step}.npy", lambda: draw_questions(plan, questions.for_adapters))
         found = None if one.variant == "photographs" else measure(judge, None, one.task, draw(artist, one.task, adapter))
         true = truth(found) if found else 0.0
         print(f"{one.task.name}, {one.variant}, step {step}: truth {true:.2f}", flush=True)
         yield {"step": step, "truth": true, "measured": found}
-
-
-def save_images(file: Path, images: Sequence[Image.Image]) -> None:
-    """Images [n, h, w, 3] in a file."""
-    with atomic(file) as temporary, temporary.open("wb") as out:
-        np.save(out, np.stack([np.asarray(image) for image in images]))
-
-
-def load_images(file: Path) -> list[Image.Image]:
-    """The images of a file."""
-    return [Image.fromarray(image) for image in np.load(file)]
 
 
 # ---------------------------------------------------------------- figures
