@@ -20,6 +20,7 @@ from ..adapters.strengths.grammar import Weighting
 from ..families.cond import Cond
 from ..families.notation import at_step
 from ..tuning.attach import attach, attached_to
+from ..tuning.layers import AdapterLayer, sum_once
 from .schedulers import latent_shape, make_sampler
 
 if TYPE_CHECKING:
@@ -103,13 +104,14 @@ def adapter_schedule(base: Base) -> Iterator[Callable[[int, int], Iterable[str]]
 
 @contextlib.contextmanager
 def eval_mode(base: Base) -> Iterator[None]:
-    """Inside, dropout is off; afterwards each module is in the mode it was in."""
+    """Inside, dropout is off, and small adapted layers are sums (see `sum_once`); afterwards each module is as it was."""
     modules = [module for model in base.parts.values() for module in model.modules()]
     before = [module.training for module in modules]
     try:
         for model in base.parts.values():
             model.eval()
-        yield
+        with sum_once([module for module in modules if isinstance(module, AdapterLayer)]):
+            yield
     finally:
         for module, training in zip(modules, before, strict=True):
             module.training = training

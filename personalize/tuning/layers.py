@@ -78,6 +78,7 @@ class AdapterLayer(nn.Module):
         self.factors = {role: Factor([tensors[role] for tensors, _ in adapters], device) for role in adapters[0][0]}
         for role, factor in self.factors.items():
             self.add_module(role.replace(".", "_"), factor)
+        self.sums: dict[tuple[Any, ...], Tensor] | None = None  # inside `sum_once`: W + strength * dW by what it was made of
         self.train(layer.training)
 
     def replace(self, adapter: Spec) -> None:
@@ -107,6 +108,8 @@ class AdapterLayer(nn.Module):
             return self.base_layer(x)
         if len(who) > 1:
             return self._forward_several(x, who)
+        if self.sums is not None:
+            return self._forward_sum(x, *who)
         if x.dtype == torch.float32 or isinstance(self.base_layer, nn.Conv2d):
             return self._forward_one(x, *who)
         return self._forward_one(x.flatten(0, -2), *who).unflatten(0, x.shape[:-1])  # rows: a kind can add to W x in place
@@ -122,6 +125,19 @@ class AdapterLayer(nn.Module):
         tensors = {role: factor.cast(x.dtype) for role, factor in self.factors.items()}
         own = {role: whole[number] for role, whole in tensors.items()} if several else tensors
         return self.kind.forward(self.base_layer, seen, out, own, self.scale(number))
+
+    def _forward_sum(self, x: Tensor, number: int) -> Tensor:
+        """(W + strength * dW) x. The sum is made anew where a value or a strength has changed."""
+        weight, strength, alpha = self.weight, self.strengths[number], self.alphas[number]
+        made_of = number, strength, alpha, *((id(f.weight), f.weight._version) for f in self.factors.values())
+        assert self.sums is not None
+        if made_of not in self.sums:
+            delta = self.kind.delta(self.tensors(number), weight, alpha).reshape(weight.shape)
+            self.sums = {made_of: torch.add(weight, delta, alpha=strength)}
+        whole = self.sums[made_of]
+        if isinstance(self.base_layer, nn.Conv2d):
+            return self.base_layer._conv_forward(x, whole, self.bias)
+        return F.linear(x, whole, self.bias)
 
     def _forward_several(self, x: Tensor, who: tuple[int, ...]) -> Tensor:
         out: Tensor = self.base_layer(x)
@@ -157,7 +173,7 @@ class AdapterLayer(nn.Module):
     def tensors(self, number: int = 0) -> dict[str, Tensor]:
         """An adapter's tensors by role, on the device: views."""
         several = len(self.strengths) > 1
-        return {role: f.weight.data[number] if several else f.weight.data for role, f in self.factors.items()}
+        return {role: f.weight.detach()[number] if several else f.weight.detach() for role, f in self.factors.items()}
 
     # What diffusers asks of peft's layers, when a model is called with `cross_attention_kwargs={"scale": 0.5}`.
 
@@ -206,6 +222,28 @@ def _times(low: Tensor, scale: Tensor | float) -> Tensor:
 
 
 BATCHED = {"LoRA": batched_lora}  # by kind; of other kinds each adapter's rows are computed by themselves
+
+
+# ---------------------------------------------------------------- drawing
+
+MOST_SUMS = 256 << 20  # bytes that W + dW of all layers may take besides the base
+
+
+@contextlib.contextmanager
+def sum_once(layers: Sequence[AdapterLayer]) -> Iterator[None]:
+    """Inside, layers of a base in fp32 compute with W + dW, made once, where all of them together are small: nothing learns.
+
+    In lower precision a sum would round the update away; a big base has no room for a second copy of its weights.
+    """
+    fits = sum(layer.weight.nbytes for layer in layers) <= MOST_SUMS
+    plain = [one for one in layers if type(one.base_layer) in (nn.Linear, nn.Conv2d) and one.weight.dtype == torch.float32]
+    for layer in plain if fits else ():
+        layer.sums = {}
+    try:
+        yield
+    finally:
+        for layer in plain:
+            layer.sums = None
 
 
 # ---------------------------------------------------------------- casting

@@ -23,7 +23,7 @@ from personalize.adapters.kinds.loha import LOHA
 from personalize.adapters.strengths.grammar import Weighting
 from personalize.data.batches import generator
 from personalize.inference.request import Request
-from personalize.inference.sampling import denoise
+from personalize.inference.sampling import denoise, eval_mode
 from personalize.models.model import Base
 from personalize.recipe.fields import AdapterSpec, Recipe
 from personalize.recipe.resolve import resolve
@@ -37,6 +37,7 @@ from personalize.training.optimizers import Optimizer
 from personalize.training.preflight import check, parts
 from personalize.training.rundir import Run
 from personalize.training.step import Learner, gradients
+from personalize.tuning import layers as layers_module
 from personalize.tuning.attach import Attached, attach
 from personalize.tuning.layers import ActiveRows, AdapterLayer
 from personalize.tuning.placement import place_of, put_layers, restore_layers
@@ -230,6 +231,66 @@ def test_another_adapter_beside_ours_is_added_by_peft(base: Base) -> None:
             change = theirs.lora_B["other"](theirs.lora_A["other"](x))
             layer.base_layer = theirs.base_layer
         torch.testing.assert_close(both, alone + change, rtol=0.02, atol=0.02)
+
+
+# ---------------------------------------------------------------- W + dW as one weight, while nothing learns
+
+
+@pytest.fixture(scope="module")
+def plain_base(narrow_base: Path) -> Base:
+    return Base.load(narrow_base)
+
+
+def predictions(base: Base) -> Tensor:
+    x, t = torch.randn(2, 16, 8, 8, generator=torch.Generator().manual_seed(1)), torch.tensor([300, 300])
+    with torch.no_grad():
+        return base.denoise(x, t, base.embed(["a cat", "a dog"]))
+
+
+def test_in_eval_mode_a_layer_is_the_sum_as_its_values_are_now(plain_base: Base) -> None:
+    before = predictions(plain_base)
+    with started(plain_base, SPEC) as attached:
+        adapter = attached.snapshot()
+        changes: list[Callable[[], Any]] = [lambda: None, lambda: attached.put(adapter.weighted(Weighting({"unet": 2.0})))]
+        for change in changes:
+            with eval_mode(plain_base):
+                change()
+                summed = predictions(plain_base)
+                assert all(len(layer.sums or ()) == 1 for layer in attached.layers.values())
+                with attached.at(0.5):
+                    half = predictions(plain_base)
+                with attached.off():
+                    assert torch.equal(predictions(plain_base), before)
+                assert torch.equal(predictions(plain_base), summed)
+            apart = predictions(plain_base)
+            assert all(layer.sums is None for layer in attached.layers.values()) and not torch.equal(apart, summed)
+            torch.testing.assert_close(summed, apart, rtol=1e-4, atol=1e-4)
+            with attached.at(0.5):
+                torch.testing.assert_close(half, predictions(plain_base), rtol=1e-4, atol=1e-4)
+    assert torch.equal(predictions(plain_base), before)
+
+
+def test_strengths_that_move_give_another_sum_at_each_step(plain_base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    with started(plain_base, SPEC) as attached:
+        adapter = attached.snapshot()
+    with attach(plain_base, [(adapter, 0.5), (adapter, "0@0,1@1")]), torch.no_grad():
+        with eval_mode(plain_base):
+            summed = denoise(plain_base, [Request("a cat", 3, 3, 4)])
+        monkeypatch.setattr(layers_module, "MOST_SUMS", 0)
+        with eval_mode(plain_base):
+            apart = denoise(plain_base, [Request("a cat", 3, 3, 4)])
+    torch.testing.assert_close(summed, apart, rtol=1e-3, atol=1e-3)
+    assert not torch.equal(summed, apart)
+
+
+def test_low_precision_and_large_bases_make_no_sums(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    with started(base, SPEC) as attached:
+        own = list(attached.layers.values())
+        with layers_module.sum_once(own):
+            assert all((layer.sums is None) == (base.dtype != torch.float32) for layer in own)
+        monkeypatch.setattr(layers_module, "MOST_SUMS", 1)
+        with layers_module.sum_once(own):
+            assert all(layer.sums is None for layer in own)
 
 
 # ---------------------------------------------------------------- any kind, one adapter or several
