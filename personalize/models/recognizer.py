@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 SIDE = 64  # pixels; other images are resized to it
-WIDTHS = ((24, 2), (40, 2), (72, 1), (104, 2), (128, 1))  # channels and stride of each convolution
+WIDTHS = ((32, 2), (56, 2), (96, 1), (128, 2), (160, 1))  # channels and stride of each convolution
 SIZE = 48  # of a vector
 
 

@@ -37,13 +37,21 @@ class Factor:
 
     def __call__(self, signs: Mapping[str, Any], of: str = "") -> float:
         """The factor by signs of the whole, or `of` images: "called" or "plain"."""
-        if not of:
-            return logistic(self.bias + sum(weight * signs[name] for name, weight in self.weights.items()))
-        rows = zip(
-            *(signs.get(f"{of}_{name}") or [signs[name]] * len(signs[f"{of}_toward"]) for name in self.weights), strict=True
-        )
+        rows = signs_of_images(signs, of, tuple(self.weights)) if of else [[signs[name] for name in self.weights]]
         each = [logistic(self.bias + sum(map(operator.mul, self.weights.values(), row))) for row in rows]
         return sum(each) / len(each)
+
+
+def signs_of_images(signs: Mapping[str, Any], of: str, names: Sequence[str]) -> list[list[float]]:
+    """A row of signs for each "called" or "plain" image. "all_NAME" is the mean of NAME over all of them.
+
+    Where an adapter has learned its subject, an image that looks otherwise is more often a poor view of it than another one.
+    """
+    columns = []
+    for name in names:
+        column = signs[f"{of}_{name.removeprefix('all_')}"]
+        columns.append([sum(column) / len(column)] * len(column) if name.startswith("all_") else column)
+    return [list(row) for row in zip(*columns, strict=True)]
 
 
 def logistic(x: float) -> float:
@@ -71,26 +79,26 @@ class Calibration:
     nouns: tuple[str, ...]  # the classes that the base was taught
     autoencoder: Autoencoder
     factors: Mapping[str, Factor]  # shown (of each image: identity and leak), fidelity, kept
-    errors: Sequence[Sequence[float]]  # (estimate, error below, error above): between these lie 80 of 100 truths
+    errors: Sequence[Sequence[float]]  # (estimate, error): 80 of 100 truths are no further from such an estimate
 
     def verdict(self, signs: Mapping[str, Any]) -> Verdict:
         """Identity x fidelity x (1 - leak) x kept, as the benchmarks' judge would find them on many images."""
         identity, leak = (self.factors["shown"](signs, of) for of in ("called", "plain"))
         fidelity, kept = (self.factors[name](signs) for name in ("fidelity", "kept"))
         value = identity * fidelity * (1 - leak) * kept
-        low, high = (value + between(self.errors, value, column) for column in (1, 2))
-        return Verdict(value, max(0.0, low), min(1.0, high), identity, fidelity, leak, kept)
+        error = between(self.errors, value)
+        return Verdict(value, max(0.0, value - error), min(1.0, value + error), identity, fidelity, leak, kept)
 
 
-def between(rows: Sequence[Sequence[float]], x: float, column: int) -> float:
-    """A column of a table at x, on the line between neighbouring rows; the ends hold beyond them."""
+def between(rows: Sequence[Sequence[float]], x: float) -> float:
+    """The y of rows (x, y) at an x, on the line between neighbouring rows; the ends hold beyond them."""
     if x <= rows[0][0]:
-        return rows[0][column]
+        return rows[0][1]
     for left, right in itertools.pairwise(rows):
         if x <= right[0]:
             share = (x - left[0]) / (right[0] - left[0])
-            return left[column] + share * (right[column] - left[column])
-    return rows[-1][column]
+            return left[1] + share * (right[1] - left[1])
+    return rows[-1][1]
 
 
 def calibration_of(base: Base) -> Calibration | None:

@@ -36,8 +36,7 @@ class Examiner:
     def judge(self, step: int, strength: float, figures: Any) -> Judged:
         """Draw the questions with what is attached now, and judge the images; they are saved beside the base's."""
         images = draw_questions(self.plan, self.questions.for_adapters)
-        style = float(not self.plan.dataset.concepts[0].class_name)
-        signs = round_signs(self.observer.signs(images) | asdict(figures) | {"style": style})
+        signs = round_signs(self.observer.signs(images) | asdict(figures))
         path = self.save(images, step, strength)
         return Judged(step, strength, **self.verdict(signs), signs=signs, path=path)
 

@@ -30,8 +30,7 @@ class Taught:
 
     of: str  # "individual" or "look"
     vectors: Tensor  # [n, e], unit vectors
-    floor: float  # mean cosine of the base's images of the same prompts to them
-    ceiling: float  # of theirs to each other
+    ceiling: float  # mean cosine of theirs to each other
 
 
 @dataclass(frozen=True)
@@ -68,11 +67,11 @@ class Observer:
         return shown | obedience | kept | changed | {"copied": self._copying(called)}
 
     def _recognize(self, images: Sequence[Image.Image]) -> Tensor:
-        """How much each image [n] shows what was taught, as the recognizer sees it: 0 like the base's, 1 like the training's."""
+        """How much each image [n] shows what was taught, by the recognizer: 1 is as the training images among themselves."""
         if self.taught is None or self.eyes.recognizer is None:
             return torch.zeros(len(images))
         cosines = (self.eyes.recognizer.look(images, self.taught.of) @ self.taught.vectors.T).mean(1)
-        return (cosines - self.taught.floor) / max(self.taught.ceiling - self.taught.floor, 0.1)
+        return cosines / max(self.taught.ceiling, 0.1)
 
     def _likeness(self, seen: View, before: View) -> dict[str, Tensor]:
         """How far each image [n] has come from the base's image of the same prompt and seed to the training images."""
@@ -117,19 +116,16 @@ def observe(
     weights = (1 - nearest(learned.patches.flatten(0, 1), all_patches)).clamp(min=0).view(learned.patches.shape[:2])
     floor = torch.stack([patches_found(learned.patches, weights, one) for one in drawn.patches[: len(questions.called)]]).mean()
     ceiling = among_themselves(learned.patches, weights)
-    taught = (
-        recognize(eyes.recognizer, training[:MOST_TRAINING], base[: len(questions.called)], style) if eyes.recognizer else None
-    )
+    taught = recognize(eyes.recognizer, training[:MOST_TRAINING], style) if eyes.recognizer else None
     return Observer(eyes, questions, learned, drawn, weights, float(floor), ceiling, taught)
 
 
-def recognize(recognizer: Recognizer, training: Sequence[Image.Image], base: Sequence[Image.Image], style: bool) -> Taught:
-    """What was taught, beside what the base draws. One training image is wholly like itself."""
+def recognize(recognizer: Recognizer, training: Sequence[Image.Image], style: bool) -> Taught:
+    """What was taught. One training image is wholly like itself."""
     of = "look" if style else "individual"
     vectors = recognizer.look(training, of)
     others = (vectors @ vectors.T)[~torch.eye(len(vectors), dtype=torch.bool)]
-    ceiling = float(others.mean()) if len(others) else 1.0
-    return Taught(of, vectors, float((recognizer.look(base, of) @ vectors.T).mean()), ceiling)
+    return Taught(of, vectors, float(others.mean()) if len(others) else 1.0)
 
 
 def nearest(patches: Tensor, others: Tensor) -> Tensor:

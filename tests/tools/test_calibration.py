@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from personalize.models.model import Base
-from personalize.training.calibration import calibration_of
+from personalize.training.calibration import between, calibration_of
 from tools.pocket import cast
 from tools.pocket.art_objects import DRAWINGS
 from tools.pocket.art_styles import COLOURLESS, SEEN, UNSEEN
@@ -50,15 +50,16 @@ def made_up(count: int, noise: float) -> list[Point]:
     rng = np.random.default_rng(3)
     points = []
     for i in range(count):
-        signs: dict[str, Any] = {name: float(rng.normal()) for signs in (*FACTORS.values(), SHOWN) for name in signs}
-        shares = {"called": 0.0, "plain": 0.0}
+        signs: dict[str, Any] = {name: float(rng.normal()) for signs in FACTORS.values() for name in signs}
+        shares, shown = {}, {}
         for of, level in (("called", rng.normal()), ("plain", -2.0)):
-            for name in SHOWN:
+            for name in ("same", "toward"):
                 signs[f"{of}_{name}"] = (level * (name == "toward") + rng.normal(size=8)).tolist()
-            shares[of] = float(np.mean(1 / (1 + np.exp(-4 * np.array(signs[f"{of}_toward"]) + noise * rng.normal(size=8)))))
+            chances = 1 / (1 + np.exp(-4 * np.array(signs[f"{of}_toward"]) + noise * rng.normal(size=8)))
+            shares[of], shown[of] = float(np.mean(chances)), (rng.random(8) < chances).astype(float).tolist()
         factors = {"identity": shares["called"], "fidelity": 0.95, "leak": shares["plain"], "kept": 0.97}
         truth = factors["identity"] * factors["fidelity"] * (1 - factors["leak"]) * factors["kept"]
-        points.append(Point(f"run {i // 4}", signs, truth, factors, {}))
+        points.append(Point(f"run {i // 4}", signs, truth, factors, shown, {}))
     return points
 
 
@@ -75,9 +76,9 @@ def test_intervals_hold_for_runs_that_were_left_out() -> None:
     points = made_up(100, 1.0)
     found, truths = left_out(points), np.array([point.truth for point in points])
     rows = error_table(found, truths)
-    assert [row[0] for row in rows] == sorted(row[0] for row in rows) and all(low <= 0 <= high for _, low, high in rows)
-    low, high = (np.interp(found, [row[0] for row in rows], [row[i] for row in rows]) for i in (1, 2))
-    assert 0.7 <= np.mean((found + low <= truths) & (truths <= found + high)) <= 0.9
+    assert [x for x, _ in rows] == sorted(x for x, _ in rows) and all(error > 0 for _, error in rows)
+    errors = np.array([between(rows, x) for x in found])
+    assert 0.7 <= np.mean(np.abs(found - truths) <= errors) <= 0.9
 
 
 def record(rows: list[tuple[float, float]], chosen: int, **more: Any) -> dict[str, Any]:

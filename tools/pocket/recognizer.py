@@ -10,7 +10,7 @@ supervised contrastive learning, https://arxiv.org/abs/2004.11362).
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from personalize.models.recognizer import Recognizer
 from personalize.training.calibration import RECOGNIZER
 
-from .art_canvas import shades
+from .art_canvas import RGB, mix, shades
 from .art_individuals import invent_individual
 from .art_looks import invent_look
 from .art_subjects import Subject
@@ -33,16 +33,17 @@ from .judge import bend, soften
 from .running import Plan, run
 from .world import BACKGROUNDS, OBJECTS, PLACES, SIZES, STYLES, Scene, render
 
-EACH = 90  # individuals of each class
-LOOKS = 700
+EACH = 200  # individuals of each class
+LOOKS = 1000
+NEAR = 0.4  # of the individuals have each kind of near miss
 TIMES = 6  # images of each
-AMONG, SHOWN = 16, 4  # in a batch: so many individuals or looks, so many images of each
+AMONG, SHOWN, TOGETHER = 16, 4, 4  # in a batch: so many individuals or looks, images of each, and neighbours in the pool
 TEMPERATURE = 0.1
 SEED = 4711  # no other of the world's streams begins here
 
 
 def individuals() -> dict[str, list[Subject]]:
-    """By class: whole ones, and near misses of the one before: without its marks, or its marks on another coat."""
+    """By class: whole ones and near misses of the one before: no marks, the marks on another coat, and on one half-way."""
     found: dict[str, list[Subject]] = {}
     for number, thing in enumerate(OBJECTS):
         rng = np.random.default_rng([SEED, number])
@@ -50,12 +51,16 @@ def individuals() -> dict[str, list[Subject]]:
         while len(own) < EACH:
             one = invent_individual(rng, thing, str(rng.choice(list(COLOURS))), COLOURS)
             own.append(one)
-            if one.marks and rng.random() < 0.35:
-                own.append(replace(one, marks={}))
-            if one.marks and rng.random() < 0.35:
-                own.append(replace(one, palette=shades(COLOURS[str(rng.choice(list(COLOURS)))])))
+            other = shades(COLOURS[str(rng.choice(list(COLOURS)))])
+            near: list[dict[str, Any]] = [{"marks": {}}, {"palette": other}, {"palette": mix_palettes(one.palette, other)}]
+            own += [replace(one, **change) for change in near if one.marks and rng.random() < NEAR]
         found[thing] = own[:EACH]
     return found
+
+
+def mix_palettes(a: Mapping[str, RGB], b: Mapping[str, RGB]) -> dict[str, RGB]:
+    """The colours half-way between those of two palettes."""
+    return {part: mix(colour, b.get(part, colour), 0.5) for part, colour in a.items()}
 
 
 def random_scene(rng: np.random.Generator, thing: str, plain: float) -> Scene:
@@ -93,8 +98,10 @@ def contrast(vectors: Tensor, temperature: float = TEMPERATURE) -> Tensor:
 
 
 def pick_images(rng: np.random.Generator, pool: np.ndarray) -> np.ndarray:
-    """AMONG of a pool [n, TIMES, ...], SHOWN images of each, in a row."""
-    chosen = rng.choice(len(pool), AMONG, replace=False)
+    """AMONG of a pool [n, TIMES, ...], SHOWN images of each, in a row. Neighbours come together: near misses meet their like."""
+    shift = int(rng.integers(TOGETHER))
+    firsts = rng.choice((len(pool) - shift) // TOGETHER, AMONG // TOGETHER, replace=False) * TOGETHER + shift
+    chosen = (firsts[:, None] + np.arange(TOGETHER)).flatten()
     return np.concatenate([pool[i][rng.choice(TIMES, SHOWN, replace=False)] for i in chosen])
 
 
@@ -133,7 +140,7 @@ def main() -> None:
     """Draw, train, save."""
     parser = argparse.ArgumentParser(prog="python -m tools.pocket.recognizer", description=__doc__)
     parser.add_argument("--work", type=Path, default=Path("runs/recognizer"))
-    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--to", type=Path, default=RECOGNIZER)
     options = parser.parse_args()
     torch.set_num_threads(1)

@@ -23,7 +23,7 @@ from personalize.io import write_text
 from personalize.models.clip import eyes_for
 from personalize.models.model import Base
 from personalize.models.sources import locate
-from personalize.training.calibration import FILE, Factor
+from personalize.training.calibration import FILE, Factor, signs_of_images
 from personalize.training.evidence import ask
 from personalize.training.signs import observe
 
@@ -33,14 +33,15 @@ from ..proof.choice import spearman, truth
 from ..proof.drawing import load_images, renders
 from ..proof.figures import share
 from ..proof.measuring import measure
+from ..proof.tasks import Task
 from ..world import render, scenes
 
-SHOWN = ("same", "toward")  # does an image show what was taught?
+SHOWN = ("same", "toward", "all_same", "all_toward")  # does an image show what was taught?
 FACTORS: dict[str, tuple[str, ...]] = {
-    "fidelity": ("scene", "thing", "look", "copied", "drift", "style"),
-    "kept": ("others_scene", "others_thing", "others_look", "others_same", "others_patches", "drift"),
+    "fidelity": ("scene", "thing", "look"),
+    "kept": ("others_same", "drift"),
 }
-RIDGE = 0.0005  # of weights, for each observation
+RIDGE = 0.003  # of weights, for each observation
 BINS = 4  # of estimates, each with its own errors
 NAMES = "base", "called", "leaked", "unrelated_base", "unrelated"
 
@@ -53,6 +54,7 @@ class Point:
     signs: Mapping[str, Any]
     truth: float
     factors: Mapping[str, float]
+    shown: Mapping[str, list[float]]  # "called" and "plain": 1 for each image of the evidence in which the judge sees it
     about: Mapping[str, Any]
 
 
@@ -66,17 +68,25 @@ def read_points(work: Path, judge: Judge, runs: Mapping[str, Any]) -> list[Point
         if not files or not (one.folder / "base.npy").is_file():
             continue
         training = [Image.open(file).convert("RGB") for file in sorted((one.folder / "pictures").glob("*.png"))]
-        observer = observe(eyes, ask(one.plan()), training, load_images(one.folder / "base.npy"), one.task.kind == "style")
+        questions = ask(one.plan())
+        observer = observe(eyes, questions, training, load_images(one.folder / "base.npy"), one.task.kind == "style")
         for file in files:
             about = json.loads(file.read_text())
             score = {key: about["score"][key] for key in ("fit", "drift", "contrast")}
-            style = {"style": float(about["kind"] == "style")}
-            signs = observer.signs(load_images(file.with_suffix(".npy"))) | score | style
+            images = load_images(file.with_suffix(".npy"))
+            signs = observer.signs(images) | score
             drawn = SimpleNamespace(**{kind: load_images(file.with_name(f"{file.stem}-{kind}.npy")) for kind in NAMES})
             drawn.true, drawn.true_plain = renders(one.task.called, 64), renders(one.task.plain, 64)
             measured = measure(judge, None, one.task, drawn)  # type: ignore[arg-type]
-            found.append(Point(name, signs, truth(measured), factors(measured), about))
+            shown = see(judge, one.task, images, len(questions.called), len(questions.few_plain))
+            found.append(Point(name, signs, truth(measured), factors(measured), shown, about))
     return found
+
+
+def see(judge: Judge, task: Task, images: Sequence[Image.Image], called: int, plain: int) -> dict[str, list[float]]:
+    """In which of the evidence's images the judge sees what was taught."""
+    seen = [float(said == task.name) for said in judge.verdict(images)[task.head]]
+    return {"called": seen[:called], "plain": seen[called : called + plain]}
 
 
 def factors(measured: Mapping[str, Any]) -> dict[str, float]:
@@ -92,29 +102,22 @@ def factors(measured: Mapping[str, Any]) -> dict[str, float]:
 
 def regress(points: Sequence[Point], factor: str, names: Sequence[str]) -> Factor:
     """A logistic regression of a factor on signs of the whole."""
-    x = torch.tensor([[point.signs[name] for name in names] for point in points])[:, None]
+    x = torch.tensor([[point.signs[name] for name in names] for point in points])
     return minimize(names, [(x, torch.tensor([point.factors[factor] for point in points]))])
 
 
 def regress_shown(points: Sequence[Point]) -> Factor:
-    """A logistic regression for images: its mean over those with the trigger is the identity, over those without it the leak."""
-    sides = {"called": "identity", "plain": "leak"}
-    return minimize(SHOWN, [(of_images(points, of), torch.tensor([point.factors[factor] for point in points]))
-                            for of, factor in sides.items()])  # fmt: skip
-
-
-def of_images(points: Sequence[Point], of: str) -> Tensor:
-    """The signs of each image [points, images, signs]."""
-
-    def rows(point: Point, name: str) -> Any:
-        return point.signs.get(f"{of}_{name}") or [point.signs[name]] * len(point.signs[f"{of}_toward"])
-
-    return torch.tensor([[rows(point, name) for name in SHOWN] for point in points]).transpose(1, 2)
+    """A logistic regression of what the judge says of each image: with the trigger and without it, which weigh the same."""
+    parts = []
+    for of in ("called", "plain"):
+        rows = [row for point in points for row in signs_of_images(point.signs, of, SHOWN)]
+        parts.append((torch.tensor(rows), torch.tensor([said for point in points for said in point.shown[of]])))
+    return minimize(SHOWN, parts)
 
 
 def minimize(names: Sequence[str], parts: Sequence[tuple[Tensor, Tensor]]) -> Factor:
-    """The weights for which the mean over images of the logistic of signs [p, images, signs] explains shares [p] best."""
-    spread = torch.cat([x.flatten(0, 1) for x, _ in parts]).std(0) + 1e-6
+    """The weights for which the logistic of signs [n, signs] explains shares [n] best."""
+    spread = torch.cat([x for x, _ in parts]).std(0) + 1e-6
     w = torch.zeros(len(names) + 1, dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.LBFGS([w], max_iter=500, line_search_fn="strong_wolfe")
 
@@ -122,8 +125,8 @@ def minimize(names: Sequence[str], parts: Sequence[tuple[Tensor, Tensor]]) -> Fa
         optimizer.zero_grad()
         total = RIDGE * w[1:].square().sum()
         for x, shares in parts:
-            p = (w[0] + (x / spread).double() @ w[1:]).sigmoid().mean(1).clamp(1e-4, 1 - 1e-4)
-            total = total + F.binary_cross_entropy(p, shares.double().clamp(0.01, 0.99))
+            logits = w[0] + (x / spread).double() @ w[1:]
+            total = total + F.binary_cross_entropy_with_logits(logits, shares.double().clamp(0.01, 0.99))
         total.backward()
         return total
 
@@ -153,12 +156,10 @@ def left_out(points: Sequence[Point]) -> np.ndarray:
 
 
 def error_table(estimates: np.ndarray, truths: np.ndarray) -> list[list[float]]:
-    """(mean estimate, 10th and 90th percentile of truth - estimate) of estimates in bins of equal counts."""
-    rows = []
-    for part in np.array_split(np.argsort(estimates, kind="stable"), BINS):
-        low, high = np.quantile(truths[part] - estimates[part], [0.1, 0.9])
-        rows.append([round(float(value), 3) for value in (estimates[part].mean(), min(low, 0), max(high, 0))])
-    return rows
+    """(mean estimate, what 80 of 100 errors are below) of estimates in bins of equal counts."""
+    parts = np.array_split(np.argsort(estimates, kind="stable"), BINS)
+    errors = np.abs(truths - estimates)
+    return [[round(float(value), 3) for value in (estimates[part].mean(), np.quantile(errors[part], 0.8))] for part in parts]
 
 
 def as_json(model: Factor) -> dict[str, Any]:

@@ -137,7 +137,7 @@ def choose_and_tell(record: dict[str, Any], one: Tried, artist: Artist) -> dict[
     rows = []
     for row in record["checkpoints"]:
         signs = observer.signs(load_images(one.folder / f"evidence-{row['step']}.npy"))
-        signs |= {name: scores[row["step"]][name] for name in ("fit", "drift", "contrast")} | {"style": float(style)}
+        signs |= {name: scores[row["step"]][name] for name in ("fit", "drift", "contrast")}
         told = calibration.verdict(signs)
         level = describe(Judged(row["step"], 1.0, **asdict(told), signs=signs)).level
         rows.append(row | asdict(told) | {"level": level})
