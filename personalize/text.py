@@ -175,3 +175,12 @@ def spread(n: int, most: int) -> list[int]:
     ([0, 1, 2], [0, 2, 5, 7])
     """
     return [i * n // min(n, most) for i in range(min(n, most))]
+
+
+def slug(prompt: str) -> str:
+    """A prompt as the beginning of a file name.
+
+    >>> slug("A Zwx cat, in the snow!")
+    'a-zwx-cat-in-the-snow'
+    """
+    return re.sub(r"\W+", "-", prompt.lower()).strip("-")[:48].strip("-") or "picture"

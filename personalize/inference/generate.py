@@ -21,10 +21,11 @@ from ..models.precision import dtype_of, precision_of
 from ..recipe.fields import Fitting, Recipe
 from ..recipe.lines import parse_line
 from ..recipe.resolve import from_json, resolve
+from ..text import slug
 from .events import Event, Notice, Picture, Progress, Saved
 from .img2img import fit_image
 from .library import Library
-from .png import save_picture, slug
+from .png import save_picture
 from .prompts import Use, check_negative, parse
 from .request import InitImage, Request
 from .session import Session

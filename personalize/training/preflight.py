@@ -23,8 +23,8 @@ from ..errors import OutputError, RecipeError, nearest
 from ..families.names import claims
 from ..families.notation import choose_by_seed, variants
 from ..inference import schedulers
-from ..inference.png import read_record
 from ..inference.prompts import parse
+from ..inference.record import read_record
 from ..inference.request import Request
 from ..io import weights_hash
 from ..models.model import Base, device_of
@@ -40,7 +40,8 @@ from ..tuning.targets import fresh as fresh_deltas
 from .changes import changes_since, identity
 from .events import Finished
 from .objectives.objective import needs_of
-from .rundir import Run, State, sample_name
+from .rundir import Run, State
+from .sample_names import sample_name
 
 # Settings that change nothing about the training itself: a run may go on with other ones.
 HARMLESS = {"preset", "output", "name", "dialect", "save_precision", "checkpoint_every", "folder", "regularization", "device"}
@@ -129,7 +130,15 @@ class RunPlan:
         """The sample images by the names of their files, without the step: every prompt with all seeds, or the first ones."""
         numbers = [(p, s) for p in range(len(self.lines)) for s in range(len(self.recipe.sampling.sample_seeds[:seeds]))]
         requests = [(self.lines[p], self.sample_request(p, s, **changed)) for p, s in numbers]
-        return {sample_name(*line, request.seed): request for line, request in requests}
+        return {self._sample_name(line, request): request for line, request in requests}
+
+    def _sample_name(self, line: PromptLine, request: Request) -> str:
+        """The name of a sample image without its step: another one where that name's images were drawn in another way."""
+        name, whole = sample_name(*line, request.seed), request.complete(self.base)
+        records = [record_of(path) for path in self.run.drawings(name)]
+        if all(record is None or is_record_of(record, whole) for record in records):
+            return name
+        return sample_name(line.text, {**line.options, "drawn": whole.record()}, request.seed)
 
     def request(self, prompt: str, seed: int, **changed: Any) -> Request:
         """A sample image, as the recipe wants it drawn."""
@@ -174,7 +183,7 @@ def check(
     schedulers.latent_shape(base, recipe.data.resolution or None)
     grid_of(base, recipe)
     brought = class_folder(recipe)
-    about = {
+    about: dict[str, Any] = {
         "settings": settings_to_compare(recipe) | held_as(recipe, precision),
         "pictures": [identity(e) for e in (*dataset.examples, *(brought.examples if brought else ()))],
         "weights": weights(base),
@@ -299,5 +308,18 @@ def recipe_text(recipe: Recipe, history: Sequence[Mapping[str, Any]] = ()) -> st
 
 def is_drawn(path: Path, request: Request) -> bool:
     """Whether an image is there that was drawn from just this request, which is complete."""
-    wanted = request.record()
-    return path.is_file() and wanted == {key: read_record(path).get(key) for key in wanted}
+    record = record_of(path)
+    return record is not None and is_record_of(record, request)
+
+
+def record_of(path: Path) -> Mapping[str, Any] | None:
+    """What an image says of how it was drawn; None for one that is damaged or not there."""
+    try:
+        return read_record(path)
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def is_record_of(record: Mapping[str, Any], request: Request) -> bool:
+    """Whether an image's record is that of a request, which is complete."""
+    return all(record.get(key) == value for key, value in request.record().items())

@@ -4,6 +4,7 @@ NAME.safetensors, .png, .json     the adapter, its preview, its sidecar for UIs
 checkpoints/NAME-000050...        adapters on the way and the last;  checkpoints/state.safetensors: what the run goes on from
 folds/01/                         runs that left a picture out
 samples/000050-a-rex-dog-s0.png   pictures by step, prompt and seed; those of step 0 are the base's own
+samples/000050-a-rex-dog-563043-s0.png  the same, drawn in another way than the first one of that name
 samples/000200-a-rex-dog-s0-x0.50.png   pictures of the finished adapter by strength
 control, .lock                    a word to the run that goes on (control.py), and who that is
 class_images/                     drawn by the base, for prior preservation
@@ -13,7 +14,6 @@ recipe.toml, events.jsonl, report.html
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import re
 import shutil
@@ -27,12 +27,12 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ..errors import OutputError
-from ..inference.png import slug
 from ..io import atomic, disk_error, write_text
 from ..lock import hold
 from ..text import command_line
 from .control import take_words
 from .events import Event, Finished, event_record, parse, read_events
+from .sample_names import drawing_of
 
 OURS = ("checkpoints", "samples", "class_images", "folds", "events.jsonl", "recipe.toml", "metrics.json", "report.html")
 
@@ -93,6 +93,10 @@ class Run:
 
     def sample(self, step: int, name: str) -> Path:
         return self.folder / "samples" / f"{step:06}-{name}.png"
+
+    def drawings(self, name: str) -> list[Path]:
+        """The pictures of a name that are there, of any step and strength."""
+        return [path for path in (self.folder / "samples").glob("*.png") if drawing_of(path.name) == name]
 
     def sweep(self, step: int, strength: float, name: str) -> Path:
         return self.folder / "samples" / f"{step:06}-{name}-x{strength:.2f}.png"
@@ -196,7 +200,7 @@ class Run:
         if not self.state.is_file():
             return None
         try:
-            with safe_open(self.state, "pt") as file:
+            with safe_open(path, "pt") as file:
                 header = file.metadata()
                 about, more = json.loads(header["about"]), json.loads(header.get("more", "{}"))
                 return State(int(header["done"]), about, {key: file.get_tensor(key) for key in file.keys()}, more)  # noqa: SIM118
@@ -218,20 +222,3 @@ def is_settled(record: Mapping[str, Any], before: bool, done: int) -> bool:
     if record["event"] == "sample":
         return bool(record["step"] <= done)
     return record["event"] in ("started", "steppeddown") or (before and record["event"] in ("step", "saved", "warned", "encoded"))
-
-
-def sample_name(prompt: str, options: Mapping[str, Any], seed: int) -> str:
-    """The name of a sample picture behind its step; `options` are what is drawn differently for its prompt."""
-    return f"{prompt_name(prompt, {name: value for name, value in options.items() if name != 'seed'})}-s{seed}"
-
-
-def prompt_name(prompt: str, options: Mapping[str, Any] | None = None) -> str:
-    """A prompt as a part of a file's name, another one for every prompt, and for every other way to draw it.
-
-    >>> prompt_name("a rex dog"), prompt_name("A rex dog!"), prompt_name("a rex dog", {"size": (96, 64)})
-    ('a-rex-dog', 'a-rex-dog-9c2ede', 'a-rex-dog-563043')
-    """
-    name, more = slug(prompt), json.dumps(options, sort_keys=True) if options else ""
-    if not more and prompt == name.replace("-", " "):
-        return name
-    return f"{name}-{hashlib.sha256((prompt + more).encode()).hexdigest()[:6]}"

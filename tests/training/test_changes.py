@@ -21,6 +21,9 @@ from personalize.errors import AdapterError, FamilyMismatchError, OutputError, R
 from personalize.models.model import Base
 from personalize.recipe.fields import AdapterSpec, Recipe
 from personalize.recipe.resolve import resolve
+from personalize.reports.metrics import evidence
+from personalize.reports.run.read import Key, read_run
+from personalize.reports.run.samples import samples_by_prompt, strip
 from personalize.training.changes import picture_changes
 from personalize.training.control import CONTROL, tell
 from personalize.training.events import Encoded, Event, Finished, Sample, Saved, Started, Step, Stopped, Warned
@@ -290,6 +293,42 @@ def test_one_prompt_drawn_in_two_ways_is_two_pictures(make: Make) -> None:
             sizes.append((event.seed, picture.size))
     assert sizes[0][0] == sizes[1][0] == 0 and sizes[0][1] != sizes[1][1] == (64, 96) and sizes[2] == (5, sizes[0][1])
     assert [event.step for event in run(make(**asked, steps=3)) if isinstance(event, Sample)] == [3, 3, 3]
+
+
+def test_a_prompt_drawn_in_another_way_later_overwrites_nothing_and_has_a_row_of_its_own(make: Make) -> None:
+    """Another sampler, guidance or number of sampler steps for a finished run, and back again."""
+    asked = {"sample_prompts": ["a {trigger}"], "sample_every": 1, "steps": 1, "checkpoint_every": 1}
+    run(recipe := make(**asked))
+    folder = folder_of(recipe)
+    before = {path: path.read_bytes() for path in (folder / "samples").iterdir()}
+    ways = {"guidance": 5, "sampler": "Euler"}
+    for number, (name, value) in enumerate(ways.items(), 2):
+        drawn = [event for event in run(make(**asked, **{name: value})) if isinstance(event, Sample)]
+        assert [(event.step, event.base) for event in drawn] == [(0, True), (1, False)]
+        assert len({drawing_of(path.name) for path in (folder / "samples").iterdir() if drawing_of(path.name)}) == number
+    assert {path: path.read_bytes() for path in before} == before
+    run(make(**asked))  # as at first: it is all there
+    rows = samples_by_prompt(records := read_run(folder))
+    assert [(key.prompt, sorted(by_step), bool(base)) for key, by_step, base in rows] == [("a zwx", [1], True)] * 3
+    assert [path for _, by_step, base in rows[-1:] for path in (base, by_step[1])] == [
+        "samples/000000-a-zwx-s0.png",
+        "samples/000001-a-zwx-s0.png",
+    ]
+    titles = [strip(records, key, [], lambda path, side: None, 64).title for key, *_ in rows]
+    assert len(set(titles)) == 3 and sum("Euler, " in title for title in titles) == 1
+    assert sum("guidance 5" in title for title in titles) == 1
+    assert len({Key.of(record) for record in records.sweeps}) == 1  # of the way that was asked for last
+    assert len(evidence(folder).with_trigger) == 3
+
+
+def test_a_damaged_sample_is_drawn_anew_under_its_name(make: Make) -> None:
+    asked = {"sample_prompts": ["a {trigger}"], "sample_every": 1, "steps": 1, "checkpoint_every": 1}
+    run(recipe := make(**asked))
+    path = folder_of(recipe) / "samples" / "000001-a-zwx-s0.png"
+    whole = path.read_bytes()
+    path.write_bytes(b"torn")
+    run(make(**asked, save_precision="bf16"))  # another recipe, and so the end is made again
+    assert path.read_bytes() == whole
 
 
 def test_every_prompt_has_a_file_name_of_its_own() -> None:
