@@ -17,9 +17,9 @@ from ..data.batches import generator
 from ..data.cache import fingerprint
 from ..data.captions import fill, remove_triggers, safe_trigger
 from ..data.dataset import Concept, Dataset, Example
-from ..data.folder import read_folder, regularization
+from ..data.folder import read_folder, regularization, without_cut_masks
 from ..data.latents import grid_of
-from ..errors import OutputError, RecipeError, nearest
+from ..errors import DataError, OutputError, RecipeError, nearest
 from ..families.names import claims
 from ..families.notation import choose_by_seed, variants
 from ..inference import schedulers

@@ -57,13 +57,13 @@ def unreadable(stats: DatasetStats) -> Iterator[Finding]:
 
 
 def bad_masks(stats: DatasetStats) -> Iterator[Finding]:
-    """Masks at which training stops: each kind of them has its advice."""
-    for hint in dict.fromkeys(error.hint for _, error in stats.bad_masks):
-        paths, whys = zip(*((path, error.what) for path, error in stats.bad_masks if error.hint == hint), strict=True)
+    """Masks that leave their pictures out of training: each kind of them has its advice."""
+    for hint in dict.fromkeys(error.hint for _, error in stats.dataset.bad_masks):
+        paths, whys = zip(*((path, error.what) for path, error in stats.dataset.bad_masks if error.hint == hint), strict=True)
         yield Finding(
             "error",
             "bad-masks",
-            f"{picture_count(len(paths))} with a mask that is of no use: {first_few(whys)}",
+            f"{picture_count(len(paths))} left out for a mask that is of no use: {first_few(whys)}",
             paths,
             hint,
             mark="mask",
