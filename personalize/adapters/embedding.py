@@ -56,6 +56,10 @@ class Embedding:
                 words_in(header.tensors)
             )
             held = ", ".join(map(short, list(header.tensors)[:3]))
+            if any(key.endswith("_out") for key in header.tensors):
+                inside = (
+                    "; vectors of an encoder's output (_out) are read by OneTrainer alone: train it without output embeddings"
+                )
             raise AdapterError(f"{path} is no textual inversion", f"it holds {held}{inside}")
         sizes = [header.tensors[key].shape for key in known.values()]
         if any(len(size) not in (1, 2) or 0 in size for size in sizes) or len({size[:-1] for size in sizes}) > 1:

@@ -219,6 +219,7 @@ class T5:
     part: ClassVar[str] = "text_encoder_3"
     optional: ClassVar[bool] = True
     prefixes: ClassVar[tuple[str, ...]] = ("lora_te3",)
+    prefix: ClassVar[str] = ""
     targets: ClassVar[Mapping[str, str]] = {
         "attention": r".*\.SelfAttention\.[qkvo]",
         "feedforward": r".*\.DenseReluDense\.w[io](_[01])?",
