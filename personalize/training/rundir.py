@@ -7,6 +7,7 @@ samples/000050-a-rex-dog-s0.png   pictures by step, prompt and seed; those of st
 samples/000050-a-rex-dog-563043-s0.png  the same, drawn in another way than the first one of that name
 samples/000200-a-rex-dog-s0-x0.50.png   pictures of the finished adapter by strength
 control, .lock                    a word to the run that goes on (control.py), and who that is
+checkpoints/.commit               there for a moment while the states of several runs take their places: see Commit
 class_images/                     drawn by the base, for prior preservation
 recipe.toml, events.jsonl, report.html
 """
@@ -15,7 +16,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
+import secrets
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -48,6 +51,36 @@ class State:
 
 
 @dataclass(frozen=True)
+class Commit:
+    """What makes the states that several runs have written count, all at the same moment: a file in the folder of one of them.
+
+    Each state names the file and its token. A state beside the last one counts as soon as the file holds its token, whether it
+    has taken the other's place yet or not.
+    """
+
+    path: Path
+    token: str = field(default_factory=lambda: secrets.token_hex(8))
+
+    def make(self) -> None:
+        """From now on, the states count. Raises OutputError."""
+        write_text(self.path, self.token)
+
+    def clear(self) -> None:
+        """Forget it, once each state has its place. Raises OutputError."""
+        try:
+            self.path.unlink(missing_ok=True)
+        except OSError as error:
+            raise disk_error(self.path, error, "another --output") from error
+
+    def record(self, folder: Path) -> dict[str, str]:
+        """What the state of a run in a folder says of it."""
+        try:
+            return {"at": os.path.relpath(self.path, folder), "token": self.token}
+        except ValueError:  # another drive of Windows
+            return {"at": str(self.path.absolute()), "token": self.token}
+
+
+@dataclass(frozen=True)
 class Run:
     """A run folder. Paths in events are relative to it."""
 
@@ -69,6 +102,10 @@ class Run:
     @property
     def next_state(self) -> Path:
         return self.state.with_name(".state.safetensors.tmp")  # it is gone after a kill
+
+    @property
+    def commit(self) -> Path:
+        return self.state.with_name(".commit")
 
     @property
     def class_images(self) -> Path:
@@ -154,6 +191,8 @@ class Run:
 
     def open(self, recipe: str, done: int) -> float:
         """Begin, or go on after `done` steps, with `recipe` as the new recipe.toml; returns the seconds of the steps so far."""
+        if self._is_committed():  # the run was killed before it took its place
+            self.put_state()
         for path in self.folder.rglob(".*.tmp"):  # left behind by a killed run
             path.unlink(missing_ok=True)
         if done:
@@ -197,7 +236,8 @@ class Run:
 
     def load_state(self) -> State | None:
         """The state that the run goes on from, if there is one. Raises OutputError for a damaged one."""
-        if not self.state.is_file():
+        path = self.next_state if self._is_committed() else self.state
+        if not path.is_file():
             return None
         try:
             with safe_open(path, "pt") as file:
@@ -205,7 +245,16 @@ class Run:
                 about, more = json.loads(header["about"]), json.loads(header.get("more", "{}"))
                 return State(int(header["done"]), about, {key: file.get_tensor(key) for key in file.keys()}, more)  # noqa: SIM118
         except (SafetensorError, KeyError, ValueError, TypeError, OSError) as error:
-            raise OutputError(f"cannot go on from {self.state}: {error}", "start over with --fresh") from error
+            raise OutputError(f"cannot go on from {path}: {error}", "start over with --fresh") from error
+
+    def _is_committed(self) -> bool:
+        """Whether a state lies beside the last one that counts, together with those of other runs."""
+        try:
+            with safe_open(self.next_state, "pt") as file:
+                commit = json.loads(file.metadata().get("more", "{}"))["commit"]
+            return bool((self.folder / commit["at"]).read_text(encoding="utf-8") == commit["token"])
+        except (SafetensorError, KeyError, ValueError, TypeError, AttributeError, OSError):
+            return False
 
     def clear(self) -> None:
         """Remove what an earlier run left here, and nothing else. Its adapter stays until a new one takes its place."""

@@ -30,7 +30,8 @@ from personalize.training.events import Encoded, Event, Finished, Sample, Saved,
 from personalize.training.fleet import train_fleet
 from personalize.training.loop import train
 from personalize.training.preflight import check
-from personalize.training.rundir import Run, prompt_name
+from personalize.training.rundir import Commit, Run
+from personalize.training.sample_names import drawing_of, prompt_name
 from personalize.tuning.attach import attach
 from personalize.tuning.fleet import Fleet
 from personalize.tuning.targets import fresh
@@ -384,6 +385,56 @@ def test_a_fleet_killed_at_any_point_of_its_ending_ends_with_the_same_bytes(
             assert all(event.step == 3 for event in again if isinstance(event, Step)), point
         found = files_of(broken)
         assert found.keys() == wanted.keys() and [name for name in wanted if found[name] != wanted[name]] == [], point
+
+
+SLOW = [pytest.param(moment, marks=pytest.mark.slow) for moment in ("before the first", 0, 2, "clear")]
+
+
+@pytest.mark.parametrize("moment", ["commit", 1, *SLOW])
+def test_a_fleet_killed_while_its_states_take_their_places_goes_on_from_all_of_them(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str | int
+) -> None:
+    """Before the commit, all go on from the states of before; from then on, all from the new ones: to the same bytes."""
+    flags = {"steps": 3, "checkpoint_every": 1, "rank": 1, "lr": 1e-2}
+    whole, recipes = ([make(output=tmp_path / name / str(i), seed=i, **flags) for i in range(3)] for name in ("whole", "broken"))
+    list(train_fleet(whole))
+    put, puts = Run.put_state, list[Run]()
+    made, cleared = list[Commit](), list[Commit]()
+
+    def put_or_die(self: Run) -> None:
+        puts.append(self)
+        if isinstance(moment, int) and len(puts) == 4 + moment:  # of the second step
+            raise Killed
+        put(self)
+
+    def commit_or_die(self: Commit) -> None:
+        made.append(self)
+        if moment == "before the first" and len(made) == 2:
+            raise Killed
+        make_commit(self)
+        if moment == "commit" and len(made) == 2:
+            raise Killed
+
+    def clear_or_die(self: Commit) -> None:
+        cleared.append(self)
+        if moment == "clear" and len(cleared) == 2:
+            raise Killed
+        clear_commit(self)
+
+    make_commit, clear_commit = Commit.make, Commit.clear
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "put_state", put_or_die)
+        patch.setattr(Commit, "make", commit_or_die)
+        patch.setattr(Commit, "clear", clear_or_die)
+        with pytest.raises(Killed):
+            list(train_fleet(recipes))
+    states = [Run(folder_of(recipe), "zwx").load_state() for recipe in recipes]
+    assert [state.done for state in states if state] == [1 if moment == "before the first" else 2] * 3
+    shutil.move(tmp_path / "broken", tmp_path / "moved")  # it says where the others are from where it is
+    recipes = [make(output=tmp_path / "moved" / str(i), seed=i, **flags) for i in range(3)]
+    list(train_fleet(recipes))
+    assert files_of(recipes) == files_of(whole)
+    assert not [path for path in (tmp_path / "moved").rglob(".*") if path.name != ".lock"]
 
 
 def test_states_are_kept_together_or_not_at_all(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
