@@ -68,6 +68,12 @@ class Base:
     tiled: bool = False  # pictures are decoded one by one, in tiles
     _busy: Counter[int] = field(default_factory=Counter, repr=False)  # by model, how many hold it on the device
 
+    def __new__(cls, *args: Any, **values: Any) -> Base:
+        """Raises BaseModelError for a name: bases are read by `load`."""
+        if len(args) + len(values) == 1:
+            raise BaseModelError("a base is loaded", 'p.Base.load("pocket")')
+        return super().__new__(cls)
+
     @classmethod
     def load(
         cls,
