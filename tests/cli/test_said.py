@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 from rich.console import Console
+from safetensors.torch import save_file
 
 from personalize.cli import cli, run, view
 from personalize.cli.messages import Answer, answer, print_error
@@ -109,6 +111,34 @@ def test_an_answer_is_strict_json() -> None:
 
 
 # ---------------------------------------------------------------- consoles
+
+
+SPEAK = (
+    {"PYTHONIOENCODING": "ascii"},
+    {"PYTHONIOENCODING": "cp1252"},
+    {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+)
+
+
+@pytest.mark.parametrize("speaks", SPEAK, ids=["ascii", "cp1252", "C"])
+def test_every_line_is_in_the_consoles_own_letters(speaks: dict[str, str], tmp_path: Path) -> None:
+    """stdout and stderr alike: click would write UTF-8 where the stream is ASCII."""
+    title = {"modelspec.title": "caf\u00e9 \u732b"}
+    layer = "lora_unet_mid_block_attentions_0_proj_in"
+    factors = {f"{layer}.lora_down.weight": torch.ones(2, 1280), f"{layer}.lora_up.weight": torch.ones(1280, 2)}
+    save_file(factors, tmp_path / "a.safetensors", title)
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("LC_", "LANG", "PYTHONIO"))} | speaks
+    words = [sys.executable, "-m", "personalize", "show", str(tmp_path / "a.safetensors")]
+    done = subprocess.run(words, capture_output=True, env=env)
+    page = "cp1252" if speaks.get("PYTHONIOENCODING") == "cp1252" else "ascii"
+    assert done.returncode == 0 and ("caf\u00e9 ?" if page == "cp1252" else "caf? ?") in done.stdout.decode(page), done.stderr
+    assert "Traceback" not in done.stderr.decode(page)
+
+
+def test_help_is_in_letters_that_every_console_has(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in ((), *((name,) for name in cli.commands)):
+        assert run([*command, "--help"]) == 0
+        assert capsys.readouterr().out.isascii(), command
 
 
 @pytest.mark.parametrize("page", ["cp1252", "cp932", "gbk", "ascii"])
