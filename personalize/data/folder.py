@@ -5,8 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import os
-import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -23,6 +22,8 @@ from ..pictures.galleries import (
 )
 from ..pictures.metadata import FILES, Note, metadata_file, read_metadata
 from ..recipe.fields import Data
+from ..text import quote
+from .buckets import Grid
 from .captions import fill, fill_caption, missing_trigger, read_caption, safe_trigger
 from .dataset import Concept, Dataset, Example
 from .images import Unreadable, probe
@@ -236,7 +237,7 @@ def _unused_folders(root: Path, pictures: set[Path]) -> list[str]:
     reg, told = class_folder(root), []
     if reg and reg.name in unused:
         unused.remove(reg.name)
-        told = [f"class images in the subfolder {reg.name} are used with --prior images --regularization {shlex.quote(str(reg))}"]
+        told = [f"class images in the subfolder {reg.name} are used with --prior images --regularization {quote(reg)}"]
     return [*told, *([f"pictures in the subfolder {first_few(unused)} are not used"] if unused else [])]
 
 

@@ -18,6 +18,7 @@ from ..adapters.strengths.grammar import WHOLE, Weighting
 from ..errors import AdapterError, RecipeError
 from ..formats.header import short
 from ..io import weights_hash
+from ..text import quote
 from .prompts import Use, find_name, tag_name
 from .request import Request
 
@@ -89,7 +90,7 @@ class Library:
             found = aliases[find_name(name, {**aliases, **dict.fromkeys(given), **dict.fromkeys(inside)})]
         if len(inside[found]) > 1:
             both = " and ".join(map(str, inside[found][:2]))
-            raise RecipeError(f"{found} is {both}", f"say which: --adapter {found}={inside[found][0]}")
+            raise RecipeError(f"{found} is {both}", f"say which: --adapter {quote(f'{found}={inside[found][0]}')}")
         self.files[found] = inside[found][0]
         return found
 

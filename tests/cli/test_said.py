@@ -24,7 +24,7 @@ from personalize.cli.progress import RunView, doing_after
 from personalize.errors import AdapterError, RecipeError
 from personalize.recipe.fields import Recipe
 from personalize.recipe.resolve import resolve
-from personalize.text import command_line, quote, transfer_command
+from personalize.text import command_line, find_shell, quote, transfer_command
 from personalize.training.events import Saved, Scored, Step, Sweep
 from personalize.training.rundir import Run
 
@@ -171,11 +171,38 @@ def test_a_long_message_keeps_its_hint(capsys: pytest.CaptureFixture[str]) -> No
 def test_commands_suit_the_shell() -> None:
     words = ("personalize", "generate", "a {rex} dog, it's", "--adapter", r"C:\my runs\rex.safetensors:0.8")
     quoted = '"a {rex} dog, it\'s" --adapter "C:\\my runs\\rex.safetensors:0.8"'
-    assert command_line(*words, windows=True) == f"personalize generate {quoted}"
-    assert quote('say "hi"', windows=True) == '"say \\"hi\\""' and quote("my folder\\", windows=True) == '"my folder\\\\"'
-    assert quote("$HOME", windows=False) == "'$HOME'"
-    moving = transfer_command(["it's.png", "b.png"], "aside", move=True, windows=True)
+    assert command_line(*words, shell="cmd") == f"personalize generate {quoted}"
+    assert command_line(*words, shell="powershell") == f"personalize generate {quoted}"
+    assert quote('say "hi"', "cmd") == '"say \\"hi\\""' and quote("my folder\\", "cmd") == '"my folder\\\\"'
+    assert quote("$HOME", "posix") == "'$HOME'"
+    moving = transfer_command(["it's.png", "b.png"], "aside", move=True, shell="cmd")
     assert moving.startswith('powershell -NoProfile -Command "New-Item') and "'it''s.png','b.png' 'aside'" in moving
+    there = transfer_command(["$1.png"], "aside", shell="powershell")
+    assert there == "Copy-Item -LiteralPath '$1.png' 'aside'"  # between double quotes it would read $1
+
+
+@pytest.mark.parametrize(
+    ("word", "quoted"),
+    [
+        ("$trigger dog", "'$trigger dog'"),
+        ("a `dog`", "'a `dog`'"),
+        ("it's $5", "'it''s $5'"),
+        ('say "hi"', "'say \\\"hi\\\"'"),
+        ("\u201cdog\u201d", "'\u201cdog\u201d'"),
+        ("a dog, it's", '"a dog, it\'s"'),
+    ],
+)
+def test_what_powershell_reads_in_double_quotes_stands_in_single_ones(word: str, quoted: str) -> None:
+    assert quote(word, "powershell") == quoted
+
+
+def test_the_shell_of_the_system_is_found() -> None:
+    home = {"USERPROFILE": r"C:\Users\me"}
+    modules = r"C:\Program Files\WindowsPowerShell\Modules;C:\WINDOWS\system32\WindowsPowerShell\v1.0\Modules"
+    assert find_shell("posix", {"PSModulePath": "/home/me/.local/share/powershell/Modules"}) == "posix"
+    assert find_shell("nt", home | {"PSModulePath": modules}) == "cmd" == find_shell("nt", {})
+    for own in (r"C:\Users\me\Documents\PowerShell\Modules", r"D:\OneDrive\Documents\WindowsPowerShell\Modules"):
+        assert find_shell("nt", home | {"PSModulePath": f"{own};{modules}"}) == "powershell"
 
 
 # ---------------------------------------------------------------- presets
