@@ -257,6 +257,36 @@ def test_finish_makes_everything_of_where_a_run_stands_and_it_can_go_on(
     assert "there is no run in" in told and "no run goes on in" in told
 
 
+# ---------------------------------------------------------------- pictures that are held back
+
+
+def test_held_pictures_stay_the_same_ones_where_others_come(make: Make, pictures: Path, tmp_path: Path) -> None:
+    """A number of pictures is drawn once: new ones are learned, whatever a draw from the new folder would give."""
+    folder = Path(shutil.copytree(pictures, tmp_path / "zwx"))
+    asked = {"folder": folder, "holdout": 2, "choose": "last"}
+    recipe = make(**asked, steps=1)
+    run(recipe)
+    held = [example.path.name for example in check(make(**asked, steps=2)).held]
+    assert len(held) == 2
+    for i in range(9):
+        Image.new("RGB", (64, 64), (9 * i, 40, 200 - 9 * i)).save(folder / f"0-new{i}.png")  # a draw from all would take others
+    fresh = check(make(**asked, steps=2, output=tmp_path / "other"))
+    assert [example.path.name for example in fresh.held] != held
+    plan = check(make(**asked, steps=2))
+    assert [example.path.name for example in plan.held] == held and len(plan.dataset.examples) == len(fresh.dataset.examples)
+    assert plan.changes[-1] == f"--holdout 2 holds the same pictures back: {', '.join(held)}"
+    (folder / held[0]).rename(folder / f"1-renamed{Path(held[0]).suffix}")  # by its bytes, not by its name
+    events = run(make(**asked, steps=2))
+    assert steps_of(events) == [2]
+    again = check(make(**asked, steps=3))
+    assert sorted(example.path.name for example in again.held) == sorted([f"1-renamed{Path(held[0]).suffix}", held[1]])
+    assert not any("holdout" in change for change in again.changes)  # told once
+    with pytest.raises(RecipeError, match="--holdout was"):
+        check(make(**asked | {"holdout": 3}, steps=3))  # another number is another run
+    (folder / held[1]).unlink()
+    assert check(make(**asked, steps=3)).changes[-1].endswith("; 1 of them gone")
+
+
 # ---------------------------------------------------------------- sample pictures
 
 
