@@ -48,6 +48,8 @@ def run_command(arguments: Sequence[str]) -> int:
             return cli.main(list(arguments), prog_name="personalize", standalone_mode=False) or 0
         except PersonalizeError as error:
             return print_error(error)
+        except UnicodeEncodeError as error:  # Python's way to hold bytes of a command or of a file's name that are no text
+            return print_error(RecipeError(f"{error.object!s} is no UTF-8 text", "rename the file, or write it in UTF-8"))
         except click.ClickException as error:
             return print_error(RecipeError(error.format_message()))
         except click.Abort:

@@ -254,3 +254,49 @@ def test_after_the_last_step_the_bar_says_what_is_done() -> None:
 
 def test_errors_shorten_the_middle() -> None:
     assert str(RecipeError("x" * 2000, "do this")).endswith("x (do this)") and len(str(RecipeError("x" * 2000))) == 500
+
+
+# ---------------------------------------------------------------- names that are no text
+
+ODD = os.fsdecode(b"caf\xe9")  # as Python holds bytes of a name that are no UTF-8
+
+
+def test_an_image_with_a_name_that_is_no_text_is_begun_with(
+    tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    odd = tmp_path / f"{ODD}.png"
+    Image.new("RGB", (64, 64), "teal").save(odd)
+    words = ["generate", "a cat", "--base", str(tiny_base), "--steps", "1", "--denoise", "0.1", "--image", str(odd)]
+    assert run([*words, "--output", str(tmp_path / ODD / "out.png")]) == 0, capsys.readouterr().err
+    with Image.open(tmp_path / ODD / "out.png") as drawn:
+        assert json.loads(drawn.info["personalize"])["image"] == "caf\N{REPLACEMENT CHARACTER}.png"
+
+
+def test_names_that_are_no_text_are_read_and_written_or_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Where a file of ours would have to tell such a name, one line says so; nothing is a traceback."""
+    layer, odd = "lora_unet_mid_block_attentions_0_proj_in", tmp_path / f"{ODD}.safetensors"
+    save_file({f"{layer}.lora_down.weight": torch.ones(2, 1280), f"{layer}.lora_up.weight": torch.ones(1280, 2)}, odd)
+    pictures = tmp_path / "zwx"
+    pictures.mkdir()
+    Image.new("RGB", (64, 64), "teal").save(pictures / "0.png")
+    Image.new("RGB", (64, 64), "teal").save(tmp_path / f"{ODD}.png")
+    for words in (
+        ["show", odd],
+        ["doctor", odd],
+        ["convert", odd, "-o", tmp_path / f"{ODD}2"],
+        ["merge", odd, odd, "-o", odd.with_stem("m")],
+    ):
+        assert run([*map(str, words)]) == 0, (words, capsys.readouterr().err)
+    told = {
+        "train": [pictures, "--class", "cat", "--output", tmp_path / f"{ODD}run"],
+        "generate": [f"a {ODD}", "--output", tmp_path / "out"],
+        "report": [tmp_path / f"{ODD}none"],
+        "tell": [tmp_path / f"{ODD}none", "save"],
+        "batch": [tmp_path / f"{ODD}none"],
+        "dataset": [tmp_path / f"{ODD}none"],
+    }
+    for command, words in told.items():
+        capsys.readouterr()
+        assert run([command, *map(str, words)]) == 2, command
+        assert len(capsys.readouterr().err.splitlines()) == 1, command
+    assert not (tmp_path / f"{ODD}run").exists()
