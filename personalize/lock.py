@@ -10,6 +10,7 @@ import errno
 import json
 import os
 import socket
+import time
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
@@ -19,6 +20,7 @@ from .io import disk_error
 
 LOCK = ".lock"
 BEHIND = 1 << 20  # Windows keeps others from reading the bytes that are locked: it is one far behind the text
+PAUSE = 0.1  # seconds between two looks at a lock that is waited for
 NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}  # what a disk says that knows none
 
 
@@ -31,6 +33,30 @@ def hold(folder: Path, hint: str) -> Iterator[None]:
     handle = _lock(folder / LOCK)
     if handle is None:
         raise OutputError(f"{folder} is in use: {holder_of(folder)}", hint)
+    with _tell_holder(folder / LOCK, handle):
+        yield
+
+
+@contextlib.contextmanager
+def wait_for(path: Path, seconds: float) -> Iterator[str]:
+    """Inside, nobody else holds a lock file; yields who did until then, in words, or "" where nobody had it.
+
+    Who holds it for longer than so many seconds is passed by, for work that two may do without harm. So is a disk that refuses.
+    """
+    end, holder = time.monotonic() + seconds, ""
+    try:
+        while (handle := _lock(path)) is None and time.monotonic() < end:
+            holder = _who(path)
+            time.sleep(PAUSE)
+    except OutputError:
+        handle = None
+    with contextlib.nullcontext() if handle is None else _tell_holder(path, handle):
+        yield holder
+
+
+@contextlib.contextmanager
+def _tell_holder(path: Path, handle: int) -> Iterator[None]:
+    """Inside, a locked file says who holds it; behind it, it is gone."""
     about = {"pid": os.getpid(), "host": socket.gethostname(), "since": f"{datetime.now():%Y-%m-%d %H:%M:%S}"}
     try:
         os.truncate(handle, 0)
@@ -38,7 +64,7 @@ def hold(folder: Path, hint: str) -> Iterator[None]:
         yield
     finally:
         with contextlib.suppress(OSError):  # Windows removes no file that is open
-            (folder / LOCK).unlink()
+            path.unlink()
         os.close(handle)
 
 
@@ -54,8 +80,12 @@ def is_held(folder: Path) -> bool:
 
 def holder_of(folder: Path) -> str:
     """Who wrote into a folder's lock file, in words."""
+    return _who(folder / LOCK)
+
+
+def _who(path: Path) -> str:
     try:
-        about = json.loads((folder / LOCK).read_text(encoding="utf-8"))
+        about = json.loads(path.read_text(encoding="utf-8"))
         return f"by process {about['pid']} on {about['host']} since {about['since']}"
     except (OSError, ValueError, KeyError, TypeError):  # it is being written
         return "by another process"

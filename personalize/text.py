@@ -7,11 +7,27 @@ import re
 import shlex
 import sys
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 from .errors import shorten
 
-WINDOWS = os.name == "nt"
+Shell = Literal["posix", "cmd", "powershell"]
+
+
+def find_shell(system: str = os.name, environment: Mapping[str, str] = os.environ) -> Shell:
+    """The shell that commands in messages are for. PowerShell alone puts its user's modules into PSModulePath.
+
+    >>> find_shell("posix"), find_shell("nt", {"USERPROFILE": r"C:\\Users\\me", "PSModulePath": r"C:\\Windows\\Modules"})
+    ('posix', 'cmd')
+    """
+    if system != "nt":
+        return "posix"
+    places = environment.get("PSModulePath", "").lower().split(";")
+    home = environment.get("USERPROFILE", "").lower()
+    return "powershell" if any((home and one.startswith(home)) or "\\documents\\" in one for one in places) else "cmd"
+
+
+SHELL = find_shell()
 
 
 def plain(text: str, limit: int = 500) -> str:
@@ -23,43 +39,47 @@ def plain(text: str, limit: int = 500) -> str:
 # ---------------------------------------------------------------- commands, as the system's shell reads them
 
 
-def quote(word: object, windows: bool = WINDOWS) -> str:
-    """A word as one types it into the system's shell: POSIX, or cmd and PowerShell, which both know double quotes.
+def quote(word: object, shell: Shell = SHELL) -> str:
+    """A word as one types it into a shell: POSIX, or cmd and PowerShell, which both know double quotes. Between these, PowerShell
+    reads `$` and backticks: there such words stand between single ones.
 
-    >>> print(quote("a rex dog", windows=False), quote("a rex dog", windows=True), quote("rex.safetensors:0.8", windows=True))
-    'a rex dog' "a rex dog" rex.safetensors:0.8
+    >>> print(quote("a rex dog", "posix"), quote("a rex dog", "cmd"), quote("$5 dog", "powershell"), quote("rex.png:0.8", "cmd"))
+    'a rex dog' "a rex dog" '$5 dog' rex.png:0.8
     """
     text = str(word)
-    if not windows:
+    if shell == "posix":
         return shlex.quote(text)
     if re.fullmatch(r"[\w./:\\=+-]+", text):
         return text
+    if shell == "powershell" and re.search(r"[$`\"\u201c-\u201e]", text):  # it takes curly quotes for straight ones
+        return "'" + re.sub(r"(['\u2018-\u201b])", r"\1\1", re.sub(r'(\\*)"', r'\1\1\\"', text)) + "'"
     inside = re.sub(r'(\\*)"', r'\1\1\\"', text)
     return '"' + re.sub(r"(\\+)$", r"\1\1", inside) + '"'
 
 
-def command_line(*words: object, windows: bool = WINDOWS) -> str:
+def command_line(*words: object, shell: Shell = SHELL) -> str:
     """Words as one command.
 
-    >>> command_line("personalize", "train", "my photos", windows=True)
+    >>> command_line("personalize", "train", "my photos", shell="cmd")
     'personalize train "my photos"'
     """
-    return " ".join(quote(word, windows) for word in words)
+    return " ".join(quote(word, shell) for word in words)
 
 
-def transfer_command(files: Iterable[object], folder: object, *, move: bool = False, windows: bool = WINDOWS) -> str:
+def transfer_command(files: Iterable[object], folder: object, *, move: bool = False, shell: Shell = SHELL) -> str:
     """The command that copies files into a folder that is there, or moves them into one that it makes, overwriting nothing.
 
-    >>> transfer_command(["a.png", "b.png"], "aside", move=True, windows=False)
+    >>> transfer_command(["a.png", "b.png"], "aside", move=True, shell="posix")
     'mkdir -p aside && mv -n a.png b.png aside'
     """
-    if not windows:
-        move_there = f"mkdir -p {quote(folder, False)} && {command_line('mv', '-n', *files, folder, windows=False)}"
-        return move_there if move else command_line("cp", *files, folder, windows=False)
-    literal = ["'" + str(one).replace("'", "''") + "'" for one in (*files, folder)]  # as PowerShell has them; cmd starts it too
+    if shell == "posix":
+        move_there = f"mkdir -p {quote(folder, shell)} && {command_line('mv', '-n', *files, folder, shell=shell)}"
+        return move_there if move else command_line("cp", *files, folder, shell=shell)
+    literal = ["'" + str(one).replace("'", "''") + "'" for one in (*files, folder)]  # as PowerShell has them; cmd starts it
     make = f"New-Item -ItemType Directory -Force {literal[-1]} | Out-Null; " if move else ""
     what = "Move-Item" if move else "Copy-Item"
-    return f'powershell -NoProfile -Command "{make}{what} -LiteralPath {",".join(literal[:-1])} {literal[-1]}"'
+    command = f"{make}{what} -LiteralPath {','.join(literal[:-1])} {literal[-1]}"
+    return command if shell == "powershell" else f'powershell -NoProfile -Command "{command}"'
 
 
 def readable(count: float, short: bool = False) -> str:
@@ -175,3 +195,12 @@ def spread(n: int, most: int) -> list[int]:
     ([0, 1, 2], [0, 2, 5, 7])
     """
     return [i * n // min(n, most) for i in range(min(n, most))]
+
+
+def slug(prompt: str) -> str:
+    """A prompt as the beginning of a file name.
+
+    >>> slug("A Zwx cat, in the snow!")
+    'a-zwx-cat-in-the-snow'
+    """
+    return re.sub(r"\W+", "-", prompt.lower()).strip("-")[:48].strip("-") or "picture"

@@ -65,7 +65,7 @@ def describe(path: str | Path) -> Description:
     path = dialects.file_of(Path(path).expanduser())
     header = read_header(path)
     reading = dialects.read_keys(header)
-    stored = [(role, key) for slot in reading.slots.values() for role, key in slot.keys.items()]
+    stored = {(role, key) for slot in reading.slots.values() for role, key in slot.keys.items()}  # layers may share tensors
     weights = [header.tensors[key] for role, key in stored if role not in (*NUMBERS, *INTEGERS)]
     return Description(
         path=path,

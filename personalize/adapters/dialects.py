@@ -23,19 +23,22 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from ..errors import AdapterError, HostileFileError, UnmatchedKeysError, nearest
-from ..families.family import Shape
+from ..families.family import Shape, weights
 from ..families.names import DENOISERS, FAMILIES, KOHYA_PREFIXES, PARTS, SPELLED, part_of
-from ..families.spelling import CALLED, find_paths, tell_apart
+from ..families.spelling import CALLED, find_paths, fused_names, tell_apart
 from ..formats.header import Header, short
 from . import kinds
 from .words import vectors_in, words_in
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 DialectName = Literal["kohya", "diffusers", "peft"]
 DIALECTS: tuple[str, ...] = get_args(DialectName)  # that are written
@@ -45,14 +48,21 @@ ADAPTER_METADATA = "lora_adapter_metadata"  # diffusers' header key for the Lora
 PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"  # the pair of names that peft looks for
 
 TEXTUAL_INVERSION = "textual inversion"  # the kind of files that are vectors of a word, and no adapter
-_ROLES = {"A": kinds.DOWN, "B": kinds.UP, "down": kinds.DOWN, "up": kinds.UP, "alpha": kinds.ALPHA}
+_ROLES = {"A": kinds.DOWN, "B": kinds.UP, "down": kinds.DOWN, "up": kinds.UP, "alpha": kinds.ALPHA, "bias": kinds.UP_BIAS}
 _LEAVES = (  # of dialects that spell module paths with dots; peft puts its adapter's name behind a role
     re.compile(r"(?P<path>[\w.]+)\.lora_(?P<role>[AB])(\.(?!weight|bias)\w+)?(\.weight)?"),
+    re.compile(r"(?P<path>[\w.]+)\.lora_B(\.(?!weight|bias)\w+)?\.(?P<role>bias)"),
     re.compile(r"(?P<path>[\w.]+)\.(lora|lora_linear_layer)\.(?P<role>down|up)\.weight"),
     re.compile(r"(?P<path>[\w.]+_lora)\.(?P<role>down|up)\.weight"),
     re.compile(r"(?P<path>[\w.]+)\.(?P<role>lora_magnitude_vector)(\.\w+)?(\.weight)?"),
     re.compile(r"(?P<path>[\w.]+)\.(lora|lora_linear_layer)\.(?P<role>alpha)"),
 )
+_ADVICE = {  # what an unmatched key is like => what to do
+    r"\.lora_B(\.\w+)?\.bias": "peft's lora_bias gives layers a bias that the base has not: train without it",
+    r"attn[._]in_proj(_weight)?\.": (
+        "q, k and v in one are read where they can be told apart, as in LoRA: bake this one, and extract that"
+    ),
+}
 _MOVED = ("pissa", "olora", "corda", "loftq", "lora")  # peft's starts (lora_ga) that change the base; what is kept is no dW
 
 
@@ -62,6 +72,7 @@ class Slot:
 
     kind: str  # a row of kinds, such as "loha"; "" if only the bias is changed
     keys: Mapping[str, str]
+    share: tuple[int, int] = (0, 1)  # which of how many equal parts of their rows are the module's, in a layer of several
 
     @property
     def name(self) -> str:
@@ -101,11 +112,13 @@ def read_keys(header: Header) -> Reading:
         if (spoken == "kohya") == kohya:
             found.setdefault(name, {}).setdefault(role, key)
     slots = {name: Slot(kinds.kind_of(roles), roles) for name, roles in found.items()}
+    slots = dict(own for name, slot in slots.items() for own in _cut(header, name, slot))
     slots = {name: slot for name, slot in slots.items() if slot.kind or slot.keys.keys() & set(kinds.BIASES)}
     shapes = {name: shape(header, slot) for name, slot in slots.items()}
     names = find_paths(shapes, header.metadata)
-    slots = {names[name]: slot for name, slot in slots.items() if name in names}
-    shapes = {names[name]: shape for name, shape in shapes.items() if name in names and slots[names[name]].kind}
+    slots = {names[name]: _with_own_bias(names[name], slot) for name, slot in slots.items() if name in names}
+    slots = {path: slot for path, slot in slots.items() if slot.keys}
+    shapes = {names[name]: shape for name, shape in shapes.items() if names.get(name) in slots and slots[names[name]].kind}
     words = words_in(header.tensors)
     matched = {key for slot in slots.values() for role, key in slot.keys.items() if _is_read(slot, role)}
     matched |= {key for keys in words.values() for key in keys.values()}
@@ -115,13 +128,49 @@ def read_keys(header: Header) -> Reading:
     return Reading(dialect, _kind(header, slots, unmatched, words), slots, shapes, unmatched, words, metadata)
 
 
+def _cut(header: Header, name: str, slot: Slot) -> Iterator[tuple[str, Slot]]:
+    """A slot under its name; of q, k and v in one tensor (OpenCLIP), that of each, where it is exactly three of its kind."""
+    modules = fused_names(name)
+    sizes = {role: header.tensors[key].shape for role, key in slot.keys.items()}
+    biases = [size for role, size in sizes.items() if role in kinds.BIASES]
+    weights = {role: size for role, size in sizes.items() if role not in kinds.BIASES}
+    if not modules:
+        yield name, slot
+    elif (not slot.kind or kinds.row(slot.kind).can_be_cut(weights, len(modules))) and all(
+        size[0] % len(modules) == 0 for size in biases if size
+    ):
+        yield from ((one, replace(slot, share=(i, len(modules)))) for i, one in enumerate(modules))
+
+
+def _with_own_bias(path: str, slot: Slot) -> Slot:
+    """A slot without the bias of peft's `lora_bias` where the base's layer has none: no file can give it one."""
+    if kinds.UP_BIAS not in slot.keys or any(f"{path}.bias" in weights(family) for family in FAMILIES):
+        return slot
+    return replace(slot, keys={role: key for role, key in slot.keys.items() if role != kinds.UP_BIAS})
+
+
 def _is_read(slot: Slot, role: str) -> bool:
     return role in kinds.BIASES or (slot.kind != "" and role in kinds.row(slot.kind).roles)
 
 
 def shapes(header: Header, slot: Slot) -> dict[str, Shape]:
     """The shapes of a slot's tensors, by role."""
-    return {role: header.tensors[key].shape for role, key in slot.keys.items()}
+    return {role: _own_shape(slot, role, header.tensors[key].shape) for role, key in slot.keys.items()}
+
+
+def _own_shape(slot: Slot, role: str, shape: Shape) -> Shape:
+    return (shape[0] // slot.share[1], *shape[1:]) if _has_rows(slot, role) and shape else shape
+
+
+def _has_rows(slot: Slot, role: str) -> bool:
+    """Whether the rows of a tensor are those of the layer, or of parts of it."""
+    return role in kinds.BIASES or (slot.kind != "" and role in kinds.row(slot.kind).rows)
+
+
+def own_rows(slot: Slot, role: str, value: Tensor) -> Tensor:
+    """What of a tensor in the file is the slot's."""
+    number, count = slot.share
+    return value.chunk(count)[number] if count > 1 and _has_rows(slot, role) else value
 
 
 def rank(header: Header, slot: Slot) -> int:
@@ -144,6 +193,9 @@ def unmatched_error(header: Header, reading: Reading) -> UnmatchedKeysError:
     what = f"{header.path}: {count} tensors belong to no known module or lack their other half: {listed}"
     if reading.kind == TEXTUAL_INVERSION:
         return UnmatchedKeysError(f"{header.path} is a textual inversion, not an adapter", "Embedding.load reads it")
+    for part, hint in _ADVICE.items():
+        if any(re.search(part, key) for key in reading.unmatched):
+            return UnmatchedKeysError(what, hint + ", or --allow-unmatched reads the rest" * bool(reading.slots))
     if not reading.slots:
         holds = "no adapter: name another file" if reading.kind == "unknown" else f"parts of {reading.kind} updates, none whole"
         return UnmatchedKeysError(what, f"it holds {holds}")

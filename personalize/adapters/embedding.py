@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -55,6 +56,10 @@ class Embedding:
                 words_in(header.tensors)
             )
             held = ", ".join(map(short, list(header.tensors)[:3]))
+            if any(key.endswith("_out") for key in header.tensors):
+                inside = (
+                    "; vectors of an encoder's output (_out) are read by OneTrainer alone: train it without output embeddings"
+                )
             raise AdapterError(f"{path} is no textual inversion", f"it holds {held}{inside}")
         sizes = [header.tensors[key].shape for key in known.values()]
         if any(len(size) not in (1, 2) or 0 in size for size in sizes) or len({size[:-1] for size in sizes}) > 1:
@@ -74,15 +79,21 @@ class Embedding:
         """
         found: dict[Path, Embedding] = {}
         for word, vectors in words.items():
-            shapes = {key: Entry("F32", tuple(value.shape), 0, 0) for key, value in vectors.items()}
-            if not (own := vectors_in(shapes)):
-                raise AdapterError(f"the word {short(word)!r} is no textual inversion", f"it holds {', '.join(vectors)}")
+            embedding = cls.of_word(word, vectors)
             name = re.sub(r'[\x00-\x1f/\\:*?"<>|]', "_", word).strip(". ") or "word"
             path = folder / f"{name}.safetensors"
             if path in found:
                 raise AdapterError(f"two words would be written as {path}", "rename one of them")
-            found[path] = cls({part: vectors[key].reshape(-1, vectors[key].shape[-1]) for part, key in own.items()})
+            found[path] = embedding
         return list(found.items())
+
+    @classmethod
+    def of_word(cls, word: str, vectors: Mapping[str, Tensor]) -> Embedding:
+        """A word of an adapter (Adapter.words). Raises AdapterError for vectors of an encoder's output (OneTrainer's `_out`)."""
+        shapes = {key: Entry("F32", tuple(value.shape), 0, 0) for key, value in vectors.items()}
+        if not (own := vectors_in(shapes)):
+            raise AdapterError(f"the word {short(word)!r} is no textual inversion", f"it holds {', '.join(vectors)}")
+        return cls({part: vectors[key].reshape(-1, vectors[key].shape[-1]) for part, key in own.items()})
 
     def save(self, path: str | Path, dtype: str = "fp32") -> Path:
         """Write it as UIs read it; returns the path, which always ends in .safetensors."""
@@ -93,3 +104,12 @@ class Embedding:
             tensors = {names[part]: value.to(TORCH[dtype]) for part, value in self.vectors.items()}
             write_tensors(temporary, tensors, {"format": "pt", **self.metadata})
         return path
+
+
+def vectors_of(words: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Mapping[str, Tensor]]:
+    """Word => text encoder => its vectors [tokens, width], of those words of an adapter that can be read in a prompt."""
+    found: dict[str, Mapping[str, Tensor]] = {}
+    for word, vectors in words.items():
+        with contextlib.suppress(AdapterError):  # vectors of an encoder's output: told when the file was read
+            found[word] = Embedding.of_word(word, vectors).vectors
+    return found

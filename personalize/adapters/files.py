@@ -76,9 +76,9 @@ def on_demand(path: Path, allow_unmatched: bool) -> tuple[OnDemand, Mapping[str,
                 raise AdapterError(f"{header.path} has changed since it was opened", "try again")
             if path in reading.shapes:
                 return read_delta(file, header, reading.slots[path], scales.get(path), shapes[path])
-            key = _bias(reading, path)
-            bias = read_tensor(file, key, header.tensors[key])
-            return _check_finite(file, {key: bias}, Dense(bias))
+            slot, module = reading.slots[path.removesuffix(BIAS)], path.removesuffix(BIAS)
+            bias = read_bias(file, header, slot, scales.get(module))
+            return _check_finite(file, {slot.keys[_bias_role(slot)]: bias.stored()["diff"]}, bias)
 
     return OnDemand(shapes, make), reading.metadata, _read_words(header, reading)
 
@@ -114,13 +114,24 @@ def _shapes(header: Header, reading: dialects.Reading) -> dict[str, Shape]:
     biases = [path + BIAS for path, slot in reading.slots.items() if slot.keys.keys() & set(kinds.BIASES)]
     told = {path: {resolve_shape(path, shape, one) for one in families} for path, shape in reading.shapes.items()}
     known = {path: next(iter(told[path])) if len(told[path]) == 1 else shape for path, shape in reading.shapes.items()}
-    return known | {path: header.tensors[_bias(reading, path)].shape for path in biases}
+    slots = {path: reading.slots[path.removesuffix(BIAS)] for path in biases}
+    return known | {path: dialects.shapes(header, slot)[_bias_role(slot)] for path, slot in slots.items()}
 
 
-def _bias(reading: dialects.Reading, path: str) -> str:
-    """The key of a bias."""
-    slot = reading.slots[path.removesuffix(BIAS)]
-    return next(key for role, key in slot.keys.items() if role in kinds.BIASES)
+def _bias_role(slot: dialects.Slot) -> str:
+    return next(role for role in slot.keys if role in kinds.BIASES)
+
+
+def read_bias(file: BinaryIO, header: Header, slot: dialects.Slot, scale: float | None) -> Dense:
+    """The update of a layer's bias; `scale` is what a config says of the layer's, which peft's goes by."""
+    role = _bias_role(slot)
+    value = dialects.own_rows(slot, role, read_tensor(file, slot.keys[role], header.tensors[slot.keys[role]])).float()
+    if role != kinds.UP_BIAS or not slot.kind:
+        return Dense(value)
+    if scale is None and kinds.ALPHA in slot.keys:
+        key = slot.keys[kinds.ALPHA]
+        scale = kinds.row(slot.kind).scale(dialects.shapes(header, slot), read_scalar(file, key, header.tensors[key]))
+    return Dense(value * (1.0 if scale is None else scale))
 
 
 def _stamp(stat: os.stat_result) -> tuple[int, ...]:
@@ -131,7 +142,10 @@ def read_delta(file: BinaryIO, header: Header, slot: dialects.Slot, scale: float
     """One weight's update; `scale` is what a config says of it."""
     own = {role: key for role, key in slot.keys.items() if role not in kinds.BIASES}
     numbers = {role: read_scalar(file, own.pop(role), header.tensors[slot.keys[role]]) for role in kinds.NUMBERS if role in own}
-    tensors = {role: read_tensor(file, key, header.tensors[key], role in kinds.INTEGERS) for role, key in own.items()}
+    tensors = {
+        role: dialects.own_rows(slot, role, read_tensor(file, key, header.tensors[key], role in kinds.INTEGERS))
+        for role, key in own.items()
+    }
     try:
         delta = _build_delta(slot.kind, tensors, numbers, scale, shape)
     except AdapterError as error:

@@ -104,7 +104,7 @@ def remembered_showing(given: Mapping[str, Any], prefix: str) -> Showing | None:
     """What the run folder says that it was taken for, so that the same command goes on with the same recipe."""
     folder = Path(given["folder"])
     try:
-        trigger = read_folder(Data(folder=folder, trigger=given.get("trigger"), caption=""), lenient=True).trigger
+        trigger = read_folder(Data(folder=folder, trigger=given.get("trigger"), caption="")).trigger
     except PersonalizeError:
         return None
     output = Path(given.get("output") or Path("runs") / trigger)

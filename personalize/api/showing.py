@@ -74,7 +74,7 @@ def find_out(folder: Path, base: str, trigger: str | None = None) -> Showing | N
     None too where the folder cannot be read: that is for others to complain about, and nothing is said of what it shows.
     """
     with contextlib.suppress(PersonalizeError):
-        dataset = read_folder(Data(folder=folder, trigger=trigger, caption=""), lenient=True)
+        dataset = read_folder(Data(folder=folder, trigger=trigger, caption=""))
         if any(concept.class_name for concept in dataset.concepts) or len(dataset.concepts) > 1:
             return None
         captions = [example.caption for example in dataset.examples]

@@ -12,7 +12,7 @@ import click
 
 from ..errors import AdapterError, OutputError, RecipeError
 from ..text import plain, readable
-from .messages import answer, error_record, print_error, print_warning
+from .messages import answer, echo, error_record, print_error, print_warning
 from .values import PATH, AdapterFile, FileSize
 
 if TYPE_CHECKING:
@@ -145,7 +145,7 @@ def print_written(path: Path, adapter: Adapter) -> None:
     from ..adapters.describe import describe
 
     size, kind = path.stat().st_size, describe(path).kind
-    click.echo(f"{path}  {readable(size)}, {kind}, {len(adapter.deltas)} layers")
+    echo(f"{path}  {readable(size)}, {kind}, {len(adapter.deltas)} layers")
     answer(written=path, bytes=size, kind=kind, layers=len(adapter.deltas))
 
 
@@ -153,13 +153,13 @@ def print_table(report: Report) -> None:
     """Ranks by part, and what a cut of them has lost."""
     lossy = any(line.cut for line in report.lines)
     answer_parts = dict[str, Any]()
-    click.echo(f"{'part':<16}{'layers':>8}{'rank':>20}" + f"{'error':>10}  rank for 1 %" * lossy)
+    echo(f"{'part':<16}{'layers':>8}{'rank':>20}" + f"{'error':>10}  rank for 1 %" * lossy)
     for name, part in report.rows():
         old, new = value_range(line.old for line in part.lines), value_range(line.new for line in part.lines)
         enough = part.rank_for(0.01) if lossy else None
         loss = f"{part.error:>10.2%}  {'-' if enough is None else enough}" if lossy else ""
         answer_parts[name] = {"layers": len(part.lines), "rank": new, "error": part.error if lossy else 0.0}
-        click.echo(f"{name:<16}{len(part.lines):>8}{old if old == new else f'{old} -> {new}':>20}{loss}")
+        echo(f"{name:<16}{len(part.lines):>8}{old if old == new else f'{old} -> {new}':>20}{loss}")
     answer(parts=answer_parts)
 
 
@@ -240,7 +240,7 @@ def take_words_out(adapter: Adapter, folder: Path) -> Adapter:
     if not adapter.words:
         raise AdapterError("it brings no words", "leave --words out")
     for path, word in Embedding.from_words(adapter.words, folder):
-        click.echo(f"{word.save(path)}  {word.tokens} vectors: a prompt calls it {path.stem}")
+        echo(f"{word.save(path)}  {word.tokens} vectors: a prompt calls it {path.stem}")
     return replace(adapter, words={})
 
 
@@ -259,11 +259,11 @@ def diff(one: tuple[Path, Weighting], other: tuple[Path, Weighting], base: Path 
     a, b = without_base(open_adapters([one, other], allow_unmatched), base)
     rows = compare(a, b)
     answer(rows=[vars(row) for row in rows])
-    click.echo(f"{'':<28}{'|A|':>11}{'|B|':>11}{'|A-B|':>11}{'apart':>9}{'cosine':>9}")
+    echo(f"{'':<28}{'|A|':>11}{'|B|':>11}{'|A-B|':>11}{'apart':>9}{'cosine':>9}")
     for row in rows:
         cosine = "-" if row.cosine is None else f"{row.cosine:.3f}"
         numbers = f"{row.a:>11.4g}{row.b:>11.4g}{row.difference:>11.4g}{row.relative_difference:>9.2%}{cosine:>9}"
-        click.echo(f"{plain(row.name)[:27]:<28}{numbers}")
+        echo(f"{plain(row.name)[:27]:<28}{numbers}")
     return 0
 
 
@@ -292,13 +292,13 @@ def doctor(files: Files, picture: Path | None, base: Path | None, allow_unmatche
         ones = [1.0] * len(files)
         collision = collide(adapters, ones, base=find)
         predictions = predict([adapter.resolve(find) if find else adapter for adapter in adapters], ones)
-    click.echo(report.table(checkups, collision, predictions))
+    echo(report.table(checkups, collision, predictions))
     answer(**json.loads(report.as_json(checkups, collision, predictions)), picture=picture)
     if picture:
         from ..inference.sheet import save_sheet
 
         save_sheet(heat_map(checkups, collision), picture)
-        click.echo(picture)
+        echo(picture)
     return 0
 
 
@@ -313,7 +313,7 @@ def show(adapters: tuple[Path, ...]) -> int:
     for path in adapters:
         try:
             found = describe(path)
-            click.echo(as_text(found))
+            echo(as_text(found))
             records.append(json.loads(as_json(found)) | {"error": None})
         except AdapterError as error:
             code = print_error(error)

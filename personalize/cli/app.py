@@ -13,7 +13,7 @@ from . import adapters, checkpoints
 from .dataset import dataset
 from .generate import generate
 from .merge import merge
-from .messages import answer, answer_in_json, print_error, show_in_any_code_page, warnings_as_lines
+from .messages import answer, answer_in_json, echo, print_error, show_in_any_code_page, warnings_as_lines
 from .presets import presets
 from .train import batch, finish, report, tell, train
 
@@ -37,7 +37,7 @@ def run(arguments: Sequence[str]) -> int:
     command = next((word for word in options if word in cli.commands), "")
     with answer_in_json(command) as (found, out):
         code = run_command(arguments)
-    click.echo(found.line(code), file=out)
+    echo(found.line(code), file=out)
     return code
 
 
@@ -48,10 +48,12 @@ def run_command(arguments: Sequence[str]) -> int:
             return cli.main(list(arguments), prog_name="personalize", standalone_mode=False) or 0
         except PersonalizeError as error:
             return print_error(error)
+        except UnicodeEncodeError as error:  # Python's way to hold bytes of a command or of a file's name that are no text
+            return print_error(RecipeError(f"{error.object!s} is no UTF-8 text", "rename the file, or write it in UTF-8"))
         except click.ClickException as error:
             return print_error(RecipeError(error.format_message()))
         except click.Abort:
-            click.echo("stopped", err=True)
+            echo("stopped", err=True)
             return 130
 
 
@@ -77,7 +79,7 @@ def cli(ctx: click.Context) -> None:
       personalize generate "a rex dog in the snow" --adapter runs/rex/rex.safetensors
     """
     if ctx.invoked_subcommand is None:
-        click.echo(ctx.get_help())
+        echo(ctx.get_help())
 
 
 @click.command()
@@ -89,7 +91,7 @@ def version() -> int:
     found = {"personalize": __version__, "python": platform.python_version()}
     found |= {name: installed(name) for name in ("torch", "diffusers", "transformers", "peft", "safetensors")}
     for name, number in found.items():
-        click.echo(f"{name} {number}" + f" on {platform.platform()}" * (name == "python"))
+        echo(f"{name} {number}" + f" on {platform.platform()}" * (name == "python"))
     answer(versions=found, platform=platform.platform())
     return 0
 

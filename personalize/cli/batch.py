@@ -225,7 +225,7 @@ def sample_pairs(run: Standing) -> list[tuple[str, Path | None, Path | None]]:
     assert run.run
     records, pairs = read_run(run.run), dict[str, tuple[Path | None, Path | None]]()
     shown = int(run.chosen["step"]) if run.chosen else run.step
-    for (prompt, _), by_step, base in samples_by_prompt(records):
+    for (prompt, *_), by_step, base in samples_by_prompt(records):
         own = by_step.get(shown) or (by_step[max(by_step)] if by_step else None)
         pairs.setdefault(prompt, (run.run / base if base else None, run.run / own if own else None))
     return [(prompt, *both) for prompt, both in pairs.items()][:SHEET_PROMPTS]

@@ -25,7 +25,7 @@ from .adapters import (
     stripped,
     to,
 )
-from .messages import answer, print_warning
+from .messages import answer, echo, print_warning
 from .values import PATH, AdapterFile
 
 
@@ -53,15 +53,15 @@ def extract(tuned: Path, base: Path, output: Path, **options: Any) -> int:
     found = as_told(found, options["family"], options["strip_metadata"])
     path = found.save(output, options["dialect"], dtype=options["dtype"])
     for part in found.parts:
-        click.echo(f"{part:<16}{len(found.part(part).deltas):>6} layers, relative error {report.part(part).error:.2%}")
+        echo(f"{part:<16}{len(found.part(part).deltas):>6} layers, relative error {report.part(part).error:.2%}")
     answer(parts={part: {"layers": len(found.part(part).deltas), "error": report.part(part).error} for part in found.parts})
     answer(left_out=list(report.left_out))
     misfits = [path for path, norm in report.left_out.items() if norm == math.inf]
     if misfits:
-        click.echo(f"left out: {', '.join(misfits[:3])}{', ...' * (len(misfits) > 3)}: of another shape in the two")
+        echo(f"left out: {', '.join(misfits[:3])}{', ...' * (len(misfits) > 3)}: of another shape in the two")
     if others := [path for path in report.left_out if path not in misfits]:
         hint = "" if options["full"] else ", --full keeps biases and norms"
-        click.echo(f"left out: {len(others)} other changed weights ({others[0]}{', ...' * (len(others) > 1)}){hint}")
+        echo(f"left out: {len(others)} other changed weights ({others[0]}{', ...' * (len(others) > 1)}){hint}")
     print_written(path, found)
     return 0
 
@@ -91,7 +91,7 @@ def bake(base: Path, files: Files, output: Path, allow_unmatched: bool, strip_me
             print_warning(f"left out: a checkpoint has no room for the word {next(iter(adapter.words))!r} that {path} brings")
     report = baking.bake(into, [(adapter, 1.0) for adapter in adapters], output, strip_metadata=strip_metadata)
     changed = f"{len(report.changes)} weights changed" + f", and {report.copies} of its EMA copy" * bool(report.copies)
-    click.echo(f"{report.path}  {changed}; rounding to the checkpoint's dtype loses {report.error:.2%} of it")
+    echo(f"{report.path}  {changed}; rounding to the checkpoint's dtype loses {report.error:.2%} of it")
     answer(written=report.path, weights=len(report.changes), copies=report.copies, error_of_rounding=report.error)
     return 0
 
@@ -107,7 +107,7 @@ def interpolate(base: Path, tuned: Path, alpha: float, output: Path, strip_metad
     from ..adapters.ops import bake as baking
 
     report = baking.interpolate(base_path(base), base_path(tuned), alpha, output, strip_metadata=strip_metadata)
-    click.echo(f"{report.path}  {len(report.changes)} weights" + f", and {report.copies} of its EMA copy" * bool(report.copies))
+    echo(f"{report.path}  {len(report.changes)} weights" + f", and {report.copies} of its EMA copy" * bool(report.copies))
     answer(written=report.path, weights=len(report.changes), copies=report.copies)
     return 0
 

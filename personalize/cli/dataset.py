@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..pictures.galleries import check_output
-from .messages import answer
+from .messages import answer, echo
 from .train import SettingsCommand, resolve_recipe
 from .values import PATH
 
@@ -44,10 +44,10 @@ def dataset(folder: Path, sheet_path: Path | None, html_path: Path | None, **fla
     stats = report.measure_dataset(recipe, given)
     findings = report.find_problems(stats)
     if taken_for:
-        click.echo(taken_for)
-    click.echo(report.as_text(stats, findings))
+        echo(taken_for)
+    echo(report.as_text(stats, findings))
     answer(**json.loads(report.as_json(stats, findings)), taken_for=taken_for, sheet=sheet_path, html=html_path)
     for path, write in ((sheet_path, report.write_sheet), (html_path, report.write_page)):
         if path:
-            click.echo(f"written  {write(stats, findings, path)}")
+            echo(f"written  {write(stats, findings, path)}")
     return 0

@@ -11,7 +11,7 @@ import click
 
 from ..errors import RecipeError
 from ..recipe.samplers import AUTO, SAMPLERS
-from .messages import answer, print_warning
+from .messages import answer, echo, print_warning
 from .values import PATH, Axis, NamedAdapter, Side
 
 BASE = ("base", "vae", "clip_skip", "prediction", "zero_snr")  # options that say what to draw with, in the recipe's words
@@ -82,11 +82,11 @@ def generate(prompts: tuple[str, ...], listed: Path | None, seeds: tuple[str, ..
         if isinstance(event, Notice):
             print_warning(event.text)
         elif isinstance(event, Progress) and time.monotonic() - spoke >= SILENCE:
-            click.echo(f"... drawing, step {event.step} of {event.steps}", err=True)
+            echo(f"... drawing, step {event.step} of {event.steps}", err=True)
             spoke = time.monotonic()
         elif isinstance(event, Saved):
             spoke = time.monotonic()
-            click.echo(event.path)
+            echo(event.path)
             pictures.append({"path": event.path, "number": event.number})
             answer(pictures=pictures)
     return 0

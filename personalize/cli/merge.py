@@ -30,7 +30,7 @@ from .adapters import (
     to,
     without_base,
 )
-from .messages import answer
+from .messages import answer, echo
 from .values import PATH, AdapterFile
 
 RECIPE = "personalize.merge"  # metadata: the arguments that repeat a merge
@@ -65,7 +65,7 @@ def list_methods(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
     for name, row in METHODS.items():
         paper = f" (arXiv {row.paper})" if row.paper else ""
         takes = f" [{', '.join(f'--{option} {value}' for option, value in row.options.items())}]" if row.options else ""
-        click.echo(f"{name:<14}{row.what}{paper}{takes}")
+        echo(f"{name:<14}{row.what}{paper}{takes}")
     ctx.exit(0)
 
 

@@ -83,7 +83,7 @@ def print_error(error: PersonalizeError | str) -> int:
     """Print an error; returns the exit code of a command that ends with it. A program is told the first."""
     if (current := _ANSWER.get()) and not current.error:
         current.error = error_record(error)
-    click.echo(f"personalize: {plain(str(error), LINE)}", file=sys.stderr)  # `err` would write UTF-8 where stderr is ASCII
+    echo(f"personalize: {plain(str(error), LINE)}", err=True)
     return 2
 
 
@@ -91,7 +91,12 @@ def print_warning(message: str) -> None:
     """Print a warning."""
     if current := _ANSWER.get():
         current.warnings.append(plain(message, LINE))
-    click.echo(f"warning: {plain(message, LINE)}", file=sys.stderr)
+    echo(f"warning: {plain(message, LINE)}", err=True)
+
+
+def echo(text: object, *, file: TextIO | None = None, err: bool = False) -> None:
+    """Print a line in the stream's own encoding: where that is ASCII, click writes UTF-8 unless the stream is named."""
+    click.echo(text, file=file or (sys.stderr if err else sys.stdout))
 
 
 def show_in_any_code_page() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from .messages import answer
+from .messages import answer, echo
 
 
 @click.command(short_help="List and explain the presets.")
@@ -23,15 +23,15 @@ def presets(name: str | None) -> int:
     if name is None:
         rows = {one: about(path)[0] for one, path in every_preset().items()}
         for one, what in rows.items():
-            click.echo(f"{one:<{max(map(len, rows)) + 2}}{what}")
-        click.echo("\nexplained by `personalize presets NAME`, used by `personalize train FOLDER --preset NAME`")
+            echo(f"{one:<{max(map(len, rows)) + 2}}{what}")
+        echo("\nexplained by `personalize presets NAME`, used by `personalize train FOLDER --preset NAME`")
         answer(presets=[{"name": one, "about": what} for one, what in rows.items()])
         return 0
     path = find_preset(name)
     settings = settings_of(path)
-    click.echo("\n\n".join(about(path)) + "\n")
+    echo("\n\n".join(about(path)) + "\n")
     for key, value in settings.items():
-        click.echo(f"{key} = {value}")
+        echo(f"{key} = {value}")
     answer(presets=[{"name": name, "about": "\n\n".join(about(path)), "settings": settings}])
     return 0
 

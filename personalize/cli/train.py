@@ -14,7 +14,7 @@ from ..pictures.files import look_into
 from ..pictures.galleries import check_folder, check_output, count_pictures, galleries
 from ..registry import table
 from ..text import in_ascii, plain
-from .messages import answer, print_error, print_warning
+from .messages import answer, echo, print_error, print_warning
 from .values import PATH
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def train(folder: Path | None, origin: Path | None, dry_run: bool, fresh: bool, 
     """
     recipe, taken_for = resolve_recipe(folder, origin, flags, needed=not dry_run, ask=not dry_run)
     if taken_for:
-        click.echo(f"{'# ' if dry_run else ''}{taken_for}")
+        echo(f"{'# ' if dry_run else ''}{taken_for}")
     answer(taken_for=taken_for)
     if dry_run:
         return print_recipe(recipe)
@@ -148,7 +148,7 @@ def print_recipe(recipe: Recipe) -> int:
         lines.append(f"#   {plain(example.path.name):<24} {width}x{height:<6} {plain(example.caption)}")
     unicode = (sys.stdout.encoding or "").lower().startswith("utf")  # the file that this goes to is read as UTF-8
     for line in lines:
-        click.echo(line if unicode else in_ascii(line))
+        echo(line if unicode else in_ascii(line))
     answer(recipe=flatten(recipe), pictures=[{"path": one.path, "caption": one.caption} for one in dataset.examples])
     for warning in (*recipe.remarks, *dataset.warnings):
         print_warning(warning)
@@ -185,7 +185,7 @@ def batch(folders: tuple[Path, ...], together: int | None, backend: str, dry_run
         answer(runs=[{"folder": one.data.folder, "run": one.output, "preset": one.preset, "steps": one.steps} for one in recipes])
         for recipe in recipes:
             settings = f"{recipe.steps} steps, preset {recipe.preset or '-'}, class {recipe.data.class_name or '-'}"
-            click.echo(f"{recipe.data.folder} => {recipe.output}  ({count_pictures(recipe.data.folder)} pictures, {settings})")
+            echo(f"{recipe.data.folder} => {recipe.output}  ({count_pictures(recipe.data.folder)} pictures, {settings})")
         return 2 if wrong else 0
     from .batch import train_many
 
@@ -238,7 +238,7 @@ def resolve_recipes(folders: Sequence[Path], flags: dict[str, Any]) -> tuple[lis
                 raise RecipeError(f"{folder} and {other} have one name, and so one run folder, {recipe.output}", hint)
             recipes.append(recipe)
             if taken_for:
-                click.echo(taken_for)
+                echo(taken_for)
         except PersonalizeError as error:
             wrong[folder] = str(error)
     return recipes, wrong
@@ -297,7 +297,7 @@ def tell(run_folder: Path, word: str) -> int:
     from ..training.control import tell as leave_word
 
     leave_word(run_folder, word)
-    click.echo(f"{run_folder} will, after the step that it is taking: {WORDS[word]}")
+    echo(f"{run_folder} will, after the step that it is taking: {WORDS[word]}")
     answer(run=run_folder, word=word)
     return 0
 
@@ -310,6 +310,6 @@ def report(run_folder: Path) -> int:
     from ..reports.run import write_report
 
     path = write_report(run_folder, live=is_held(run_folder))
-    click.echo(path)
+    echo(path)
     answer(report=path)
     return 0

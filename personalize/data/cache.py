@@ -16,6 +16,9 @@ from torch import Tensor
 
 from ..errors import OutputError
 from ..io import atomic
+from ..lock import wait_for
+
+PATIENCE = 60.0  # seconds for one picture or caption of another process
 
 
 def cache_folder() -> Path:
@@ -45,14 +48,30 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
 def recall(name: str, compute: Callable[[], dict[str, Tensor]], warnings: list[str]) -> dict[str, Tensor]:
     """The tensors stored under a key, or else computed and stored.
 
-    A damaged file is computed again and a folder that cannot be written is done without; each appends one warning.
+    What another process is computing is waited for, though not for ever: to compute it twice does no harm. A damaged file is
+    computed again and a folder that cannot be written is done without. Each of these appends one warning.
     """
     path = cache_folder() / name[:2] / f"{name}.safetensors"
+    if (found := _find(path, warnings)) is not None:
+        return found
+    with wait_for(path.with_suffix(".lock"), PATIENCE) as holder:
+        if holder:
+            _warn(warnings, f"waited for what another run puts into the cache ({holder})")
+        found = _find(path, warnings)
+        return _compute(path, compute, warnings) if found is None else found
+
+
+def _find(path: Path, warnings: list[str]) -> dict[str, Tensor] | None:
+    """What a file holds; None if it is not there, or damaged."""
     try:
-        if path.is_file():
-            return _read(path)
+        return _read(path) if path.is_file() else None
     except (OSError, SafetensorError, ValueError) as error:
         _warn(warnings, f"the cache file {path} is damaged and was made anew ({error})")
+        return None
+
+
+def _compute(path: Path, compute: Callable[[], dict[str, Tensor]], warnings: list[str]) -> dict[str, Tensor]:
+    """Compute tensors and store them."""
     tensors = {part: tensor.detach().cpu().contiguous() for part, tensor in compute().items()}
     try:
         with atomic(path) as temporary:

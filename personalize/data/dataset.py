@@ -44,7 +44,7 @@ class Dataset:
     """The pictures in natural order, what was odd about them, and the trigger: as given, else the folder's name made safe.
 
     Of several concepts, the first one's trigger is THE trigger. `skipped` tells the pictures that could not be read, and why,
-    `unused` what lies in the folder and is not used, `bad_masks` the pictures whose mask is of no use: theirs is left out.
+    `unused` what lies in the folder and is not used, `bad_masks` the pictures that are left out as their mask is of no use.
     """
 
     examples: tuple[Example, ...]

@@ -5,8 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import os
-import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -23,10 +22,12 @@ from ..pictures.galleries import (
 )
 from ..pictures.metadata import FILES, Note, metadata_file, read_metadata
 from ..recipe.fields import Data
+from ..text import quote
+from .buckets import Grid
 from .captions import fill, fill_caption, missing_trigger, read_caption, safe_trigger
 from .dataset import Concept, Dataset, Example
 from .images import Unreadable, probe
-from .masks import mask_of
+from .masks import load_mask, mask_of
 
 FINEST = 20  # balanced concepts differ from exact shares of each picture by less than one in so many
 CAPTION_TABLES = {".csv", ".json", ".jsonl", ".parquet", ".tsv"}  # of other programs
@@ -34,13 +35,13 @@ OURS = {"personalize.toml", "readme.txt", "license.txt"}
 Template = Callable[[Concept], str]
 
 
-def read_folder(data: Data, *, lenient: bool = False) -> Dataset:
+def read_folder(data: Data) -> Dataset:
     """Open, check and caption every picture of a folder (and those in subfolders that its metadata names).
 
     A folder without pictures of its own, but with subfolders called `10_name class`, holds a concept in each of them; so does a
-    project of kohya's in its `img`. A picture that cannot be read, or whose caption cannot, is left out with a warning. Raises
-    DataError when the folder, its metadata or masks are not usable (`lenient`: masks may be), or when no picture is left;
-    RecipeError for an unknown word in the caption's template.
+    project of kohya's in its `img`. A picture that cannot be read, or whose caption or mask cannot, is left out with a warning.
+    Raises DataError when the folder or its metadata are not usable, or when no picture is left; RecipeError for an unknown word
+    in the caption's template.
     """
     check_type(data, Data, "what is read", 'the data part of a recipe: p.read_folder(p.resolve(folder="photos").data)', DataError)
     found = galleries(data.folder)
@@ -50,8 +51,6 @@ def read_folder(data: Data, *, lenient: bool = False) -> Dataset:
         return lambda concept: fill(template, concept.trigger, concept.class_name)
 
     dataset = _collect(data.folder, found, concepts, words(data.caption), words(data.caption_prefix), data.alpha_mask)
-    if dataset.bad_masks and not lenient:
-        raise dataset.bad_masks[0][1]
     examples = _balance_repeats(dataset.examples, concepts) if data.balance else dataset.examples
     warnings = [
         *dataset.warnings,
@@ -129,7 +128,8 @@ class _Reading:
             if alpha is not None:
                 mask, mask_sha256 = mask_of(path, beside.mask_of(path), sha256, size, alpha)
         except DataError as error:
-            self.bad_masks.append((path, error))
+            self.bad_masks.append((path, error))  # whole, it would teach what its mask is to keep away
+            return
         text = written or note.caption
         caption = f"{prefix} {fill_caption(text, concept.trigger, concept.class_name) if text else template}".strip()
         repeats = note.repeats or concept.repeats
@@ -156,6 +156,7 @@ def _collect(
     if found[0].name:
         reading.skipped += look_into(root).left_out
     skipped = [f"skipped {_below(root, path)}: {why}" for path, why in reading.skipped]
+    skipped += skipped_by_masks(root, reading.bad_masks)
     if not reading.examples:
         raise DataError(f"none of the {len(reading.pictures)} pictures in {root} can be read", "; ".join(skipped[:3]))
     unread = _unread(root, found, reading)
@@ -163,6 +164,33 @@ def _collect(
     warnings = [*skipped, *_twins(reading.examples), *unused]
     about = tuple(reading.skipped), unused, tuple(reading.bad_masks)
     return Dataset(tuple(reading.examples), warnings, concepts[0].trigger, concepts, *about)
+
+
+def skipped_by_masks(root: Path, bad_masks: Iterable[tuple[Path, DataError]]) -> list[str]:
+    """What is told of pictures whose mask is of no use."""
+    return [f"skipped {_below(root, path)}: {error.what} ({error.hint})" for path, error in bad_masks]
+
+
+def without_cut_masks(root: Path, dataset: Dataset, places: Grid, factor: int = 1) -> Dataset:
+    """A dataset without the pictures of whose mask nothing is left once they are cut, and with a warning for each.
+
+    `factor` is how many pixels make a latent, along a side. Raises DataError when no picture is left.
+    """
+    lost = dict[Path, DataError]()
+    for example in dataset.examples:
+        if example.mask:
+            try:
+                load_mask(example, places.shape_of(example.size), factor)
+            except DataError as error:
+                lost[example.path] = error
+    if not lost:
+        return dataset
+    kept = tuple(example for example in dataset.examples if example.path not in lost)
+    warnings = skipped_by_masks(root, lost.items())
+    if not kept:
+        raise DataError(f"none of the {len(lost)} pictures in {root} can be used", "; ".join(warnings[:3]))
+    bad_masks = (*dataset.bad_masks, *lost.items())
+    return replace(dataset, examples=kept, warnings=[*dataset.warnings, *warnings], bad_masks=bad_masks)
 
 
 def _balance_repeats(examples: Sequence[Example], concepts: Sequence[Concept]) -> tuple[Example, ...]:
@@ -209,7 +237,7 @@ def _unused_folders(root: Path, pictures: set[Path]) -> list[str]:
     reg, told = class_folder(root), []
     if reg and reg.name in unused:
         unused.remove(reg.name)
-        told = [f"class images in the subfolder {reg.name} are used with --prior images --regularization {shlex.quote(str(reg))}"]
+        told = [f"class images in the subfolder {reg.name} are used with --prior images --regularization {quote(reg)}"]
     return [*told, *([f"pictures in the subfolder {first_few(unused)} are not used"] if unused else [])]
 
 

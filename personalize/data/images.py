@@ -31,6 +31,7 @@ SPARE = 3  # how many times larger than needed a picture stays when it is averag
 STRIP = 256  # rows of a large picture that are handled at a time
 ORIENTATION = 0x0112
 PROFILE_MODES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK", "Lab": "LAB"}  # an ICC profile's colours => how Pillow holds them
+BRIGHTEST = 16  # of floats in which 1 is white; what had 255 for white would be black up to here
 USUAL_GAMMA = 2.2  # of sRGB, as PNG's gAMA chunk counts: 1 / 2.2 says nothing new
 PNG, TEXTS = b"\x89PNG\r\n\x1a\n", (b"tEXt", b"zTXt", b"iTXt")
 TURNED = (b"XML:com.adobe.xmp\0", b"Raw profile type exif\0", b"Raw profile type APP1\0")  # texts that may say which way is up
@@ -249,12 +250,15 @@ def _grey(image: Image.Image, white: float) -> Image.Image:
 
 
 def white_of(image: Image.Image) -> float:
-    """What is white in a deep grey. I;16 spans its range; I and F say nothing of theirs: the least usual one that holds all."""
+    """What is white in a deep grey. I;16 spans its range; I and F say nothing of theirs: the least usual one that holds all. Of
+    floats it is 1 also where lights are brighter than that, which are cut."""
     if not _is_deep(image) or image.mode.startswith("I;16"):
         return 65535.0
     values = np.asarray(image)
     peak = float(np.max(values, where=np.isfinite(values), initial=0))
-    return next((top for top in (1.0, 255.0, 65535.0) if peak <= top and (top > 1 or image.mode == "F")), peak)
+    if image.mode == "F" and peak <= BRIGHTEST:
+        return 1.0
+    return next((top for top in (255.0, 65535.0) if peak <= top), peak)
 
 
 def _is_deep(image: Image.Image) -> bool:

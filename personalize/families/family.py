@@ -115,6 +115,10 @@ class TextRow(Network, Protocol):
     """A text encoder."""
 
     @property
+    def prefix(self) -> str:
+        """Of its keys in a single file; empty for families without those."""
+
+    @property
     def width(self) -> int:
         """Of its states."""
 

@@ -13,7 +13,7 @@ from typing import Any
 from ..formats.shapes import Shape as Shape
 from ..formats.shapes import same as same
 from ..registry import table
-from .family import Family, weights
+from .family import Family, TextRow, weights
 from .family import modules as modules
 
 FAMILIES: tuple[Family, ...] = tuple(table("families").values())  # in the order in which they are recognised
@@ -76,7 +76,25 @@ def kohya_paths(family: Family) -> Mapping[str, str]:
     for path, body in (item for blocks in family.blocks for item in _bodies(family, blocks).items()):
         for prefix in prefixes[part_of(path)]:
             paths[f"{prefix}_{body}"] = paths[f"{prefix}_{body.removeprefix('text_model_')}"] = path
+    for text in family.texts:
+        for layer, body in single_names(text).items():
+            for prefix in text.prefixes:
+                paths.setdefault(f"{prefix}_{body.replace('.', '_')}", f"{text.part}.{layer}")
     return paths
+
+
+def single_names(text: TextRow) -> dict[str, str]:
+    """Path in a text encoder => its name in a single file, behind the prefix, where that is another one (OpenCLIP's). Names of
+    what lies there in one tensor with others have its place behind a colon; what lies there transposed is left out."""
+    found = {}
+    for layer in text.layers():
+        if (address := text.address(layer.path)) is None:
+            continue
+        body = address.key.removeprefix(text.prefix).removesuffix("weight").rstrip("._")
+        place = f":{address.rows[0] // (address.rows[1] - address.rows[0])}" if address.rows else ""
+        if not address.transposed and body != layer.path:
+            found[layer.path] = body + place
+    return found
 
 
 @cache

@@ -24,6 +24,7 @@ from .clip import Clip
 from .emphasis import pieces
 from .family import Family, LatentFormat, Layer, Read, TextRow
 from .noise import Flow
+from .words import Words, speaking, tokenize
 
 if TYPE_CHECKING:
     import torch
@@ -218,6 +219,7 @@ class T5:
     part: ClassVar[str] = "text_encoder_3"
     optional: ClassVar[bool] = True
     prefixes: ClassVar[tuple[str, ...]] = ("lora_te3",)
+    prefix: ClassVar[str] = ""
     targets: ClassVar[Mapping[str, str]] = {
         "attention": r".*\.SelfAttention\.[qkvo]",
         "feedforward": r".*\.DenseReluDense\.w[io](_[01])?",
@@ -286,6 +288,7 @@ class T5Reader:
     part: str = T5.part
     layer: int = 1
     window: int = LENGTH
+    words: Words = field(default_factory=dict)  # that stand for vectors, and not for the tokenizer's tokens
 
     def windows(self, prompt: str, weighted: bool = False, shuffled: bool = False) -> int:
         """It reads a prompt at once."""
@@ -294,7 +297,10 @@ class T5Reader:
     def chunks(self, prompt: str, weighted: bool) -> list[list[tuple[int, float]]]:
         """A prompt's tokens, all in one."""
         text = "".join(piece for piece, _ in pieces(prompt)) if weighted else prompt
-        return [[(token, 1.0) for token in self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids]]
+        return [[(token, 1.0) for token in tokenize(text, self.words, self._ids)]]
+
+    def _ids(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
 
     def embed(self, prompts: Sequence[list[list[tuple[int, float]]]], windows: int) -> Read:
         """Prompts in chunks => hidden states [b, LENGTH, d]."""
@@ -303,7 +309,8 @@ class T5Reader:
         end, pad = self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
         rows = [[*(token for token, _ in chunk[: LENGTH - 1]), end] for (chunk,) in prompts]
         ids = torch.tensor([row + [pad] * (LENGTH - len(row)) for row in rows])
-        return self.model(ids.to(self.model.get_input_embeddings().weight.device))[0], None
+        with speaking(self.model, ids.to(self.model.get_input_embeddings().weight.device), self.words) as known:
+            return self.model(known)[0], None
 
     def blank(self, rows: int, windows: int, dtype: torch.dtype, run: bool) -> Read:
         """The shapes of what so many prompts would give, in zeros; what the model itself gives for zeros, if it is to `run`."""

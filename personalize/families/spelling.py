@@ -13,7 +13,7 @@ from functools import cache
 
 from ..formats.shapes import Shape, same
 from .family import Family, weights
-from .names import DENOISERS, FAMILIES, KOHYA_PREFIXES, PARTS, families_of, kohya_names, kohya_paths, part_of, says
+from .names import DENOISERS, FAMILIES, KOHYA_PREFIXES, PARTS, families_of, kohya_names, kohya_paths, part_of, says, single_names
 
 # Words of wrappers: peft, torch.compile, DDP and FSDP, checkpointing, LoRA layers, attention processors, ComfyUI's text encoders.
 WRAPPERS = {"base_model", "model", "module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"}
@@ -29,9 +29,24 @@ CALLED: dict[str, set[str]] = {
 for _row in (row for _family in FAMILIES for row in _family.networks):
     for _prefix in _row.prefixes:
         CALLED[_prefix] = {*CALLED.get(_prefix, ()), _row.part}
+_LEADS: dict[str, set[str]] = {}  # of several words, in single files
+for _text in (text for _family in FAMILIES for text in _family.texts):
+    _LEADS.setdefault(".".join(word for word in _text.prefix.split(".") if word and word not in WRAPPERS), set()).add(_text.part)
+_LEADS = {lead: parts for lead, parts in sorted(_LEADS.items(), reverse=True) if lead.split(".")[0] not in CALLED}
 _HIDDEN = re.compile(r"_(?:orig_mod|fsdp_wrapped_module|checkpoint_wrapped_module|forward_module)_")  # inside kohya's names
 _IN_FRONT = re.compile(r"_*(?:(?:base_model|model|module|unet|transformer|diffusion_model|text_encoder(?:_\d)?)_+)")
+_FUSED = re.compile(r"(.+[._]attn[._]in_proj)(?:_weight)?")  # OpenCLIP's q, k and v in one
 _OLD = re.compile(r"_lora$")  # diffusers before 0.22: to_q_lora
+
+
+def fused_names(name: str) -> tuple[str, ...]:
+    """Of a name that q, k and v share in OpenCLIP's models, one for each, as the tables have them; of others nothing.
+
+    >>> fused_names("conditioner.embedders.1.model.transformer.resblocks.0.attn.in_proj_weight")[2]
+    'conditioner.embedders.1.model.transformer.resblocks.0.attn.in_proj:2'
+    """
+    match = _FUSED.fullmatch(name)
+    return tuple(f"{match[1]}:{i}" for i in range(3)) if match else ()
 
 
 def path_in(family: Family, name: str, shape: Shape = ()) -> str:
@@ -55,7 +70,11 @@ def split_part(name: str) -> tuple[frozenset[str], str]:
     >>> split_part("unet.unet.base_model.model.conv_in")
     (frozenset({'unet'}), 'conv_in')
     """
-    words, parts = _plain(name).split("."), frozenset[str]()
+    name, parts = _plain(name), frozenset[str]()
+    for lead, own in _LEADS.items():
+        if name.startswith(f"{lead}."):
+            name, parts = name.removeprefix(f"{lead}."), frozenset(own)
+    words = name.split(".")
     while len(words) > 1 and words[0] in CALLED:
         told = parts & CALLED[words[0]] if parts else frozenset(CALLED[words[0]])
         if not told and words[0] != "transformer":  # CLIP's class in single files and in ComfyUI
@@ -138,6 +157,8 @@ def _bodies(family: Family) -> Iterator[tuple[str, str]]:
     for text in family.texts:
         for layer in text.layers():
             yield f"{text.part}.{layer.path}", layer.path
+        for path, body in single_names(text).items():
+            yield f"{text.part}.{path}", body.removeprefix("transformer.")
 
 
 def _spellings(body: str) -> Iterator[str]:

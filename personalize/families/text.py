@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .emphasis import pieces
+from .words import Words, speaking, tokenize
 
 BACKTRACK = 20  # tokens that a window may leave unused to end behind a comma, as in AUTOMATIC1111
 
@@ -26,6 +27,7 @@ class TextEncoder:
     model: Any
     layer: int = 1  # counted from the last; 2 is what UIs call clip skip 2
     normed: bool = True  # SDXL takes a layer as it is, SD 1 and 2 through the final norm
+    words: Words = field(default_factory=dict)  # that stand for vectors, and not for the tokenizer's tokens
 
     @property
     def window(self) -> int:
@@ -47,7 +49,8 @@ class TextEncoder:
         device = self.model.get_input_embeddings().weight.device
         ids = torch.tensor([[token for token, _ in row] for row in rows], device=device)
         last = self.layer == 1 and self.normed
-        output = self.model(ids, output_hidden_states=not last)
+        with speaking(self.model, ids, self.words) as known:
+            output = self.model(known, output_hidden_states=not last)
         states = output.last_hidden_state if last else output.hidden_states[-self.layer]
         if self.normed and not last:
             states = self._final_norm(states)
@@ -82,9 +85,11 @@ class TextEncoder:
             if weight is None:
                 tokens.append([])
             else:
-                ids = self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
-                tokens[-1] += [(token, weight) for token in ids]
+                tokens[-1] += [(token, weight) for token in tokenize(text, self.words, self._ids)]
         return [chunk for run in tokens for chunk in self._split(run)]
+
+    def _ids(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
 
     def _split(self, run: list[Token]) -> list[list[Token]]:
         """Tokens in windows; where one is full, it ends behind a comma if there is one near its end."""

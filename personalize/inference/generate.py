@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,23 +13,29 @@ import torch
 from PIL import Image
 
 from ..adapters.adapter import Adapter
+from ..adapters.embedding import vectors_of
 from ..data.captions import fill_caption, missing_trigger
 from ..errors import AdapterError, OutputError, RecipeError
 from ..families.notation import choose_by_seed, unescape
+from ..families.words import words_pattern
+from ..formats.header import short
 from ..models.model import Base, device_of
 from ..models.precision import dtype_of, precision_of
 from ..recipe.fields import Fitting, Recipe
 from ..recipe.lines import parse_line
 from ..recipe.resolve import from_json, resolve
+from ..text import slug
 from .events import Event, Notice, Picture, Progress, Saved
 from .img2img import fit_image
 from .library import Library
-from .png import save_picture, slug
+from .png import save_picture
 from .prompts import Use, check_negative, parse
 from .request import InitImage, Request
 from .session import Session
 from .sheet import contact_sheet, save_sheet
 from .xyplot import Axis, Plot, plots
+
+SOME = 3  # words that are named in one line
 
 
 def generate(
@@ -152,7 +158,7 @@ def check_output(output: Path, pictures: int, sheets: int) -> None:
 
 def check_adapters(adapters: Mapping[str, Adapter], requests: Sequence[Request]) -> Iterator[str]:
     """Raise RecipeError for blocks and patterns that an adapter does not have. Yield a warning for each adapter whose trigger
-    word is in none of the prompts that it is for: it will hardly show."""
+    word, or a word that it brings, is in none of the prompts that it is for: it will hardly show."""
     for name, adapter in adapters.items():
         own = [request for request in requests if name in dict(request.adapters)]
         weightings = [weighting for request in own for use, weighting in request.adapters if use == name]
@@ -167,6 +173,25 @@ def check_adapters(adapters: Mapping[str, Adapter], requests: Sequence[Request])
             bare = any(word.lower() in request.prompt.lower() for word in words for request in own)
             why = ": brackets without a backslash are emphasis" if bare else ""
             yield f"{name} listens to '{trigger}', which no prompt says{why}"
+        if unsaid := [word for word in vectors_of(adapter.words) if not is_said(word, own)]:
+            listed = ", ".join(f"'{short(word)}'" for word in unsaid[:SOME]) + " and others" * (len(unsaid) > SOME)
+            yield f"{name} brings {listed}, which no prompt says"
+    yield from twice_brought(adapters)
+
+
+def is_said(word: str, requests: Iterable[Request]) -> bool:
+    """Whether a word stands in a prompt or a negative prompt."""
+    pattern = words_pattern([word])
+    return any(pattern.search(unescape(text)) for request in requests for text in (request.prompt, request.negative))
+
+
+def twice_brought(adapters: Mapping[str, Adapter]) -> Iterator[str]:
+    """A warning for each word that two adapters bring: in a prompt for both, it is the first one's."""
+    bringers: dict[str, str] = {}
+    for name, adapter in adapters.items():
+        for word in vectors_of(adapter.words):
+            if (first := bringers.setdefault(word, name)) != name:
+                yield f"{first} and {name} both bring the word '{short(word)}': where both are used, it is the first one's"
 
 
 def file_name(request: Request, label: str) -> str:

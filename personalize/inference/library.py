@@ -13,10 +13,12 @@ from typing import NamedTuple
 from ..adapters.adapter import Adapter
 from ..adapters.describe import describe
 from ..adapters.dialects import file_of
+from ..adapters.embedding import vectors_of
 from ..adapters.strengths.grammar import WHOLE, Weighting
 from ..errors import AdapterError, RecipeError
 from ..formats.header import short
 from ..io import weights_hash
+from ..text import quote
 from .prompts import Use, find_name, tag_name
 from .request import Request
 
@@ -88,7 +90,7 @@ class Library:
             found = aliases[find_name(name, {**aliases, **dict.fromkeys(given), **dict.fromkeys(inside)})]
         if len(inside[found]) > 1:
             both = " and ".join(map(str, inside[found][:2]))
-            raise RecipeError(f"{found} is {both}", f"say which: --adapter {found}={inside[found][0]}")
+            raise RecipeError(f"{found} is {both}", f"say which: --adapter {quote(f'{found}={inside[found][0]}')}")
         self.files[found] = inside[found][0]
         return found
 
@@ -115,9 +117,9 @@ class Library:
         state = file_state(path)
         if entry is None or (entry.path, entry.state) != (path, state):
             entry = Entry(path, state, Adapter.load(path))
-            if words := entry.adapter.words:
-                what = f"{path} brings the word {short(next(iter(words)))!r}, whose vectors are not used in drawing here"
-                warnings.warn(f"{what}; `personalize convert --words FOLDER` takes them out for UIs", stacklevel=2)
+            if lost := entry.adapter.words.keys() - vectors_of(entry.adapter.words).keys():
+                what = f"{path} brings the word {short(min(lost))!r} in vectors that are not read here"
+                warnings.warn(f"{what}: it is drawn as it is spelled", stacklevel=2)
         self._loaded[name] = entry
         return entry
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from PIL import Image, PngImagePlugin
 
@@ -15,19 +13,11 @@ from ..io import atomic
 from ..recipe.fields import Sampling
 from ..version import __version__
 from .prompts import with_tags
+from .record import read_record
 from .request import Request
 
 SETTING = re.compile(r'\s*([\w ]+): ("(?:\\.|[^"\\])*"|[^,]*)(?:,|$)')  # as A1111 reads them
 NEGATIVE = "Negative prompt: "
-
-
-def slug(prompt: str) -> str:
-    """A prompt as the beginning of a file name.
-
-    >>> slug("A Zwx cat, in the snow!")
-    'a-zwx-cat-in-the-snow'
-    """
-    return re.sub(r"\W+", "-", prompt.lower()).strip("-")[:48].strip("-") or "picture"
 
 
 def save_picture(picture: Image.Image, path: Path, request: Request) -> Path:
@@ -92,12 +82,6 @@ def parse_infotext(text: str) -> Request:
         )
     except ValueError as error:
         raise RecipeError(f"these settings of a picture cannot be read: {line}") from error
-
-
-def read_record(path: Path) -> Mapping[str, Any]:
-    """The JSON that `save_picture` wrote into a PNG; empty for other pictures."""
-    with Image.open(path) as picture:
-        return dict(json.loads(picture.info.get("personalize", "{}")))
 
 
 def read_request(path: Path) -> Request:

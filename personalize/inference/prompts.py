@@ -19,6 +19,7 @@ from ..adapters.strengths.curves import strength_text
 from ..adapters.strengths.grammar import PARTS, PRESETS, Weighting, read
 from ..errors import AdapterError, RecipeError, nearest
 from ..families.notation import foreign
+from ..pictures.files import unnameable
 
 TAG = re.compile(r"<(lora|lyco|hypernet):([^<>]*)>", re.IGNORECASE)
 OPENING = re.compile(r"<(lora|lyco|hypernet):", re.IGNORECASE)
@@ -53,6 +54,8 @@ def parse(prompt: str) -> Prompt:
     >>> text, [(name, str(weighting)) for name, weighting in uses]
     ('a dog', [('rex', '0.8:0.5:stop=0.5'), ('ink', '1')])
     """
+    if unnameable(prompt):
+        raise RecipeError(f"a prompt is no UTF-8 text: {prompt[:60]}", "is the terminal, or the file, set to UTF-8?")
     uses = tuple(Use(*parse_tag(match[1], match[2], match[0])) for match in TAG.finditer(prompt))
     text = TAG.sub("", prompt)
     if lost := OPENING.search(text):

@@ -14,6 +14,7 @@ from ..families.notation import choose_by_seed
 from ..recipe.fields import Sampling
 from ..recipe.lines import parse_line
 from ..recipe.samplers import sampler_name
+from ..text import plain
 from .prompts import Use, check_negative, parse
 from .schedulers import sampler_of
 
@@ -36,7 +37,7 @@ class InitImage:
     @classmethod
     def open(cls, path: str | Path) -> InitImage:
         """Read a file: RGB, upright. Raises DataError."""
-        return cls(load_whole(Path(path)), Path(path).name)
+        return cls(load_whole(Path(path)), plain(Path(path).name))  # a name may be no UTF-8
 
 
 @dataclass(frozen=True)

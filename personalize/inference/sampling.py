@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..adapters.adapter import Adapter
+from ..adapters.embedding import vectors_of
 from ..adapters.strengths.grammar import Weighting
 from ..families.cond import Cond
 from ..families.notation import at_step
@@ -37,10 +38,11 @@ def draw_batch(
 ) -> Steps:
     """Draw requests that differ in prompt and seed only: yields (steps done, steps in all), returns pixels [b, 3, h, w].
 
-    The adapters of `stack` are attached for as long as it takes; without any, what is attached to the base counts. However it
-    ends, also by `close()`, the base is as it was.
+    The adapters of `stack` are attached for as long as it takes, and their words known, those of the first that brings them;
+    without any, what is attached to the base counts. However it ends, also by `close()`, the base is as it was.
     """
-    with attach(base, stack) if stack else contextlib.nullcontext(), eval_mode(base):
+    words = {word: vectors for adapter, _ in reversed(stack) for word, vectors in vectors_of(adapter.words).items()}
+    with attach(base, stack) if stack else contextlib.nullcontext(), base.knowing(words), eval_mode(base):
         latents = yield from denoise_steps(base, requests, start)
         return base.decode(latents)
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,11 +18,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..errors import BaseModelError, RecipeError, check_type
+from ..errors import BaseModelError, FamilyMismatchError, RecipeError, check_type
 from ..families.cond import Cond
 from ..families.family import Family, LatentFormat, Read
 from ..families.noise import ZERO_SNR, Noise
 from ..families.text import Chunks, TextEncoder
+from ..formats.header import short
 from ..recipe.fields import check_device
 from .folder import examine, load_folder
 from .loaded import Loaded
@@ -66,6 +67,12 @@ class Base:
     lean: bool = False  # encoders leave the device when they are done
     tiled: bool = False  # pictures are decoded one by one, in tiles
     _busy: Counter[int] = field(default_factory=Counter, repr=False)  # by model, how many hold it on the device
+
+    def __new__(cls, *args: Any, **values: Any) -> Base:
+        """Raises BaseModelError for a name: bases are read by `load`."""
+        if len(args) + len(values) == 1:
+            raise BaseModelError("a base is loaded", 'p.Base.load("pocket")')
+        return super().__new__(cls)
 
     @classmethod
     def load(
@@ -256,6 +263,27 @@ class Base:
         count = max([windows, *(len(chunks) for one in read for chunks in one)])
         states = [self._read(text, one, count) for text, one in zip(self.texts, read, strict=True)]
         return self.family.combine(self.family, states)
+
+    @contextlib.contextmanager
+    def knowing(self, words: Mapping[str, Mapping[str, Tensor]]) -> Iterator[None]:
+        """Inside, words in prompts stand for vectors: word => text encoder => its vectors [tokens, width].
+
+        A text encoder without vectors reads a word as it is spelled. Raises FamilyMismatchError for vectors of another width.
+        """
+        before, made = self.texts, []
+        for text in before:
+            own = {word: vectors[text.part] for word, vectors in words.items() if text.part in vectors}
+            width = int(text.model.get_input_embeddings().weight.shape[1])
+            for word, vectors in own.items():
+                if vectors.shape[1] != width:
+                    what = f"the word {short(word)!r} has vectors of {vectors.shape[1]} numbers for the {text.part}"
+                    raise FamilyMismatchError(what, f"{self.name} reads {width}: it was made for another base")
+            made.append(replace(text, words=own))
+        self.texts = tuple(made)
+        try:
+            yield
+        finally:
+            self.texts = before
 
     def _read(self, text: TextEncoder, prompts: Sequence[Chunks], windows: int) -> Read:
         with self.using(text.model):

@@ -59,6 +59,8 @@ def galleries(root: Path) -> list[Gallery]:
 
 def check_output(folder: Path, output: Path) -> None:
     """Raise RecipeError for a run folder, or a file, that would lie among the pictures and be learned as one the next time."""
+    if unnameable(str(output)):
+        raise RecipeError(f"--output {output} is no UTF-8 text", "choose another name")
     place = output.parent if output.suffix else output
     for one in galleries(folder):
         if one.contents.folder.resolve() == place.resolve():

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     BaseModel,
@@ -16,15 +16,17 @@ from pydantic import (
     Field,
     GetCoreSchemaHandler,
     GetJsonSchemaHandler,
+    ValidationError,
     field_validator,
     model_validator,
 )
+from pydantic._internal._model_construction import ModelMetaclass  # of BaseModel: it has no public name
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, PydanticCustomError
 from pydantic_core.core_schema import no_info_after_validator_function
 
 from .. import registry
-from ..errors import RecipeError
+from ..errors import RecipeError, nearest
 from .samplers import AUTO, SAMPLERS, sampler_name
 
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
@@ -66,10 +68,59 @@ class OneOf:
         return value
 
 
-class Part(BaseModel):
+class Called(ModelMetaclass):
+    """What Python code gets wrong in a call is a RecipeError that names the right place."""
+
+    def __call__(cls, *args: Any, **values: Any) -> Any:
+        if args:
+            raise RecipeError(f"{cls.__name__} takes settings by name", "p.resolve(folder='photos', rank=4)")
+        try:
+            return super().__call__(**values)
+        except ValidationError as error:
+            raise explain_call(cls, error) from None
+
+
+class Part(BaseModel, metaclass=Called):
     """A section of the recipe. Unknown keys are errors; values cannot change after validation."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, populate_by_name=True, allow_inf_nan=False)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise RecipeError(f"a recipe cannot be changed: {name}", f"make another one: p.resolve(start=recipe, {name}=...)")
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """A copy with other values, which are not validated. Raises RecipeError for names that are no fields."""
+        for name in (update or {}).keys() - type(self).model_fields.keys():
+            raise unknown_field(type(self), name)
+        return super().model_copy(update=update, deep=deep)
+
+
+def explain_call(part: Any, error: ValidationError) -> RecipeError:
+    """The first thing that is wrong about a call, as one line."""
+    *within, name = map(str, (first := error.errors()[0])["loc"])
+    if first["type"] == "extra_forbidden":
+        for one in within:
+            part = part.model_fields[one].annotation or part
+        return unknown_field(part, name)
+    what = first["msg"].replace("Input should be", "must be", 1)
+    return RecipeError(f"{'.'.join([*within, name])} {what}, not {first['input']!r}")
+
+
+def unknown_field(part: type[BaseModel], name: str) -> RecipeError:
+    """What to say of a name that is no field of a section, or of the recipe: where it belongs, or what was meant."""
+    kinds = {field: info.annotation for field, info in Recipe.model_fields.items()}
+    sections = {field: kind for field, kind in kinds.items() if isinstance(kind, type) and issubclass(kind, Part)}
+    homes = dict.fromkeys(kinds.keys() - sections.keys(), "")
+    for field, kind in sections.items():
+        homes |= {info.alias or key: field for key, info in kind.model_fields.items()}
+    what = f"{part.__name__} has no setting {name!r}"
+    if section := homes.get(name):
+        call = f"Recipe({section}={sections[section].__name__}({name}=...))"
+        return RecipeError(what, f"it is {section}.{name}: p.{call}, or p.resolve({name}=...)")
+    if name in homes:
+        return RecipeError(what, f"it is the recipe's own: p.Recipe({name}=...)")
+    placed = {f"did you mean {own}?": f"did you mean {section}.{own}?" for own, section in homes.items() if section}
+    return RecipeError(what, placed.get(meant := nearest(name, homes), meant))
 
 
 class Data(Part):

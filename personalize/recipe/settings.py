@@ -115,6 +115,7 @@ def flat(table: Mapping[str, Any], origin: str = "") -> dict[str, Any]:
     sections = {setting.section for setting in settings().values()} - {""}
     values: dict[str, Any] = {}
     for key, value in table.items():
+        value = value.model_dump(by_alias=True, exclude_unset=True) if isinstance(value, Part) else value
         inside = value if key in sections and isinstance(value, Mapping) else {key: value}
         for name, plain in inside.items():
             known = settings().get(name.replace("-", "_"))

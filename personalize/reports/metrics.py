@@ -26,6 +26,7 @@ from ..io import write_text
 from ..models.clip import Clip
 from ..models.sources import locate
 from ..training.events import Chosen, Sample, Started, parse, read_events
+from ..training.sample_names import drawing_of
 
 
 @dataclass(frozen=True)
@@ -71,10 +72,10 @@ def evidence(folder: Path) -> Evidence:
     chosen = next((event.step for event in reversed(events) if isinstance(event, Chosen)), None)
     steps = {event.step for event in samples if not event.base}
     shown = chosen if chosen in steps else max(steps, default=0)
-    base = {(event.prompt, event.seed): event.path for event in samples if event.base}
+    base = {(event.prompt, event.seed, drawing_of(event.path)): event.path for event in samples if event.base}
     pairs: dict[bool, list[Pair]] = {True: [], False: []}
     for event in samples:
-        twin = base.get((event.prompt, event.seed))
+        twin = base.get((event.prompt, event.seed, drawing_of(event.path)))
         if event.step == shown and not event.base and twin:
             words, has_trigger = remove_triggers(triggers, event.prompt)
             pairs[has_trigger].append(Pair(words, load_rgb(folder / twin), load_rgb(folder / event.path)))

@@ -42,8 +42,8 @@ from .memory.recover import (
 )
 from .milestones import finish, make_what_is_due, probe_run, sample_images, save_checkpoint, state_is_due
 from .preflight import RunPlan, check, names_of, recipe_text, with_defaults
-from .run import ActiveRun, peak_bytes, start_run
-from .rundir import Run
+from .run import ActiveRun, peak_bytes, put_states, start_run
+from .rundir import Commit, Run
 from .step import gradients
 
 Numbered = tuple[int, Event]  # number of the recipe, and an event of its run
@@ -160,17 +160,21 @@ def train_plans(
             yield i, failed_event(plan, 0, error)
     with Fleet(plans[first].base, [plans[i].start for i in data], plans[first].recipe.adapter.dropout) as fleet:
         runs = []
+        commit = Commit(plans[first].run.commit) if len(data) > 1 else None
         for member, i in zip(fleet.members, data, strict=True):
             run = start_run(plans[i], data[i], member, memory[i], i)
+            run.commit = commit
             run.began = began - run.plan.run.open(recipe_text(run.plan.recipe, run.plan.history), run.done)
             runs.append(run)
         try:
             yield from run_group(Group(runs, policy, at_once(memory[first], len(runs))))
         except (KeyboardInterrupt, GeneratorExit):
-            for run in runs:
-                if not run.ended:
-                    run.stop()
-                    run.plan.run.record(Stopped(run.done))
+            left = [run for run in runs if not run.ended]
+            for run in left:
+                run.write_last_state()
+            put_states(left)
+            for run in left:
+                run.plan.run.record(Stopped(run.done))
             raise
         except PersonalizeError as error:
             for run in runs:
@@ -236,8 +240,7 @@ def keep_states(group: Group) -> Iterator[Numbered]:
     for run in group.runs:
         yield from by_itself(group, run, write_state(run, due.get(run.number, False)))
     with defer_interrupts():
-        for run in group.runs:
-            run.plan.run.put_state()
+        put_states(group.runs)
 
 
 def write_state(run: ActiveRun, due: bool) -> Iterator[Event]:
@@ -278,7 +281,8 @@ def obey_word(run: ActiveRun, word: str) -> Iterator[Event]:
         run.plan.run.put_state()
         yield save_checkpoint(run)
     elif word == "stop":
-        run.stop()
+        run.write_last_state()
+        run.plan.run.put_state()
         run.ended = True
         yield run.plan.run.record(Stopped(run.done))
     elif word:

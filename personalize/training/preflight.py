@@ -17,14 +17,14 @@ from ..data.batches import generator
 from ..data.cache import fingerprint
 from ..data.captions import fill, remove_triggers, safe_trigger
 from ..data.dataset import Concept, Dataset, Example
-from ..data.folder import read_folder, regularization
+from ..data.folder import read_folder, regularization, without_cut_masks
 from ..data.latents import grid_of
-from ..errors import OutputError, RecipeError, nearest
+from ..errors import DataError, OutputError, RecipeError, nearest
 from ..families.names import claims
 from ..families.notation import choose_by_seed, variants
 from ..inference import schedulers
-from ..inference.png import read_record
 from ..inference.prompts import parse
+from ..inference.record import read_record
 from ..inference.request import Request
 from ..io import weights_hash
 from ..models.model import Base, device_of
@@ -40,7 +40,8 @@ from ..tuning.targets import fresh as fresh_deltas
 from .changes import changes_since, identity
 from .events import Finished
 from .objectives.objective import needs_of
-from .rundir import Run, State, sample_name
+from .rundir import Run, State
+from .sample_names import sample_name
 
 # Settings that change nothing about the training itself: a run may go on with other ones.
 HARMLESS = {"preset", "output", "name", "dialect", "save_precision", "checkpoint_every", "folder", "regularization", "device"}
@@ -129,7 +130,15 @@ class RunPlan:
         """The sample images by the names of their files, without the step: every prompt with all seeds, or the first ones."""
         numbers = [(p, s) for p in range(len(self.lines)) for s in range(len(self.recipe.sampling.sample_seeds[:seeds]))]
         requests = [(self.lines[p], self.sample_request(p, s, **changed)) for p, s in numbers]
-        return {sample_name(*line, request.seed): request for line, request in requests}
+        return {self._sample_name(line, request): request for line, request in requests}
+
+    def _sample_name(self, line: PromptLine, request: Request) -> str:
+        """The name of a sample image without its step: another one where that name's images were drawn in another way."""
+        name, whole = sample_name(*line, request.seed), request.complete(self.base)
+        records = [record_of(path) for path in self.run.drawings(name)]
+        if all(record is None or is_record_of(record, whole) for record in records):
+            return name
+        return sample_name(line.text, {**line.options, "drawn": whole.record()}, request.seed)
 
     def request(self, prompt: str, seed: int, **changed: Any) -> Request:
         """A sample image, as the recipe wants it drawn."""
@@ -158,28 +167,33 @@ def check(
     Raises PersonalizeError for the first thing that is wrong. Changes nothing but for making the run folder. `base` is the one
     that the recipe names, if it was loaded before. `claim` is called before anything in the run folder is believed.
     """
-    whole = read_folder(recipe.data)
+    whole, asked = read_folder(recipe.data), recipe.choosing.holdout
     recipe = with_defaults(recipe, whole)
-    dataset, held = split(whole, recipe)
     assert recipe.output and recipe.name
     check_output(recipe.data.folder, recipe.output)
     if recipe.output.suffix == ".safetensors":
         raise RecipeError(f"--output is the run's folder, and {recipe.output} a file's name", "name the adapter with --name")
     run = Run(recipe.output, recipe.name)
     claim(run)
+    state = None if fresh else run.load_state()
+    before = held_before(recipe, asked, whole, state)
+    if state and before:
+        recipe = holding_back(recipe, still_held(recipe, whole, state))
     device = torch.device(device_of(recipe.device))
     precision = precision_of(recipe.fitting, device)
     base = base or Base.of(recipe, "cpu", dtype_of(precision))
     schedulers.make_sampler(base, recipe.sampling.sample_steps, recipe.sampling.sampler)
     schedulers.latent_shape(base, recipe.data.resolution or None)
-    grid_of(base, recipe)
+    dataset, held = split(without_cut_masks(recipe.data.folder, whole, grid_of(base, recipe), base.factor), recipe)
     brought = class_folder(recipe)
-    about = {
+    about: dict[str, Any] = {
         "settings": settings_to_compare(recipe) | held_as(recipe, precision),
         "pictures": [identity(e) for e in (*dataset.examples, *(brought.examples if brought else ()))],
         "weights": weights(base),
     }
-    state = None if fresh else run.load_state()
+    about |= {"held": [example.sha256 for example in held]} if held or before else {}
+    if before:
+        about["settings"]["holdout"] = before  # the same pictures, whatever they are called now
     start = fresh_deltas(base, recipe.adapter, parts(recipe, base), recipe.seed)
     init: dict[str, Any] | None = state.about.get("init") if state else None  # the state holds what was made of it
     if recipe.init and not state:
@@ -187,6 +201,8 @@ def check(
     about |= {"init": init} if init else {}
     history: list[dict[str, Any]] = state.more.get("changes", []) if state else []
     changes = changes_since(state, about, recipe, run, names_of(recipe, dataset)) if state else []
+    if state and before and any(state.about.get(name, about[name]) != about[name] for name in ("pictures", "held")):
+        changes += held_words(recipe, before)
     same = state and state.done == recipe.steps and run.recipe_text() == recipe_text(recipe, history)
     finished = run.finished_event() if same else None
     if state and changes and not finished:
@@ -220,15 +236,19 @@ def with_defaults(recipe: Recipe, dataset: Dataset) -> Recipe:
     """The recipe with those defaults filled in that depend on the pictures: trigger, class, name, output, which are held back."""
     name = recipe.name or safe_trigger(dataset.trigger)
     data = recipe.data.model_copy(update={"trigger": dataset.trigger, "class_name": dataset.concepts[0].class_name})
-    choosing = recipe.choosing.model_copy(update={"holdout": tuple(kept_back(recipe, dataset))})
-    told = {"data": data, "name": name, "output": recipe.output or Path("runs") / name, "choosing": choosing}
-    return recipe.model_copy(update=told)
+    told = {"data": data, "name": name, "output": recipe.output or Path("runs") / name}
+    return holding_back(recipe, kept_back(recipe, dataset)).model_copy(update=told)
+
+
+def holding_back(recipe: Recipe, names: Sequence[str]) -> Recipe:
+    """The recipe with these pictures held back."""
+    return recipe.model_copy(update={"choosing": recipe.choosing.model_copy(update={"holdout": tuple(names)})})
 
 
 def kept_back(recipe: Recipe, dataset: Dataset) -> list[str]:
     """Names of the pictures that are held back; a number draws so many. Raises RecipeError for a name that is none."""
     names, asked = names_of(recipe, dataset), recipe.choosing.holdout
-    if len(asked) == 1 and asked[0].isdecimal() and asked[0] not in names:
+    if is_number(asked, names):
         order = torch.randperm(len(names), generator=generator(recipe.seed, "holdout")).tolist()
         asked = tuple(names[i] for i in sorted(order[: int(asked[0])]))
     for name in asked:
@@ -237,6 +257,34 @@ def kept_back(recipe: Recipe, dataset: Dataset) -> list[str]:
     if len(set(asked)) == len(names) or (recipe.choosing.leave_one_out and len(names) == 1):
         raise RecipeError(f"nothing is left to train on: there are {len(names)} pictures", "hold fewer back")
     return list(asked)
+
+
+def is_number(holdout: Sequence[str], names: Sequence[str]) -> bool:
+    """Whether --holdout says how many pictures, and not which."""
+    return len(holdout) == 1 and holdout[0].isdecimal() and holdout[0] not in names
+
+
+def held_before(recipe: Recipe, asked: Sequence[str], dataset: Dataset, state: State | None) -> list[str]:
+    """The pictures that a run has held back so far, where it goes on and is `asked` for as many; else none."""
+    if state is None or not is_number(asked, names_of(recipe, dataset)):
+        return []
+    before: list[str] = state.about["settings"].get("holdout", [])
+    return before if len(before) == len(recipe.choosing.holdout) else []
+
+
+def still_held(recipe: Recipe, dataset: Dataset, state: State) -> list[str]:
+    """The pictures that a run has held back so far, by their bytes, as they are called now: none that comes later takes their
+    place, and none that was learned."""
+    shas, before = state.about.get("held"), state.about["settings"].get("holdout", [])
+    pairs = zip(names_of(recipe, dataset), dataset.examples, strict=True)
+    return [name for name, example in pairs if (name in before if shas is None else example.sha256 in shas)]
+
+
+def held_words(recipe: Recipe, before: Sequence[str]) -> list[str]:
+    """What is told where a number of pictures is held back and the folder has others now."""
+    now = recipe.choosing.holdout
+    what = f"--holdout {len(before)} holds the same pictures back: {', '.join(now)}" if now else "what was held back is gone"
+    return [f"{what}; {len(before) - len(now)} of them gone" if 0 < len(now) < len(before) else what]
 
 
 def names_of(recipe: Recipe, dataset: Dataset) -> list[str]:
@@ -248,6 +296,8 @@ def split(dataset: Dataset, recipe: Recipe) -> tuple[Dataset, tuple[Example, ...
     """What is trained on, and what is held back."""
     pairs = list(zip(names_of(recipe, dataset), dataset.examples, strict=True))
     kept = tuple(example for name, example in pairs if name not in recipe.choosing.holdout)
+    if not kept:
+        raise DataError("nothing is left to train on but what is held back", "hold fewer back")
     return replace(dataset, examples=kept), tuple(example for name, example in pairs if name in recipe.choosing.holdout)
 
 
@@ -299,5 +349,18 @@ def recipe_text(recipe: Recipe, history: Sequence[Mapping[str, Any]] = ()) -> st
 
 def is_drawn(path: Path, request: Request) -> bool:
     """Whether an image is there that was drawn from just this request, which is complete."""
-    wanted = request.record()
-    return path.is_file() and wanted == {key: read_record(path).get(key) for key in wanted}
+    record = record_of(path)
+    return record is not None and is_record_of(record, request)
+
+
+def record_of(path: Path) -> Mapping[str, Any] | None:
+    """What an image says of how it was drawn; None for one that is damaged or not there."""
+    try:
+        return read_record(path)
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def is_record_of(record: Mapping[str, Any], request: Request) -> bool:
+    """Whether an image's record is that of a request, which is complete."""
+    return all(record.get(key) == value for key, value in request.record().items())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -18,7 +18,7 @@ from .memory.plan import MemoryPlan
 from .objectives.objective import Inputs, Rng, make_objective
 from .optimizers import Optimizer
 from .preflight import RunPlan
-from .rundir import State
+from .rundir import Commit, State
 from .step import Batch, Learner
 
 GOOD = "good "  # begins the names of what an interrupted run would go back to
@@ -44,6 +44,7 @@ class ActiveRun:
     pace: Pace = field(default_factory=Pace)
     between: bool = True  # samples and files that are due at `done` steps are still to be made
     ended: bool = False
+    commit: Commit | None = None  # of the states of all runs that go side by side
     seen: list[Seen] = field(default_factory=list)  # of the step that is being taken
     batches: Iterator[Inputs] = field(init=False)
 
@@ -82,7 +83,8 @@ class ActiveRun:
     def state(self) -> State:
         """Where the run stands now."""
         changes = {"changes": self.plan.history} if self.plan.history else {}
-        more = {"fit": asdict(self.compute), "failed": self.failed, **changes}
+        company = {"commit": self.commit.record(self.plan.run.folder)} if self.commit else {}
+        more = {"fit": asdict(self.compute), "failed": self.failed, **changes, **company}
         return State(self.done, self.plan.about, self.opt.state(), more)
 
     def write_state(self, due: bool) -> None:
@@ -100,11 +102,10 @@ class ActiveRun:
             state.more["good"] = self.good.done
         self.plan.run.write_state(state)
 
-    def stop(self) -> None:
-        """Save the state of an interrupted run. After its last step it is there, and another checkpoint may be attached."""
+    def write_last_state(self) -> None:
+        """Write the state of an interrupted run. After its last step it is there, and another checkpoint may be attached."""
         if self.steps_left or self.good.done < self.done:
             self.write_state(due=False)
-        self.plan.run.put_state()  # also one that was written before the interruption
 
     def facts(self) -> dict[str, Any]:
         """How the run fits into memory, for events, the report and the file."""
@@ -132,6 +133,17 @@ def start_run(plan: RunPlan, data: TrainingData, tunable: Tunable, memory: Memor
     good = State(state.more["good"], plan.about, behind) if behind else state
     failed = list(state.more.get("failed", []))
     return ActiveRun(plan, data, tunable, learner, memory, good, number, done=state.done, failed=failed)
+
+
+def put_states(runs: Sequence[ActiveRun]) -> None:
+    """Let the states that runs have written, also before an interruption, take their places: all of them, or none."""
+    commit = next((run.commit for run in runs if run.commit), None)
+    if commit:
+        commit.make()
+    for run in runs:
+        run.plan.run.put_state()
+    if commit:
+        commit.clear()
 
 
 def peak_bytes(device: torch.device) -> int:

@@ -4,8 +4,10 @@ NAME.safetensors, .png, .json     the adapter, its preview, its sidecar for UIs
 checkpoints/NAME-000050...        adapters on the way and the last;  checkpoints/state.safetensors: what the run goes on from
 folds/01/                         runs that left a picture out
 samples/000050-a-rex-dog-s0.png   pictures by step, prompt and seed; those of step 0 are the base's own
+samples/000050-a-rex-dog-563043-s0.png  the same, drawn in another way than the first one of that name
 samples/000200-a-rex-dog-s0-x0.50.png   pictures of the finished adapter by strength
 control, .lock                    a word to the run that goes on (control.py), and who that is
+checkpoints/.commit               there for a moment while the states of several runs take their places: see Commit
 class_images/                     drawn by the base, for prior preservation
 recipe.toml, events.jsonl, report.html
 """
@@ -13,9 +15,10 @@ recipe.toml, events.jsonl, report.html
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
+import os
 import re
+import secrets
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -27,12 +30,12 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ..errors import OutputError
-from ..inference.png import slug
 from ..io import atomic, disk_error, write_text
 from ..lock import hold
 from ..text import command_line
 from .control import take_words
 from .events import Event, Finished, event_record, parse, read_events
+from .sample_names import drawing_of
 
 OURS = ("checkpoints", "samples", "class_images", "folds", "events.jsonl", "recipe.toml", "metrics.json", "report.html")
 
@@ -45,6 +48,36 @@ class State:
     about: dict[str, Any]  # the recipe's settings and the pictures, to tell whether the run may go on
     tensors: dict[str, Tensor]
     more: dict[str, Any] = field(default_factory=dict)  # how the run fits into memory, which steps failed, what it began with
+
+
+@dataclass(frozen=True)
+class Commit:
+    """What makes the states that several runs have written count, all at the same moment: a file in the folder of one of them.
+
+    Each state names the file and its token. A state beside the last one counts as soon as the file holds its token, whether it
+    has taken the other's place yet or not.
+    """
+
+    path: Path
+    token: str = field(default_factory=lambda: secrets.token_hex(8))
+
+    def make(self) -> None:
+        """From now on, the states count. Raises OutputError."""
+        write_text(self.path, self.token)
+
+    def clear(self) -> None:
+        """Forget it, once each state has its place. Raises OutputError."""
+        try:
+            self.path.unlink(missing_ok=True)
+        except OSError as error:
+            raise disk_error(self.path, error, "another --output") from error
+
+    def record(self, folder: Path) -> dict[str, str]:
+        """What the state of a run in a folder says of it."""
+        try:
+            return {"at": os.path.relpath(self.path, folder), "token": self.token}
+        except ValueError:  # another drive of Windows
+            return {"at": str(self.path.absolute()), "token": self.token}
 
 
 @dataclass(frozen=True)
@@ -71,6 +104,10 @@ class Run:
         return self.state.with_name(".state.safetensors.tmp")  # it is gone after a kill
 
     @property
+    def commit(self) -> Path:
+        return self.state.with_name(".commit")
+
+    @property
     def class_images(self) -> Path:
         return self.folder / "class_images"
 
@@ -93,6 +130,10 @@ class Run:
 
     def sample(self, step: int, name: str) -> Path:
         return self.folder / "samples" / f"{step:06}-{name}.png"
+
+    def drawings(self, name: str) -> list[Path]:
+        """The pictures of a name that are there, of any step and strength."""
+        return [path for path in (self.folder / "samples").glob("*.png") if drawing_of(path.name) == name]
 
     def sweep(self, step: int, strength: float, name: str) -> Path:
         return self.folder / "samples" / f"{step:06}-{name}-x{strength:.2f}.png"
@@ -150,6 +191,8 @@ class Run:
 
     def open(self, recipe: str, done: int) -> float:
         """Begin, or go on after `done` steps, with `recipe` as the new recipe.toml; returns the seconds of the steps so far."""
+        if self._is_committed():  # the run was killed before it took its place
+            self.put_state()
         for path in self.folder.rglob(".*.tmp"):  # left behind by a killed run
             path.unlink(missing_ok=True)
         if done:
@@ -193,15 +236,25 @@ class Run:
 
     def load_state(self) -> State | None:
         """The state that the run goes on from, if there is one. Raises OutputError for a damaged one."""
-        if not self.state.is_file():
+        path = self.next_state if self._is_committed() else self.state
+        if not path.is_file():
             return None
         try:
-            with safe_open(self.state, "pt") as file:
+            with safe_open(path, "pt") as file:
                 header = file.metadata()
                 about, more = json.loads(header["about"]), json.loads(header.get("more", "{}"))
                 return State(int(header["done"]), about, {key: file.get_tensor(key) for key in file.keys()}, more)  # noqa: SIM118
         except (SafetensorError, KeyError, ValueError, TypeError, OSError) as error:
-            raise OutputError(f"cannot go on from {self.state}: {error}", "start over with --fresh") from error
+            raise OutputError(f"cannot go on from {path}: {error}", "start over with --fresh") from error
+
+    def _is_committed(self) -> bool:
+        """Whether a state lies beside the last one that counts, together with those of other runs."""
+        try:
+            with safe_open(self.next_state, "pt") as file:
+                commit = json.loads(file.metadata().get("more", "{}"))["commit"]
+            return bool((self.folder / commit["at"]).read_text(encoding="utf-8") == commit["token"])
+        except (SafetensorError, KeyError, ValueError, TypeError, AttributeError, OSError):
+            return False
 
     def clear(self) -> None:
         """Remove what an earlier run left here, and nothing else. Its adapter stays until a new one takes its place."""
@@ -218,20 +271,3 @@ def is_settled(record: Mapping[str, Any], before: bool, done: int) -> bool:
     if record["event"] == "sample":
         return bool(record["step"] <= done)
     return record["event"] in ("started", "steppeddown") or (before and record["event"] in ("step", "saved", "warned", "encoded"))
-
-
-def sample_name(prompt: str, options: Mapping[str, Any], seed: int) -> str:
-    """The name of a sample picture behind its step; `options` are what is drawn differently for its prompt."""
-    return f"{prompt_name(prompt, {name: value for name, value in options.items() if name != 'seed'})}-s{seed}"
-
-
-def prompt_name(prompt: str, options: Mapping[str, Any] | None = None) -> str:
-    """A prompt as a part of a file's name, another one for every prompt, and for every other way to draw it.
-
-    >>> prompt_name("a rex dog"), prompt_name("A rex dog!"), prompt_name("a rex dog", {"size": (96, 64)})
-    ('a-rex-dog', 'a-rex-dog-9c2ede', 'a-rex-dog-563043')
-    """
-    name, more = slug(prompt), json.dumps(options, sort_keys=True) if options else ""
-    if not more and prompt == name.replace("-", " "):
-        return name
-    return f"{name}-{hashlib.sha256((prompt + more).encode()).hexdigest()[:6]}"

@@ -273,7 +273,7 @@ def test_words_alone_in_every_spelling(tmp_path: Path, tensors: dict[str, Tensor
 
 
 def test_vectors_of_an_encoders_output_are_no_word(tmp_path: Path) -> None:
-    with pytest.raises(AdapterError, match="no textual inversion"):
+    with pytest.raises(AdapterError, match=r"no textual inversion.*train it without output embeddings"):
         Embedding.load(write(tmp_path / "a.safetensors", {"clip_l_out": noise(1, 768), "clip_l": noise(1, 768)}))
 
 
@@ -326,3 +326,91 @@ def test_metadata_that_outweigh_the_file(tmp_path: Path, capsys: pytest.CaptureF
         assert distance(Adapter.load(file), Adapter.load(tmp_path / "b.safetensors")) < 1e-6
     assert run(["show", str(tmp_path / "b.safetensors")]) == 0
     assert "more than the tensors" not in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------- q, k and v in one, and peft's biases
+
+OPENCLIP = "conditioner.embedders.1.model.transformer.resblocks.0"
+LAYER = "text_encoder_2.text_model.encoder.layers.0"
+UP, DOWN = noise(3840, 4), noise(4, 1280, seed=1)
+
+
+@pytest.mark.parametrize(
+    "stem",
+    [
+        f"{OPENCLIP}.attn.in_proj",
+        f"{OPENCLIP}.attn.in_proj_weight",
+        "lora_te2_transformer_resblocks_0_attn_in_proj",
+        "clip_g.transformer.resblocks.0.attn.in_proj",
+    ],
+)
+def test_a_lora_of_q_k_and_v_in_one_is_read_as_three(tmp_path: Path, stem: str) -> None:
+    file = write(
+        tmp_path / "a", {f"{stem}.lora_up.weight": UP, f"{stem}.lora_down.weight": DOWN, f"{stem}.alpha": torch.tensor(2)}
+    )
+    adapter = Adapter.load(file)
+    assert list(adapter.deltas) == [f"{LAYER}.self_attn.{one}_proj" for one in "kqv"]
+    for part, one in zip((0.5 * UP @ DOWN).chunk(3), "qkv", strict=True):
+        assert torch.allclose(adapter.deltas[f"{LAYER}.self_attn.{one}_proj"].delta(), part, atol=1e-5)
+    assert describe(file).unmatched == () and describe(file).parameters == UP.numel() + DOWN.numel()
+    assert run(["show", str(file)]) == 0
+    codes = {finding.code for finding in examine(file).findings}
+    assert codes & {"openclip-names", "dialect-unread"}, codes  # UIs read neither
+    assert not {finding.code for finding in examine(adapter.for_family("sdxl").save(tmp_path / "b")).findings} & codes - {
+        "family-open"
+    }
+
+
+def test_other_names_of_openclip_and_other_kinds_of_fused_updates(tmp_path: Path) -> None:
+    """LoHa, full updates and biases, and LoKr whose first half has three parts, are cut exactly."""
+    stem = f"{OPENCLIP}.attn.in_proj"
+    kinds = {
+        "loha": {"hada_w1_a": UP, "hada_w1_b": DOWN, "hada_w2_a": 2 * UP, "hada_w2_b": DOWN.clone()},
+        "lokr": {"lokr_w1": noise(60, 32), "lokr_w2": noise(64, 40, seed=2)},
+        "full": {"diff": noise(3840, 1280)},
+    }
+    whole = {
+        "loha": (UP @ DOWN) * (2 * UP @ DOWN),
+        "lokr": torch.kron(kinds["lokr"]["lokr_w1"], kinds["lokr"]["lokr_w2"]),
+        "full": kinds["full"]["diff"],
+    }
+    for kind, tensors in kinds.items():
+        adapter = Adapter.load(write(tmp_path / kind, {f"{stem}.{role}": value for role, value in tensors.items()}))
+        for part, one in zip(whole[kind].chunk(3), "qkv", strict=True):
+            assert torch.allclose(adapter.deltas[f"{LAYER}.self_attn.{one}_proj"].delta(), part, atol=1e-4), kind
+    bias = noise(3840)
+    adapter = Adapter.load(write(tmp_path / "bias", {f"{stem}.diff_b": bias}))
+    assert torch.equal(adapter.deltas[f"{LAYER}.self_attn.k_proj.bias"].delta(), bias[1280:2560])
+    others = {f"{OPENCLIP}.mlp.c_fc.diff_b": noise(5120), f"{OPENCLIP}.attn.out_proj.diff_b": noise(1280)}
+    assert list(Adapter.load(write(tmp_path / "others", others)).deltas) == [
+        f"{LAYER}.mlp.fc1.bias",
+        f"{LAYER}.self_attn.out_proj.bias",
+    ]
+
+
+@pytest.mark.parametrize("more", [{"dora_scale": noise(1, 1280)}, {"lokr_w1": noise(64, 32), "lokr_w2": noise(60, 40)}])
+def test_a_fused_update_that_is_no_three_is_refused_with_what_to_do(tmp_path: Path, more: dict[str, Tensor]) -> None:
+    lora = {} if "lokr_w1" in more else {"lora_up.weight": UP, "lora_down.weight": DOWN}
+    file = write(tmp_path / "a", {f"{OPENCLIP}.attn.in_proj.{role}": value for role, value in (lora | more).items()})
+    with pytest.raises(UnmatchedKeysError, match=r"attn\.in_proj.*\(q, k and v in one are read where they can be told apart"):
+        Adapter.load(file)
+
+
+@pytest.mark.parametrize("named", ["", ".default"])
+def test_the_bias_of_pefts_lora_is_the_layers_where_it_has_one(tmp_path: Path, named: str) -> None:
+    stem, bias = "text_encoder.text_model.encoder.layers.0.mlp.fc1", noise(3072)
+    config = {
+        "ss_base_model_version": "sd_v1",
+        "lora_adapter_metadata": json.dumps({"text_encoder.r": 4, "text_encoder.lora_alpha": 2}),
+    }
+    tensors = {f"{stem}.lora_A{named}.weight": noise(4, 768), f"{stem}.lora_B{named}.weight": noise(3072, 4)}
+    save_file(tensors | {f"{stem}.lora_B{named}.bias": bias}, file := tmp_path / "a.safetensors", config)
+    adapter = Adapter.load(file)
+    assert torch.equal(adapter.deltas[f"{stem}.bias"].delta(), bias / 2)
+    again = Adapter.load(adapter.save(tmp_path / "b"))  # as kohya's files have it
+    assert torch.equal(again.deltas[f"{stem}.bias"].delta(), bias / 2)
+    q = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+    lone = {f"{q}.lora_A.weight": noise(4, 320), f"{q}.lora_B.weight": noise(320, 4), f"{q}.lora_B.bias": noise(320)}
+    with pytest.raises(UnmatchedKeysError, match=r"lora_B\.bias \(peft's lora_bias gives layers a bias that the base has not"):
+        Adapter.load(write(tmp_path / "c.safetensors", lone))
+    assert list(Adapter.load(tmp_path / "c.safetensors", allow_unmatched=True).deltas) == [q]

@@ -125,6 +125,17 @@ MISTAKES: dict[str, tuple[Callable[[p.Base, p.Adapter], Any], str]] = {
     "a typo": (lambda base, rex: p.resolve(folder="photos", rnak=4, class_="dog"), "did you mean rank"),
     "read a path": (lambda base, rex: p.read_folder("photos"), "p.read_folder"),  # type: ignore[arg-type]
     "report on a recipe": (lambda base, rex: p.write_report(p.Recipe()), "its folder"),  # type: ignore[arg-type]
+    "a setting of a part": (lambda base, rex: p.Recipe(rank=4), "adapter.rank: p.Recipe(adapter=AdapterSpec(rank=...))"),  # type: ignore[call-arg]
+    "a typo in a recipe": (lambda base, rex: p.Recipe(rnak=4), "did you mean adapter.rank?"),  # type: ignore[call-arg]
+    "a setting of the recipe": (lambda base, rex: AdapterSpec(steps=4), "p.Recipe(steps=...)"),  # type: ignore[call-arg]
+    "a typo inside": (lambda base, rex: p.Recipe(adapter={"rnak": 4}), "did you mean adapter.rank?"),  # type: ignore[arg-type]
+    "out of bounds": (lambda base, rex: p.Recipe(steps=0), "steps must be greater than or equal to 1, not 0"),
+    "of another type": (lambda base, rex: AdapterSpec(rank="many"), "rank must be a valid integer"),  # type: ignore[arg-type]
+    "a folder as a recipe": (lambda base, rex: p.Recipe("photos"), "by name"),  # type: ignore[call-arg]
+    "change a recipe": (lambda base, rex: setattr(p.Recipe(), "steps", 4), "p.resolve(start=recipe, steps=...)"),
+    "a copy with a typo": (lambda base, rex: p.Recipe().model_copy(update={"rank": 4}), "adapter.rank"),
+    "a base by its name": (lambda base, rex: p.Base("pocket"), "p.Base.load"),  # type: ignore[call-arg]
+    "a missing folder": (lambda base, rex: list(p.train(p.resolve(folder="/no/where", class_="dog"))), "no folder"),
     "no run": (lambda base, rex: p.Run("runs/nowhere"), "no run folder"),
 }
 
@@ -135,6 +146,12 @@ def test_natural_mistakes_are_told_in_one_line(mistake: str, base: p.Base, rex: 
     with pytest.raises(p.PersonalizeError) as told:
         call(base, rex)
     assert wanted in str(told.value) and "\n" not in str(told.value)
+
+
+def test_a_part_of_a_recipe_goes_into_resolve_as_it_is() -> None:
+    recipe = p.resolve(folder="photos", class_="dog", adapter=AdapterSpec(rank=3))
+    assert recipe.adapter.rank == 3 and recipe.adapter.targets == p.resolve(folder="photos", class_="dog").adapter.targets
+    assert p.resolve(start=recipe, steps=5).steps == 5 and p.resolve(start=recipe, steps=5).adapter.rank == 3
 
 
 def test_an_apple_gpu_is_refused_with_the_reason(pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 from rich.console import Console
+from safetensors.torch import save_file
 
 from personalize.cli import cli, run, view
 from personalize.cli.messages import Answer, answer, print_error
@@ -22,7 +24,7 @@ from personalize.cli.progress import RunView, doing_after
 from personalize.errors import AdapterError, RecipeError
 from personalize.recipe.fields import Recipe
 from personalize.recipe.resolve import resolve
-from personalize.text import command_line, quote, transfer_command
+from personalize.text import command_line, find_shell, quote, transfer_command
 from personalize.training.events import Saved, Scored, Step, Sweep
 from personalize.training.rundir import Run
 
@@ -111,6 +113,34 @@ def test_an_answer_is_strict_json() -> None:
 # ---------------------------------------------------------------- consoles
 
 
+SPEAK = (
+    {"PYTHONIOENCODING": "ascii"},
+    {"PYTHONIOENCODING": "cp1252"},
+    {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+)
+
+
+@pytest.mark.parametrize("speaks", SPEAK, ids=["ascii", "cp1252", "C"])
+def test_every_line_is_in_the_consoles_own_letters(speaks: dict[str, str], tmp_path: Path) -> None:
+    """stdout and stderr alike: click would write UTF-8 where the stream is ASCII."""
+    title = {"modelspec.title": "caf\u00e9 \u732b"}
+    layer = "lora_unet_mid_block_attentions_0_proj_in"
+    factors = {f"{layer}.lora_down.weight": torch.ones(2, 1280), f"{layer}.lora_up.weight": torch.ones(1280, 2)}
+    save_file(factors, tmp_path / "a.safetensors", title)
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("LC_", "LANG", "PYTHONIO"))} | speaks
+    words = [sys.executable, "-m", "personalize", "show", str(tmp_path / "a.safetensors")]
+    done = subprocess.run(words, capture_output=True, env=env)
+    page = "cp1252" if speaks.get("PYTHONIOENCODING") == "cp1252" else "ascii"
+    assert done.returncode == 0 and ("caf\u00e9 ?" if page == "cp1252" else "caf? ?") in done.stdout.decode(page), done.stderr
+    assert "Traceback" not in done.stderr.decode(page)
+
+
+def test_help_is_in_letters_that_every_console_has(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in ((), *((name,) for name in cli.commands)):
+        assert run([*command, "--help"]) == 0
+        assert capsys.readouterr().out.isascii(), command
+
+
 @pytest.mark.parametrize("page", ["cp1252", "cp932", "gbk", "ascii"])
 def test_what_a_code_page_lacks_is_replaced(page: str, tmp_path: Path) -> None:
     """Output in a code page, as on Windows into a pipe: a dry run's preset survives it, and other letters become `?`."""
@@ -141,11 +171,38 @@ def test_a_long_message_keeps_its_hint(capsys: pytest.CaptureFixture[str]) -> No
 def test_commands_suit_the_shell() -> None:
     words = ("personalize", "generate", "a {rex} dog, it's", "--adapter", r"C:\my runs\rex.safetensors:0.8")
     quoted = '"a {rex} dog, it\'s" --adapter "C:\\my runs\\rex.safetensors:0.8"'
-    assert command_line(*words, windows=True) == f"personalize generate {quoted}"
-    assert quote('say "hi"', windows=True) == '"say \\"hi\\""' and quote("my folder\\", windows=True) == '"my folder\\\\"'
-    assert quote("$HOME", windows=False) == "'$HOME'"
-    moving = transfer_command(["it's.png", "b.png"], "aside", move=True, windows=True)
+    assert command_line(*words, shell="cmd") == f"personalize generate {quoted}"
+    assert command_line(*words, shell="powershell") == f"personalize generate {quoted}"
+    assert quote('say "hi"', "cmd") == '"say \\"hi\\""' and quote("my folder\\", "cmd") == '"my folder\\\\"'
+    assert quote("$HOME", "posix") == "'$HOME'"
+    moving = transfer_command(["it's.png", "b.png"], "aside", move=True, shell="cmd")
     assert moving.startswith('powershell -NoProfile -Command "New-Item') and "'it''s.png','b.png' 'aside'" in moving
+    there = transfer_command(["$1.png"], "aside", shell="powershell")
+    assert there == "Copy-Item -LiteralPath '$1.png' 'aside'"  # between double quotes it would read $1
+
+
+@pytest.mark.parametrize(
+    ("word", "quoted"),
+    [
+        ("$trigger dog", "'$trigger dog'"),
+        ("a `dog`", "'a `dog`'"),
+        ("it's $5", "'it''s $5'"),
+        ('say "hi"', "'say \\\"hi\\\"'"),
+        ("\u201cdog\u201d", "'\u201cdog\u201d'"),
+        ("a dog, it's", '"a dog, it\'s"'),
+    ],
+)
+def test_what_powershell_reads_in_double_quotes_stands_in_single_ones(word: str, quoted: str) -> None:
+    assert quote(word, "powershell") == quoted
+
+
+def test_the_shell_of_the_system_is_found() -> None:
+    home = {"USERPROFILE": r"C:\Users\me"}
+    modules = r"C:\Program Files\WindowsPowerShell\Modules;C:\WINDOWS\system32\WindowsPowerShell\v1.0\Modules"
+    assert find_shell("posix", {"PSModulePath": "/home/me/.local/share/powershell/Modules"}) == "posix"
+    assert find_shell("nt", home | {"PSModulePath": modules}) == "cmd" == find_shell("nt", {})
+    for own in (r"C:\Users\me\Documents\PowerShell\Modules", r"D:\OneDrive\Documents\WindowsPowerShell\Modules"):
+        assert find_shell("nt", home | {"PSModulePath": f"{own};{modules}"}) == "powershell"
 
 
 # ---------------------------------------------------------------- presets
@@ -197,3 +254,49 @@ def test_after_the_last_step_the_bar_says_what_is_done() -> None:
 
 def test_errors_shorten_the_middle() -> None:
     assert str(RecipeError("x" * 2000, "do this")).endswith("x (do this)") and len(str(RecipeError("x" * 2000))) == 500
+
+
+# ---------------------------------------------------------------- names that are no text
+
+ODD = os.fsdecode(b"caf\xe9")  # as Python holds bytes of a name that are no UTF-8
+
+
+def test_an_image_with_a_name_that_is_no_text_is_begun_with(
+    tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    odd = tmp_path / f"{ODD}.png"
+    Image.new("RGB", (64, 64), "teal").save(odd)
+    words = ["generate", "a cat", "--base", str(tiny_base), "--steps", "1", "--denoise", "0.1", "--image", str(odd)]
+    assert run([*words, "--output", str(tmp_path / ODD / "out.png")]) == 0, capsys.readouterr().err
+    with Image.open(tmp_path / ODD / "out.png") as drawn:
+        assert json.loads(drawn.info["personalize"])["image"] == "caf\N{REPLACEMENT CHARACTER}.png"
+
+
+def test_names_that_are_no_text_are_read_and_written_or_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Where a file of ours would have to tell such a name, one line says so; nothing is a traceback."""
+    layer, odd = "lora_unet_mid_block_attentions_0_proj_in", tmp_path / f"{ODD}.safetensors"
+    save_file({f"{layer}.lora_down.weight": torch.ones(2, 1280), f"{layer}.lora_up.weight": torch.ones(1280, 2)}, odd)
+    pictures = tmp_path / "zwx"
+    pictures.mkdir()
+    Image.new("RGB", (64, 64), "teal").save(pictures / "0.png")
+    Image.new("RGB", (64, 64), "teal").save(tmp_path / f"{ODD}.png")
+    for words in (
+        ["show", odd],
+        ["doctor", odd],
+        ["convert", odd, "-o", tmp_path / f"{ODD}2"],
+        ["merge", odd, odd, "-o", odd.with_stem("m")],
+    ):
+        assert run([*map(str, words)]) == 0, (words, capsys.readouterr().err)
+    told = {
+        "train": [pictures, "--class", "cat", "--output", tmp_path / f"{ODD}run"],
+        "generate": [f"a {ODD}", "--output", tmp_path / "out"],
+        "report": [tmp_path / f"{ODD}none"],
+        "tell": [tmp_path / f"{ODD}none", "save"],
+        "batch": [tmp_path / f"{ODD}none"],
+        "dataset": [tmp_path / f"{ODD}none"],
+    }
+    for command, words in told.items():
+        capsys.readouterr()
+        assert run([command, *map(str, words)]) == 2, command
+        assert len(capsys.readouterr().err.splitlines()) == 1, command
+    assert not (tmp_path / f"{ODD}run").exists()

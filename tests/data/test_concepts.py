@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections import Counter
 from collections.abc import Callable
@@ -29,6 +30,7 @@ from personalize.recipe.fields import Data, Recipe
 from personalize.recipe.resolve import resolve
 from personalize.reports.metrics import evidence
 from personalize.reports.run.read import read_run
+from personalize.training.events import Started
 from personalize.training.inputs import prepare_data, training_batches
 from personalize.training.loop import train
 from personalize.training.preflight import check
@@ -204,12 +206,32 @@ def bad_masks() -> dict[str, tuple[Callable[[Path], object], str]]:
 
 
 @pytest.mark.parametrize("case", bad_masks())
-def test_masks_that_are_no_use_are_named(tmp_path: Path, case: str) -> None:
-    folder = filled(tmp_path / "zwx", "a.png")
+def test_a_picture_with_a_mask_of_no_use_is_left_out_and_told(tmp_path: Path, case: str) -> None:
+    """Whole, it would teach what its mask is to keep away."""
+    folder = filled(tmp_path / "zwx", "a.png", "b.png")
     write, said = bad_masks()[case]
     write(folder / "a-masklabel.png")
+    dataset = read(folder)
+    assert [example.path.name for example in dataset.examples] == ["b.png"]
+    (told,) = dataset.warnings
+    assert told.startswith("skipped a.png: ") and re.search(said, told) and dataset.bad_masks[0][1].hint in told
+    (folder / "b.png").unlink()
     with pytest.raises(DataError, match=said):
-        read(folder)
+        read(folder)  # nothing is left
+
+
+def test_a_run_goes_on_without_pictures_whose_mask_is_of_no_use(make: Make, tmp_path: Path) -> None:
+    folder = filled(tmp_path / "zwx", "a.png", "b.png", size=(300, 64))
+    filled(folder, "c.png")
+    (folder / "a-masklabel.png").write_bytes(b"torn")
+    white((300, 64), 0, 0, 9, 64).save(folder / "b-masklabel.png")  # nothing of it is left in the square
+    started = next(event for event in train(make(folder, buckets=False)) if isinstance(event, Started))
+    assert [Path(image["path"]).name for image in started.images] == ["c.png"]
+    told = [warning for warning in started.warnings if warning.startswith("skipped")]
+    assert [warning.partition(":")[0] for warning in told] == ["skipped a.png", "skipped b.png"]
+    (folder / "c.png").unlink()
+    with pytest.raises(DataError, match=r"nothing is left of the mask|none of the"):
+        list(train(make(folder, buckets=False, output=tmp_path / "none")))
 
 
 def test_a_picture_that_is_all_transparent_is_named(tmp_path: Path) -> None:

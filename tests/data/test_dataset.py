@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
+import math
 import random
 import struct
 import unicodedata
@@ -519,6 +521,84 @@ def test_lab_and_gamma_and_deep_greys(tmp_path: Path) -> None:
     assert np.abs(as_it_is_seen(path) - 127.5).max() <= 3
     Image.fromarray(np.full((64, 64), 0x8000, np.uint16)).save(path)
     assert as_it_is_seen(path).tolist() == [128] * 3
+
+
+def cmyk_profile(inks: dict[int, tuple[float, float, float]]) -> bytes:
+    """An output profile of ICC's version 2 for CMYK: the Lab of full inks by number of the ink; mixtures are linear in between,
+    and never darker than black."""
+    paper, corners = np.array([100.0, 0, 0]), list[np.ndarray]()
+    for corner in itertools.product((0, 1), repeat=4):
+        steps = [np.array(inks[i]) - paper for i, full in enumerate(corner) if full]
+        corners.append(np.clip(paper + sum(steps), [0, -127, -127], [100, 127, 127]))
+    table = b"".join(struct.pack(">3H", round(light * 652.8), *(round((c + 128) * 256) for c in ab)) for light, *ab in corners)
+    straight = struct.pack(">2H", 0, 65535)
+    identity = b"".join(struct.pack(">i", 65536 * (i % 4 == 0)) for i in range(9))
+    lut = b"mft2" + struct.pack(">4x4B", 4, 3, 2, 0) + identity + struct.pack(">2H", 2, 2) + 4 * straight + table + 3 * straight
+    text = b"inks\0"
+    description = struct.pack(">4s4xI", b"desc", len(text)) + text + b"\0" * (78 + -(len(text) + 90) % 4)
+    white = b"XYZ \0\0\0\0" + struct.pack(">3i", round(0.9642 * 65536), 65536, round(0.8249 * 65536))
+    tags = {b"desc": description, b"wtpt": white, b"A2B0": lut}
+    at, entries, body = 132 + 12 * len(tags), struct.pack(">I", len(tags)), b""
+    for key, value in tags.items():
+        value += b"\0" * (-len(value) % 4)
+        entries, body = entries + key + struct.pack(">II", at + len(body), len(value)), body + value
+    head = struct.pack(">I4xI12sI", at + len(body), 0x02100000, b"prtrCMYKLab ", 0).ljust(36, b"\0") + b"acsp"
+    return head.ljust(68, b"\0") + white[8:] + b"\0" * 48 + entries + body
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".tif"])
+@pytest.mark.parametrize("side", [64, 1200])  # whole, and averaged in strips
+def test_inks_are_what_their_profile_says(tmp_path: Path, suffix: str, side: int) -> None:
+    """A press whose first ink is a red and not a cyan: without its profile, the picture would be cyan."""
+    profile = cmyk_profile({0: (53.2, 80.1, 67.2), 1: (60, 90, -60), 2: (97, -20, 90), 3: (5, 0, 0)})
+    path = filled(tmp_path / "zwx") / f"a{suffix}"
+    for inks, seen in (((255, 0, 0, 0), (255, 0, 0)), ((0, 0, 0, 0), (255, 255, 255)), ((128, 0, 0, 0), None)):
+        Image.new("CMYK", (side, side), inks).save(path, icc_profile=profile)
+        got = as_it_is_seen(path)
+        assert np.abs(np.asarray(load_whole(path))[0, 0].astype(int) - got).max() <= 3
+        if seen:
+            assert np.abs(got - np.array(seen)).max() <= 12, got
+        else:
+            assert got[0] > 220 and 90 < got[1] < 220, got  # half of the red
+    Image.new("CMYK", (side, side), (255, 0, 0, 0)).save(path)
+    assert np.abs(as_it_is_seen(path) - np.array([0, 255, 255])).max() <= 3  # nothing tells which inks
+    Image.new("CMYK", (side, side), (255, 0, 0, 0)).save(path, icc_profile=WIDE)  # of other colours than the picture
+    assert np.abs(as_it_is_seen(path) - np.array([0, 255, 255])).max() <= 3
+
+
+@pytest.mark.parametrize(
+    ("values", "grey"),
+    [
+        ((0.5, 1.0), 128),
+        ((0.5, 1.2), 128),  # what sharpening leaves
+        ((0.5, 8.0), 128),  # a light
+        ((0.5, math.nan), 128),
+        ((0.5, math.inf), 128),
+        ((0.5, -3.0), 128),
+        ((128.0, 255.0), 128),
+        ((32768.0, 65535.0), 128),
+        ((0.0, 0.0), 0),
+    ],
+)
+def test_float_tiffs_are_as_bright_as_they_are_meant(tmp_path: Path, values: tuple[float, float], grey: int) -> None:
+    pixels = np.full((64, 64), values[0], np.float32)
+    pixels[:4, :4] = values[1]
+    path = filled(tmp_path / "zwx") / "a.tif"
+    Image.fromarray(pixels).save(path)
+    assert np.abs(as_it_is_seen(path).astype(int) - grey).max() <= 1
+    assert np.abs(np.asarray(load_whole(path))[40, 40].astype(int) - grey).max() <= 1
+
+
+def test_a_float_tiff_in_colours_is_left_out_and_told(tmp_path: Path) -> None:
+    """Pillow reads no such file."""
+    tags = {256: 2, 257: 2, 258: 32, 259: 1, 262: 2, 273: 134, 277: 3, 278: 2, 279: 48, 339: 3}
+    entries = b"".join(struct.pack("<2H2I", tag, 4, 1, value) for tag, value in tags.items())
+    data = b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + struct.pack("<I", 0)
+    folder = filled(tmp_path / "zwx", "b.png")
+    (folder / "a.tif").write_bytes(data.ljust(134, b"\0") + np.full(12, 0.5, np.float32).tobytes())
+    dataset = read(folder)
+    assert [example.path.name for example in dataset.examples] == ["b.png"]
+    assert dataset.warnings[0].startswith("skipped a.tif: ") and "save it as PNG" in dataset.warnings[0]
 
 
 def test_long_texts_beside_the_pixels_are_no_damage(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from personalize.inference.prompts import parse
 from personalize.inference.request import InitImage, Request
 from personalize.inference.session import Session
 from personalize.models.model import Base
+from personalize.recipe.fields import AdapterSpec
 from personalize.recipe.samplers import SAMPLERS
 from personalize.tuning.attach import attach
 
@@ -297,3 +298,62 @@ def test_generating_is_events_too(tiny_base: Path, folder: Path, tmp_path: Path)
     saved = [event for event in events if isinstance(event, Saved)]
     assert [event.number for event in saved] == [0, 1, 2, 3, None] and all(event.path.is_file() for event in saved)
     assert [str(read_request(event.path).adapters[0].weighting) for event in saved[:4]] == ["1", "1", "0", "0"]
+
+
+# ---------------------------------------------------------------- words that adapters bring
+
+
+def with_words(adapter: Adapter, words: dict[str, dict[str, torch.Tensor]]) -> Adapter:
+    return replace(adapter, words=words)
+
+
+def own_vectors(base: Base, text: str) -> torch.Tensor:
+    """The vectors [tokens, width] that the base's text encoder has for a text."""
+    ids = base.texts[0].tokenizer(text, add_special_tokens=False).input_ids
+    return base.texts[0].model.get_input_embeddings().weight[ids].clone()
+
+
+def test_a_word_inside_an_adapter_stands_for_its_vectors(narrow: Base) -> None:
+    """A word with the vectors of `red cat` draws what `red cat` does: in any case, weighted, in the negative prompt too."""
+    base = narrow
+    rex = with_words(attach(base, AdapterSpec(rank=1)).detach(), {"zorb thing": {"emb_params": own_vectors(base, "red cat")}})
+    how = {"seeds": [3], "adapters": {"rex": rex}, "steps": 1}
+
+    def image(text: str, **more: Any) -> Image.Image:
+        return draw(base, [f"{text} <lora:rex>"], **how, **more)[0]
+
+    assert image("a Zorb Thing, snow") == image("a red cat, snow") != image("a zorb, thing, snow")
+    assert image("a (zorb thing:1.3)") == image("a (red cat:1.3)") != image("a zorb thing")
+    assert image("a dog", negative="zorb thing") == image("a dog", negative="red cat") != image("a dog")
+    assert image("zorb things") != image("red cats")  # whole words only
+    without = draw(base, ["a zorb thing"], [3], steps=1)[0]
+    assert without != draw(base, ["a red cat"], [3], steps=1)[0], "known beyond its adapter"
+
+
+def test_a_word_of_another_width_is_refused_and_the_base_is_as_it_was(base: Base, adapters: dict[str, Adapter]) -> None:
+    wide = with_words(adapters["rex"], {"zorb": {"emb_params": torch.zeros(1, 768)}})
+    texts = base.texts
+    with pytest.raises(FamilyMismatchError, match="'zorb' has vectors of 768"):
+        draw(base, ["a zorb <lora:rex>"], [0], adapters={"rex": wide}, steps=1)
+    assert base.texts is texts and attach(base, [(adapters["rex"], 1.0)]).detach()
+
+
+def test_words_that_no_prompt_says_or_two_adapters_bring_or_nobody_reads_are_told(
+    base: Base, tiny_base: Path, adapters: dict[str, Adapter], tmp_path: Path
+) -> None:
+    vectors = own_vectors(base, "red")
+    words = {"a": {"zorb": {"emb_params": vectors}}, "b": {"zorb": {"emb_params": 2 * vectors}, "out": {"clip_l_out": vectors}}}
+    files = {name: with_words(adapters["rex"], own).save(tmp_path / name) for name, own in words.items()}
+    library = Library()
+    uses = library.add([Named(path) for path in files.values()])
+
+    def notices(prompt: str) -> list[str]:
+        request = Request.parse("", adapters=uses, steps=1)
+        events = generate([prompt], [0], request, library, base={"base": str(tiny_base)}, output=tmp_path / "drawn")
+        return [event.text for event in events if isinstance(event, Notice)]
+
+    with pytest.warns(UserWarning, match=r"b.safetensors brings the word 'out' in vectors that are not read here"):
+        told = notices("a cat")
+    both = "a and b both bring the word 'zorb': where both are used, it is the first one's"
+    assert told == ["a brings 'zorb', which no prompt says", "b brings 'zorb', which no prompt says", both]
+    assert notices("a Zorb, snow") == [both]

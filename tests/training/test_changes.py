@@ -21,13 +21,17 @@ from personalize.errors import AdapterError, FamilyMismatchError, OutputError, R
 from personalize.models.model import Base
 from personalize.recipe.fields import AdapterSpec, Recipe
 from personalize.recipe.resolve import resolve
+from personalize.reports.metrics import evidence
+from personalize.reports.run.read import Key, read_run
+from personalize.reports.run.samples import samples_by_prompt, strip
 from personalize.training.changes import picture_changes
 from personalize.training.control import CONTROL, tell
 from personalize.training.events import Encoded, Event, Finished, Sample, Saved, Started, Step, Stopped, Warned
 from personalize.training.fleet import train_fleet
 from personalize.training.loop import train
 from personalize.training.preflight import check
-from personalize.training.rundir import Run, prompt_name
+from personalize.training.rundir import Commit, Run
+from personalize.training.sample_names import drawing_of, prompt_name
 from personalize.tuning.attach import attach
 from personalize.tuning.fleet import Fleet
 from personalize.tuning.targets import fresh
@@ -253,6 +257,36 @@ def test_finish_makes_everything_of_where_a_run_stands_and_it_can_go_on(
     assert "there is no run in" in told and "no run goes on in" in told
 
 
+# ---------------------------------------------------------------- pictures that are held back
+
+
+def test_held_pictures_stay_the_same_ones_where_others_come(make: Make, pictures: Path, tmp_path: Path) -> None:
+    """A number of pictures is drawn once: new ones are learned, whatever a draw from the new folder would give."""
+    folder = Path(shutil.copytree(pictures, tmp_path / "zwx"))
+    asked = {"folder": folder, "holdout": 2, "choose": "last"}
+    recipe = make(**asked, steps=1)
+    run(recipe)
+    held = [example.path.name for example in check(make(**asked, steps=2)).held]
+    assert len(held) == 2
+    for i in range(9):
+        Image.new("RGB", (64, 64), (9 * i, 40, 200 - 9 * i)).save(folder / f"0-new{i}.png")  # a draw from all would take others
+    fresh = check(make(**asked, steps=2, output=tmp_path / "other"))
+    assert [example.path.name for example in fresh.held] != held
+    plan = check(make(**asked, steps=2))
+    assert [example.path.name for example in plan.held] == held and len(plan.dataset.examples) == len(fresh.dataset.examples)
+    assert plan.changes[-1] == f"--holdout 2 holds the same pictures back: {', '.join(held)}"
+    (folder / held[0]).rename(folder / f"1-renamed{Path(held[0]).suffix}")  # by its bytes, not by its name
+    events = run(make(**asked, steps=2))
+    assert steps_of(events) == [2]
+    again = check(make(**asked, steps=3))
+    assert sorted(example.path.name for example in again.held) == sorted([f"1-renamed{Path(held[0]).suffix}", held[1]])
+    assert not any("holdout" in change for change in again.changes)  # told once
+    with pytest.raises(RecipeError, match="--holdout was"):
+        check(make(**asked | {"holdout": 3}, steps=3))  # another number is another run
+    (folder / held[1]).unlink()
+    assert check(make(**asked, steps=3)).changes[-1].endswith("; 1 of them gone")
+
+
 # ---------------------------------------------------------------- sample pictures
 
 
@@ -290,6 +324,42 @@ def test_one_prompt_drawn_in_two_ways_is_two_pictures(make: Make) -> None:
             sizes.append((event.seed, picture.size))
     assert sizes[0][0] == sizes[1][0] == 0 and sizes[0][1] != sizes[1][1] == (64, 96) and sizes[2] == (5, sizes[0][1])
     assert [event.step for event in run(make(**asked, steps=3)) if isinstance(event, Sample)] == [3, 3, 3]
+
+
+def test_a_prompt_drawn_in_another_way_later_overwrites_nothing_and_has_a_row_of_its_own(make: Make) -> None:
+    """Another sampler, guidance or number of sampler steps for a finished run, and back again."""
+    asked = {"sample_prompts": ["a {trigger}"], "sample_every": 1, "steps": 1, "checkpoint_every": 1}
+    run(recipe := make(**asked))
+    folder = folder_of(recipe)
+    before = {path: path.read_bytes() for path in (folder / "samples").iterdir()}
+    ways = {"guidance": 5, "sampler": "Euler"}
+    for number, (name, value) in enumerate(ways.items(), 2):
+        drawn = [event for event in run(make(**asked, **{name: value})) if isinstance(event, Sample)]
+        assert [(event.step, event.base) for event in drawn] == [(0, True), (1, False)]
+        assert len({drawing_of(path.name) for path in (folder / "samples").iterdir() if drawing_of(path.name)}) == number
+    assert {path: path.read_bytes() for path in before} == before
+    run(make(**asked))  # as at first: it is all there
+    rows = samples_by_prompt(records := read_run(folder))
+    assert [(key.prompt, sorted(by_step), bool(base)) for key, by_step, base in rows] == [("a zwx", [1], True)] * 3
+    assert [path for _, by_step, base in rows[-1:] for path in (base, by_step[1])] == [
+        "samples/000000-a-zwx-s0.png",
+        "samples/000001-a-zwx-s0.png",
+    ]
+    titles = [strip(records, key, [], lambda path, side: None, 64).title for key, *_ in rows]
+    assert len(set(titles)) == 3 and sum("Euler, " in title for title in titles) == 1
+    assert sum("guidance 5" in title for title in titles) == 1
+    assert len({Key.of(record) for record in records.sweeps}) == 1  # of the way that was asked for last
+    assert len(evidence(folder).with_trigger) == 3
+
+
+def test_a_damaged_sample_is_drawn_anew_under_its_name(make: Make) -> None:
+    asked = {"sample_prompts": ["a {trigger}"], "sample_every": 1, "steps": 1, "checkpoint_every": 1}
+    run(recipe := make(**asked))
+    path = folder_of(recipe) / "samples" / "000001-a-zwx-s0.png"
+    whole = path.read_bytes()
+    path.write_bytes(b"torn")
+    run(make(**asked, save_precision="bf16"))  # another recipe, and so the end is made again
+    assert path.read_bytes() == whole
 
 
 def test_every_prompt_has_a_file_name_of_its_own() -> None:
@@ -345,6 +415,56 @@ def test_a_fleet_killed_at_any_point_of_its_ending_ends_with_the_same_bytes(
             assert all(event.step == 3 for event in again if isinstance(event, Step)), point
         found = files_of(broken)
         assert found.keys() == wanted.keys() and [name for name in wanted if found[name] != wanted[name]] == [], point
+
+
+SLOW = [pytest.param(moment, marks=pytest.mark.slow) for moment in ("before the first", 0, 2, "clear")]
+
+
+@pytest.mark.parametrize("moment", ["commit", 1, *SLOW])
+def test_a_fleet_killed_while_its_states_take_their_places_goes_on_from_all_of_them(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str | int
+) -> None:
+    """Before the commit, all go on from the states of before; from then on, all from the new ones: to the same bytes."""
+    flags = {"steps": 3, "checkpoint_every": 1, "rank": 1, "lr": 1e-2}
+    whole, recipes = ([make(output=tmp_path / name / str(i), seed=i, **flags) for i in range(3)] for name in ("whole", "broken"))
+    list(train_fleet(whole))
+    put, puts = Run.put_state, list[Run]()
+    made, cleared = list[Commit](), list[Commit]()
+
+    def put_or_die(self: Run) -> None:
+        puts.append(self)
+        if isinstance(moment, int) and len(puts) == 4 + moment:  # of the second step
+            raise Killed
+        put(self)
+
+    def commit_or_die(self: Commit) -> None:
+        made.append(self)
+        if moment == "before the first" and len(made) == 2:
+            raise Killed
+        make_commit(self)
+        if moment == "commit" and len(made) == 2:
+            raise Killed
+
+    def clear_or_die(self: Commit) -> None:
+        cleared.append(self)
+        if moment == "clear" and len(cleared) == 2:
+            raise Killed
+        clear_commit(self)
+
+    make_commit, clear_commit = Commit.make, Commit.clear
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "put_state", put_or_die)
+        patch.setattr(Commit, "make", commit_or_die)
+        patch.setattr(Commit, "clear", clear_or_die)
+        with pytest.raises(Killed):
+            list(train_fleet(recipes))
+    states = [Run(folder_of(recipe), "zwx").load_state() for recipe in recipes]
+    assert [state.done for state in states if state] == [1 if moment == "before the first" else 2] * 3
+    shutil.move(tmp_path / "broken", tmp_path / "moved")  # it says where the others are from where it is
+    recipes = [make(output=tmp_path / "moved" / str(i), seed=i, **flags) for i in range(3)]
+    list(train_fleet(recipes))
+    assert files_of(recipes) == files_of(whole)
+    assert not [path for path in (tmp_path / "moved").rglob(".*") if path.name != ".lock"]
 
 
 def test_states_are_kept_together_or_not_at_all(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -205,7 +205,11 @@ def misread_kinds(exam: Exam) -> Iterator[Finding]:
 
 
 def unread_names(exam: Exam) -> Iterator[Finding]:
-    """Blocks as LDM or as diffusers names them."""
+    """Blocks as LDM or as diffusers names them, and text encoders as OpenCLIP does."""
+    stems = {path: next(iter(slot.keys.values())) for path, slot in exam.reading.slots.items()}
+    if exam.reading.dialect == "kohya" and (own := tuple(path for path, key in stems.items() if "_resblocks_" in key)):
+        what = f"{_count(own, 'layer')} under OpenCLIP's names, which no UI reads"
+        yield Finding("warning", "openclip-names", what, own, "saving it again gives them the names that UIs read")
     if exam.reading.dialect != "kohya" or exam.family is None or exam.family.name == "pocket":
         return
     first = {path: next(iter(slot.keys.values())) for path, slot in exam.reading.slots.items() if path.startswith("unet.")}

@@ -104,9 +104,8 @@ def read_updates(header: Header, reading: dialects.Reading, family: Family | Non
             if slot.kind:
                 yield _update(file, header, path, slot, scales.get(path), resolve_shape(path, reading.shapes[path], family))
             for key in (slot.keys[role] for role in slot.keys.keys() & set(kinds.BIASES)):
-                value = read_tensor(file, key, header.tensors[key]).float()
-                whole = bool(value.isfinite().all())
-                yield Update(path + files.BIAS, "bias", Dense(value) if whole else None, () if whole else (key,))
+                bias = files.read_bias(file, header, slot, scales.get(path))
+                yield Update(path + files.BIAS, "bias", *((bias, ()) if bias.finite() else (None, (key,))))
 
 
 def _update(file: BinaryIO, header: Header, path: str, slot: dialects.Slot, scale: float | None, shape: Shape) -> Update:

@@ -30,6 +30,7 @@ from .kind import MAGNITUDE as MAGNITUDE
 from .kind import MAX_ENTRIES as MAX_ENTRIES
 from .kind import NUMBERS as NUMBERS
 from .kind import UP as UP
+from .kind import UP_BIAS as UP_BIAS
 from .kind import Kind as Kind
 from .kind import MisfitError as MisfitError
 from .kind import Shapes, check

@@ -20,7 +20,7 @@ def _kind(title: str, role: str, dimensions: tuple[int, ...]) -> Kind:
     def delta(tensors: Tensors, weight: Tensor | None, alpha: float | None) -> Tensor:
         return tensors[role]
 
-    return Kind(title, (role,), (), _shape(role, dimensions), no_rank, delta, linear_in=(role,))
+    return Kind(title, (role,), (), _shape(role, dimensions), no_rank, delta, linear_in=(role,), rows=(role,))
 
 
 def _shape(role: str, dimensions: tuple[int, ...]) -> Callable[[Shapes], Shape]:

@@ -27,7 +27,8 @@ SCALED = (ALPHA, DORA)
 INDICES, VALUES, SIZE = "bias_indices", "bias_values", "bias_size"  # of what a sparse matrix adds to dW, no bias of the layer
 INTEGERS = (INDICES, SIZE)
 NUMBERS = (ALPHA, "on_input")  # roles that are one number
-BIASES = ("diff_b", "b_norm")  # updates of a bias, beside or without one of the weight
+UP_BIAS = "lora_up.bias"  # of peft's `lora_bias`: alpha / rank times it is the update of the layer's bias
+BIASES = ("diff_b", "b_norm", UP_BIAS)  # updates of a bias, beside or without one of the weight
 MAX_ENTRIES = 1 << 26  # of one dW; the largest weights that adapters change hold 66 M (Flux), 42 M (SDXL's refiner)
 MAX_KERNEL = 7  # of a Tucker core, in each direction
 
@@ -65,6 +66,8 @@ class Kind:
     factors: Callable[[Tensors], tuple[Tensor, Tensor] | None] | None = None  # [out, r] @ [r, in * kh * kw] = dW / scale
     bound: Callable[[Tensors], float] | None = None  # what no entry of dW / scale, nor of any product on the way, exceeds
     halves: Callable[[Tensors], tuple[Tensor, Tensor]] | None = None  # whose Kronecker product dW / scale is
+    rows: tuple[str, ...] = ()  # roles whose rows are those of dW, or of equal parts of it; none: no rows of dW can be told apart
+    whole: tuple[str, ...] = ()  # roles beside which that is not so
     start: Callable[[Shape, int, float, Generator], dict[str, Tensor]] | None = None  # W's shape, rank, alpha => dW = 0
     forward: Forward | None = None  # where that is cheaper than a layer with W + dW
 
@@ -80,6 +83,11 @@ class Kind:
     def name(self, found: Mapping[str, object]) -> str:
         """How people call it with these tensors: with DoRA's magnitudes, a LoRA is a DoRA."""
         return next((name for role, name in self.names.items() if role in found), self.title)
+
+    def can_be_cut(self, shapes: Shapes, count: int) -> bool:
+        """Whether tensors of these shapes are so many updates below each other, each of this kind."""
+        own = [shapes[role] for role in self.rows if role in shapes]
+        return bool(own) and not shapes.keys() & set(self.whole) and all(size and size[0] % count == 0 for size in own)
 
     def scale(self, shapes: Shapes, alpha: float | None) -> float:
         """What `delta` multiplies the product of the tensors by."""

@@ -57,4 +57,6 @@ LOHA = Kind(
     names={DORA: "LoHa + DoRA"},
     factors=factors,
     bound=bound_of(*HALVES),
+    rows=("hada_w1_a", "hada_w2_a"),
+    whole=("hada_t1", "hada_t2", DORA),
 )

@@ -85,4 +85,6 @@ LOKR = Kind(
     factors=factors,
     bound=bound_of(*HALVES),
     halves=halves,
+    rows=("lokr_w1", "lokr_w1_a"),
+    whole=(DORA,),
 )

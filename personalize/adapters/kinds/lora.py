@@ -91,6 +91,8 @@ LORA = Kind(
     linear_in=(UP,),
     names={DORA: "DoRA", MAGNITUDE: "DoRA", MID: "LoCon (Tucker)"},
     factors=factors,
+    rows=(UP, MAGNITUDE),
+    whole=(MID, DORA),
     start=start,
     forward=forward,
 )

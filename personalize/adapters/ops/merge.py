@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -15,9 +16,14 @@ from ..adapter import Adapter, all_words, check_kin, shared_metadata
 from ..delta import Delta, Dense
 from ..lazy import OnDemand
 from . import linalg, sums
+from .convert import USUAL
 from .methods import METHODS, OPTIONS, Method, Module, Options, Term
 from .resize import Line, Report, check_plain, cut_parts, cut_to_rank, keep_as_is, rank_of
 
+CUT = (
+    "and layers like it have no factors in one of the adapters: they are merged at a rank of {}, with the error that is told; "
+    "--rank chooses another, and after `personalize convert --to full` nothing is cut"
+)
 SUMS = ("concat", "svd")  # methods that are the plain sum
 
 
@@ -33,8 +39,9 @@ def merge_with_report(
 ) -> tuple[Adapter, Report]:
     """One adapter from several, each with its weight (any sign), by a row of METHODS; and what the cut to `rank` lost.
 
-    `rank` caps every module's rank. Without it nothing is cut but what methods that work entry by entry make: that is brought to
-    the sum of the ranks. Metadata that all agree on is kept. The same arguments give the same adapter.
+    `rank` caps every module's rank. Without it, what would come out as dW although nothing went in so is brought to the sum of
+    the ranks; an update without factors (LoKr of whole halves) counts with the rank that `convert` gives it, which is told.
+    Metadata that all agree on is kept. The same arguments give the same adapter.
 
     Raises AdapterError for unknown methods and options, and by name for modules whose shapes differ or that depend on the base;
     FamilyMismatchError for adapters of different families.
@@ -57,14 +64,20 @@ def on_demand(
     shapes = {path: shape for adapter in given for path, shape in adapter.shapes.items()}
     paths = sorted(path for path in shapes if not row.shared or counts[path] == len(given))
     lines: dict[str, Line] = {}
+    told: list[str] = []
 
     def merge_at(path: str) -> tuple[Delta, Line]:
         with one_thread():
             module = Module(path, _terms(path, adapters, weights))
             _check_plain(module, method, rank)
-            if rank and method in SUMS and (cut := _cut_sum(module, rank)):
+            if method == "concat" and rank is None and len(module.terms) > 1 and (product := _product(module)):
+                return keep_as_is(path, product)
+            if (usual := None if rank else usual_rank(module)) and not told:
+                told.append(path)
+                warnings.warn(f"{path} {CUT.format(usual)}", stacklevel=2)
+            if (cap := rank or usual) and method in SUMS and (cut := _cut_sum(module, cap)):
                 return cut
-            return _cut(module, row.merge(module, chosen), rank, row.refactor)
+            return _cut(module, row.merge(module, chosen), cap, row.refactor)
 
     def make(path: str) -> Delta:
         delta, line = merge_at(path)
@@ -97,6 +110,23 @@ def _cut_sum(module: Module, rank: int) -> tuple[Delta, Line] | None:
     small = min(linalg.sides(module.shape)) if len(module.shape) in (2, 4) else 0
     pieces = sums.pieces_of([term.weighted_delta() for term in module.terms]) if linalg.is_worth_a_sketch(small, rank) else None
     return cut_parts(module.path, module.shape, small, sums.sketch(pieces, rank), rank) if pieces and len(pieces) > 1 else None
+
+
+def _product(module: Module) -> Delta | None:
+    """The sum as one Kronecker product, where it is one."""
+    return sums.as_one_product([term.delta for term in module.terms], [term.weight for term in module.terms])
+
+
+def usual_rank(module: Module) -> int | None:
+    """The rank of a sum that has no factors although no part of it is dW itself; None for others, and where dW is smaller."""
+    pairs = [term.delta.low_rank() for term in module.terms]
+    if len(pairs) == 1 or all(pairs) or len(module.shape) not in (2, 4):
+        return None
+    if any(isinstance(term.delta, Dense) for term in module.terms):
+        return None
+    rank = sum(pair.rank if pair else USUAL for pair in pairs)
+    out, inside = linalg.sides(module.shape)
+    return rank if rank * (out + inside) < out * inside else None
 
 
 def _cut(module: Module, delta: Delta, rank: int | None, refactor: bool) -> tuple[Delta, Line]:

@@ -56,6 +56,22 @@ def pieces_of(deltas: Sequence[Delta]) -> list[Piece] | None:
     return found if len(sizes) == 1 else None
 
 
+def as_one_product(deltas: Sequence[Delta], weights: Sequence[float]) -> Structured | None:
+    """The weighted sum as one Kronecker product (LoKr), exactly: where all share one of their two halves; None for others."""
+    pairs = [delta.row.halves(delta.tensors) for delta in deltas if isinstance(delta, Structured) and delta.row.halves]
+    if not pairs or len(pairs) < len(deltas) or len({(a.shape, b.shape) for a, b in pairs}) > 1:
+        return None
+    scales = [w * delta.scale for w, delta in zip(weights, deltas, strict=True) if isinstance(delta, Structured)]
+    (a, b), whole = pairs[0], torch.zeros(())
+    if all(torch.equal(one, a) for one, _ in pairs):
+        b = sum((s * half.double() for s, (_, half) in zip(scales, pairs, strict=True)), whole).float()
+    elif all(torch.equal(other, b) for _, other in pairs):
+        a = sum((s * half.double() for s, (half, _) in zip(scales, pairs, strict=True)), whole).float()
+    else:
+        return None
+    return Structured("lokr", {"lokr_w1": a, "lokr_w2": b}, None, deltas[0].shape)
+
+
 def sketch(pieces: Sequence[Piece], rank: int) -> linalg.Svd:
     """The first `rank` singular values of the sum, nearly, as `linalg.sketch` finds them; `rest` is what is really left out."""
     quick = [Piece(piece.a.float(), piece.b.float(), piece.kron) for piece in pieces]  # a basis need not be more exact

@@ -6,7 +6,7 @@ import importlib.util
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,9 @@ from PIL import Image, ImageOps
 
 from ...data.buckets import Grid, Shape, grid, kept_share
 from ...data.dataset import Dataset, Example
-from ...data.folder import read_folder
+from ...data.folder import read_folder, without_cut_masks
 from ...data.images import Unreadable, load_picture, open_image
-from ...data.masks import load_mask
-from ...errors import BaseModelError, DataError, RecipeError
+from ...errors import BaseModelError, RecipeError
 from ...families.family import Family
 from ...families.names import ROWS
 from ...families.recognition import detect, family_in
@@ -57,7 +56,6 @@ class DatasetStats:
     grid: Grid
     multiple: int  # what the base's networks divide a side by
     images: tuple[ImageStats, ...]
-    bad_masks: tuple[tuple[Path, DataError], ...] = ()  # pictures whose mask is of no use
     given: Mapping[str, Any] = field(default_factory=dict)  # settings that somebody gave, which commands repeat
     assumption: str = ""  # why the base's resolution is taken to be what it is, where that is not known
 
@@ -94,12 +92,10 @@ def measure_dataset(recipe: Recipe, given: Mapping[str, Any] | None = None) -> D
         given = {name: value for name, value in flatten(recipe).items() if name in NAMING and value != settings()[name].default}
     side, multiple, why = native_resolution(recipe)
     layout = grid(recipe.data, side, multiple)
-    dataset = read_folder(recipe.data, lenient=True)
-    masked = [_without_bad_mask(example, layout) for example in dataset.examples]
-    images = tuple(_measure_image(example, layout) for example, _ in masked)
-    bad_masks = (*dataset.bad_masks, *(lost for _, lost in masked if lost))
+    dataset = without_cut_masks(recipe.data.folder, read_folder(recipe.data), layout)
+    images = tuple(_measure_image(example, layout) for example in dataset.examples)
     assumption = "" if recipe.data.resolution else why
-    return DatasetStats(recipe, dataset, layout, multiple, images, bad_masks, given, assumption)
+    return DatasetStats(recipe, dataset, layout, multiple, images, given, assumption)
 
 
 def native_resolution(recipe: Recipe) -> tuple[int, int, str]:
@@ -149,16 +145,6 @@ def _resolution(family: Family) -> tuple[int, int]:
 def has_imagehash() -> bool:
     """Whether the library for perceptual hashes is installed."""
     return importlib.util.find_spec("imagehash") is not None
-
-
-def _without_bad_mask(example: Example, layout: Grid) -> tuple[Example, tuple[Path, DataError] | None]:
-    """An example without a mask of which the crop leaves nothing, and what is wrong with that."""
-    try:
-        if example.mask:
-            load_mask(example, layout.shape_of(example.size), 1)
-    except DataError as error:
-        return replace(example, mask=None, mask_sha256=""), (example.path, error)
-    return example, None
 
 
 def _measure_image(example: Example, layout: Grid) -> ImageStats:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-import shlex
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from ...data.captions import fill, missing_trigger
 from ...data.folder import foreign_notation
 from ...findings import Finding, worst_first
 from ...pictures.files import ASIDE
+from ...pictures.galleries import class_folder
 from ...pictures.metadata import metadata_file
 from ...text import command_line, quote, transfer_command
 from .measure import DatasetStats, ImageStats, has_imagehash
@@ -57,13 +57,13 @@ def unreadable(stats: DatasetStats) -> Iterator[Finding]:
 
 
 def bad_masks(stats: DatasetStats) -> Iterator[Finding]:
-    """Masks at which training stops: each kind of them has its advice."""
-    for hint in dict.fromkeys(error.hint for _, error in stats.bad_masks):
-        paths, whys = zip(*((path, error.what) for path, error in stats.bad_masks if error.hint == hint), strict=True)
+    """Masks that leave their pictures out of training: each kind of them has its advice."""
+    for hint in dict.fromkeys(error.hint for _, error in stats.dataset.bad_masks):
+        paths, whys = zip(*((path, error.what) for path, error in stats.dataset.bad_masks if error.hint == hint), strict=True)
         yield Finding(
             "error",
             "bad-masks",
-            f"{picture_count(len(paths))} with a mask that is of no use: {first_few(whys)}",
+            f"{picture_count(len(paths))} left out for a mask that is of no use: {first_few(whys)}",
             paths,
             hint,
             mark="mask",
@@ -77,13 +77,18 @@ def too_few(stats: DatasetStats) -> Iterator[Finding]:
         yield Finding("warning", "too-few", what, hint=f"add more: {FEWEST} to 20 that differ in place and pose")
 
 
+def use_class_images(stats: DatasetStats) -> tuple[object, ...]:
+    """The flags that use the class images beside the pictures."""
+    return "--prior", "images", "--regularization", class_folder(stats.folder)
+
+
 def unused_files(stats: DatasetStats) -> Iterator[Finding]:
     """What lies in the folder and is not read, and how it would be."""
     for text in stats.dataset.unused:
         what, _, flags = text.partition(" are used with ")
         if flags:
             yield Finding(
-                "info", "unused-files", f"{what} are not used", hint=train_command(stats, *shlex.split(flags)), command=True
+                "info", "unused-files", f"{what} are not used", hint=train_command(stats, *use_class_images(stats)), command=True
             )
         elif text.startswith("not read: "):
             what, _, how = text.partition(" (")

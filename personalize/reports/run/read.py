@@ -8,14 +8,27 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ...errors import DataError
 from ...text import parse_toml
 from ...training.events import read_events
+from ...training.sample_names import drawing_of
 
 Record = Mapping[str, Any]
-Key = tuple[str, int]  # (prompt, seed)
+
+
+class Key(NamedTuple):
+    """What sample pictures of several steps have in common."""
+
+    prompt: str
+    seed: int
+    drawing: str  # of their names, another one for each way of drawing; empty where they do not tell
+
+    @classmethod
+    def of(cls, record: Record) -> Key:
+        """Of a sample's or sweep's record."""
+        return cls(record["prompt"], record["seed"], drawing_of(record["path"]))
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import PurePath
@@ -9,11 +10,21 @@ from typing import NamedTuple
 
 from ...data.captions import missing_trigger
 from ...families.notation import escape
+from ...inference.record import read_record
 from ..kit.pictures import Picture
 from .pictures import Inline, training_picture
-from .read import Key, Run, number
+from .read import Key, Run, inside, number
 
 MOST_INPUTS, MOST_ROWS, MOST_COLUMNS = 48, 12, 9
+WORDS = {
+    "sampler": "{}",
+    "steps": "{} sampler steps",
+    "guidance": "guidance {:g}",
+    "size": "{}",
+    "negative": "without {}",
+    "model": "{}",
+    "precision": "{}",
+}  # a request's record, as a row's title says it
 
 
 class Sides(NamedTuple):
@@ -29,12 +40,17 @@ class Strip:
 
     prompt: str
     seed: int
+    way: str  # how they were drawn, where the same prompt and seed were drawn in other ways too
     triggered: bool
     frames: tuple[tuple[str, Picture | None], ...]
 
     @property
     def title(self) -> str:
-        return f"{self.prompt or '(empty prompt)'} · seed {self.seed}"
+        return f"{self.prompt or '(empty prompt)'} · {self.drawn}"
+
+    @property
+    def drawn(self) -> str:
+        return f"seed {self.seed}" + (f" · {self.way}" if self.way else "")
 
     @property
     def whole(self) -> bool:
@@ -87,7 +103,7 @@ def strength_grid(run: Run, inline: Inline, side: int) -> Grid | None:
     """Strengths x prompts."""
     found: dict[Key, dict[float, str]] = {}
     for record in run.sweeps:
-        found.setdefault((record["prompt"], record["seed"]), {})[float(record["strength"])] = record["path"]
+        found.setdefault(Key.of(record), {})[float(record["strength"])] = record["path"]
     strengths = sorted({strength for row in found.values() for strength in row})
     if len(strengths) < 2:
         return None
@@ -120,21 +136,39 @@ def example_prompt(run: Run) -> str:
 
 
 def samples_by_prompt(run: Run) -> list[tuple[Key, dict[int, str], str | None]]:
-    """Sample pictures by (prompt, seed): the adapter's by step, and the base's; prompts with the trigger come first."""
+    """Sample pictures by prompt, seed and way of drawing: the adapter's by step, and the base's; those with the trigger first,
+    and of several ways the one that came last."""
     found: dict[Key, tuple[dict[int, str], list[str]]] = {}
     for record in run.samples:
-        by_step, base = found.setdefault((record["prompt"], record["seed"]), ({}, []))
+        by_step, base = found.setdefault(Key.of(record), ({}, []))
         if record.get("base") is True:
             base.append(record["path"])
         else:
             by_step[record["step"]] = record["path"]
     rows = [(key, by_step, base[-1] if base else None) for key, (by_step, base) in found.items()]
-    return sorted(rows, key=lambda row: not has_trigger(row[0][0], run.triggers))
+    places = {key[:2]: place for place, key in reversed([*enumerate(found)])}  # of prompt and seed, in whichever way
+    return sorted(rows[::-1], key=lambda row: (not has_trigger(row[0].prompt, run.triggers), places[row[0][:2]]))
 
 
 def strip(run: Run, key: Key, frames: Iterable[tuple[str, str | None]], inline: Inline, side: int) -> Strip:
     shown = tuple((label, inline(path, side) if path else None) for label, path in frames)
-    return Strip(*key, has_trigger(key[0], run.triggers), shown)
+    return Strip(key.prompt, key.seed, way_of_drawing(run, key), has_trigger(key.prompt, run.triggers), shown)
+
+
+def way_of_drawing(run: Run, key: Key) -> str:
+    """In what the drawing of a row differs from that of others of the same prompt and seed; empty if there are none."""
+    paths = {Key.of(record): record["path"] for record in run.samples}
+    ways = {one: read_way(run, path) for one, path in paths.items() if one[:2] == key[:2]}
+    return ", ".join(words for name, words in ways.get(key, {}).items() if len({way.get(name) for way in ways.values()}) > 1)
+
+
+def read_way(run: Run, relative: str) -> dict[str, str]:
+    """How a picture was drawn, as far as WORDS say it, by their names; empty for one that is damaged or not there."""
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        record = read_record(inside(run.folder, relative) or run.folder)
+        shown = {**record, "size": "x".join(map(str, record.get("size") or ()))}
+        return {name: words.format(shown[name]) for name, words in WORDS.items() if shown.get(name)}
+    return {}
 
 
 def grid(labels: list[str], strips: list[Strip], left_out: int) -> Grid | None:

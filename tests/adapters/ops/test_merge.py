@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 
 import pytest
@@ -14,6 +15,7 @@ from torch import Tensor
 from personalize.adapters.adapter import Adapter
 from personalize.adapters.delta import Delta, Dense, LowRank, Structured
 from personalize.adapters.ops import sums
+from personalize.adapters.ops.convert import convert
 from personalize.adapters.ops.linalg import inner
 from personalize.adapters.ops.merge import merge, merge_with_report
 from personalize.adapters.ops.methods import METHODS, OPTIONS
@@ -21,6 +23,7 @@ from personalize.errors import AdapterError, FamilyMismatchError
 
 SEARCH = settings(max_examples=40, deadline=None, derandomize=True, database=None)
 ONE = "unet.conv_in"
+PATH = "unet.some.to_k"  # of any shape
 PATHS = (ONE, "unet.mid_block.resnets.0.norm1", "text_encoder.text_model.encoder.layers.0.mlp.fc1", "unet.conv_out.bias")
 NOTHING_LOST = {"density": 1.0, "outliers": 0.0}
 SHAPES = [(1, 1), (1, 6), (7, 1), (5, 4), (6, 9), (3, 4, 3, 3), (8, 2, 1, 1), (2, 3, 1, 3), (5,)]
@@ -378,3 +381,36 @@ def test_a_sum_with_kronecker_products_is_cut_without_being_made(shape: tuple[in
     assert float((whole - made).norm()) == pytest.approx(parts.rest, rel=1e-6)
     assert parts.rest <= 1.01 * float(exact[8:].norm())
     assert sums.pieces_of(terms[:1]) is None  # factors alone have their own way
+
+
+def kronecker(seed: int, *, one: Tensor | None = None, two: Tensor | None = None) -> Structured:
+    """A LoKr of whole halves, [640, 768]."""
+    draw = torch.Generator().manual_seed(seed)
+    halves = torch.randn(16, 16, generator=draw), torch.randn(40, 48, generator=draw) * 0.01
+    tensors = {"lokr_w1": halves[0] if one is None else one, "lokr_w2": halves[1] if two is None else two}
+    return Structured("lokr", tensors, None, (640, 768))
+
+
+@pytest.mark.parametrize("method", ["concat", "svd", "ties"])
+def test_a_merge_without_a_rank_writes_no_whole_dw_and_says_so(method: str) -> None:
+    """As `convert --to lora` would, LoKr of whole halves counts with 32 ranks; what goes in whole comes out whole, exactly."""
+    lora, lokr = Adapter({PATH: low_rank((640, 768), 4)}), Adapter({PATH: kronecker(0)})
+    with pytest.warns(UserWarning, match=f"^{re.escape(PATH)} and layers like it .* at a rank of 36, .*--rank chooses another"):
+        merged, report = merge_with_report([lora, lokr], [1, 0.5], method)
+    delta = merged.deltas[PATH]
+    assert isinstance(delta, LowRank) and delta.rank == 36 and 0 < report.error < 1
+    if method != "ties":
+        whole = lora.deltas[PATH].delta() + 0.5 * lokr.deltas[PATH].delta()
+        apart = [lora, convert(lokr, "lora")[0]]
+        error, other = (float((one.delta() - whole).norm()) for one in (delta, merge(apart, [1, 0.5]).deltas[PATH]))
+        assert error <= 1.02 * other and report.error == pytest.approx(error / float(whole.norm()), rel=0.02)
+        exact = merge([lora, convert(lokr, "full")[0]], [1, 0.5]).deltas[PATH]
+        assert torch.allclose(exact.delta(), whole, atol=1e-5) and isinstance(exact, Dense)
+
+
+def test_kronecker_products_that_share_a_half_stay_one() -> None:
+    a = kronecker(0)
+    for b in (kronecker(1, one=a.tensors["lokr_w1"]), kronecker(2, two=a.tensors["lokr_w2"]), a):
+        merged = merge([Adapter({PATH: a}), Adapter({PATH: b})], [1, -0.5]).deltas[PATH]
+        assert isinstance(merged, Structured) and merged.kind == "lokr"
+        assert torch.allclose(merged.delta(), a.delta() - 0.5 * b.delta(), atol=1e-5)
