@@ -78,6 +78,7 @@ class Reading:
     slots: Mapping[str, Slot]
     shapes: Mapping[str, Shape]  # of the dW that slots hold, as far as they tell; none of those that change a bias only
     unmatched: tuple[str, ...]
+    strangers: tuple[str, ...]  # names of whole updates of layers that no family has
     words: Mapping[str, Mapping[str, str]]  # word => key of its vectors => key in the file
     metadata: Mapping[str, str]  # the file's, and what its spelling tells of its family
 
@@ -104,6 +105,7 @@ def read_keys(header: Header) -> Reading:
     slots = {name: slot for name, slot in slots.items() if slot.kind or slot.keys.keys() & set(kinds.BIASES)}
     shapes = {name: shape(header, slot) for name, slot in slots.items()}
     names = find_paths(shapes, header.metadata)
+    strangers = tuple(name for name, slot in slots.items() if slot.kind and name not in names)
     slots = {names[name]: slot for name, slot in slots.items() if name in names}
     shapes = {names[name]: shape for name, shape in shapes.items() if name in names and slots[names[name]].kind}
     words = words_in(header.tensors)
@@ -112,7 +114,7 @@ def read_keys(header: Header) -> Reading:
     unmatched = tuple(key for key in header.tensors if key not in matched)
     spelled = tell_apart(names, shapes, header.metadata)
     metadata = ({SPELLED: spelled} if spelled else {}) | dict(header.metadata)
-    return Reading(dialect, _kind(header, slots, unmatched, words), slots, shapes, unmatched, words, metadata)
+    return Reading(dialect, _kind(header, slots, unmatched, words), slots, shapes, unmatched, strangers, words, metadata)
 
 
 def _is_read(slot: Slot, role: str) -> bool:
@@ -144,10 +146,12 @@ def unmatched_error(header: Header, reading: Reading) -> UnmatchedKeysError:
     what = f"{header.path}: {count} tensors belong to no known module or lack their other half: {listed}"
     if reading.kind == TEXTUAL_INVERSION:
         return UnmatchedKeysError(f"{header.path} is a textual inversion, not an adapter", "Embedding.load reads it")
+    families = ", ".join(family.name for family in FAMILIES)
+    if reading.strangers and not reading.slots:
+        return UnmatchedKeysError(what, f"no known family has a layer {short(reading.strangers[0])} (known: {families})")
     if not reading.slots:
         holds = "no adapter: name another file" if reading.kind == "unknown" else f"parts of {reading.kind} updates, none whole"
         return UnmatchedKeysError(what, f"it holds {holds}")
-    families = ", ".join(family.name for family in FAMILIES)
     return UnmatchedKeysError(what, f"known families: {families}; --allow-unmatched reads the rest")
 
 

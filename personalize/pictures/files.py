@@ -20,6 +20,7 @@ SIDECARS = (".txt", ".caption")  # after a picture's name, with or without its e
 ASIDE = "_aside"  # where the report on a dataset has pictures moved that are better not learned
 SYSTEM = {"lost+found", "__macosx", "system volume information", "$recycle.bin", "@eadir", "#recycle", ASIDE}  # nobody's pictures
 REFUSED = {"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"}  # programs, data and video, not pixels
+MORE_SUFFIXES = {".pjp": "JPEG", ".pjpeg": "JPEG"}  # browsers' other names, which Pillow does not know
 PLUGINS = ("pillow_heif", "pillow_avif", "pillow_jxl")
 ADVICE = {
     **dict.fromkeys((".heic", ".heif", ".hif"), "this format needs a plugin: pip install pillow-heif"),
@@ -177,7 +178,14 @@ def format_of(suffix: str) -> str:
     """Pillow's format for a suffix in any case, or ""."""
     from PIL import Image
 
-    return Image.registered_extensions().get(suffix.lower(), "")
+    return Image.registered_extensions().get(suffix.lower(), "") or MORE_SUFFIXES.get(suffix.lower(), "")
+
+
+def is_picture_inside(path: Path) -> bool:
+    """Whether a file that no name calls a picture begins like one."""
+    with contextlib.suppress(OSError), path.open("rb") as file:
+        return file.read(12).startswith((b"\xff\xd8\xff", b"\x89PNG\r\n", b"GIF8"))
+    return False
 
 
 def first_few(words: Sequence[str]) -> str:

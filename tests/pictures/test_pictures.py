@@ -14,7 +14,7 @@ from PIL import Image
 
 from personalize.cli import run
 from personalize.data.folder import read_folder
-from personalize.errors import DataError
+from personalize.errors import DataError, RecipeError
 from personalize.pictures.files import look_into, printable_name
 from personalize.pictures.galleries import count_pictures, galleries
 from personalize.recipe.fields import Data
@@ -171,6 +171,34 @@ def test_captions_that_nothing_reads_are_told(tmp_path: Path) -> None:
         (folder / name).write_text("zwx of some other kind")
     (warning,) = read(folder).warnings
     assert warning.startswith("not read: a_caption.txt, captions.txt, meta_cap.json (captions are read from NAME.txt")
+
+
+def test_pictures_whose_names_say_nothing_are_told_and_browsers_names_are_read(tmp_path: Path) -> None:
+    folder = filled(tmp_path / "zwx", "a.png", "b.png", "c.png")
+    for name, other in (("b.png", "b.pjpeg"), ("c.png", "c.jpg_large")):
+        Image.open(folder / name).convert("RGB").save(folder / other, format="JPEG")
+        (folder / name).unlink()
+    dataset = read(folder)
+    assert [example.path.name for example in dataset.examples] == ["a.png", "b.pjpeg"]
+    assert dataset.warnings == ["not read: c.jpg_large (pictures by their first bytes: rename them, to .jpg or .png)"]
+
+
+@pytest.mark.parametrize("trigger", ["<lora:rex:1>", "a AND b", "rex --w 96", "rex BREAK tom"])
+def test_a_trigger_that_no_prompt_can_say_is_refused_with_one_that_can(tmp_path: Path, trigger: str) -> None:
+    folder = filled(tmp_path / "zwx", "a.png")
+    with pytest.raises(RecipeError, match=r"in the trigger .* \(--trigger (?P<word>[\w-]+)\)") as refused:
+        read(folder, trigger=trigger)
+    word = str(refused.value).rpartition("--trigger ")[2].rstrip(")")
+    assert read(folder, trigger=word).trigger == word
+
+
+def test_a_batch_leaves_out_class_images_unless_they_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    photos = filled(tmp_path / "photos", "rex/a.png", "reg/1_zwx cat/b.png")
+    assert run(["batch", str(photos), "--class", "cat", "--dry-run"]) == 0
+    out, err = capsys.readouterr()
+    assert "rex" in out and "reg" not in out and f"{photos / 'reg'}: taken for class images" in err
+    assert run(["batch", str(photos / "reg"), "--dry-run"]) == 0
+    assert "(1 pictures, 350 steps, preset pocket-subject, class cat)" in capsys.readouterr().out
 
 
 def test_a_project_of_kohya_s_is_read_and_its_class_images_are_told(tmp_path: Path) -> None:
