@@ -20,6 +20,7 @@ SIDECARS = (".txt", ".caption")  # after a picture's name, with or without its e
 ASIDE = "_aside"  # where the report on a dataset has pictures moved that are better not learned
 SYSTEM = {"lost+found", "__macosx", "system volume information", "$recycle.bin", "@eadir", "#recycle", ASIDE}  # nobody's pictures
 REFUSED = {"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"}  # programs, data and video, not pixels
+SHEET, SUMMARY = "batch.png", "summary.json"  # what a batch writes beside its runs
 MORE_SUFFIXES = {".pjp": "JPEG", ".pjpeg": "JPEG"}  # browsers' other names, which Pillow does not know
 PLUGINS = ("pillow_heif", "pillow_avif", "pillow_jxl")
 ADVICE = {
@@ -80,11 +81,12 @@ def look_into(folder: Path) -> Contents:
 
 
 def _kind(path: Path, adapters: Iterable[str]) -> str:
-    """The group of Contents that a path belongs to; "" for an adapter's preview, a pipe or a device that nobody means."""
+    """The group of Contents that a path belongs to; "" for an adapter's preview, a batch's sheet, a pipe or a device that nobody means."""
     if path.is_dir():
         return "folders"
     if is_picture(path):
-        return "masks" if is_mask(path) else "" if path.stem in adapters else "pictures"
+        ours = path.stem in adapters or (path.name == SHEET and (path.parent / SUMMARY).is_file())
+        return "masks" if is_mask(path) else "" if ours else "pictures"
     return "others" if path.is_file() else ""
 
 

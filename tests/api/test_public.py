@@ -125,6 +125,7 @@ MISTAKES: dict[str, tuple[Callable[[p.Base, p.Adapter], Any], str]] = {
     "a typo": (lambda base, rex: p.resolve(folder="photos", rnak=4, class_="dog"), "did you mean rank"),
     "read a path": (lambda base, rex: p.read_folder("photos"), "p.read_folder"),  # type: ignore[arg-type]
     "report on a recipe": (lambda base, rex: p.write_report(p.Recipe()), "its folder"),  # type: ignore[arg-type]
+    "resolve a folder": (lambda base, rex: p.resolve(Path(__file__).parent), r"resolve\(folder="),
     "no run": (lambda base, rex: p.Run("runs/nowhere"), "no run folder"),
 }
 

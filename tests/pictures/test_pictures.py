@@ -201,6 +201,22 @@ def test_a_batch_leaves_out_class_images_unless_they_are_named(tmp_path: Path, c
     assert "(1 pictures, 350 steps, preset pocket-subject, class cat)" in capsys.readouterr().out
 
 
+def test_a_batch_among_its_folders_is_no_subject_of_the_next_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    photos = filled(tmp_path / "photos", "rex/a.png", "runs/batch.png")
+    (photos / "runs" / "summary.json").write_text("{}")
+    assert run(["batch", str(photos), "--class", "cat", "--output", str(photos / "runs"), "--dry-run"]) == 0
+    assert [line.split(" => ")[0] for line in capsys.readouterr().out.splitlines()] == [str(photos / "rex")]
+
+
+def test_an_output_among_the_pictures_is_refused_before_anything_is_loaded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = str(filled(tmp_path / "zwx", "a.png"))
+    monkeypatch.setattr("personalize.cli.progress.train_one", lambda *a, **b: pytest.fail("training began"))
+    assert run(["train", folder, "--class", "cat", "--output", folder]) == 2
+    assert "would lie among the pictures" in capsys.readouterr().err
+
+
 def test_a_project_of_kohya_s_is_read_and_its_class_images_are_told(tmp_path: Path) -> None:
     project = filled(tmp_path / "project", "img/10_zwx cat/a.png", "reg/1_cat/b.png", "log/l.png")
     (gallery,) = galleries(project)
