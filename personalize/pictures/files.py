@@ -81,7 +81,7 @@ def look_into(folder: Path) -> Contents:
 
 
 def _kind(path: Path, adapters: Iterable[str]) -> str:
-    """The group of Contents that a path belongs to; "" for an adapter's preview, a batch's sheet, a pipe or a device that nobody means."""
+    """The group of Contents that a path belongs to; "" for an adapter's preview or a batch's sheet, a pipe, a device."""
     if path.is_dir():
         return "folders"
     if is_picture(path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,8 @@ def check_folder(folder: Path) -> Path:
         raise DataError(f"{folder} has a name that is no UTF-8 text", "rename it")
     try:
         if folder.is_dir():
+            if not os.access(folder, os.R_OK | os.X_OK):
+                raise DataError(f"cannot list {folder}: Permission denied", "check its permissions")
             return folder
         if folder.exists():
             raise DataError(

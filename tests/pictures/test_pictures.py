@@ -129,6 +129,17 @@ def test_a_folder_that_may_not_be_listed_is_left_out(tmp_path: Path, monkeypatch
         look_into(folder / "private")
 
 
+def test_a_folder_of_a_batch_that_may_not_be_listed_never_ends_the_others(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    photos = filled(tmp_path / "photos", "rex/a.png", "private/a.png")
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "private" and access(path, mode))
+    assert run(["batch", str(photos), "--class", "cat", "--dry-run"]) == 2
+    out, err = capsys.readouterr()
+    assert "rex" in out and "private: cannot list" in err and "Permission denied" in err
+
+
 def test_one_folder_of_a_batch_never_ends_the_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     photos = filled(tmp_path / "photos", "rex/a.png", "tom/a.png", "ann/a.png")
     (photos / "ann" / "metadata.jsonl").write_text("no JSON")
