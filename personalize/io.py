@@ -46,9 +46,9 @@ def disk_error(path: Path, error: OSError, place: str = "another place") -> Outp
 
 
 def write_text(path: Path, text: str) -> Path:
-    """Write a small text file whole or not at all."""
+    """Write a small text file whole or not at all; bytes of a name that are no UTF-8 become escapes, which JSON reads."""
     with atomic(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
     return path
 
 

@@ -89,6 +89,7 @@ class Reading:
     slots: Mapping[str, Slot]
     shapes: Mapping[str, Shape]  # of the dW that slots hold, as far as they tell; none of those that change a bias only
     unmatched: tuple[str, ...]
+    strangers: tuple[str, ...]  # names of whole updates of layers that no family has
     words: Mapping[str, Mapping[str, str]]  # word => key of its vectors => key in the file
     metadata: Mapping[str, str]  # the file's, and what its spelling tells of its family
 
@@ -116,6 +117,7 @@ def read_keys(header: Header) -> Reading:
     slots = {name: slot for name, slot in slots.items() if slot.kind or slot.keys.keys() & set(kinds.BIASES)}
     shapes = {name: shape(header, slot) for name, slot in slots.items()}
     names = find_paths(shapes, header.metadata)
+    strangers = tuple(name for name, slot in slots.items() if slot.kind and name not in names)
     slots = {names[name]: _with_own_bias(names[name], slot) for name, slot in slots.items() if name in names}
     slots = {path: slot for path, slot in slots.items() if slot.keys}
     shapes = {names[name]: shape for name, shape in shapes.items() if names.get(name) in slots and slots[names[name]].kind}
@@ -125,7 +127,7 @@ def read_keys(header: Header) -> Reading:
     unmatched = tuple(key for key in header.tensors if key not in matched)
     spelled = tell_apart(names, shapes, header.metadata)
     metadata = ({SPELLED: spelled} if spelled else {}) | dict(header.metadata)
-    return Reading(dialect, _kind(header, slots, unmatched, words), slots, shapes, unmatched, words, metadata)
+    return Reading(dialect, _kind(header, slots, unmatched, words), slots, shapes, unmatched, strangers, words, metadata)
 
 
 def _cut(header: Header, name: str, slot: Slot) -> Iterator[tuple[str, Slot]]:
@@ -196,10 +198,12 @@ def unmatched_error(header: Header, reading: Reading) -> UnmatchedKeysError:
     for part, hint in _ADVICE.items():
         if any(re.search(part, key) for key in reading.unmatched):
             return UnmatchedKeysError(what, hint + ", or --allow-unmatched reads the rest" * bool(reading.slots))
+    families = ", ".join(family.name for family in FAMILIES)
+    if reading.strangers and not reading.slots:
+        return UnmatchedKeysError(what, f"no known family has a layer {short(reading.strangers[0])} (known: {families})")
     if not reading.slots:
         holds = "no adapter: name another file" if reading.kind == "unknown" else f"parts of {reading.kind} updates, none whole"
         return UnmatchedKeysError(what, f"it holds {holds}")
-    families = ", ".join(family.name for family in FAMILIES)
     return UnmatchedKeysError(what, f"known families: {families}; --allow-unmatched reads the rest")
 
 

@@ -27,8 +27,8 @@ BUNDLE = "bundle_emb"
 _WIDTHS = {1280: "text_encoder_2", 4096: "text_encoder_3"}  # of CLIP bigG and of T5; other widths are a first encoder's
 _ALL_WIDTHS = {row.width for family in FAMILIES for row in family.texts}
 _FLOATS = ("F64", "F32", "F16", "BF16")
-_INSIDE = re.compile(rf"{BUNDLE}\.(?:(?P<word>.+)\.(?P<key>string_to_param\.[^.]+|(?:{'|'.join(map(re.escape, KEYS))})(?:_out)?)|"
-                     r"(?P<first>[^.]+)\.(?P<rest>.+))")  # fmt: skip
+_ENDINGS = rf"string_to_param\.[^.]+|(?:{'|'.join(map(re.escape, KEYS))})(?:_out)?"
+_INSIDE = re.compile(rf"{BUNDLE}\.(?:(?P<word>.+?)\.(?P<key>{_ENDINGS})|(?P<first>[^.]+)\.(?P<rest>.+))")
 
 
 def vectors_in(tensors: Mapping[str, Entry]) -> dict[str, str]:

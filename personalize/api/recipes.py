@@ -43,6 +43,8 @@ def resolve(
     )
     check_type(flags, (Mapping, type(None)), "flags", 'settings by name: p.resolve(flags={"folder": "photos/rex"})', RecipeError)
     check_type(start, (Recipe, type(None)), "start", "another run's recipe", RecipeError)
+    if preset is not None and Path(preset).is_dir():
+        raise RecipeError(f"{preset} is a folder, and what stands first is a preset", f'p.resolve(folder="{preset}")')
     given = {**(flags or {}), **{name.rstrip("_"): value for name, value in settings.items()}}
     recipe, told = explain(given if preset is None else {**given, "preset": preset}, start=start)
     if told:

@@ -13,6 +13,7 @@ from rich.console import Console
 from ..errors import PersonalizeError
 from ..io import write_text
 from ..lock import hold
+from ..pictures.files import SHEET, SUMMARY
 from ..recipe.fields import Recipe
 from ..text import duration, readable
 from ..training.events import Event, Failed, Finished, Started, Step, Stopped, Warned
@@ -180,7 +181,7 @@ class BatchView(View):
         answer(runs=records, summary=None)
         if any(one.run and one.run.is_dir() for one in self.runs):
             try:
-                path = write_text(self.place / "summary.json", json.dumps({"runs": records}, indent=1) + "\n")
+                path = write_text(self.place / SUMMARY, json.dumps({"runs": records}, indent=1) + "\n")
             except PersonalizeError as error:  # a full disk: the adapters are what counts
                 print_warning(str(error))
                 return
@@ -209,7 +210,7 @@ class BatchView(View):
             return None
         heads = ("learned from", *(f"{i} {whose}" for i in range(1, most + 1) for whose in ("base", "adapter")))
         sheet = contact_sheet(cells, len(heads), rows=rows, heads=heads, side=SIDE)
-        return save_sheet(sheet, self.place / "batch.png")
+        return save_sheet(sheet, self.place / SHEET)
 
 
 def name_of(folder: Path) -> str:

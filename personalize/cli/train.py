@@ -11,7 +11,7 @@ import click
 
 from ..errors import AdapterError, DataError, OutputError, PersonalizeError, RecipeError
 from ..pictures.files import look_into
-from ..pictures.galleries import check_folder, check_output, count_pictures, galleries
+from ..pictures.galleries import CLASSES, check_folder, check_output, count_pictures, galleries
 from ..registry import table
 from ..text import in_ascii, plain
 from .messages import answer, echo, print_error, print_warning
@@ -88,6 +88,8 @@ def train(folder: Path | None, origin: Path | None, dry_run: bool, fresh: bool, 
     if taken_for:
         echo(f"{'# ' if dry_run else ''}{taken_for}")
     answer(taken_for=taken_for)
+    if recipe.output:
+        check_output(recipe.data.folder, recipe.output)
     if dry_run:
         return print_recipe(recipe)
     from .progress import train_one
@@ -139,8 +141,6 @@ def print_recipe(recipe: Recipe) -> int:
     from ..recipe.settings import flatten
 
     dataset = read_folder(recipe.data)
-    if recipe.output:
-        check_output(recipe.data.folder, recipe.output)
     lines = [f"# from preset {recipe.preset}"] if recipe.preset else []
     lines += [to_toml(recipe), f"# {len(dataset.examples)} pictures in {recipe.data.folder}, trigger {dataset.trigger!r}"]
     for example in dataset.examples:
@@ -184,13 +184,21 @@ def batch(folders: tuple[Path, ...], together: int | None, backend: str, dry_run
     if dry_run:
         answer(runs=[{"folder": one.data.folder, "run": one.output, "preset": one.preset, "steps": one.steps} for one in recipes])
         for recipe in recipes:
-            settings = f"{recipe.steps} steps, preset {recipe.preset or '-'}, class {recipe.data.class_name or '-'}"
-            echo(f"{recipe.data.folder} => {recipe.output}  ({count_pictures(recipe.data.folder)} pictures, {settings})")
+            echo(f"{recipe.data.folder} => {recipe.output}  ({_outline(recipe)})")
         return 2 if wrong else 0
     from .batch import train_many
 
     place = Path(flags["output"] or "runs")
     return train_many(recipes, backend, place=place, fresh=fresh, together=together, refused=wrong)
+
+
+def _outline(recipe: Recipe) -> str:
+    """A run in a few words: pictures, steps, preset, and the class that it or its folder's name gives."""
+    from ..data.folder import concepts_of
+
+    classes = dict.fromkeys(one.class_name for one in concepts_of(recipe.data, galleries(recipe.data.folder)) if one.class_name)
+    named = f"class {', '.join(classes) or '-'}"
+    return f"{count_pictures(recipe.data.folder)} pictures, {recipe.steps} steps, preset {recipe.preset or '-'}, {named}"
 
 
 def picture_folders(folder: Path) -> list[Path]:
@@ -203,6 +211,10 @@ def picture_folders(folder: Path) -> list[Path]:
     contents = look_into(folder)
     hidden = [path for path, _ in contents.left_out if path.is_dir()]
     inner = sorted([*hidden, *(one for one in contents.folders if _may_hold_pictures(one))])
+    if (classes := [one for one in inner if one.name.lower() in CLASSES]) and len(classes) < len(inner):
+        inner = [one for one in inner if one not in classes]
+        names = ", ".join(plain(str(one)) for one in classes)
+        print_warning(f"{names}: taken for class images and left out; name the folder itself to train it")
     if not inner:
         raise DataError(f"there are no pictures in {folder}, nor in the folders inside it", "name another folder")
     return inner

@@ -11,7 +11,7 @@ from ..errors import RecipeError, nearest
 from ..families.notation import escape, plain_text
 from ..pictures.metadata import read_text
 
-PLACEHOLDER = re.compile(r"(?<!\\)(?:\{(trigger|class)\}|\[(trigger|class)\])")
+PLACEHOLDER = re.compile(r"(?<!\\)(?:\{(trigger|class)\}|\[(trigger|class)\])", re.IGNORECASE)
 GROUP = re.compile(r"(?<!\\)\((?:\\.|[^\\()]|\((?:\\.|[^\\()])*\))*\)|(?<!\\)[\[{](?:\\.|[^\\\[\]{}])*[\]}]")
 EMPTY = re.compile(r"\(\s*(?::[\d.]+\s*)?\)")  # what is left of (zwx:1.2) without zwx
 RESERVED = {"con", "prn", "aux", "nul", *(f"{port}{i}" for port in ("com", "lpt") for i in range(10))}  # no files on Windows
@@ -27,7 +27,7 @@ def fill(template: str, trigger: str, class_name: str = "") -> str:
     """
     words = {"trigger": trigger, "class": class_name}
     for match in re.finditer(r"(?<!\\)\{(\w+)\}", template):
-        if match[1] not in words:
+        if match[1].lower() not in words:
             raise RecipeError(f"unknown {match[0]} in '{template}'", nearest(match[1], words))
     return _tidy(_fill_known(template, words))
 
@@ -44,7 +44,7 @@ def fill_caption(caption: str, trigger: str, class_name: str = "") -> str:
 
 
 def _fill_known(text: str, words: dict[str, str]) -> str:
-    return PLACEHOLDER.sub(lambda match: escape(words[match[1] or match[2]]), text)
+    return PLACEHOLDER.sub(lambda match: escape(words[(match[1] or match[2]).lower()]), text)
 
 
 def safe_trigger(name: str) -> str:

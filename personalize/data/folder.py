@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 import math
 import os
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ..errors import DataError, RecipeError, check_type
-from ..families.notation import foreign, has_edits, unescape, variants
-from ..pictures.files import MARK, SIDECARS, Contents, first_few, look_into, same_name
+from ..families.notation import escape, foreign, foreign_in_caption, unescape
+from ..pictures.files import MARK, SIDECARS, Contents, first_few, is_picture_inside, look_into, printable_name, same_name
 from ..pictures.galleries import (
     KOHYA,
     Gallery,
@@ -32,6 +33,7 @@ from .masks import load_mask, mask_of
 FINEST = 20  # balanced concepts differ from exact shares of each picture by less than one in so many
 CAPTION_TABLES = {".csv", ".json", ".jsonl", ".parquet", ".tsv"}  # of other programs
 OURS = {"personalize.toml", "readme.txt", "license.txt"}
+_TAGS = re.compile(r"<\w+:[^<>]*>|(?:^|\s)--\w+|\bBREAK\b")
 Template = Callable[[Concept], str]
 
 
@@ -45,7 +47,7 @@ def read_folder(data: Data) -> Dataset:
     """
     check_type(data, Data, "what is read", 'the data part of a recipe: p.read_folder(p.resolve(folder="photos").data)', DataError)
     found = galleries(data.folder)
-    concepts = _concepts(data, found)
+    concepts = concepts_of(data, found)
 
     def words(template: str) -> Template:
         return lambda concept: fill(template, concept.trigger, concept.class_name)
@@ -81,18 +83,28 @@ def regularization(folder: Path, template: str, class_name: str) -> Dataset:
     return _collect(folder, found, tuple(concepts), lambda concept: fill(template, "", concept.class_name))
 
 
-def _concepts(data: Data, found: Sequence[Gallery]) -> tuple[Concept, ...]:
-    """What a folder shows. A trigger or class that the recipe gives are those of the first concept."""
+def concepts_of(data: Data, found: Sequence[Gallery]) -> tuple[Concept, ...]:
+    """What the galleries of a folder show, as their names tell. A trigger or class that the recipe gives are the first one's."""
     given, class_name = unescape(" ".join((data.trigger or "").split())), data.class_name
     named = [(one.name, match) for one in found if one.name and (match := one.numbered)]
     if not named:
         name = os.path.basename(os.path.abspath(data.folder))
         match = KOHYA.fullmatch(name)  # a single folder out of kohya's layout
         trigger, is_a = (unescape(match[2]), match[3] or "") if match else (safe_trigger(name), "")
-        return (Concept(given or trigger, class_name or is_a),)
-    concepts = [Concept(unescape(match[2]), match[3] or "", name, int(match[1])) for name, match in named]
-    first = replace(concepts[0], trigger=given or concepts[0].trigger, class_name=class_name or concepts[0].class_name)
+        return (Concept(_check_trigger(given or trigger), class_name or is_a),)
+    concepts = [Concept(_check_trigger(unescape(match[2])), match[3] or "", name, int(match[1])) for name, match in named]
+    first = replace(
+        concepts[0], trigger=_check_trigger(given) or concepts[0].trigger, class_name=class_name or concepts[0].class_name
+    )
     return (first, *concepts[1:])
+
+
+def _check_trigger(trigger: str) -> str:
+    """The trigger. Raises RecipeError for one that no escape makes plain text in a prompt."""
+    read = [name for name, _ in foreign(escape(trigger))] + [match[0] for match in _TAGS.finditer(trigger)]
+    if read:
+        raise RecipeError(f"prompts read {read[0].strip()} in the trigger {trigger!r}", f"--trigger {safe_trigger(trigger)}")
+    return trigger
 
 
 @dataclass
@@ -212,7 +224,7 @@ def _balance_repeats(examples: Sequence[Example], concepts: Sequence[Concept]) -
 
 
 def _below(root: Path, path: Path) -> str:
-    return path.relative_to(root).as_posix()
+    return printable_name(path.relative_to(root).as_posix())
 
 
 def _twins(examples: Sequence[Example]) -> list[str]:
@@ -250,17 +262,17 @@ def _unread(root: Path, found: Sequence[Gallery], reading: _Reading) -> list[str
         kinds = CAPTION_TABLES | (set(SIDECARS) if lacks and not one.notes else set())
         files = [path for path in one.contents.others if path.suffix.lower() in kinds and path.name.lower() not in OURS]
         names += [_below(root, path) for path in files if path not in known | reading.captions]
+    odd = [_below(root, path) for one in found for path in one.contents.others if is_picture_inside(path)]
+    told = [f"not read: {first_few(odd)} (pictures by their first bytes: rename them, to .jpg or .png)"] if odd else []
     how = f"captions are read from NAME.txt beside NAME.png, or from {', '.join(FILES)}"
-    return [f"not read: {first_few(names)} ({how})"] if names else []
+    return [*told, *([f"not read: {first_few(names)} ({how})"] if names else [])]
 
 
 def foreign_notation(examples: Sequence[Example]) -> list[str]:
     """What other programs read in captions, and what only means something while drawing: learned as words."""
     found: dict[str, list[str]] = {}
     for example in examples:
-        names = [name.partition(" (")[0] for name, _ in foreign(example.caption)]
-        names += ["prompt editing, as in [cat:dog:0.5]"] if has_edits(variants(example.caption)[0]) else []
-        for name in names:
+        for name in foreign_in_caption(example.caption):
             found.setdefault(name, []).append(example.path.name)
     return [f"captions are learned with {name} as words: {first_few(files)}" for name, files in found.items()]
 

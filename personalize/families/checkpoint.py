@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from .recognition import family_in, stranger_in
 from .spelling import path_in
 
 _FLOATS = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
+_AVERAGE = re.compile(r"(?<![^.])ema[._]|_ema(?=\.)")  # `model_ema.`, `ema.`, `ema_model.`, `cond_stage_model_ema.`
 _CONVERT = "pickled weights can run code and are never opened; take the .safetensors, or convert them where they came from"
 
 
@@ -61,13 +63,18 @@ def _places(header: Header, family: Family) -> dict[str, Place]:
 
 
 def _averages(header: Header, places: Mapping[str, Place]) -> dict[str, Place]:
-    """The moving averages that LDM's trainer keeps beside the weights, under their names without dots."""
+    """The moving averages that trainers keep beside the weights: LDM's under their names without dots, others with them."""
+    averages = {_squeezed(plain): key for key in header.tensors if (plain := _AVERAGE.sub("", key)) != key}
     found = {}
     for path, place in places.items():
-        key = f"model_ema.{place.address.key.removeprefix('model.').replace('.', '')}"
+        key = averages.get(_squeezed(place.address.key), "")
         if (entry := header.tensors.get(key)) and _usable(entry) and entry.shape == place.entry.shape:
             found[path] = Place(header, Address(key))
     return found
+
+
+def _squeezed(key: str) -> str:
+    return key.removeprefix("model.").replace(".", "")
 
 
 def _read_spelled(header: Header) -> dict[str, Place]:

@@ -26,12 +26,19 @@ FOREIGN = (  # what it looks like, its name, what to do
     (r"(?<!\w)__[\w/*-]*\w[\w/*-]*__(?!\w)", "a file of wildcards", "write {red|blue}"),
     (r"\{[^{}]*(?:\$\$|::)[^{}]*\}", "a choice with numbers in it", "write {red|blue}"),
     (
-        r"(?<!\\)\{(?!(?:trigger|class)\})[^{}|]*(?<!\\)\}",
+        r"(?<!\\)\{(?!(?i:trigger|class)\})[^{}|]*(?<!\\)\}",
         "a word in braces",
         r"write (word:1.05), or \{ for a brace",
     ),
     (r"(?<!\w)embedding:\S", "an embedding by name", "leave it out"),
     (r"\)\.(?:blend|swap|and)\(", "InvokeAI's function of prompts", "write [cat:dog:0.5]"),
+    (r"(?<!\\)\)(?:\+{1,3}|-{1,3}|\d\.\d+)(?![\w.])", "InvokeAI's weight behind a bracket", "write (word:1.3)"),
+)
+_WORD = r"(?:trigger|class|name|concept|subject|token)(?:[_-]?word)?"
+_SIGNS = (f"<{_WORD}>", f"%{_WORD}%", rf"\${_WORD}\b", rf"\$\{{{_WORD}\}}", r"\[(?:name|filewords|trigger[_-]?word)\]")
+UNFILLED = (  # of captions: placeholders of other trainers, and what only means something in a prompt
+    (f"(?i){'|'.join(_SIGNS)}", "a placeholder that nothing fills in"),
+    (r"<(?:lora|lyco|hypernet):[^<>]*>", "an adapter's name"),
 )
 
 
@@ -65,6 +72,28 @@ def plain_text(prompt: str) -> str:
 def foreign(prompt: str) -> Iterator[tuple[str, str]]:
     """(name, what to do) of everything in a prompt that other programs read and this one does not."""
     yield from ((f"{name} ({match[0][:40]})", hint) for look, name, hint in FOREIGN if (match := re.search(look, prompt)))
+
+
+def foreign_in_caption(caption: str) -> list[str]:
+    """What a caption holds that is learned as words, by name: also what only means something while drawing.
+
+    >>> foreign_in_caption("a [name] <lora:x:1>")
+    ['a placeholder that nothing fills in', "an adapter's name"]
+    """
+    names = [name for look, name, _ in FOREIGN if re.search(look, caption)]
+    names += [name for look, name in UNFILLED if re.search(look, caption)]
+    return names + ["prompt editing, as in [cat:dog:0.5]"] * has_edits(variants(caption)[0])
+
+
+def certain_words(caption: str) -> str:
+    """What a caption says whatever is chosen, drawn or filled in.
+
+    >>> certain_words("a {red|blue} cat of [name], [day:night:0.5]").split()
+    ['a', 'cat', 'of', ',']
+    """
+    for look in (*(row[0] for row in (*FOREIGN, *UNFILLED)), CHOICE.pattern):
+        caption = re.sub(look, " ", caption)
+    return plain_text("".join(node for node in _nodes(caption) if isinstance(node, str)))
 
 
 def choose(text: str, pick: Callable[[int], int]) -> str:

@@ -107,7 +107,7 @@ def read_scalar(file: BinaryIO, key: str, entry: Entry) -> float:
 
 def _check_file(path: Path) -> None:
     if path.is_dir():
-        inside = ", ".join(sorted(child.name for child in path.glob("*.safetensors"))[:3])
+        inside = ", ".join(map(str, sorted(path.glob("*.safetensors"))[:3]))
         raise AdapterError(f"{path} is a folder", f"name the file: {inside}" if inside else "name a .safetensors file")
     if not path.exists():
         raise AdapterError(f"{path} does not exist", "check the path")

@@ -20,6 +20,8 @@ SIDECARS = (".txt", ".caption")  # after a picture's name, with or without its e
 ASIDE = "_aside"  # where the report on a dataset has pictures moved that are better not learned
 SYSTEM = {"lost+found", "__macosx", "system volume information", "$recycle.bin", "@eadir", "#recycle", ASIDE}  # nobody's pictures
 REFUSED = {"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"}  # programs, data and video, not pixels
+SHEET, SUMMARY = "batch.png", "summary.json"  # what a batch writes beside its runs
+MORE_SUFFIXES = {".pjp": "JPEG", ".pjpeg": "JPEG"}  # browsers' other names, which Pillow does not know
 PLUGINS = ("pillow_heif", "pillow_avif", "pillow_jxl")
 ADVICE = {
     **dict.fromkeys((".heic", ".heif", ".hif"), "this format needs a plugin: pip install pillow-heif"),
@@ -79,11 +81,12 @@ def look_into(folder: Path) -> Contents:
 
 
 def _kind(path: Path, adapters: Iterable[str]) -> str:
-    """The group of Contents that a path belongs to; "" for an adapter's preview, a pipe or a device that nobody means."""
+    """The group of Contents that a path belongs to; "" for an adapter's preview or a batch's sheet, a pipe, a device."""
     if path.is_dir():
         return "folders"
     if is_picture(path):
-        return "masks" if is_mask(path) else "" if path.stem in adapters else "pictures"
+        ours = path.stem in adapters or (path.name == SHEET and (path.parent / SUMMARY).is_file())
+        return "masks" if is_mask(path) else "" if ours else "pictures"
     return "others" if path.is_file() else ""
 
 
@@ -177,7 +180,14 @@ def format_of(suffix: str) -> str:
     """Pillow's format for a suffix in any case, or ""."""
     from PIL import Image
 
-    return Image.registered_extensions().get(suffix.lower(), "")
+    return Image.registered_extensions().get(suffix.lower(), "") or MORE_SUFFIXES.get(suffix.lower(), "")
+
+
+def is_picture_inside(path: Path) -> bool:
+    """Whether a file that no name calls a picture begins like one."""
+    with contextlib.suppress(OSError), path.open("rb") as file:
+        return file.read(12).startswith((b"\xff\xd8\xff", b"\x89PNG\r\n", b"GIF8"))
+    return False
 
 
 def first_few(words: Sequence[str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,8 @@ from .files import Contents, all_files, first_few, is_picture, look_into, natura
 from .metadata import Note, read_metadata
 
 KOHYA = re.compile(r"([1-9]\d*)_(\S+)(?:\s+(.+))?")  # 10_zwx dog
-PROJECT, CLASSES = "img", "reg"  # of kohya's GUI: pictures and class images, each in folders called `10_name class`
+PROJECT = ("img", "image", "images")  # of kohya's GUI: pictures in folders called `10_name class`
+CLASSES = ("reg", "regs", "reg_images", "regularization", "regularisation", "regularization_images")  # and class images
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,8 @@ def check_folder(folder: Path) -> Path:
         raise DataError(f"{folder} has a name that is no UTF-8 text", "rename it")
     try:
         if folder.is_dir():
+            if not os.access(folder, os.R_OK | os.X_OK):
+                raise DataError(f"cannot list {folder}: Permission denied", "check its permissions")
             return folder
         if folder.exists():
             raise DataError(
@@ -76,7 +80,7 @@ def count_pictures(folder: Path) -> int:
 def class_folder(root: Path) -> Path | None:
     """The class images of a project of kohya's, if it has some."""
     contents = look_into(root)
-    reg = next((one for one in contents.folders if one.name.lower() == CLASSES), None)
+    reg = next((one for one in contents.folders if one.name.lower() in CLASSES), None)
     return reg if reg and _project(contents) and galleries(reg) else None
 
 
@@ -101,7 +105,7 @@ def advice_without_pictures(contents: Contents) -> str:
 
 def _project(contents: Contents) -> Contents | None:
     """The `img` of a folder that is a project of kohya's."""
-    img = next((one for one in contents.folders if one.name.lower() == PROJECT), None)
+    img = next((one for one in contents.folders if one.name.lower() in PROJECT), None)
     return look_into(img) if img else None
 
 

@@ -66,7 +66,7 @@ def expand(prompts: list[str]) -> list[str]:
 
 def with_our_placeholders(template: str) -> str:
     """[trigger] and [class], as ai-toolkit writes them, as {trigger} and {class}."""
-    return re.sub(r"(?<!\\)\[(trigger|class)\]", r"{\1}", template)
+    return re.sub(r"(?<!\\)\[(trigger|class)\]", r"{\1}", template, flags=re.IGNORECASE)
 
 
 def file_named(prompt: str) -> Path | None:

@@ -26,6 +26,8 @@ def tell(folder: Path, word: str) -> None:
     if word not in WORDS:
         raise RecipeError(f"a run does not understand {word!r}", nearest(word, WORDS))
     if not is_held(folder):
+        if not (folder / "events.jsonl").is_file():
+            raise OutputError(f"there is no run in {folder}", "give the folder that personalize train writes")
         raise OutputError(
             f"no run goes on in {folder}",
             f"{command_line('personalize', 'finish', folder)} makes an adapter of where a stopped one stands",

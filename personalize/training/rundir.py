@@ -175,7 +175,7 @@ class Run:
 
     def _append(self, record: Mapping[str, Any]) -> None:
         try:
-            with self.events.open("a", encoding="utf-8") as diary:
+            with self.events.open("a", encoding="utf-8", errors="backslashreplace") as diary:
                 diary.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
         except OSError as error:
             raise disk_error(self.events, error, "another --output") from error

@@ -223,6 +223,23 @@ def test_every_command_carries_words(tmp_path: Path, command: str) -> None:
     )
 
 
+def test_a_word_of_a_converted_pickle_is_called_by_its_name(tmp_path: Path) -> None:
+    """A1111 reads the word up to the first dot: `tom` here, not `tom.string_to_param`."""
+    key = "bundle_emb.tom.string_to_param.*"
+    file = bundled(tmp_path / "a.safetensors", {key: noise(1, 768)})
+    assert describe(file).words == {"tom": 1}
+    both = merge([Adapter.load(file), Adapter.load(bundled(tmp_path / "b.safetensors", {key: noise(2, 768)}))], [1, 1])
+    assert sorted(both.words) == ["tom", "tom-2"]
+
+
+def test_an_update_of_no_known_layer_is_refused_by_its_name(tmp_path: Path) -> None:
+    layer = "pipe.unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
+    write(tmp_path / "a.safetensors", {f"{layer}.lora_A.weight": noise(4, 768), f"{layer}.lora_B.weight": noise(320, 4)})
+    with pytest.raises(UnmatchedKeysError, match=r"no known family has a layer pipe\.unet\.down_blocks") as caught:
+        Adapter.load(tmp_path / "a.safetensors")
+    assert "none whole" not in str(caught.value)
+
+
 def test_words_of_two_adapters(tmp_path: Path) -> None:
     one = Adapter.load(bundled(tmp_path / "a.safetensors"))
     other = Adapter.load(

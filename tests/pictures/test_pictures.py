@@ -14,7 +14,7 @@ from PIL import Image
 
 from personalize.cli import run
 from personalize.data.folder import read_folder
-from personalize.errors import DataError
+from personalize.errors import DataError, RecipeError
 from personalize.pictures.files import look_into, printable_name
 from personalize.pictures.galleries import count_pictures, galleries
 from personalize.recipe.fields import Data
@@ -129,6 +129,17 @@ def test_a_folder_that_may_not_be_listed_is_left_out(tmp_path: Path, monkeypatch
         look_into(folder / "private")
 
 
+def test_a_folder_of_a_batch_that_may_not_be_listed_never_ends_the_others(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    photos = filled(tmp_path / "photos", "rex/a.png", "private/a.png")
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "private" and access(path, mode))
+    assert run(["batch", str(photos), "--class", "cat", "--dry-run"]) == 2
+    out, err = capsys.readouterr()
+    assert "rex" in out and "private: cannot list" in err and "Permission denied" in err
+
+
 def test_one_folder_of_a_batch_never_ends_the_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     photos = filled(tmp_path / "photos", "rex/a.png", "tom/a.png", "ann/a.png")
     (photos / "ann" / "metadata.jsonl").write_text("no JSON")
@@ -171,6 +182,50 @@ def test_captions_that_nothing_reads_are_told(tmp_path: Path) -> None:
         (folder / name).write_text("zwx of some other kind")
     (warning,) = read(folder).warnings
     assert warning.startswith("not read: a_caption.txt, captions.txt, meta_cap.json (captions are read from NAME.txt")
+
+
+def test_pictures_whose_names_say_nothing_are_told_and_browsers_names_are_read(tmp_path: Path) -> None:
+    folder = filled(tmp_path / "zwx", "a.png", "b.png", "c.png")
+    for name, other in (("b.png", "b.pjpeg"), ("c.png", "c.jpg_large")):
+        Image.open(folder / name).convert("RGB").save(folder / other, format="JPEG")
+        (folder / name).unlink()
+    dataset = read(folder)
+    assert [example.path.name for example in dataset.examples] == ["a.png", "b.pjpeg"]
+    assert dataset.warnings == ["not read: c.jpg_large (pictures by their first bytes: rename them, to .jpg or .png)"]
+
+
+@pytest.mark.parametrize("trigger", ["<lora:rex:1>", "a AND b", "rex --w 96", "rex BREAK tom"])
+def test_a_trigger_that_no_prompt_can_say_is_refused_with_one_that_can(tmp_path: Path, trigger: str) -> None:
+    folder = filled(tmp_path / "zwx", "a.png")
+    with pytest.raises(RecipeError, match=r"in the trigger .* \(--trigger (?P<word>[\w-]+)\)") as refused:
+        read(folder, trigger=trigger)
+    word = str(refused.value).rpartition("--trigger ")[2].rstrip(")")
+    assert read(folder, trigger=word).trigger == word
+
+
+def test_a_batch_leaves_out_class_images_unless_they_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    photos = filled(tmp_path / "photos", "rex/a.png", "reg/1_zwx cat/b.png")
+    assert run(["batch", str(photos), "--class", "cat", "--dry-run"]) == 0
+    out, err = capsys.readouterr()
+    assert "rex" in out and "reg" not in out and f"{photos / 'reg'}: taken for class images" in err
+    assert run(["batch", str(photos / "reg"), "--dry-run"]) == 0
+    assert "(1 pictures, 350 steps, preset pocket-subject, class cat)" in capsys.readouterr().out
+
+
+def test_a_batch_among_its_folders_is_no_subject_of_the_next_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    photos = filled(tmp_path / "photos", "rex/a.png", "runs/batch.png")
+    (photos / "runs" / "summary.json").write_text("{}")
+    assert run(["batch", str(photos), "--class", "cat", "--output", str(photos / "runs"), "--dry-run"]) == 0
+    assert [line.split(" => ")[0] for line in capsys.readouterr().out.splitlines()] == [str(photos / "rex")]
+
+
+def test_an_output_among_the_pictures_is_refused_before_anything_is_loaded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = str(filled(tmp_path / "zwx", "a.png"))
+    monkeypatch.setattr("personalize.cli.progress.train_one", lambda *a, **b: pytest.fail("training began"))
+    assert run(["train", folder, "--class", "cat", "--output", folder]) == 2
+    assert "would lie among the pictures" in capsys.readouterr().err
 
 
 def test_a_project_of_kohya_s_is_read_and_its_class_images_are_told(tmp_path: Path) -> None:

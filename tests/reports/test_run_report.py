@@ -437,3 +437,11 @@ def test_examples_in_the_docs(module: Any) -> None:
 def test_a_report_needs_no_torch() -> None:
     code = "import sys, personalize.reports.run; print(sorted({'torch', 'diffusers', 'peft'} & sys.modules.keys()))"
     assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.strip() == "[]"
+
+
+def test_a_folder_of_runs_is_no_run(tmp_path: Path) -> None:
+    (tmp_path / "rex").mkdir()
+    (tmp_path / "rex" / "events.jsonl").write_text("")
+    with pytest.raises(DataError, match=f"is no run, but holds 1 .give one of them, such as {tmp_path / 'rex'}"):
+        write_report(tmp_path)
+    assert write_report(tmp_path / "rex").is_file()

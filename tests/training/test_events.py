@@ -16,7 +16,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from personalize.training import events
-from personalize.training.events import EVENTS, NEEDED, Chosen, Event, Scored, Started, Step, event_record, parse, read_events
+from personalize.training.events import (
+    EVENTS,
+    NEEDED,
+    Chosen,
+    Event,
+    Scored,
+    Started,
+    Step,
+    Warned,
+    event_record,
+    parse,
+    read_events,
+)
+from personalize.training.rundir import Run
 
 VALUES: dict[type, Any] = {int: 3, float: 0.5, str: "zwx", bool: True, list: ["a"], dict: {"a": 1}}
 STRANGE = st.sampled_from([*EVENTS, "", None, True, -1, 0.5, math.nan]) | st.lists(st.none() | st.integers(), max_size=3)
@@ -103,3 +116,9 @@ def test_examples_in_docstrings() -> None:
 def test_events_need_no_torch() -> None:
     code = "import sys, personalize.training.events; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.strip() == "False"
+
+
+def test_a_name_that_is_no_text_comes_back_from_the_diary(tmp_path: Path) -> None:
+    run, event = Run(tmp_path, "zwx"), Warned(0, "skipped \udc83|\udc83`.png: its name is no UTF-8 text")
+    run.record(event)
+    assert [record["text"] for record in read_events(tmp_path / "events.jsonl")] == [event.text]

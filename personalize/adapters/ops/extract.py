@@ -18,6 +18,7 @@ from . import linalg
 from .checkpoints import Change, Report, Source, check_same_shapes, in_fp32, open_source, shared_paths
 from .resize import RULES, Cut, check_rule
 
+_NARROW = (torch.bfloat16, torch.float16, torch.float32)
 _NOTHING = 1e-7  # of the largest singular value: what factors in fp32 cannot tell from nothing
 
 
@@ -94,19 +95,25 @@ def _difference(tuned: Weights, base: Weights, path: str) -> Tensor | None:
     update = (theirs - ours).float()
     if not update.isfinite().all():
         raise AdapterError(f"{path} holds NaN or Inf in {tuned.path} or {base.path}", "is the download complete?")
-    return update if update.any() and not _is_rounding(update, ours, (stored.dtype, other.dtype)) else None
+    return update if update.any() and not _is_rounding(update, ours, (stored.dtype, _dtype_held(other))) else None
+
+
+def _dtype_held(weight: Tensor) -> torch.dtype:
+    """The narrowest dtype that holds it exactly: a model of fp16 that was stored in fp32 later has lost what fp16 cannot hold."""
+    narrower = (dtype for dtype in _NARROW if weight.dtype.itemsize > dtype.itemsize or weight.dtype == torch.float16)
+    return next((dtype for dtype in narrower if torch.equal(weight.to(dtype).to(weight.dtype), weight)), weight.dtype)
 
 
 def _is_rounding(update: Tensor, weight: Tensor, dtypes: tuple[torch.dtype, torch.dtype]) -> bool:
     """Whether every entry is at most what the rounding of one number to both dtypes can make: half a step of each, unless they
-    are the same."""
+    are the same, and half a step of fp16 on the way to bf16."""
     if dtypes[0] == dtypes[1]:
         return False
     above = torch.frexp(torch.maximum(weight.abs(), (weight + update).abs())).exponent - 1  # 2 ** above <= the larger of both
-    facts = [torch.finfo(dtype) for dtype in dtypes]
+    facts = [torch.finfo(dtype) for dtype in {*dtypes, *([torch.float16] if torch.bfloat16 in dtypes else [])}]
     unit = torch.ldexp(torch.ones_like(update), above)
     steps = [(unit * one.eps).clamp(min=one.tiny * one.eps) for one in facts]  # at least the smallest number there is
-    return bool((update.abs() <= 0.5 * (steps[0] + steps[1])).all())
+    return bool((update.abs() <= 0.5 * sum(steps)).all())
 
 
 def _compress(update: Tensor, rule: str, value: float, max_rank: int | None, clamp_quantile: float | None) -> LowRank:

@@ -13,6 +13,7 @@ import numpy as np
 from ...data.buckets import Grid, enlarges, kept_share
 from ...data.captions import fill, missing_trigger
 from ...data.folder import foreign_notation
+from ...families.notation import certain_words
 from ...findings import Finding, worst_first
 from ...pictures.files import ASIDE
 from ...pictures.galleries import class_folder
@@ -288,7 +289,7 @@ def without_trigger(stats: DatasetStats) -> Iterator[Finding]:
 
 def common_word(class_name: str, captions: Sequence[str]) -> str:
     """The first word that all of several captions have, and that is not everybody's: most likely the trigger; "" without one."""
-    words = [re.findall(r"\w[\w-]*", caption.lower()) for caption in captions]
+    words = [re.findall(r"\w[\w-]*", certain_words(caption).lower()) for caption in captions]
     plain = {*PLAIN, *class_name.lower().split()}
     shared = [word for word in words[0] if word not in plain and all(word in others for others in words)]
     return shared[0] if shared and len(words) > 1 else ""

@@ -16,6 +16,7 @@ from ...training.events import read_events
 from ...training.sample_names import drawing_of
 
 Record = Mapping[str, Any]
+MARKS = ("events.jsonl", "recipe.toml")  # files of a run
 
 
 class Key(NamedTuple):
@@ -98,14 +99,20 @@ class Run:
         return max(reached, default=0)
 
 
+def _runs_in(folder: Path) -> list[Path]:
+    return sorted(one for one in folder.iterdir() if any((one / name).is_file() for name in MARKS))
+
+
 def read_run(folder: Path) -> Run:
     """Read a run folder.
 
     Raises:
-        DataError: the folder does not exist.
+        DataError: the folder does not exist, or holds runs and is none.
     """
     if not folder.is_dir():
         raise DataError(f"no run folder at {folder}", "give the folder that `personalize train` wrote, such as runs/NAME")
+    if not any((folder / name).is_file() for name in MARKS) and (inner := _runs_in(folder)):
+        raise DataError(f"{folder} is no run, but holds {len(inner)}", f"give one of them, such as {inner[0]}")
     records = read_events(folder / "events.jsonl")
     starts, toml = _of(records, "started"), _text(folder / "recipe.toml")
     recipe = _toml(toml) or (section(starts[-1], "recipe") if starts else {})

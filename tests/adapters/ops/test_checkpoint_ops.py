@@ -392,6 +392,34 @@ def test_a_moving_average_gets_the_same_update(tmp_path: Path) -> None:
     torch.testing.assert_close(half, 1.5 * open_weights(plain)[TO_Q].float(), rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("lead", ["ema.", "model_ema.", "ema_model."])
+def test_a_moving_average_under_names_with_dots_gets_the_same_update(tmp_path: Path, lead: str) -> None:
+    plain = load_file(pocket_file(tmp_path / "a.safetensors"))
+    own = {key: value for key, value in plain.items() if key.startswith("model.diffusion_model.")}
+    names = {key: lead + (key if lead == "ema." else key.removeprefix("model.")) for key in own}
+    save_file(plain | {names[key]: value.clone() for key, value in own.items()}, tmp_path / "a.safetensors")
+    assert bake(tmp_path / "a.safetensors", [(some(), 1.0)], tmp_path / "b").copies == 3
+    after = load_file(tmp_path / "b.safetensors")
+    assert all(torch.equal(after[key], after[name]) for key, name in names.items())
+    assert any(not torch.equal(after[key], value) for key, value in own.items())
+
+
+def test_what_was_rounded_and_stored_in_more_bits_later_is_no_learning(tmp_path: Path) -> None:
+    """fp16 that was upcast, and fp32 that was fp16 on its way to bf16; small learning from a base that was upcast stays."""
+    torch.manual_seed(0)
+    base = {key: value.float() * 1.0001 for key, value in load_file(pocket_file(tmp_path / "a.safetensors")).items()}
+    save_file(base, tmp_path / "a.safetensors")
+    upcast = {key: value.half().float() for key, value in base.items()}
+    for name, values in (("up", upcast), ("twice", {key: value.bfloat16() for key, value in upcast.items()})):
+        save_file(values, tmp_path / f"{name}.safetensors")
+        with pytest.raises(AdapterError, match="the same in every layer"):
+            extract(tmp_path / f"{name}.safetensors", tmp_path / "a.safetensors")
+    key = next(key for key in base if key.endswith("attn1.to_q.weight"))
+    save_file(upcast | {key: upcast[key] * (1 + 1e-5)}, tmp_path / "learned.safetensors")
+    found, _ = extract(tmp_path / "learned.safetensors", tmp_path / "up.safetensors", "rank", 1)
+    assert len(found.deltas) == 1
+
+
 @pytest.mark.parametrize(("narrow", "wide"), [(torch.float16, torch.float32), (torch.bfloat16, torch.float16)])
 def test_rounding_is_not_learning(tmp_path: Path, narrow: torch.dtype, wide: torch.dtype) -> None:
     values = {key: value.to(wide) for key, value in load_file(pocket_file(tmp_path / "a.safetensors")).items()}

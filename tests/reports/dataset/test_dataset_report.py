@@ -440,3 +440,29 @@ def test_class_images_of_a_project_and_notation_in_captions_are_advised_on(
     command = hints["class"].hint
     assert hints["class"].command and run([*shlex.split(command)[1:], "--base", "pocket", "--dry-run"]) == 0
     assert "2_" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "sign", ["[name]", "<trigger>", "%trigger%", "$trigger", "{trigger_word}", "__trigger__", "<lora:rex:1>"]
+)
+def test_what_nothing_fills_in_is_told_and_never_proposed_as_the_trigger(folder: Path, sign: str) -> None:
+    for i in range(4):
+        (folder / f"{i}.txt").write_text(f"a photo of {sign} by day, {i}")
+    found = {finding.code: finding for finding in looked(folder, trigger="zwx")}
+    assert "foreign-captions" in found
+    (other,) = [finding for finding in looked(folder, trigger=None) if finding.code == "without-trigger"]
+    assert "trigger_word" not in other.hint and "name" not in shlex.split(other.hint)
+
+
+@pytest.mark.parametrize("sign", ["[Trigger]", "{TRIGGER}", "{trigger}"])
+def test_a_placeholder_is_filled_in_whatever_its_case(folder: Path, sign: str) -> None:
+    for i in range(4):
+        (folder / f"{i}.txt").write_text(f"a photo of {sign} by day, {i}")
+    assert not {finding.code for finding in looked(folder, trigger="zwx")} & {"without-trigger", "foreign-captions"}
+
+
+def test_a_choice_of_words_is_never_proposed_as_the_trigger(folder: Path) -> None:
+    for i in range(4):
+        (folder / f"{i}.txt").write_text(f"a {{red|blue}} [morning:evening:0.5] vok, {i}")
+    (finding,) = [finding for finding in looked(folder, trigger=None) if finding.code == "without-trigger"]
+    assert shlex.split(finding.hint)[-2:] == ["--trigger", "vok"]
