@@ -95,8 +95,9 @@ def print_warning(message: str) -> None:
 
 
 def echo(text: object, *, file: TextIO | None = None, err: bool = False) -> None:
-    """Print a line in the stream's own encoding: where that is ASCII, click writes UTF-8 unless the stream is named."""
-    click.echo(text, file=file or (sys.stderr if err else sys.stdout))
+    """Print a line in the stream's own encoding: where that is ASCII, click writes UTF-8 unless the stream is named. Bytes of a
+    name that are no text become `?`."""
+    click.echo(str(text).encode(errors="replace").decode(), file=file or (sys.stderr if err else sys.stdout))
 
 
 def show_in_any_code_page() -> None:
