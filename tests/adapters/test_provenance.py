@@ -228,7 +228,9 @@ def test_a_word_of_a_converted_pickle_is_called_by_its_name(tmp_path: Path) -> N
     key = "bundle_emb.tom.string_to_param.*"
     file = bundled(tmp_path / "a.safetensors", {key: noise(1, 768)})
     assert describe(file).words == {"tom": 1}
-    both = merge([Adapter.load(file), Adapter.load(bundled(tmp_path / "b.safetensors", {key: noise(2, 768)}))], [1, 1])
+    other = Adapter.load(bundled(tmp_path / "b.safetensors", {key: noise(2, 768)}))
+    with pytest.warns(UserWarning, match="tom-2"):
+        both = merge([Adapter.load(file), other], [1, 1])
     assert sorted(both.words) == ["tom", "tom-2"]
 
 

@@ -136,7 +136,7 @@ MISTAKES: dict[str, tuple[Callable[[p.Base, p.Adapter], Any], str]] = {
     "a copy with a typo": (lambda base, rex: p.Recipe().model_copy(update={"rank": 4}), "adapter.rank"),
     "a base by its name": (lambda base, rex: p.Base("pocket"), "p.Base.load"),  # type: ignore[call-arg]
     "a missing folder": (lambda base, rex: list(p.train(p.resolve(folder="/no/where", class_="dog"))), "no folder"),
-    "resolve a folder": (lambda base, rex: p.resolve(Path(__file__).parent), r"resolve\(folder="),
+    "resolve a folder": (lambda base, rex: p.resolve(Path(__file__).parent), "p.resolve(folder="),
     "no run": (lambda base, rex: p.Run("runs/nowhere"), "no run folder"),
 }
 
