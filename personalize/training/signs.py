@@ -22,6 +22,7 @@ from .evidence import LOOKS, PLAIN_LOOK, SCENES, THINGS, Question, Questions
 Signs = dict[str, float | list[float]]  # of all images together, or one of each
 SHARPNESS = 50.0  # of the softmax over what an image may show: half of CLIP's own, so that it does not saturate
 MOST_TRAINING = 16  # training images that are looked at
+TWIN = 0.95  # cosine, place by place, above which two training images are one
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class Observer:
             "others_same": float((others.whole * base_others.whole).sum(-1).mean()) - 1,
             "others_patches": float((others.patches * base_others.patches).sum(-1).mean()) - 1,
         }
-        return shown | obedience | kept | changed | {"copied": self._copying(called)}
+        return shown | obedience | kept | changed | {"copied": self._copying(called), "repeats": self.repeating(called)}
 
     def _recognize(self, images: Sequence[Image.Image]) -> Tensor:
         """How much each image [n] shows what was taught, as the recognizer sees it: 0 like the base's, 1 like the training's."""
@@ -103,6 +104,18 @@ class Observer:
             return 0.0
         among = aligned_cosines(self.training.patches, self.training.patches)
         return float(near.mean() - among[~torch.eye(len(among), dtype=torch.bool)].max())
+
+    def repeating(self, called: View) -> float:
+        """How far images with the trigger are copies of training images, place by place: 0 as near to one as usual, 1 the same.
+
+        Usual is what different training images are to each other, or the base's images to them, whichever is nearer.
+        """
+        own = aligned_cosines(self.training.patches, self.training.patches)
+        others = own.masked_fill(own > TWIN, -1).max(1).values
+        base = aligned_cosines(self.base.patches[: len(called.patches)], self.training.patches).max(1).values.mean()
+        usual = torch.stack([base, *([others[others > -1].mean()] if (others > -1).any() else [])]).max()
+        near = aligned_cosines(called.patches, self.training.patches).max(1).values.mean()
+        return float((near - usual) / (1 - usual).clamp(min=1e-3))
 
 
 NOUNS = tuple(thing.split()[-1] for thing in THINGS)

@@ -10,7 +10,7 @@ from typing import Any
 from .events import Judged
 
 GOOD, HALF = 0.7, 0.5  # of images; below half nobody calls it good
-COPIED = 0.15  # by how much images come nearer to a training image than those to each other
+COPIED = 0.4  # of the way from as near to a training image as usual to being one: see docs/verdict.md
 WEAK, LEAKS = 0.2, 0.25  # of the way from the base's images to the training images
 CHANGED = 0.15  # cosine that unrelated images lost
 
@@ -59,7 +59,7 @@ def factor_words(judged: Judged) -> list[str]:
 
 def copy_words(judged: Judged) -> list[str]:
     """A clause where images repeat training images, background included."""
-    copied = judged.signs.get("copied", 0.0) > COPIED
+    copied = judged.signs.get("repeats", 0.0) > COPIED
     return ["images with the trigger nearly repeat the training images: fewer steps, or more images"] if copied else []
 
 
