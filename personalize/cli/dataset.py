@@ -16,7 +16,7 @@ from .values import PATH
 if TYPE_CHECKING:
     from ..recipe.settings import Setting
 
-ALSO = ("base", "vae", "preset", "mask_outside")  # settings of other sections that matter here
+ALSO = ("base", "vae", "preset", "prior", "mask_outside")  # settings of other sections that matter here
 
 
 class DatasetCommand(SettingsCommand):

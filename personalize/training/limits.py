@@ -29,9 +29,11 @@ from .calibration import calibration_of
 from .events import Encoded
 from .preflight import RunPlan
 from .signs import NOUNS
+from .verdict import WORLD, kept_words
 
 SHOWN = 6  # images
 POOR = 20.0  # dB: below it, everybody sees that something is missing
+CLEARLY = 1.0  # standard deviations over things: pocket's CLIP takes photographs of a cat for a dog by 0.7, the demo's by -0.4
 OTHERS = "a base such as SD 1.5 or SDXL draws more (--base FOLDER or FILE)"
 FINER = "another autoencoder (--vae FILE) or base may keep more (--base FOLDER or FILE)"
 
@@ -114,15 +116,6 @@ def concern_about(base: Base, kept: Sequence[float]) -> Finding | None:
     return None
 
 
-def kept_words(mean: float, usual: float | None) -> str:
-    """How much an autoencoder keeps, in dB, beside what it was made for.
-
-    >>> kept_words(21.6, 32.26)
-    'keeps 22 dB of these images, and 32 of the drawings that it was made for'
-    """
-    return f"keeps {mean:.0f} dB of these images" + (f", and {usual:.0f} of the drawings that it was made for" if usual else "")
-
-
 # ---------------------------------------------------------------- classes
 
 
@@ -139,7 +132,8 @@ def find_strange_classes(base: Base, dataset: Dataset, side: int) -> Iterator[Fi
             yield unknown
         elif eyes := eyes or eyes_for(Path(base.path)):
             own = [example for example in dataset.examples if example.concept == number]
-            if own and (other := unlike_class(eyes, concept, square_crops(own, side, SHOWN))):
+            training = square_crops(own, side, SHOWN)
+            if training and (other := outside_world(base, eyes, training) or unlike_class(eyes, concept, training)):
                 yield other
 
 
@@ -152,13 +146,28 @@ def unknown_class(base: Base, concept: Concept) -> Finding | None:
     return Finding("warning", "unknown-class", what, hint=OTHERS)
 
 
+def outside_world(base: Base, eyes: Eyes, training: Sequence[Image.Image]) -> Finding | None:
+    """What is to be said where square images of a thing look like nothing that the base was taught; None where it is not known."""
+    if likeness_to_world(base, eyes, training) >= WORLD:
+        return None
+    return Finding("warning", "outside-world", f"the training images look like nothing that {base.name} was taught", hint=OTHERS)
+
+
+def likeness_to_world(base: Base, eyes: Eyes, training: Sequence[Image.Image]) -> float:
+    """The mean cosine of images of a thing to what they look most like of all that the base was taught; 1 where that is unknown."""
+    if not (known := calibration_of(base)):
+        return 1.0
+    texts = eyes.clip.texts([f"a {noun}" for noun in known.nouns])
+    return float((eyes.clip.pictures(training) @ texts.T).amax(1).mean())
+
+
 def unlike_class(eyes: Eyes, concept: Concept, training: Sequence[Image.Image]) -> Finding | None:
-    """What is to be said where square training images look more like another thing than like their class; None otherwise."""
+    """What is to be said where square training images look clearly more like another thing than like their class, or None."""
     name = concept.class_name
     things = (name, *(noun for noun in NOUNS if noun not in name.lower().split()))
     likeness = (eyes.clip.pictures(training) @ eyes.clip.texts([f"a {thing}" for thing in things]).T).mean(0)
     best = things[int(likeness.argmax())]
-    if best == name:
+    if likeness.max() - likeness[0] <= CLEARLY * likeness.std():
         return None
     what = f"the training images look more like '{best}' than like '{name}'"
     return Finding("warning", "unlike-class", what, hint=f"if that is what they show, say so: --class {best}")

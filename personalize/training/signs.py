@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -42,6 +42,7 @@ class Observer:
     eyes: Eyes
     questions: Questions
     training: View
+    mirrored: View  # the training images as --flip shows them half of the time
     base: View  # of the plain questions, then of the unrelated ones
     weights: Tensor  # [n, p], how far each patch of the training images is from all that the base draws
     floor: float  # how much of these patches the base's images have
@@ -108,13 +109,18 @@ class Observer:
     def repeating(self, called: View) -> float:
         """How far images with the trigger are copies of training images, place by place: 0 as near to one as usual, 1 the same.
 
-        Usual is what different training images are to each other, or the base's images to them, whichever is nearer.
+        Usual is what different training images are to each other, or the base's images to them, whichever is nearer. A mirrored
+        training image counts as one.
         """
-        own = aligned_cosines(self.training.patches, self.training.patches)
+
+        def nearness(patches: Tensor) -> Tensor:  # [n, m]
+            each = (aligned_cosines(patches, view.patches) for view in (self.training, self.mirrored))
+            return torch.stack(list(each)).amax(0)
+
+        own = nearness(self.training.patches)
         others = own.masked_fill(own > TWIN, -1).max(1).values
-        base = aligned_cosines(self.base.patches[: len(called.patches)], self.training.patches).max(1).values.mean()
+        base, near = (nearness(view.patches).max(1).values.mean() for view in (self.base[: len(called.patches)], called))
         usual = torch.stack([base, *([others[others > -1].mean()] if (others > -1).any() else [])]).max()
-        near = aligned_cosines(called.patches, self.training.patches).max(1).values.mean()
         return float((near - usual) / (1 - usual).clamp(min=1e-3))
 
 
@@ -126,6 +132,7 @@ def observe(
 ) -> Observer:
     """Look at the training images and at the base's, which are those of `questions.for_base`."""
     learned, drawn = eyes.look(training[:MOST_TRAINING]), eyes.look(base)
+    mirrored = eyes.look([ImageOps.mirror(image) for image in training[:MOST_TRAINING]])
     all_patches = drawn.patches.flatten(0, 1)
     weights = (1 - nearest(learned.patches.flatten(0, 1), all_patches)).clamp(min=0).view(learned.patches.shape[:2])
     floor = torch.stack([patches_found(learned.patches, weights, one) for one in drawn.patches[: len(questions.called)]]).mean()
@@ -133,7 +140,7 @@ def observe(
     taught = (
         recognize(eyes.recognizer, training[:MOST_TRAINING], base[: len(questions.called)], style) if eyes.recognizer else None
     )
-    return Observer(eyes, questions, learned, drawn, weights, float(floor), ceiling, taught)
+    return Observer(eyes, questions, learned, mirrored, drawn, weights, float(floor), ceiling, taught)
 
 
 def recognize(recognizer: Recognizer, training: Sequence[Image.Image], base: Sequence[Image.Image], style: bool) -> Taught:

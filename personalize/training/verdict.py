@@ -11,6 +11,7 @@ from .events import Judged
 
 GOOD, HALF = 0.7, 0.5  # of images; below half nobody calls it good
 COPIED = 0.4  # of the way from as near to a training image as usual to being one: see docs/verdict.md
+WORLD = 0.4  # likeness to what the base knows: 0.46 to 0.65 of drawn individuals of its world, 0.33 of photographs of a cat
 WEAK, LEAKS = 0.2, 0.25  # of the way from the base's images to the training images
 CHANGED = 0.15  # cosine that unrelated images lost
 
@@ -25,8 +26,9 @@ class Words:
 
 
 def describe(judged: Judged) -> Words:
-    """The words for a judgement. Percentages are told only where they were calibrated."""
-    return evidence_words(judged) if math.isnan(judged.value) else calibrated_words(judged)
+    """The words for a judgement. Percentages are told only where they were calibrated: of images of the base's own world."""
+    told = math.isnan(judged.value) or judged.signs.get("world", 1.0) < WORLD
+    return evidence_words(judged) if told else calibrated_words(judged)
 
 
 def calibrated_words(judged: Judged) -> Words:
@@ -77,7 +79,18 @@ def evidence_words(judged: Judged) -> Words:
     headline = (
         "not calibrated on this base: look at the images" if told else "not judged by images: no CLIP is at hand for this base"
     )
+    if told and signs.get("world", 1.0) < WORLD:
+        headline = "the training images look like nothing that this base can draw: look at what came of them"
     return Words("uncalibrated", headline, (*told, *copy_words(judged)))
+
+
+def kept_words(mean: float, usual: float | None) -> str:
+    """How much an autoencoder keeps, in dB, beside what it was made for.
+
+    >>> kept_words(21.6, 32.26)
+    'keeps 22 dB of these images, and 32 of the drawings that it was made for'
+    """
+    return f"keeps {mean:.0f} dB of these images" + (f", and {usual:.0f} of the drawings that it was made for" if usual else "")
 
 
 def mean_of(signs: Mapping[str, Any], name: str) -> float:

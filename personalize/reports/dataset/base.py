@@ -31,7 +31,7 @@ class BaseView:
     @property
     def line(self) -> str:
         """How much the autoencoder keeps, for a person; "" where that is not known."""
-        from ...training.limits import kept_words
+        from ...training.verdict import kept_words
 
         found = self.reconstruction
         return f"the base's autoencoder {kept_words(found.mean, found.usual)}" if found else ""

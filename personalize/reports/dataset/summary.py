@@ -19,7 +19,7 @@ MOST = 12  # rows of the table of shapes
 
 def as_text(stats: DatasetStats, found: Sequence[Finding], view: BaseView | None = None) -> str:
     """What the folder holds, its shapes, what the base keeps of them if that was looked at, and each finding with what to do."""
-    kept = [view.line] if view and view.line else []
+    kept = [view.line] if view and view.line and not any(view.line in one.what for one in view.findings) else []
     return "\n".join([*_about(stats), *kept, "", *_table(stats), "", *_findings(found)])
 
 

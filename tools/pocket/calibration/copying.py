@@ -1,12 +1,13 @@
 """When does an adapter repeat its training images? The sign `repeats` on good runs, on made-up copies, and on runs by heart.
 
 The good side are the runs that the estimate is calibrated on. The copies are training images as an adapter that learned them by
-heart would draw them: moved by a few pixels, a little recoloured, background included. Runs by heart are trained far too long on
-one or two images. The mark (`COPIED` in personalize/training/verdict.py) lies between the two sides.
+heart would draw them: moved by a few pixels, a little recoloured, half of them mirrored, background included. A run by heart is
+trained far too long on one image. The mark (`COPIED` in personalize/training/verdict.py) lies between the two sides.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from personalize.adapters.adapter import Adapter
 from personalize.io import write_text
@@ -29,7 +30,8 @@ from personalize.tuning.attach import attach
 
 from ..proof.drawing import load_images, load_or_draw
 
-BY_HEART = {"cat 2": 1, "fish 1": 2}  # whose first so many images are learned far too long
+BY_HEART = {"cat 2": 1}  # whose first so many images are learned far too long
+STRENGTHS = (1.0, 2.0)  # at which a run by heart is drawn
 VARIANT = "by heart"
 CHANGES = ((0, 0.0), (1, 0.02), (2, 0.05), (4, 0.1))  # of copies: moved by at most so many pixels, recoloured by such a share
 SUBSETS = (None, 3, 1)  # training images that a run is held against: all of them, the first ones
@@ -60,9 +62,12 @@ def recoloured(image: Image.Image, most: float, rng: np.random.Generator) -> Ima
 
 
 def copies(training: Sequence[Image.Image], most: int, share: float, seed: int = 0) -> list[Image.Image]:
-    """As many images as are drawn with the trigger, each of them a changed training image."""
+    """As many images as are drawn with the trigger, each of them a changed training image, every other one mirrored."""
     rng = np.random.default_rng([seed, most])
-    return [recoloured(moved(training[i % len(training)], most, rng), share, rng) for i in range(CALLED)]
+    ways = (
+        training[i // 2 % len(training)] if i % 2 else ImageOps.mirror(training[i // 2 % len(training)]) for i in range(CALLED)
+    )
+    return [recoloured(moved(image, most, rng), share, rng) for image in ways]
 
 
 def sign(observer: Observer, called: Sequence[Image.Image]) -> float:
@@ -89,7 +94,7 @@ def rows_of(one: Any) -> Iterator[Row]:
 
 
 def by_heart(runs: Mapping[str, Any], work: Path) -> list[Any]:
-    """The runs that learn a few images by heart, in a folder of their own."""
+    """The runs that learn few images by heart, in a folder of their own."""
     return [
         replace(
             runs[name],
@@ -111,10 +116,11 @@ def learn(one: Any) -> None:
     plan = replace(one.plan(), base=base)
     questions = ask(plan)
     load_or_draw(one.folder / "base.npy", lambda: draw_questions(plan, questions.for_base))
-    for step, path in plan.run.checkpoints().items():
-        with attach(base, Adapter.load(path)):
-            load_or_draw(one.folder / f"{step:04}-1.npy", lambda: draw_questions(plan, questions.for_adapters))
-        write_text(one.folder / f"{step:04}-1.json", json.dumps({"step": step, "variant": VARIANT}) + "\n")
+    for (step, path), strength in itertools.product(plan.run.checkpoints().items(), STRENGTHS):
+        name = one.folder / f"{step:04}-{strength:g}"
+        with attach(base, [(Adapter.load(path), strength)]):
+            load_or_draw(name.with_name(f"{name.name}.npy"), lambda: draw_questions(plan, questions.for_adapters))
+        write_text(name.with_name(f"{name.name}.json"), json.dumps({"step": step, "strength": strength}) + "\n")
 
 
 def compare(runs: Mapping[str, Any], work: Path) -> None:
