@@ -147,14 +147,14 @@ def unknown_class(base: Base, concept: Concept) -> Finding | None:
 
 
 def outside_world(base: Base, eyes: Eyes, training: Sequence[Image.Image]) -> Finding | None:
-    """What is to be said where square images of a thing look like nothing that the base was taught; None where it is not known."""
+    """What is to be said where images of a thing look like nothing that the base was taught; None where that is unknown."""
     if likeness_to_world(base, eyes, training) >= WORLD:
         return None
     return Finding("warning", "outside-world", f"the training images look like nothing that {base.name} was taught", hint=OTHERS)
 
 
 def likeness_to_world(base: Base, eyes: Eyes, training: Sequence[Image.Image]) -> float:
-    """The mean cosine of images of a thing to what they look most like of all that the base was taught; 1 where that is unknown."""
+    """The mean cosine of square images of a thing to what they look most like of what the base was taught; 1 where unknown."""
     if not (known := calibration_of(base)):
         return 1.0
     texts = eyes.clip.texts([f"a {noun}" for noun in known.nouns])
