@@ -20,15 +20,21 @@ CHANGED = 0.15  # cosine that unrelated images lost
 class Words:
     """A verdict as people read it."""
 
-    level: str  # good | fair | poor | uncalibrated
+    level: str  # good | fair | poor | uncalibrated | copies
     headline: str
     reasons: tuple[str, ...]
 
 
 def describe(judged: Judged) -> Words:
     """The words for a judgement. Percentages are told only where they were calibrated: of images of the base's own world."""
-    told = math.isnan(judged.value) or judged.signs.get("world", 1.0) < WORLD
-    return evidence_words(judged) if told else calibrated_words(judged)
+    if judged.signs.get("world", 1.0) < WORLD:  # what compares images knows nothing of such ones
+        headline = "the training images look like nothing that this base can draw: look at what came of them"
+        return Words("uncalibrated", headline, ())
+    if math.isnan(judged.value):
+        return evidence_words(judged)
+    if copies := copy_words(judged):  # nothing like it is among the runs that the estimate was calibrated on
+        return Words("copies", "copies, not new images: look at them", tuple(copies))
+    return calibrated_words(judged)
 
 
 def calibrated_words(judged: Judged) -> Words:
@@ -49,14 +55,14 @@ def calibrated_words(judged: Judged) -> Words:
 
 
 def factor_words(judged: Judged) -> list[str]:
-    """A clause for each factor, the costliest first, and one for copies."""
+    """A clause for each factor, the costliest first."""
     clauses = {
         f"with the trigger, {percent(judged.identity)} of 100 show what was taught": judged.identity,
         f"the rest of the prompt is followed in {percent(judged.fidelity)} of 100": judged.fidelity,
         f"without the trigger, {percent(judged.leak)} of 100 show it all the same": 1 - judged.leak,
         f"images of other things are as good as before in {percent(judged.kept)} of 100": judged.kept,
     }
-    return [*sorted(clauses, key=lambda text: clauses[text]), *copy_words(judged)]
+    return sorted(clauses, key=lambda text: clauses[text])
 
 
 def copy_words(judged: Judged) -> list[str]:
@@ -76,12 +82,9 @@ def evidence_words(judged: Judged) -> Words:
         told.append("so do images without it: it leaks" if leaked > LEAKS else "images without it stay where the base has them")
     if not math.isnan(same):
         told.append("images of other things changed much" if same < -CHANGED else "images of other things hardly changed")
-    if not told:
-        headline = "not judged by images: no CLIP is at hand for this base"
-    elif signs.get("world", 1.0) < WORLD:
-        headline = "the training images look like nothing that this base can draw: look at what came of them"
-    else:
-        headline = "not calibrated on this base: look at the images"
+    headline = (
+        "not calibrated on this base: look at the images" if told else "not judged by images: no CLIP is at hand for this base"
+    )
     return Words("uncalibrated", headline, (*told, *copy_words(judged)))
 
 

@@ -152,7 +152,8 @@ def test_copies_are_said_to_be_copies_and_old_runs_say_nothing() -> None:
     judged = Judged(1, 1.0, 0.9, 0.8, 1.0, 0.9, 0.9, 0.0, 1.0)
     assert not copy_words(judged) and not copy_words(replace(judged, signs={"copied": 1.0}))
     assert not copy_words(replace(judged, signs={"repeats": COPIED - 0.01}))
-    assert "repeat the training images" in str(describe(replace(judged, signs={"repeats": COPIED + 0.01})).reasons)
+    words = describe(replace(judged, signs={"repeats": COPIED + 0.01}))
+    assert words.level == "copies" and "repeat the training images" in str(words) and not any(map(str.isdigit, str(words)))
 
 
 # ---------------------------------------------------------------- the estimate
