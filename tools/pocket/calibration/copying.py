@@ -48,14 +48,14 @@ class Row:
     repeats: float
 
 
-def moved(image: Image.Image, most: int, rng: np.random.Generator) -> Image.Image:
+def shift_image(image: Image.Image, most: int, rng: np.random.Generator) -> Image.Image:
     """An image moved by at most so many pixels each way; its edge goes on."""
     pixels = np.pad(np.asarray(image), ((most, most), (most, most), (0, 0)), mode="edge")
     top, left = rng.integers(0, 2 * most + 1, 2)
     return Image.fromarray(pixels[top : top + image.height, left : left + image.width])
 
 
-def recoloured(image: Image.Image, most: float, rng: np.random.Generator) -> Image.Image:
+def tint_image(image: Image.Image, most: float, rng: np.random.Generator) -> Image.Image:
     """An image whose channels are each brighter or darker by at most such a share."""
     pixels = np.asarray(image, np.float32) * (1 + rng.uniform(-most, most, 3).astype(np.float32))
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
@@ -67,7 +67,7 @@ def copies(training: Sequence[Image.Image], most: int, share: float, seed: int =
     ways = (
         training[i // 2 % len(training)] if i % 2 else ImageOps.mirror(training[i // 2 % len(training)]) for i in range(CALLED)
     )
-    return [recoloured(moved(image, most, rng), share, rng) for image in ways]
+    return [tint_image(shift_image(image, most, rng), share, rng) for image in ways]
 
 
 def sign(observer: Observer, called: Sequence[Image.Image]) -> float:
