@@ -25,6 +25,11 @@ class Finding:
     command: bool = False  # whether the hint can be typed into a shell as it is
     mark: str = ""  # the word that is shown on each file of `where`
 
+    @property
+    def sentence(self) -> str:
+        """What was found and what to do about it, as one line."""
+        return f"{self.what}; {self.hint}" if self.hint else self.what
+
 
 def worst_first(findings: Iterable[Finding]) -> list[Finding]:
     """Sorted by level; findings of one level keep their order."""

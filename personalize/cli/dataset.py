@@ -16,7 +16,7 @@ from .values import PATH
 if TYPE_CHECKING:
     from ..recipe.settings import Setting
 
-ALSO = ("base", "preset", "mask_outside")  # settings of other sections that matter here
+ALSO = ("base", "vae", "preset", "prior", "mask_outside")  # settings of other sections that matter here
 
 
 class DatasetCommand(SettingsCommand):
@@ -30,11 +30,15 @@ class DatasetCommand(SettingsCommand):
 @click.argument("folder", type=PATH)
 @click.option("--sheet", "sheet_path", type=PATH, metavar="OUT.png", help="write a contact sheet")
 @click.option("--html", "html_path", type=PATH, metavar="OUT.html", help="write everything as one page")
-def dataset(folder: Path, sheet_path: Path | None, html_path: Path | None, **flags: Any) -> int:
+@click.option("--quick", is_flag=True, help="leave out what the base makes of the pictures: it is not loaded")
+def dataset(folder: Path, sheet_path: Path | None, html_path: Path | None, quick: bool, **flags: Any) -> int:
     """Check the pictures in FOLDER: their sizes and captions, what is wrong, and what to do about it.
+
+    What the base's autoencoder makes of some of them is shown with --html, and beside --sheet; no base is downloaded for it.
 
     The settings are those of `train`; they change how the pictures are judged, never the pictures.
     """
+    from ..findings import worst_first
     from ..reports import dataset as report
 
     if sheet_path:
@@ -42,12 +46,19 @@ def dataset(folder: Path, sheet_path: Path | None, html_path: Path | None, **fla
     given = {name: value for name, value in flags.items() if value not in (None, ())}
     recipe, taken_for = resolve_recipe(folder, None, flags)
     stats = report.measure_dataset(recipe, given)
-    findings = report.find_problems(stats)
+    view = None if quick else report.look_at_base(stats)
+    findings = worst_first([*report.find_problems(stats), *(view.findings if view else ())])
     if taken_for:
         echo(taken_for)
-    echo(report.as_text(stats, findings))
-    answer(**json.loads(report.as_json(stats, findings)), taken_for=taken_for, sheet=sheet_path, html=html_path)
-    for path, write in ((sheet_path, report.write_sheet), (html_path, report.write_page)):
-        if path:
-            echo(f"written  {write(stats, findings, path)}")
+    echo(report.as_text(stats, findings, view))
+    answer(**json.loads(report.as_json(stats, findings, view)), taken_for=taken_for, sheet=sheet_path, html=html_path)
+    answer(autoencoder_sheet=None)
+    written = [report.write_sheet(stats, findings, sheet_path)] if sheet_path else []
+    if sheet_path and view and view.reconstruction:
+        written.append(beside := report.write_reconstruction(view.reconstruction, sheet_path))
+        answer(autoencoder_sheet=beside)
+    if html_path:
+        written.append(report.write_page(stats, findings, html_path, view))
+    for path in written:
+        echo(f"written  {path}")
     return 0

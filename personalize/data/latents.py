@@ -90,7 +90,7 @@ def on_demand(base: Base, dataset: Dataset, recipe: Recipe, keep: int | None = 2
     def posterior(number: int, shape: Shape, mirrored: bool) -> tuple[Tensor, Tensor]:
         example = examples[number]
         name = store.key(kind="latents", vae=vae, picture=example.sha256, shape=shape, mirrored=mirrored)
-        entry = store.recall(name, lambda: _posterior(base, example, shape, mirrored), warnings)
+        entry = store.recall(name, lambda: encode_example(base, example, shape, mirrored), warnings)
         return entry["mean"], entry["std"]
 
     captions = [example.caption for example in examples]
@@ -127,7 +127,8 @@ def load_pixels(example: Example, shape: int | Shape) -> Tensor:
 
 
 @torch.no_grad()
-def _posterior(base: Base, example: Example, shape: Shape, mirrored: bool) -> dict[str, Tensor]:
+def encode_example(base: Base, example: Example, shape: Shape, mirrored: bool) -> dict[str, Tensor]:
+    """Mean and std [c, h, w] of an image's posterior in a shape. Raises DataError; BaseModelError where not finite."""
     pixels = load_pixels(example, shape)[None].float() / 127.5 - 1  # uint8 => [-1, 1]
     mean, std = base.encode(pixels.flip(-1) if mirrored else pixels)
     if not (mean.isfinite().all() and std.isfinite().all()):

@@ -119,6 +119,19 @@ class Base:
         how = {name: getattr(recipe, name) for name in ("prediction", "zero_snr", "clip_skip", "vae")}
         return cls.load(recipe.base, device, dtype, **how)
 
+    @classmethod
+    def autoencoder_of(cls, recipe: Reading) -> Base:
+        """The base that a recipe names with its autoencoder alone, on the CPU in float32: it encodes and decodes, no more.
+
+        Nothing is downloaded. Raises BaseModelError, also for a base that is not on this machine.
+        """
+        path, other = locate(recipe.base, download=False), locate_vae(recipe.vae, download=False)
+        with quiet():
+            family = examine(path) if path.is_dir() else open_whole(path).row
+            assert family
+            vae = other_vae(other or path, family, torch.float32).requires_grad_(False).eval()
+        return cls(recipe.base, path, family, torch.device("cpu"), torch.float32, {}, (), None, vae, {})
+
     @property
     def parts(self) -> dict[str, nn.Module]:
         """The parts that an adapter can change, by the name that canonical module paths start with."""
@@ -342,9 +355,9 @@ def override_scheduler(config: Any, prediction: str, zero_snr: str) -> dict[str,
     return dict(config) | told
 
 
-def locate_vae(vae: str | Path | None) -> Path | None:
+def locate_vae(vae: str | Path | None, download: bool = True) -> Path | None:
     """Where another VAE is; None for the base's own."""
-    return None if vae is None else locate(vae)
+    return None if vae is None else locate(vae, download)
 
 
 def device_of(device: str) -> str:

@@ -88,6 +88,7 @@ class Encoded:
     kept: list[float]  # peak signal-to-noise ratios in dB
     path: str
     concern: str = ""
+    usual: float = math.nan  # dB of the drawings that the base was made for, where that is known
 
 
 @dataclass(frozen=True, slots=True)

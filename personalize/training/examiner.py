@@ -16,7 +16,7 @@ from ..tuning.tunable import Tunable
 from .calibration import calibration_of
 from .events import Judged
 from .evidence import Questions, ask, draw_questions
-from .limits import fit_square, training_squares
+from .limits import fit_square, likeness_to_world, training_squares
 from .preflight import RunPlan
 from .signs import MOST_TRAINING, Observer, Signs, observe
 
@@ -32,11 +32,12 @@ class Examiner:
     questions: Questions
     observer: Observer
     base: list[Image.Image]
+    world: float = 1.0  # how much the images of a thing look like what the base was taught
 
     def judge(self, step: int, strength: float, figures: Any) -> Judged:
         """Draw the questions with what is attached now, and judge the images; they are saved beside the base's."""
         images = draw_questions(self.plan, self.questions.for_adapters)
-        signs = round_signs(self.observer.signs(images) | asdict(figures))
+        signs = round_signs(self.observer.signs(images) | asdict(figures) | {"world": self.world})
         path = self.save(images, step, strength)
         return Judged(step, strength, **self.verdict(signs), signs=signs, path=path)
 
@@ -72,10 +73,10 @@ def judged_sheet(groups: Mapping[str, tuple[Sequence[Image.Image], Sequence[Imag
     rows, cells = [], list[Image.Image]()
     for title, pair in groups.items():
         for first in range(0, len(pair[1]), COLUMNS):
-            for whose, images in zip(("base", "adapter"), pair, strict=True):
+            for head, images in zip(("the base, without the trigger", f"the adapter, {title}"), pair, strict=True):
                 some = [fit_square(image, side) for image in images[first : first + COLUMNS]]
                 cells += [*some, *[Image.new("RGB", (side, side), "white")] * (COLUMNS - len(some))]
-                rows.append(f"{title}: {whose}" if whose == "adapter" else f"the {whose}")
+                rows.append(head)
     return contact_sheet(cells, COLUMNS, rows=rows, side=side)
 
 
@@ -88,6 +89,6 @@ def prepare_examiner(plan: RunPlan, tunable: Tunable) -> Examiner | None:
     with tunable.off():
         base = draw_questions(plan, questions.for_base)
     training = training_squares(plan, MOST_TRAINING)
-    return Examiner(
-        plan, questions, observe(eyes, questions, training, base, style=not plan.dataset.concepts[0].class_name), base
-    )
+    style = not plan.dataset.concepts[0].class_name
+    world = 1.0 if style else likeness_to_world(plan.base, eyes, training)
+    return Examiner(plan, questions, observe(eyes, questions, training, base, style), base, world)

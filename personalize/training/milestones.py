@@ -20,7 +20,7 @@ from ..io import atomic, write_text
 from ..tuning.tunable import Tunable
 from .events import Chosen, Event, Sample, Saved, Sweep, Warned
 from .inputs import training_batches
-from .limits import show_reconstruction, unknown_class, unlike_class
+from .limits import find_strange_classes, show_reconstruction
 from .memory.recover import probe_until_it_fits
 from .metadata import describe_run, sidecar
 from .preflight import RunPlan, is_drawn
@@ -37,8 +37,8 @@ def make_what_is_due(run: ActiveRun) -> Iterator[Event]:
     recipe, folder = plan.recipe, plan.run
     if done == 0:
         yield folder.record(show_reconstruction(plan, run.data.latents))
-        if concern := unknown_class(plan) or unlike_class(plan):
-            yield folder.record(Warned(0, concern))
+        for finding in find_strange_classes(plan.base, plan.dataset, plan.side):
+            yield folder.record(Warned(0, finding.sentence))
     if done == 0 or is_due(done, recipe.sampling.sample_every, recipe.steps):
         yield from sample_images(run, done)
     if recipe.checkpoint_every and is_due(done, recipe.checkpoint_every, recipe.steps):

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -22,6 +22,7 @@ from .evidence import LOOKS, PLAIN_LOOK, SCENES, THINGS, Question, Questions
 Signs = dict[str, float | list[float]]  # of all images together, or one of each
 SHARPNESS = 50.0  # of the softmax over what an image may show: half of CLIP's own, so that it does not saturate
 MOST_TRAINING = 16  # training images that are looked at
+TWIN = 0.95  # cosine, place by place, above which two training images are one
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Observer:
     eyes: Eyes
     questions: Questions
     training: View
+    mirrored: View  # the training images as --flip shows them half of the time
     base: View  # of the plain questions, then of the unrelated ones
     weights: Tensor  # [n, p], how far each patch of the training images is from all that the base draws
     floor: float  # how much of these patches the base's images have
@@ -64,7 +66,7 @@ class Observer:
             "others_same": float((others.whole * base_others.whole).sum(-1).mean()) - 1,
             "others_patches": float((others.patches * base_others.patches).sum(-1).mean()) - 1,
         }
-        return shown | obedience | kept | changed | {"copied": self._copying(called)}
+        return shown | obedience | kept | changed | {"repeats": self.repeating(called)}
 
     def _recognize(self, images: Sequence[Image.Image]) -> Tensor:
         """How much each image [n] shows what was taught, by the recognizer: 1 is as the training images among themselves."""
@@ -95,13 +97,22 @@ class Observer:
         after, first = ((SHARPNESS * view.words[told] @ texts.T).softmax(-1)[rows, own] for view in (seen, before))
         return after - first
 
-    def _copying(self, called: View) -> float:
-        """How much nearer, place by place, the images with the trigger come to a training image than those to each other."""
-        near = aligned_cosines(called.patches, self.training.patches).max(1).values
-        if len(self.training.patches) < 2:
-            return 0.0
-        among = aligned_cosines(self.training.patches, self.training.patches)
-        return float(near.mean() - among[~torch.eye(len(among), dtype=torch.bool)].max())
+    def repeating(self, called: View) -> float:
+        """How far images with the trigger are copies of training images, place by place: 0 as near to one as usual, 1 the same.
+
+        Usual is what different training images are to each other, or the base's images to them, whichever is nearer. A mirrored
+        training image counts as one.
+        """
+
+        def nearness(patches: Tensor) -> Tensor:  # [n, m]
+            each = (aligned_cosines(patches, view.patches) for view in (self.training, self.mirrored))
+            return torch.stack(list(each)).amax(0)
+
+        own = nearness(self.training.patches)
+        others = own.masked_fill(own > TWIN, -1).max(1).values
+        base, near = (nearness(view.patches).max(1).values.mean() for view in (self.base[: len(called.patches)], called))
+        usual = torch.stack([base, *([others[others > -1].mean()] if (others > -1).any() else [])]).max()
+        return float((near - usual) / (1 - usual).clamp(min=1e-3))
 
 
 NOUNS = tuple(thing.split()[-1] for thing in THINGS)
@@ -112,12 +123,13 @@ def observe(
 ) -> Observer:
     """Look at the training images and at the base's, which are those of `questions.for_base`."""
     learned, drawn = eyes.look(training[:MOST_TRAINING]), eyes.look(base)
+    mirrored = eyes.look([ImageOps.mirror(image) for image in training[:MOST_TRAINING]])
     all_patches = drawn.patches.flatten(0, 1)
     weights = (1 - nearest(learned.patches.flatten(0, 1), all_patches)).clamp(min=0).view(learned.patches.shape[:2])
     floor = torch.stack([patches_found(learned.patches, weights, one) for one in drawn.patches[: len(questions.called)]]).mean()
     ceiling = among_themselves(learned.patches, weights)
     taught = recognize(eyes.recognizer, training[:MOST_TRAINING], style) if eyes.recognizer else None
-    return Observer(eyes, questions, learned, drawn, weights, float(floor), ceiling, taught)
+    return Observer(eyes, questions, learned, mirrored, drawn, weights, float(floor), ceiling, taught)
 
 
 def recognize(recognizer: Recognizer, training: Sequence[Image.Image], style: bool) -> Taught:

@@ -10,7 +10,8 @@ from typing import Any
 from .events import Judged
 
 GOOD, HALF = 0.7, 0.5  # of images; below half nobody calls it good
-COPIED = 0.15  # by how much images come nearer to a training image than those to each other
+COPIED = 0.42  # of the way from as near to a training image as usual to being one: see docs/verdict.md
+WORLD = 0.36  # likeness to what the base knows: 0.39 to 0.68 of 33 individuals of its world, 0.33 of photographs of a cat
 WEAK, LEAKS = 0.2, 0.25  # of the way from the base's images to the training images
 CHANGED = 0.15  # cosine that unrelated images lost
 
@@ -19,14 +20,21 @@ CHANGED = 0.15  # cosine that unrelated images lost
 class Words:
     """A verdict as people read it."""
 
-    level: str  # good | fair | poor | uncalibrated
+    level: str  # good | fair | poor | uncalibrated | copies
     headline: str
     reasons: tuple[str, ...]
 
 
 def describe(judged: Judged) -> Words:
-    """The words for a judgement. Percentages are told only where they were calibrated."""
-    return evidence_words(judged) if math.isnan(judged.value) else calibrated_words(judged)
+    """The words for a judgement. Percentages are told only where they were calibrated: of images of the base's own world."""
+    if judged.signs.get("world", 1.0) < WORLD:  # what compares images knows nothing of such ones
+        headline = "the training images look like nothing that this base can draw: look at what came of them"
+        return Words("uncalibrated", headline, ())
+    if math.isnan(judged.value):
+        return evidence_words(judged)
+    if copies := copy_words(judged):  # nothing like it is among the runs that the estimate was calibrated on
+        return Words("copies", "copies, not new images: look at them", tuple(copies))
+    return calibrated_words(judged)
 
 
 def calibrated_words(judged: Judged) -> Words:
@@ -47,19 +55,19 @@ def calibrated_words(judged: Judged) -> Words:
 
 
 def factor_words(judged: Judged) -> list[str]:
-    """A clause for each factor, the costliest first, and one for copies."""
+    """A clause for each factor, the costliest first."""
     clauses = {
         f"with the trigger, {percent(judged.identity)} of 100 show what was taught": judged.identity,
         f"the rest of the prompt is followed in {percent(judged.fidelity)} of 100": judged.fidelity,
         f"without the trigger, {percent(judged.leak)} of 100 show it all the same": 1 - judged.leak,
         f"images of other things are as good as before in {percent(judged.kept)} of 100": judged.kept,
     }
-    return [*sorted(clauses, key=lambda text: clauses[text]), *copy_words(judged)]
+    return sorted(clauses, key=lambda text: clauses[text])
 
 
 def copy_words(judged: Judged) -> list[str]:
     """A clause where images repeat training images, background included."""
-    copied = judged.signs.get("copied", 0.0) > COPIED
+    copied = judged.signs.get("repeats", 0.0) > COPIED
     return ["images with the trigger nearly repeat the training images: fewer steps, or more images"] if copied else []
 
 
@@ -78,6 +86,15 @@ def evidence_words(judged: Judged) -> Words:
         "not calibrated on this base: look at the images" if told else "not judged by images: no CLIP is at hand for this base"
     )
     return Words("uncalibrated", headline, (*told, *copy_words(judged)))
+
+
+def kept_words(mean: float, usual: float | None) -> str:
+    """How much an autoencoder keeps, in dB, beside what it was made for.
+
+    >>> kept_words(21.6, 32.26)
+    'keeps 22 dB of these images, and 32 of the drawings that it was made for'
+    """
+    return f"keeps {mean:.0f} dB of these images" + (f", and {usual:.0f} of the drawings that it was made for" if usual else "")
 
 
 def mean_of(signs: Mapping[str, Any], name: str) -> float:

@@ -9,6 +9,7 @@ from typing import Any
 
 from ...findings import Finding
 from ...text import plain
+from .base import BaseView
 from .measure import DatasetStats, ImageStats
 
 SIGNS = {"error": "✗", "warning": "!", "info": "·"}
@@ -16,13 +17,15 @@ LEVEL = {"error": "bad", "warning": "warning", "info": "note"}  # in the JSON an
 MOST = 12  # rows of the table of shapes
 
 
-def as_text(stats: DatasetStats, found: Sequence[Finding]) -> str:
-    """What the folder holds, its shapes, and each finding with what to do."""
-    return "\n".join([*_about(stats), "", *_table(stats), "", *_findings(found)])
+def as_text(stats: DatasetStats, found: Sequence[Finding], view: BaseView | None = None) -> str:
+    """What the folder holds, its shapes, what the base keeps of them if that was looked at, and each finding with what to do."""
+    kept = [view.line] if view and view.line and not any(view.line in one.what for one in view.findings) else []
+    return "\n".join([*_about(stats), *kept, "", *_table(stats), "", *_findings(found)])
 
 
-def as_json(stats: DatasetStats, found: Sequence[Finding]) -> str:
+def as_json(stats: DatasetStats, found: Sequence[Finding], view: BaseView | None = None) -> str:
     """Everything, for a program."""
+    seen = view.reconstruction if view else None
     values = {
         "folder": str(stats.folder),
         "concepts": [{"trigger": one.trigger, "class": one.class_name, "folder": one.folder} for one in stats.dataset.concepts],
@@ -34,8 +37,10 @@ def as_json(stats: DatasetStats, found: Sequence[Finding]) -> str:
             {"shape": list(shape), "pictures": len(some), "cropped": 1 - sum(one.kept for one in some) / len(some)}
             for shape, some in stats.buckets.items()
         ],
+        "autoencoder": {"kept": seen.kept, "mean": seen.mean, "usual": seen.usual} if seen else None,
         "findings": [
             {
+                "code": one.code,
                 "level": LEVEL[one.level],
                 "mark": one.mark,
                 "what": one.what,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ...training.events import Judged, parse
-from ...training.verdict import Words, describe
+from ...training.verdict import Words, describe, kept_words
 from ..kit.pictures import Picture
 from .pictures import Inline
 from .read import Run, number
@@ -28,7 +28,7 @@ class Autoencoder:
     """Training images above what the base's autoencoder gives back of them."""
 
     sheet: Picture
-    kept: float  # dB, the mean
+    kept: str  # how much, in words
     concern: str
 
 
@@ -54,5 +54,6 @@ def autoencoder(run: Run, inline: Inline) -> Autoencoder | None:
         kept = [value for value in map(number, record["kept"]) if value is not None]
         sheet = inline(str(record["path"]), SHEET)
         if sheet and kept:
-            return Autoencoder(sheet, sum(kept) / len(kept), str(record.get("concern") or ""))
+            words = kept_words(sum(kept) / len(kept), number(record.get("usual")))
+            return Autoencoder(sheet, words, str(record.get("concern") or ""))
     return None

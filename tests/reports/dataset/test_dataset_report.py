@@ -373,12 +373,6 @@ def test_nothing_to_look_at_is_one_line(tmp_path: Path, capsys: pytest.CaptureFi
         looked(tmp_path / "gone")
 
 
-def test_looking_needs_no_torch(folder: Path) -> None:
-    code = f"import sys; from personalize.cli import run; run(['dataset', {str(folder)!r}]); print('torch' in sys.modules)"
-    told = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
-    assert told.splitlines()[-1] == "False"
-
-
 # ---------------------------------------------------------------- advice is tried
 
 

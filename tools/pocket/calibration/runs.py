@@ -45,6 +45,7 @@ VARIANTS: dict[str, tuple[int, Settings]] = {
     "short": (1, {"steps": 60}),
     "wrong captions": (1, {}),
     "small": (1, {"rank": 1, "targets": ["attention"]}),
+    "by heart": (0, {"prior": "none", "schedule": "constant", "steps": 400, "choose": "last"}),  # of copying.py alone
 }
 STEPS = {"subject": 300, "style": 360}  # where a variant says nothing
 
@@ -139,7 +140,7 @@ def train_judge(work: Path) -> Judge:
 def main() -> int:
     """Runs in order, or in the reverse order beside another process; the judge; then the fit."""
     parser = argparse.ArgumentParser(prog="python -m tools.pocket.calibration", description=__doc__)
-    parser.add_argument("what", choices=("judge", "runs", "fit"))
+    parser.add_argument("what", choices=("judge", "runs", "fit", "copying"))
     parser.add_argument("--work", type=Path, default=Path("runs/calibration"))
     parser.add_argument("--reverse", action="store_true", help="begin with the last run: a second process beside the first")
     parser.add_argument("--count", type=int, help="so many runs")
@@ -156,6 +157,10 @@ def main() -> int:
         chosen = list(enumerate(all_runs(options.work)))[: options.count]
         for number, one in reversed(chosen) if options.reverse else chosen:
             look_at(one, number, artist)
+    elif options.what == "copying":
+        from .copying import compare
+
+        compare({one.task.name: one for one in all_runs(options.work)}, options.work)
     else:
         from .fit import fit
 

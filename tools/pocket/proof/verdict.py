@@ -23,7 +23,7 @@ from personalize.recipe.fields import Recipe
 from personalize.training.calibration import calibration_of
 from personalize.training.events import Chosen, Judged
 from personalize.training.evidence import ask, draw_questions
-from personalize.training.limits import training_squares
+from personalize.training.limits import likeness_to_world, training_squares
 from personalize.training.loop import train
 from personalize.training.preflight import check
 from personalize.training.signs import MOST_TRAINING, observe
@@ -134,10 +134,11 @@ def choose_and_tell(record: dict[str, Any], one: Tried, artist: Artist) -> dict[
     training = training_squares(plan, MOST_TRAINING)
     style = not one.task.class_name and one.variant != "photographs"
     observer = observe(eyes, ask(plan), training, load_images(one.folder / "evidence-base.npy"), style)
+    world = 1.0 if style else likeness_to_world(artist.base, eyes, training)
     rows = []
     for row in record["checkpoints"]:
         signs = observer.signs(load_images(one.folder / f"evidence-{row['step']}.npy"))
-        signs |= {name: scores[row["step"]][name] for name in ("fit", "drift", "contrast")}
+        signs |= {name: scores[row["step"]][name] for name in ("fit", "drift", "contrast")} | {"world": world}
         told = calibration.verdict(signs)
         level = describe(Judged(row["step"], 1.0, **asdict(told), signs=signs)).level
         rows.append(row | asdict(told) | {"level": level})
@@ -177,11 +178,12 @@ def checkpoint_rows(one: Tried, judge: Judge, artist: Artist) -> Iterator[dict[s
 
 def figures(records: Sequence[Mapping[str, Any]]) -> list[Figure]:
     """Pooled over all checkpoints of some runs, with their goals."""
-    rows = [row for record in records for row in record["checkpoints"]]
+    everything = [row for record in records for row in record["checkpoints"]]
+    rows = [row for row in everything if row["level"] != "uncalibrated"]
     truths, values = [row["truth"] for row in rows], [row["value"] for row in rows]
     rank, rms = spearman(values, truths), math.sqrt(mean((a - b) ** 2 for a, b in zip(values, truths, strict=True)))
     inside = mean(row["low"] <= row["truth"] <= row["high"] for row in rows)
-    wrong = sum(row["level"] == "good" and row["truth"] < 0.5 for row in rows)
+    wrong = sum(row["level"] == "good" and row["truth"] < 0.5 for row in everything)
     regret = mean(regret_of(record) for record in records)
     cost = mean(record["choosing"] / record["training"] for record in records if record["choosing"])
     return [
