@@ -104,15 +104,14 @@ def adapter_schedule(base: Base) -> Iterator[Callable[[int, int], Iterable[str]]
 @contextlib.contextmanager
 def eval_mode(base: Base) -> Iterator[None]:
     """Inside, dropout is off; afterwards each module is in the mode it was in."""
-    modules = [module for model in base.parts.values() for module in model.modules()]
-    before = [module.training for module in modules]
+    training = [module for model in base.parts.values() for module in model.modules() if module.training]
     try:
-        for model in base.parts.values():
-            model.eval()
+        for module in training:  # mostly none: nothing is written where nothing changes
+            module.training = False
         yield
     finally:
-        for module, training in zip(modules, before, strict=True):
-            module.training = training
+        for module in training:
+            module.training = True
 
 
 def to_images(pixels: Tensor) -> list[Image.Image]:
