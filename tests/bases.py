@@ -25,17 +25,11 @@ from personalize.families.family import Family, addresses, weights
 from personalize.families.names import ROWS, canonical
 from personalize.families.sd import SCHEDULER
 from personalize.families.unet import UNet
+from tools.bench import memory
 
 TEXT_WIDTHS = {"sd1": (32,), "sd2": (64,), "sdxl": (32, 64), "sdxl-refiner": (64,)}
-VAE = {
-    "latent_channels": 4,
-    "block_out_channels": (32, 32, 64, 64),
-    "layers_per_block": 2,
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "sample_size": 64,
-}
-TRUE_VAE = VAE | {"block_out_channels": (128, 256, 512, 512), "sample_size": 512}  # of SD 1, SD 2 and SDXL
+VAE = memory.VAE | {"block_out_channels": (32, 32, 64, 64), "sample_size": 64}
+TRUE_VAE = memory.VAE | {"sample_size": 512}  # of SD 1, SD 2 and SDXL
 PREDICTS = {"prediction_type": "epsilon"}
 
 

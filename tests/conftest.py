@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import os
+import shutil
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import settings
 from PIL import Image
+
+if TYPE_CHECKING:
+    from personalize.recipe.fields import Recipe
 
 # What is searched for is the same on every machine and every time, however slow it is.
 settings.register_profile("tests", deadline=None, derandomize=True, database=None)
@@ -45,6 +51,39 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
         picture.paste((60 * i, 200 - 40 * i, 90), (10, 10 + 4 * i, 40, 40 + 4 * i))
         picture.save(folder / f"{i}.png")
     return folder
+
+
+@pytest.fixture
+def make(narrow_base: Path, pictures: Path, tmp_path: Path) -> Callable[..., Recipe]:
+    """The small recipe of the pictures on the narrow base, whose run folder is `run`; flags come over it."""
+    from small import small_recipe
+
+    return partial(small_recipe, narrow_base, pictures, output=tmp_path / "run")
+
+
+@pytest.fixture(scope="session")
+def plain_run(narrow_base: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Recipe:
+    """What `make()` makes, trained to its end: to be compared with."""
+    from small import small_recipe
+
+    from personalize.training.loop import train
+
+    recipe = small_recipe(narrow_base, pictures, output=tmp_path_factory.mktemp("plain") / "run")
+    for _ in train(recipe):
+        pass
+    return recipe
+
+
+@pytest.fixture
+def finished(make: Callable[..., Recipe], plain_run: Recipe) -> Recipe:
+    """The same run, to be spoiled: what it left, in a folder of the test's own."""
+    recipe, old = make(), plain_run.output
+    assert old and recipe.output
+    shutil.copytree(old, recipe.output)
+    for name in ("recipe.toml", "events.jsonl"):
+        text = (old / name).read_text(encoding="utf-8")
+        (recipe.output / name).write_text(text.replace(str(old), str(recipe.output)), encoding="utf-8")
+    return recipe
 
 
 @pytest.fixture(scope="session", autouse=True)

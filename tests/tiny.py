@@ -10,42 +10,16 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from tokenizers import pre_tokenizers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-POCKET_UNET = {
-    "sample_size": 8,
-    "in_channels": 16,
-    "out_channels": 16,
-    "block_out_channels": (96, 192),
-    "layers_per_block": 1,
-    "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-    "cross_attention_dim": 192,
-    "attention_head_dim": (4, 8),
-    "norm_num_groups": 16,
-}
+from tools.pocket import autoencoder, diffusion
+
+POCKET_UNET = diffusion.CONFIG | {"sample_size": 8, "block_out_channels": (96, 192)}
 NARROW = {"block_out_channels": (32, 64), "cross_attention_dim": 64, "attention_head_dim": (2, 4)}  # a sixth of the work
-POCKET_VAE = {
-    "in_channels": 3,
-    "out_channels": 3,
-    "latent_channels": 16,
-    "sample_size": 64,
-    "block_out_channels": (16, 32, 32, 32),
-    "layers_per_block": 1,
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "norm_num_groups": 8,
-    "scaling_factor": 0.8,
-}
-SCHEDULER = {
-    "num_train_timesteps": 1000,
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
+POCKET_VAE = autoencoder.CONFIG | {"sample_size": 64, "block_out_channels": (16, 32, 32, 32), "scaling_factor": 0.8}
+SCHEDULER = diffusion.SCHEDULE | {
     "prediction_type": "v_prediction",
     "rescale_betas_zero_snr": True,
-    "timestep_spacing": "trailing",
     "clip_sample": False,
     "set_alpha_to_one": True,
-    "steps_offset": 1,
 }
 
 

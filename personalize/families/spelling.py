@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from functools import cache
+from functools import cache, lru_cache
 
 from ..formats.shapes import Shape, same
 from .family import Family, weights
@@ -86,13 +86,19 @@ def split_part(name: str) -> tuple[frozenset[str], str]:
 def find_paths(shapes: Mapping[str, Shape], metadata: Mapping[str, str]) -> dict[str, str]:
     """Name => canonical path, in the family that knows most of the names (name => shape of dW), fits their shapes best, is
     claimed by the metadata, and spells them so itself. Names that this family does not know are left out."""
+    return dict(_find_paths(tuple(shapes.items()), tuple(says(metadata, family) for family in FAMILIES)))
+
+
+@lru_cache(maxsize=8)  # a run writes and reads one adapter's names many times
+def _find_paths(named: tuple[tuple[str, Shape], ...], said: tuple[bool, ...]) -> Mapping[str, str]:
+    """`find_paths`; `said` is which of the families the metadata claims."""
     best: tuple[tuple[int, int, bool, bool], dict[str, str]] | None = None
-    claimed = any(says(metadata, family) for family in FAMILIES)
-    for family in FAMILIES:
+    shapes, claimed = dict(named), any(said)
+    for family, own in zip(FAMILIES, said, strict=True):
         paths = {name: path for name, shape in shapes.items() if (path := path_in(family, name, shape))}
         wrong = sum(not same(shapes[name], weights(family)[path]) for name, path in paths.items())
         spelled = family in spelled_by(paths, (family,))
-        misfit = len(shapes) - len(paths), wrong, claimed and not says(metadata, family), not spelled
+        misfit = len(shapes) - len(paths), wrong, claimed and not own, not spelled
         if best is None or misfit < best[0]:
             best = misfit, paths
         if not any(misfit):

@@ -108,15 +108,15 @@ def adapter_schedule(base: Base) -> Iterator[Callable[[int, int], Iterable[str]]
 def eval_mode(base: Base) -> Iterator[None]:
     """Inside, dropout is off, and small adapted layers are sums (see `sum_once`); afterwards each module is as it was."""
     modules = [module for model in base.parts.values() for module in model.modules()]
-    before = [module.training for module in modules]
+    training = [module for module in modules if module.training]
     try:
-        for model in base.parts.values():
-            model.eval()
+        for module in training:  # mostly none: nothing is written where nothing changes
+            module.training = False
         with sum_once([module for module in modules if isinstance(module, AdapterLayer)]):
             yield
     finally:
-        for module, training in zip(modules, before, strict=True):
-            module.training = training
+        for module in training:
+            module.training = True
 
 
 def to_images(pixels: Tensor) -> list[Image.Image]:

@@ -6,9 +6,10 @@ Nothing is downloaded: for bases that have no CLIP, `hf download openai/clip-vit
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -44,26 +45,18 @@ class Clip:
         folder = base / "clip"
         if not (folder / "config.json").is_file():
             return None
-        from transformers import CLIPModel, CLIPTextModel
-
-        with quiet():
-            text = load_model(CLIPTextModel, base / "text_encoder", torch.float32).state_dict()
-            lent = {f"text_model.{key.removeprefix('text_model.')}": weight for key, weight in text.items()}
-            model = load_model(CLIPModel, folder, torch.float32, lent).eval().requires_grad_(False)
+        text = load_frozen("CLIPTextModel", base / "text_encoder").state_dict()
+        lent = {f"text_model.{key.removeprefix('text_model.')}": weight for key, weight in text.items()}
+        model = load_frozen("CLIPModel", folder, lent)
         tokenizer = load_tokenizer((folder if (folder / "tokenizer").is_dir() else base) / "tokenizer")
         return cls(model, tokenizer, *pixel_statistics(folder, HALF, HALF))
 
     @classmethod
     def at_hand(cls) -> Clip | None:
         """The hub's CLIP, if its files are in the cache."""
-        folder = cached_folder(CLIP_ID)
-        if folder is None:
-            return None
-        from transformers import CLIPModel
-
-        with quiet():
-            model = load_model(CLIPModel, folder, torch.float32).eval().requires_grad_(False)
-        return cls(model, load_tokenizer(folder), *pixel_statistics(folder, HALF, HALF))
+        if folder := cached_folder(CLIP_ID):
+            return cls(load_frozen("CLIPModel", folder), load_tokenizer(folder), *pixel_statistics(folder, HALF, HALF))
+        return None
 
     @torch.no_grad()
     def pictures(self, pictures: Sequence[Image.Image]) -> Tensor:
@@ -115,14 +108,9 @@ class Dino:
     @classmethod
     def at_hand(cls) -> Dino | None:
         """The hub's DINOv2, if its files are in the cache."""
-        folder = cached_folder(DINO_ID)
-        if folder is None:
-            return None
-        from transformers import Dinov2Model
-
-        with quiet():
-            model = load_model(Dinov2Model, folder, torch.float32).eval().requires_grad_(False)
-        return cls(model, *pixel_statistics(folder, *IMAGENET))
+        if folder := cached_folder(DINO_ID):
+            return cls(load_frozen("Dinov2Model", folder), *pixel_statistics(folder, *IMAGENET))
+        return None
 
     @torch.no_grad()
     def look(self, pictures: Sequence[Image.Image]) -> tuple[Tensor, Tensor]:
@@ -165,6 +153,14 @@ def eyes_for(base: Path) -> Eyes | None:
         return Eyes(own, recognizer=Recognizer.load(weights) if weights.is_file() else None)
     clip = Clip.at_hand()
     return Eyes(clip, Dino.at_hand()) if clip else None
+
+
+def load_frozen(kind: str, folder: Path, lent: Mapping[str, Tensor] = MappingProxyType({})) -> Any:
+    """A model of transformers, by its class, to look with: in float32. Raises BaseModelError."""
+    import transformers
+
+    with quiet():
+        return load_model(getattr(transformers, kind), folder, torch.float32, lent).eval().requires_grad_(False)
 
 
 def cached_folder(name: str) -> Path | None:

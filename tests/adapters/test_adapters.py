@@ -18,7 +18,8 @@ from personalize.errors import AdapterError, FamilyMismatchError
 from personalize.families.names import FAMILIES, PARTS, modules
 
 ROWS = {family.name: family for family in FAMILIES}
-SEARCH = settings(max_examples=40, deadline=None, derandomize=True, database=None)
+SEARCH = settings(max_examples=40)
+FEWER = settings(max_examples=8)  # where each is written to a file, or merged many times
 
 
 def low_rank(shape: tuple[int, ...], rank: int = 2, alpha: float = 1.0, seed: int = 0) -> LowRank:

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_adapters import ROWS, SEARCH, adapters, assert_updates, exact, low_rank, make
+from test_adapters import FEWER, ROWS, adapters, assert_updates, exact, low_rank, make
 
 from personalize.adapters.adapter import Adapter, distance
 from personalize.adapters.delta import LowRank
@@ -28,7 +28,7 @@ DIALECTS = ("kohya", "diffusers", "peft")
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)
-@SEARCH
+@FEWER
 @given(a=adapters(), dtype=st.sampled_from(["fp32", "bf16"]))
 def test_what_is_written_is_what_is_read(tmp_path_factory: pytest.TempPathFactory, dialect: str, a: Adapter, dtype: str) -> None:
     path = a.save(tmp_path_factory.getbasetemp() / f"property-{dialect}", dialect, dtype=dtype)

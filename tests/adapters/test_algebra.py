@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -24,18 +25,27 @@ from personalize.cli.checkpoints import extract
 from personalize.cli.merge import OPTIONS as FLAGS
 from tools.pocket import WEIGHTS
 
+MADE = {"a": make(pick="attn", seed=1), "b": make(pick="attn2", rank=3, alpha=2.0, seed=2), "c": make(pick="conv", seed=3)}
+
+
+@pytest.fixture(scope="module")
+def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The files of all that, and two that go with none of them."""
+    folder = tmp_path_factory.mktemp("shelf")
+    for name, adapter in MADE.items():
+        adapter.save(folder / name)
+    make("sd1", "mid_block.attentions.0.proj_in", rank=1).save(folder / "sd")
+    Adapter({"unet.conv_in.bias": Dense(torch.ones(96))}).save(folder / "bias")
+    (folder / "folder").mkdir()
+    return folder
+
 
 @pytest.fixture
-def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Adapter]:
+def files(shelf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Adapter]:
     """a, b and c in the folder that the commands run in."""
+    shutil.copytree(shelf, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
-    made = {"a": make(pick="attn", seed=1), "b": make(pick="attn2", rank=3, alpha=2.0, seed=2), "c": make(pick="conv", seed=3)}
-    for name, adapter in made.items():
-        adapter.save(name)
-    make("sd1", "mid_block.attentions.0.proj_in", rank=1).save("sd")
-    Adapter({"unet.conv_in.bias": Dense(torch.ones(96))}).save("bias")
-    Path("folder").mkdir()
-    return made
+    return MADE
 
 
 def load(name: str) -> Adapter:

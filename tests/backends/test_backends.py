@@ -18,7 +18,7 @@ from personalize.adapters.adapter import Adapter
 from personalize.backends.backend import Numbered, from_line, get_backend, to_line
 from personalize.errors import RecipeError, TrainingError
 from personalize.recipe.fields import Recipe
-from personalize.recipe.resolve import resolve, to_toml
+from personalize.recipe.resolve import to_toml
 from personalize.training import events
 from personalize.training.events import Encoded, Failed, Finished, Saved, Started, Step
 
@@ -66,15 +66,9 @@ def child() -> Iterator[None]:
 
 
 @pytest.fixture
-def make(narrow_base: Path, pictures: Path, tmp_path: Path) -> Callable[..., Recipe]:
-    """A small recipe: 2 steps of 1 image, nothing drawn."""
-
-    def build(name: str, **flags: Any) -> Recipe:
-        small = {"base": str(narrow_base), "folder": pictures, "output": tmp_path / name, "steps": 2, "batch_size": 1, "rank": 2}
-        quiet = {"sample_prompts": [], "sample_steps": 1, "checkpoint_every": 2, "class": "cat", "choose": "none"}
-        return resolve(flags={**small, **quiet, **flags})
-
-    return build
+def make(make: Callable[..., Recipe], tmp_path: Path) -> Callable[..., Recipe]:
+    """2 steps of 1 image, in a run folder of its own."""
+    return lambda name, **flags: make(**{"output": tmp_path / name, "steps": 2, "batch_size": 1, **flags})
 
 
 @pytest.mark.parametrize("name", [*registry.table("backends"), pytest.param("child", marks=pytest.mark.slow)])

@@ -29,6 +29,7 @@ def photos(pictures: Path, tmp_path: Path) -> Path:
 
 def command(photos: Path, narrow_base: Path, *more: str) -> list[str]:
     small = ["--steps", "2", "--batch-size", "1", "--rank", "2", "--sample-prompts", "{trigger}", "--sample-steps", "1"]
+    small += ["--sample-seeds", "0", "--sample-every", "0", "--checkpoint-every", "0"]
     where = [
         "--base",
         str(narrow_base),
@@ -111,14 +112,14 @@ def test_nothing_to_train_is_an_error(photos: Path, narrow_base: Path, capsys: p
         assert told in capsys.readouterr().err
 
 
-def test_batches_go_on_and_count_what_is_there(photos: Path, tiny_base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_batches_go_on_and_count_what_is_there(photos: Path, narrow_base: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.rmtree(photos / "broken")
     shutil.rmtree(photos / "vase")
-    assert run(command(photos, tiny_base)) == 0
+    assert run(command(photos, narrow_base)) == 0
     capsys.readouterr()
-    assert run([*command(photos, tiny_base), "--rank", "3"]) == 2  # another run
+    assert run([*command(photos, narrow_base), "--rank", "3"]) == 2  # another run
     told = capsys.readouterr().out
     assert "2 of 2 adapters are there, 2 of them from before; 2 failed: rex, tom" in told and "--rank was 2, now 3" in told
-    assert run([*command(photos, tiny_base), "--steps", "3"]) == 0
+    assert run([*command(photos, narrow_base), "--steps", "3"]) == 0
     told = capsys.readouterr().out
     assert told.count(" 3 steps") == 2 and "2 of 2 adapters are there\n" in told

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import pickle
 import re
 import shutil
 import signal
@@ -375,6 +376,29 @@ def test_help_and_version(arguments: list[str], capsys: pytest.CaptureFixture[st
 # ---------------------------------------------------------------- what can go wrong
 
 
+@pytest.fixture(scope="module")
+def spoiled(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Everything that people and bad people hand over."""
+    folder, good = tmp_path_factory.mktemp("spoiled"), trained / "zwx.safetensors"
+    (folder / "empty").mkdir()
+    (folder / "comments.txt").write_text("# nothing\n\n")
+    (folder / "texts").mkdir()
+    (folder / "texts" / "notes.md").write_text("no picture")
+    (folder / "lies").mkdir()
+    (folder / "lies" / "a.png").write_text("not a picture")
+    (folder / "file").write_text("in the way")
+    (folder / "cut.safetensors").write_bytes(good.read_bytes()[:-1000])
+    (folder / "noise.safetensors").write_bytes(b"\xff" * 4096)
+    (folder / "pickle.safetensors").write_bytes(pickle.dumps({"a": [1] * 100}))
+    adapter = Adapter.load(good)
+    wider = {
+        path: type(delta)(delta.up.repeat(2, *[1] * (delta.up.ndim - 1)), delta.down, delta.alpha)
+        for path, delta in adapter.deltas.items()
+    }
+    Adapter(wider).save(folder / "other.safetensors")
+    return folder
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -433,39 +457,16 @@ def test_help_and_version(arguments: list[str], capsys: pytest.CaptureFixture[st
     ids=lambda value: " ".join(value)[:60] if isinstance(value, list) else "",
 )
 def test_bad_input_is_one_line(
-    arguments: list[str], message: str, narrow_base: Path, pictures: Path, trained: Path, tmp_path: Path,
+    arguments: list[str], message: str, narrow_base: Path, pictures: Path, trained: Path, spoiled: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    spoil(tmp_path, trained / "zwx.safetensors")
-    before = sorted(tmp_path.rglob("*"))
-    names = {"tmp": tmp_path, "pictures": pictures, "base": narrow_base, "folder": trained, "good": trained / "zwx.safetensors"}
+    before = sorted(spoiled.rglob("*"))
+    names = {"tmp": spoiled, "pictures": pictures, "base": narrow_base, "folder": trained, "good": trained / "zwx.safetensors"}
     capsys.readouterr()
     assert run([argument.format(**names) for argument in arguments]) == 2
     assert message.format(**names) in told(capsys)
-    left = [path for path in sorted(tmp_path.rglob("*")) if path not in before and path.is_file()]
+    left = [path for path in sorted(spoiled.rglob("*")) if path not in before and path.is_file()]
     assert not left, "something half-written"
-
-
-def spoil(folder: Path, good: Path) -> None:
-    """Everything that people and bad people hand over."""
-    import pickle
-
-    (folder / "empty").mkdir()
-    (folder / "comments.txt").write_text("# nothing\n\n")
-    (folder / "texts").mkdir()
-    (folder / "texts" / "notes.md").write_text("no picture")
-    (folder / "lies").mkdir()
-    (folder / "lies" / "a.png").write_text("not a picture")
-    (folder / "file").write_text("in the way")
-    (folder / "cut.safetensors").write_bytes(good.read_bytes()[:-1000])
-    (folder / "noise.safetensors").write_bytes(b"\xff" * 4096)
-    (folder / "pickle.safetensors").write_bytes(pickle.dumps({"a": [1] * 100}))
-    adapter = Adapter.load(good)
-    wider = {
-        path: type(delta)(delta.up.repeat(2, *[1] * (delta.up.ndim - 1)), delta.down, delta.alpha)
-        for path, delta in adapter.deltas.items()
-    }
-    Adapter(wider).save(folder / "other.safetensors")
 
 
 def test_one_bad_picture_is_skipped_and_named(tmp_path: Path, pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:

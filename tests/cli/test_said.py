@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from PIL import Image
 from rich.console import Console
 from safetensors.torch import save_file
 
-from personalize.cli import cli, run, view
+from personalize.cli import cli, main, run, view
 from personalize.cli.messages import Answer, answer, print_error
 from personalize.cli.progress import RunView, doing_after
 from personalize.errors import AdapterError, RecipeError
@@ -141,22 +142,44 @@ def test_help_is_in_letters_that_every_console_has(capsys: pytest.CaptureFixture
         assert capsys.readouterr().out.isascii(), command
 
 
-@pytest.mark.parametrize("page", ["cp1252", "cp932", "gbk", "ascii"])
-def test_what_a_code_page_lacks_is_replaced(page: str, tmp_path: Path) -> None:
+def in_a_process(page: str, words: list[str]) -> tuple[int, bytes, bytes]:
+    """Exit code, output and errors of a command whose Python writes in a code page."""
+    env = os.environ | {"PYTHONIOENCODING": page}
+    done = subprocess.run([sys.executable, "-m", "personalize", *words], capture_output=True, env=env)
+    return done.returncode, done.stdout, done.stderr
+
+
+def in_this_process(page: str, words: list[str]) -> tuple[int, bytes, bytes]:
+    """The same without a process of its own."""
+    kept = io.BytesIO(), io.BytesIO()
+    out, err = (io.TextIOWrapper(one, encoding=page, write_through=True) for one in kept)
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        patch.setattr(sys, "argv", ["personalize", *words])
+        with pytest.raises(SystemExit) as ended:
+            main()
+    return int(str(ended.value.code)), kept[0].getvalue(), kept[1].getvalue()
+
+
+@pytest.mark.parametrize(
+    ("page", "type_words"),
+    [("cp1252", in_a_process), ("cp932", in_this_process), ("gbk", in_this_process), ("ascii", in_this_process)],
+)
+def test_what_a_code_page_lacks_is_replaced(
+    page: str, type_words: Callable[[str, list[str]], tuple[int, bytes, bytes]], tmp_path: Path
+) -> None:
     """Output in a code page, as on Windows into a pipe: a dry run's preset survives it, and other letters become `?`."""
     folder = tmp_path / "\u732b\u2728\u00e9"
     folder.mkdir()
     Image.new("RGB", (64, 64), "teal").save(folder / "1.png")
     (folder / "1.txt").write_text("a \u732b\u2728 in the snow", encoding="utf-8")
-    words = [sys.executable, "-m", "personalize", "train", str(folder), "--class", "\u00e9\u2728", "--dry-run"]
-    env = os.environ | {"PYTHONIOENCODING": page}
-    done = subprocess.run(words, capture_output=True, env=env)
-    assert done.returncode == 0, done.stderr
-    (tmp_path / "mine.toml").write_bytes(done.stdout)
+    words = ["train", str(folder), "--class", "\u00e9\u2728", "--dry-run"]
+    code, out, err = type_words(page, words)
+    assert code == 0, err
+    (tmp_path / "mine.toml").write_bytes(out)
     again = resolve(tmp_path / "mine.toml")
     assert (again.data.folder, again.data.class_name) == (folder, "\u00e9\u2728")
-    lost = subprocess.run([*words[:3], "show", str(folder / "\u2728.safetensors")], capture_output=True, env=env)
-    assert lost.returncode == 2 and b"Traceback" not in lost.stderr and b"?.safetensors does not exist" in lost.stderr
+    code, _, err = type_words(page, ["show", str(folder / "\u2728.safetensors")])
+    assert code == 2 and b"Traceback" not in err and b"?.safetensors does not exist" in err
 
 
 def test_a_long_message_keeps_its_hint(capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,6 +17,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from small import small_recipe
 
 from personalize.adapters.adapter import Adapter
 from personalize.adapters.describe import describe
@@ -27,7 +28,6 @@ from personalize.data.masks import load_mask
 from personalize.errors import DataError, RecipeError
 from personalize.models.model import Base
 from personalize.recipe.fields import Data, Recipe
-from personalize.recipe.resolve import resolve
 from personalize.reports.metrics import evidence
 from personalize.reports.run.read import read_run
 from personalize.training.events import Started
@@ -269,13 +269,9 @@ def test_regularization_folders(tmp_path: Path) -> None:
 
 @pytest.fixture
 def make(narrow_base: Path, tmp_path: Path) -> Make:
-    def build(folder: Path, **flags: Any) -> Recipe:
-        small = {"base": str(narrow_base), "folder": folder, "output": tmp_path / "run", "steps": 2, "batch_size": 2, "rank": 2}
-        quiet = {"sample_prompts": [], "sample_seeds": [0], "sample_steps": 1, "checkpoint_every": 0, "min_snr": 0}
-        quiet["choose"] = "none"
-        return resolve(flags={**small, **quiet, **flags})
-
-    return build
+    """2 steps of a folder's pictures, whose classes are for the folder to say."""
+    quiet = {"output": tmp_path / "run", "steps": 2, "checkpoint_every": 0, "min_snr": 0, "class": ""}
+    return lambda folder, **flags: small_recipe(narrow_base, folder, **{**quiet, **flags})
 
 
 def weights(recipe: Recipe) -> dict[str, torch.Tensor]:

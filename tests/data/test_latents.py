@@ -345,6 +345,7 @@ BUCKETS = st.lists(st.lists(st.integers(1, 3), min_size=1, max_size=4), min_size
 ONE = {"batch_size": st.integers(1, 9), "seed": st.integers(0, 2**64)}
 
 
+@settings(max_examples=40)
 @given(buckets=BUCKETS, **ONE, start=st.integers(0, 10**6))
 def test_a_resumed_run_sees_the_same_batches(buckets: list[Counts], batch_size: int, seed: int, start: int) -> None:
     options = {"batch_size": batch_size, "seed": seed, "data": Data(caption_dropout=0.3)}
@@ -353,6 +354,7 @@ def test_a_resumed_run_sees_the_same_batches(buckets: list[Counts], batch_size: 
     assert all(map(equal, unbroken[3:], resumed))
 
 
+@settings(max_examples=40)
 @given(buckets=BUCKETS, **ONE, round_=st.integers(0, 5))
 def test_every_picture_is_seen_as_often_as_it_is_repeated(buckets: list[Counts], batch_size: int, seed: int, round_: int) -> None:
     latents = made(*buckets)
@@ -363,6 +365,7 @@ def test_every_picture_is_seen_as_often_as_it_is_repeated(buckets: list[Counts],
     assert [seen[i] for i in range(len(latents.repeats))] == [batch_size * count // common for count in latents.repeats]
 
 
+@settings(max_examples=40)
 @given(buckets=BUCKETS, **ONE)
 def test_turns_are_spread_evenly(buckets: list[Counts], batch_size: int, seed: int) -> None:
     latents = made(*buckets)
@@ -373,6 +376,7 @@ def test_turns_are_spread_evenly(buckets: list[Counts], batch_size: int, seed: i
         assert all(abs(turns[shape] - step * count / total) < len(counts) for shape, count in counts.items())
 
 
+@settings(max_examples=40)
 @given(n=st.integers(1, 7), **ONE)
 def test_epochs_of_one_shape_are_permutations(n: int, batch_size: int, seed: int) -> None:
     stream = itertools.chain.from_iterable(b.index.tolist() for b in batches(made([1] * n), batch_size=batch_size, seed=seed))
@@ -385,6 +389,7 @@ def test_five_pictures_in_five_shapes_fill_batches_of_four() -> None:
     assert sorted(batch.index.tolist() for batch in seen) == [[i] * 4 for i in range(5)]
 
 
+@settings(max_examples=40)
 @given(buckets=BUCKETS, **ONE)
 def test_every_row_belongs_to_its_picture(buckets: list[Counts], batch_size: int, seed: int) -> None:
     latents = made(*buckets)
@@ -398,7 +403,7 @@ def test_every_row_belongs_to_its_picture(buckets: list[Counts], batch_size: int
             assert (batch.captions[row], batch.cond.tokens[row, 0, 0].item()) in [(f"caption {i}", i), ("", -1)]
 
 
-@settings(max_examples=10)
+@settings(max_examples=4)
 @given(seed=st.integers(0, 2**32))
 def test_flips_and_dropped_captions_have_their_share(seed: int) -> None:
     seen = take(made([1, 1, 1], [1, 1]), 250, batch_size=4, seed=seed, data=Data(caption_dropout=0.2))

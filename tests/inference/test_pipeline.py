@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny import NARROW
 from torch import Tensor
 
 from personalize.adapters.adapter import Adapter
@@ -32,11 +33,12 @@ from personalize.tuning.targets import adaptable
 
 STEPS = 4
 NORM, BIAS = "unet.conv_norm_out", "unet.mid_block.attentions.0.proj_in.bias"
+WIDE = NARROW["cross_attention_dim"]  # of the middle block, and of text
 
 
 @pytest.fixture(scope="module")
-def base(tiny_base: Path) -> Base:
-    return Base.load(tiny_base)
+def base(narrow_base: Path) -> Base:
+    return Base.load(narrow_base)
 
 
 def adapter_of(base: Base, seed: int, rank: int = 2, every: int = 3) -> Adapter:
@@ -47,15 +49,22 @@ def adapter_of(base: Base, seed: int, rank: int = 2, every: int = 3) -> Adapter:
         out, *fan_in = module.weight.shape  # type: ignore[union-attr, misc]
         up = torch.randn(out, rank, *[1] * (len(fan_in) - 1), generator=generator)
         deltas[path] = LowRank(up, 0.03 * torch.randn(rank, *fan_in, generator=generator), 1.5)
-    deltas["unet.mid_block.attentions.0.proj_in"] = Dense(0.02 * torch.randn(192, 192, 1, 1, generator=generator))
-    deltas[NORM] = Dense(0.3 * torch.randn(96, generator=generator))
-    deltas[BIAS] = Dense(0.3 * torch.randn(192, generator=generator))
+    outer, inner = base.denoiser.config["block_out_channels"]
+    deltas["unet.mid_block.attentions.0.proj_in"] = Dense(0.02 * torch.randn(inner, inner, 1, 1, generator=generator))
+    deltas[NORM] = Dense(0.3 * torch.randn(outer, generator=generator))
+    deltas[BIAS] = Dense(0.3 * torch.randn(inner, generator=generator))
     return Adapter(deltas, {"ss_output_name": f"a{seed}"})
 
 
 @pytest.fixture(scope="module")
 def adapters(base: Base) -> dict[str, Adapter]:
     return {"rex": adapter_of(base, 0), "ink": adapter_of(base, 1, rank=3)}
+
+
+@pytest.fixture(scope="module")
+def wide(tiny_base: Path) -> Base:
+    """Of pocket's own widths: blocks have names where the family is known."""
+    return Base.load(tiny_base)
 
 
 def latents(base: Base, stack: Any = (), steps: int = STEPS, **how: Any) -> Tensor:
@@ -87,7 +96,8 @@ def everything(base: Base) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("typed", ["0.8:0.3", "-0.5:lbw=BASE+MID+OUT00", "1:*attn2*=0.25:unet.conv_*=2", "0.6@0:stop=1"])
-def test_pictures_are_those_of_the_baked_checkpoint(base: Base, adapters: dict[str, Adapter], typed: str, tmp_path: Path) -> None:
+def test_pictures_are_those_of_the_baked_checkpoint(wide: Base, typed: str, tmp_path: Path) -> None:
+    base, adapters = wide, {"rex": adapter_of(wide, 0), "ink": adapter_of(wide, 1, rank=3)}
     first, second = read(typed.split(":")), read(["0.4"])
     seen = latents(base, [(adapters["rex"], first), (adapters["ink"], second)])
     fixed = [(adapters["rex"].weighted(first.at(0, 1)), 1.0), (adapters["ink"].weighted(second), 1.0)]
@@ -220,7 +230,7 @@ def test_even_the_sign_of_a_zero_is_kept(base: Base) -> None:
     bias = base.unet.mid_block.attentions[0].proj_in.bias
     kept = bias.detach().clone()
     bias.data.fill_(-0.0)
-    with attach(base, Adapter({BIAS: Dense(torch.ones(192))})) as attached, attached.off():
+    with attach(base, Adapter({BIAS: Dense(torch.ones(WIDE))})) as attached, attached.off():
         pass
     assert bool(bias.signbit().all())
     bias.data.copy_(kept)
@@ -403,14 +413,16 @@ def kinds(base: Base) -> dict[str, Any]:
 
     query, conv = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q", "unet.mid_block.resnets.0.conv1"
     text = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"
-    halves = {f"hada_w{i}_{side}": some(*shape) for i in (1, 2) for side, shape in (("a", (192, 3)), ("b", (3, 192)))}
+    halves = {f"hada_w{i}_{side}": some(*shape) for i in (1, 2) for side, shape in (("a", (WIDE, 3)), ("b", (3, WIDE)))}
+    factors, blocks = {"lokr_w1": some(4, 4), "lokr_w2": some(WIDE // 4, WIDE // 4)}, some(4, WIDE // 4, WIDE // 4)
+    square = WIDE, WIDE
     return {
-        "LoHa": {query: Structured("LoHa", halves, 3.0, (192, 192))},
-        "LoKr": {query: Structured("LoKr", {"lokr_w1": some(4, 4), "lokr_w2": some(48, 48)}, None, (192, 192))},
-        "OFT": {query: Structured("OFT", {"oft_blocks": some(4, 48, 48)}, None, (192, 192))},
-        "DoRA": {text: Decomposed(LowRank(some(192, 2), some(2, 192), 2), 1 + some(1, 192).abs())},
-        "full": {conv: Dense(0.2 * some(192, 192, 3, 3)), query: Dense(some(192, 192))},
-        "norm and bias": {NORM: Dense(some(96)), BIAS: Dense(some(192))},
+        "LoHa": {query: Structured("LoHa", halves, 3.0, square)},
+        "LoKr": {query: Structured("LoKr", factors, None, square)},
+        "OFT": {query: Structured("OFT", {"oft_blocks": blocks}, None, square)},
+        "DoRA": {text: Decomposed(LowRank(some(WIDE, 2), some(2, WIDE), 2), 1 + some(1, WIDE).abs())},
+        "full": {conv: Dense(0.2 * some(WIDE, WIDE, 3, 3)), query: Dense(some(WIDE, WIDE))},
+        "norm and bias": {NORM: Dense(some(NARROW["block_out_channels"][0])), BIAS: Dense(some(WIDE))},
     }
 
 

@@ -16,7 +16,6 @@ from personalize.adapters.kinds.kind import DOWN
 from personalize.errors import TrainingError
 from personalize.models.model import Base
 from personalize.recipe.fields import AdapterSpec, Recipe
-from personalize.recipe.resolve import resolve
 from personalize.training.events import Event, Failed, Finished, Started, Step, Warned
 from personalize.training.fleet import train_fleet
 from personalize.training.loop import train
@@ -34,15 +33,9 @@ CLOSE = 2e-4  # of dW: sums in another order, through a few steps of AdamW, whos
 
 
 @pytest.fixture
-def make(narrow_base: Path, pictures: Path, tmp_path: Path) -> Make:
-    """A small recipe with a run folder of its own: 3 steps of 2 pictures, nothing drawn."""
-
-    def build(name: str, **flags: Any) -> Recipe:
-        small = {"base": str(narrow_base), "folder": pictures, "output": tmp_path / name, "steps": 3, "batch_size": 2, "rank": 2}
-        quiet = {"sample_prompts": [], "sample_steps": 1, "checkpoint_every": 2, "class": "cat", "choose": "none", "warmup": 0}
-        return resolve(flags={**small, **quiet, **flags})
-
-    return build
+def make(make: Make, tmp_path: Path) -> Make:
+    """3 steps, in a run folder of its own."""
+    return lambda name, **flags: make(**{"output": tmp_path / name, "steps": 3, "warmup": 0, **flags})
 
 
 def fleet(recipes: list[Recipe], **options: Any) -> dict[int, list[Event]]:
@@ -178,10 +171,10 @@ def test_a_member_is_an_adapter_that_is_attached(narrow_base: Path) -> None:
 
 def test_a_fleet_gives_what_runs_of_their_own_give(make: Make) -> None:
     differing = [
-        {"seed": 1, "lr": 1e-3, "steps": 3},
-        {"seed": 2, "lr": 3e-3, "steps": 5, "clip": 0.1, "schedule": "constant"},
-        {"seed": 3, "lr": 2e-3, "steps": 4, "alpha": 1.0, "min_snr": 0, "flip": False},
-        {"seed": 4, "batch_size": 1, "accumulate": 2},
+        {"seed": 1, "lr": 1e-3, "steps": 2},
+        {"seed": 2, "lr": 3e-3, "steps": 4, "clip": 0.1, "schedule": "constant"},
+        {"seed": 3, "lr": 2e-3, "steps": 3, "alpha": 1.0, "min_snr": 0, "flip": False},
+        {"seed": 4, "steps": 2, "batch_size": 1, "accumulate": 2},
     ]
     common = {"targets": EVERYTHING, "prior": "output", "prior_share": 0.5}
     together = [make(f"fleet{i}", **common, **one) for i, one in enumerate(differing)]
@@ -211,7 +204,14 @@ def test_text_encoders_and_priors_learn_in_a_fleet_as_alone(make: Make, prior: s
 
 
 def test_pictures_checkpoints_and_the_choice_are_each_members_own(make: Make) -> None:
-    flags = {"sample_prompts": ["{trigger} cat"], "sample_seeds": [3], "choose": "best", "steps": 4, "lr": 1e-2}
+    flags = {
+        "sample_prompts": ["{trigger} cat"],
+        "sample_seeds": [3],
+        "choose": "best",
+        "steps": 2,
+        "checkpoint_every": 1,
+        "lr": 1e-2,
+    }
     together = [make(f"fleet{i}", **flags, seed=i) for i in range(2)]
     told = fleet(together)
     events = list(train(recipe := make("solo", **flags, seed=1)))
@@ -283,10 +283,11 @@ def test_a_budget_limits_how_many_go_at_once(make: Make) -> None:
 
 
 def test_what_differs_in_shape_is_trained_all_the_same(make: Make) -> None:
-    recipes = [make("a"), make("b", rank=4), make("c", targets=["attention"]), make("d", dropout=0.1), make("e", seed=2)]
+    shapes: list[dict[str, Any]] = [{}, {"rank": 4}, {"targets": ["attention"]}, {"dropout": 0.1}, {"seed": 2}]
+    recipes = [make(f"{i}", steps=2, **shape) for i, shape in enumerate(shapes)]
     told = fleet(recipes)
     assert all(isinstance(events[-1], Finished) for events in told.values())
-    list(train(alone := make("alone", dropout=0.1)))
+    list(train(alone := make("alone", steps=2, dropout=0.1)))
     assert same(recipes[3], alone)  # trained by itself
 
 

@@ -19,6 +19,7 @@ import pytest
 import torch
 from children import start_child
 from PIL import Image
+from small import small_recipe
 
 from personalize import registry
 from personalize.adapters.adapter import Adapter
@@ -41,18 +42,6 @@ from personalize.training.selection import STRENGTHS
 
 pytestmark = pytest.mark.usefixtures("short_exam")
 Make = Callable[..., Recipe]
-
-
-@pytest.fixture
-def make(narrow_base: Path, pictures: Path, tmp_path: Path) -> Make:
-    """A small recipe: 4 steps of 2 pictures, no sample pictures unless asked for."""
-
-    def build(**flags: Any) -> Recipe:
-        small = {"base": str(narrow_base), "folder": pictures, "output": tmp_path / "run", "steps": 4, "batch_size": 2, "rank": 2}
-        quiet = {"sample_prompts": [], "sample_seeds": [0], "sample_steps": 1, "checkpoint_every": 2, "class": "cat"}
-        return resolve(flags={**small, **quiet, "choose": "none", **flags})
-
-    return build
 
 
 def run(recipe: Recipe, **options: Any) -> list[Event]:
@@ -195,16 +184,6 @@ def test_the_adapter_says_what_it_is(done: tuple[Recipe, list[Event]]) -> None:
         assert preview.size == (256, 256)
 
 
-def test_the_adapter_carries_the_recipe_that_repeats_it(make: Make, tmp_path: Path) -> None:
-    recipe = make(text_encoder_lr=1e-3, sample_prompts=["{trigger} {class}"], sample_every=2, choose="best")
-    run(recipe)
-    again = resolve(
-        start=from_json(Adapter.load(adapter_of(recipe)).metadata["personalize.recipe"]), flags={"output": tmp_path / "again"}
-    )
-    run(again)
-    assert digest(again) == digest(recipe)
-
-
 def test_the_resolved_recipe_is_a_preset_that_repeats_the_run(done: tuple[Recipe, list[Event]], tmp_path: Path) -> None:
     recipe, _ = done
     assert recipe.output
@@ -231,6 +210,21 @@ EVERYTHING = {
 }  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def everything(narrow_base: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Recipe:
+    """A whole run of all that."""
+    recipe = small_recipe(narrow_base, pictures, output=tmp_path_factory.mktemp("everything") / "whole", **EVERYTHING)
+    run(recipe)
+    return recipe
+
+
+def test_the_adapter_carries_the_recipe_that_repeats_it(everything: Recipe, tmp_path: Path) -> None:
+    carried = from_json(Adapter.load(adapter_of(everything)).metadata["personalize.recipe"])
+    again = resolve(start=carried, flags={"output": tmp_path / "again"})
+    run(again)
+    assert digest(again) == digest(everything)
+
+
 def train_until_killed(preset: Path, output: Path, kind: str, step: int) -> None:
     """As `kill -9` does it, when an event of this kind and step was told."""
     for event in train(resolve(flags={"preset": preset, "output": output})):
@@ -238,11 +232,11 @@ def train_until_killed(preset: Path, output: Path, kind: str, step: int) -> None
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_killed_runs_end_with_the_same_bytes(make: Make, tmp_path: Path) -> None:
-    whole, broken = make(**EVERYTHING, output=tmp_path / "whole"), make(**EVERYTHING, output=tmp_path / "broken")
-    run(whole)
+def test_killed_runs_end_with_the_same_bytes(everything: Recipe, make: Make, tmp_path: Path) -> None:
+    whole, broken = everything, make(**EVERYTHING, output=tmp_path / "broken")
+    assert whole.output
     for kind, step in (("Step", 3), ("Saved", 4)):
-        child = start_child(train_until_killed, tmp_path / "whole" / "recipe.toml", tmp_path / "broken", kind, step)
+        child = start_child(train_until_killed, whole.output / "recipe.toml", tmp_path / "broken", kind, step)
         child.join(300)
         assert child.exitcode == -signal.SIGKILL
     with (tmp_path / "broken" / "events.jsonl").open("a") as torn:
@@ -258,7 +252,7 @@ def test_killed_runs_end_with_the_same_bytes(make: Make, tmp_path: Path) -> None
     assert told["step"] == [1, 2, 3, 4, 5, 6]
     assert not list((tmp_path / "broken").rglob(".*.tmp"))
     for name in ("samples", "checkpoints"):
-        files = [sorted((path / name).glob("*[0-9]*")) for path in (tmp_path / "whole", tmp_path / "broken")]
+        files = [sorted((path / name).glob("*[0-9]*")) for path in (whole.output, tmp_path / "broken")]
         assert [path.read_bytes() for path in files[0]] == [path.read_bytes() for path in files[1]]
 
 
@@ -296,18 +290,10 @@ def test_a_run_with_another_optimizer_goes_on_to_the_same_bytes(make: Make, tmp_
     assert describe(adapter_of(broken)).metadata["ss_optimizer"] == "sgd"
 
 
-@pytest.fixture(scope="module")
-def done_quiet(narrow_base: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+@pytest.fixture
+def done_quiet(plain_run: Recipe) -> str:
     """The digest of the unbroken run of `make()`."""
-    output = tmp_path_factory.mktemp("quiet")
-    recipe = resolve(
-        flags={
-            "base": str(narrow_base), "folder": pictures, "output": output, "steps": 4, "batch_size": 2, "rank": 2,
-            "sample_prompts": [], "sample_seeds": [0], "sample_steps": 1, "checkpoint_every": 2, "class": "cat", "choose": "none",
-        }
-    )  # fmt: skip
-    run(recipe)
-    return digest(recipe)
+    return digest(plain_run)
 
 
 def test_ctrl_c_waits_for_the_end_of_a_step() -> None:
@@ -331,69 +317,60 @@ def test_a_finished_run_does_nothing_again(make: Make) -> None:
     assert {path: path.stat().st_mtime_ns for path in recipe.output.rglob("*")} == before
 
 
-def test_a_finished_run_whose_adapter_was_lost_writes_it_again(make: Make, done_quiet: str) -> None:
-    recipe = make()
-    run(recipe)
-    adapter_of(recipe).unlink()
-    assert not any(isinstance(event, Step) for event in run(recipe))
-    assert digest(recipe) == done_quiet
+def test_a_finished_run_whose_adapter_was_lost_writes_it_again(finished: Recipe, done_quiet: str) -> None:
+    adapter_of(finished).unlink()
+    assert not any(isinstance(event, Step) for event in run(finished))
+    assert digest(finished) == done_quiet
 
 
-def test_another_dialect_is_exported_without_training_again(make: Make) -> None:
-    recipe = make()
-    run(recipe)
-    kohya = Adapter.load(adapter_of(recipe))
+def test_another_dialect_is_exported_without_training_again(make: Make, finished: Recipe) -> None:
+    kohya = Adapter.load(adapter_of(finished))
     assert not any(isinstance(event, Step) for event in run(make(dialect="peft")))
-    assert describe(adapter_of(recipe)).dialect == "peft"
-    peft = Adapter.load(adapter_of(recipe))
+    assert describe(adapter_of(finished)).dialect == "peft"
+    peft = Adapter.load(adapter_of(finished))
     assert all(torch.equal(peft.deltas[path].delta(), delta.delta()) for path, delta in kohya.deltas.items())
 
 
-def test_a_changed_recipe_does_not_go_on(make: Make) -> None:
-    run(make())
-    before = digest(make())
+def test_a_changed_recipe_does_not_go_on(make: Make, finished: Recipe) -> None:
+    before = digest(finished)
     with pytest.raises(RecipeError, match=r"--alpha was 2.0, now 2.5; --rank was 2, now 4 \(.*--init FILE.*--fresh") as caught:
         run(make(rank=4, alpha=2.5, steps=8))
     assert "\n" not in str(caught.value)
-    assert digest(make()) == before
-    fresh = run(make(rank=4, alpha=2, steps=8), fresh=True)
-    assert isinstance(fresh[-1], Finished) and digest(make()) != before
-    assert [record["step"] for record in diary(make()) if record["event"] == "step"] == list(range(1, 9))
+    assert digest(finished) == before
+    fresh = run(make(rank=4, alpha=2, steps=5), fresh=True)
+    assert isinstance(fresh[-1], Finished) and digest(finished) != before
+    assert [record["step"] for record in diary(finished) if record["event"] == "step"] == [1, 2, 3, 4, 5]
 
 
 def test_another_base_does_not_go_on(make: Make, base_builder: Callable[..., Path], tmp_path: Path) -> None:
-    base = base_builder(tmp_path / "base", seed=1)
-    run(make(base=str(base)))
-    base_builder(base, seed=2)
+    base = base_builder(tmp_path / "base", seed=1, narrow=True)
+    run(make(base=str(base), steps=1))
+    base_builder(base, seed=2, narrow=True)
     with pytest.raises(RecipeError, match="the weights of the base changed"):
-        run(make(base=str(base)))
+        run(make(base=str(base), steps=1))
 
 
-def test_a_damaged_state_is_named(make: Make) -> None:
-    recipe = make()
-    run(recipe)
-    assert recipe.output
-    state = recipe.output / "checkpoints" / "state.safetensors"
+def test_a_damaged_state_is_named(finished: Recipe) -> None:
+    assert finished.output
+    state = finished.output / "checkpoints" / "state.safetensors"
     state.write_bytes(state.read_bytes()[:-100])
     with pytest.raises(OutputError, match=r"cannot go on from .*state.safetensors.*--fresh"):
-        run(recipe)
+        run(finished)
 
 
-def test_fresh_removes_only_what_is_ours(make: Make) -> None:
-    recipe = make()
-    run(recipe)
-    assert recipe.output
-    (recipe.output / "notes.txt").write_text("mine")
-    run(recipe, fresh=True)
-    assert (recipe.output / "notes.txt").read_text() == "mine"
+def test_fresh_removes_only_what_is_ours(finished: Recipe) -> None:
+    assert finished.output
+    (finished.output / "notes.txt").write_text("mine")
+    run(finished, fresh=True)
+    assert (finished.output / "notes.txt").read_text() == "mine"
 
 
 def test_the_state_holds_no_pickle(make: Make) -> None:
-    recipe = make(text_encoder_lr=1e-3)
+    recipe = make(text_encoder_lr=1e-3, steps=1)
     run(recipe)
     assert recipe.output and recipe.name is None
     state = Run(recipe.output, "zwx").load_state()
-    assert state and state.done == 4
+    assert state and state.done == 1
     assert {name.rpartition(".")[2] for name in state.tensors} == {"up", "down", "step", "exp_avg", "exp_avg_sq"}
     assert {tensor.dtype for tensor in state.tensors.values()} == {torch.float32}
     assert not [path for path in recipe.output.rglob("*") if path.suffix in (".pt", ".bin", ".pth", ".pkl", ".ckpt")]

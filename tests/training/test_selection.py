@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from small import small_recipe
 
 from personalize.adapters.adapter import Adapter
 from personalize.data.captions import remove_triggers
 from personalize.errors import RecipeError
 from personalize.recipe.fields import Recipe
-from personalize.recipe.resolve import resolve
 from personalize.reports.metrics import evidence
 from personalize.reports.run.read import read_run
 from personalize.reports.run.selection import selection
@@ -28,6 +29,7 @@ from personalize.training.events import Sample as Drawn
 from personalize.training.inputs import prepare_data
 from personalize.training.loop import train
 from personalize.training.preflight import RunPlan, check
+from personalize.training.rundir import Run
 from personalize.training.selection import (
     STRENGTHS,
     Exam,
@@ -46,15 +48,10 @@ Make = Callable[..., Recipe]
 
 @pytest.fixture(scope="module")
 def make(narrow_base: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Make:
-    """A small recipe: 4 steps of 2 pictures with a checkpoint after each second, no sample pictures."""
+    """The small recipe, in a run folder of its own, with a choice at its end."""
     output = tmp_path_factory.mktemp("choose")
-
-    def build(name: str = "run", **flags: Any) -> Recipe:
-        small = {"base": str(narrow_base), "folder": pictures, "output": output / name, "steps": 4, "batch_size": 2, "rank": 2}
-        quiet = {"sample_prompts": [], "sample_seeds": [], "sample_steps": 1, "checkpoint_every": 2, "class": "cat"}
-        return resolve(flags={**small, **quiet, **flags})
-
-    return build
+    small = partial(small_recipe, narrow_base, pictures, choose="best")
+    return lambda name="run", **flags: small(**{"output": output / name, **flags})
 
 
 def run(recipe: Recipe, **options: Any) -> list[Event]:
@@ -222,15 +219,15 @@ def test_the_last_one_is_taken_where_that_is_asked_for_without_training_again(
     assert told(back, Chosen) == [first] and told(back, Scored) == told(events, Scored)
 
 
-def test_nothing_is_scored_where_nothing_is_to_be_chosen(make: Make) -> None:
-    events = run(make("quiet", choose="none"))
-    assert not told(events, Scored) and not told(events, Chosen)
+def test_nothing_is_scored_where_nothing_is_to_be_chosen(plain_run: Recipe) -> None:
+    kinds = {record["event"] for record in Run(folder_of(plain_run), "zwx").history()}
+    assert "saved" in kinds and not kinds & {"scored", "chosen"}
 
 
 def test_a_run_without_checkpoints_still_gets_its_strengths(make: Make) -> None:
-    events = run(make("single", checkpoint_every=0))
+    events = run(make("single", checkpoint_every=0, steps=1))
     (chosen,) = told(events, Chosen)
-    assert (chosen.step, chosen.among) == (4, 1) and len(told(events, Scored)) == 1 + len(STRENGTHS)
+    assert (chosen.step, chosen.among) == (1, 1) and len(told(events, Scored)) == 1 + len(STRENGTHS)
 
 
 def test_what_was_chosen_is_what_the_report_and_the_figures_show(make: Make) -> None:
@@ -253,7 +250,7 @@ def test_what_was_chosen_is_what_the_report_and_the_figures_show(make: Make) -> 
 
 
 def test_pictures_that_are_held_back_are_not_learned_and_tell_the_validation(make: Make) -> None:
-    events = run(make("held", holdout="2.png"))
+    events = run(make("held", holdout="2.png", steps=2))
     (started,), (chosen,) = told(events, Started), told(events, Chosen)
     assert [Path(image["path"]).name for image in started.images] == ["0.png", "1.png", "3.png"]
     assert chosen.judged_by == "1 held-back picture" and chosen.validation != chosen.fit

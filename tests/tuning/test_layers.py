@@ -7,6 +7,7 @@ import copy
 import importlib
 import re
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,6 @@ from personalize.inference.request import Request
 from personalize.inference.sampling import denoise, eval_mode
 from personalize.models.model import Base
 from personalize.recipe.fields import AdapterSpec, Recipe
-from personalize.recipe.resolve import resolve
 from personalize.training.events import Step
 from personalize.training.inputs import prepare_data, training_batches
 from personalize.training.loop import train
@@ -57,13 +57,8 @@ def base(request: pytest.FixtureRequest, narrow_base: Path) -> Base:
 
 
 @pytest.fixture
-def make(narrow_base: Path, pictures: Path, tmp_path: Path) -> Make:
-    def build(**flags: Any) -> Recipe:
-        small = {"base": str(narrow_base), "folder": pictures, "output": tmp_path / "run", "steps": 3, "batch_size": 2, "rank": 2}
-        quiet = {"sample_prompts": [], "checkpoint_every": 2, "class": "cat", "choose": "none"}
-        return resolve(flags={**small, **quiet, **flags})
-
-    return build
+def make(make: Make) -> Make:
+    return partial(make, steps=3)
 
 
 def started(base: Base, spec: AdapterSpec, parts: tuple[str, ...] = ("unet",)) -> Attached:

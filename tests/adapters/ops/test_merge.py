@@ -8,8 +8,9 @@ from collections.abc import Mapping
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from test_adapters import FEWER, SEARCH
 from torch import Tensor
 
 from personalize.adapters.adapter import Adapter
@@ -21,7 +22,6 @@ from personalize.adapters.ops.merge import merge, merge_with_report
 from personalize.adapters.ops.methods import METHODS, OPTIONS
 from personalize.errors import AdapterError, FamilyMismatchError
 
-SEARCH = settings(max_examples=40, deadline=None, derandomize=True, database=None)
 ONE = "unet.conv_in"
 PATH = "unet.some.to_k"  # of any shape
 PATHS = (ONE, "unet.mid_block.resnets.0.norm1", "text_encoder.text_model.encoder.layers.0.mlp.fc1", "unet.conv_out.bias")
@@ -116,7 +116,7 @@ def test_concat_and_svd_are_the_weighted_sum(adapters: list[Adapter], weights: l
 
 
 @pytest.mark.parametrize("method", METHODS)
-@settings(SEARCH, max_examples=12)
+@FEWER
 @given(groups(2, 2), st.sampled_from([1.0, -0.7]))
 def test_one_adapter_alone_comes_through_every_method(method: str, adapters: list[Adapter], weight: float) -> None:
     """Alone, or beside others of weight 0; if nothing is to be dropped and the rank suffices."""
@@ -131,7 +131,7 @@ def test_one_adapter_alone_comes_through_every_method(method: str, adapters: lis
 
 
 @pytest.mark.parametrize("method", METHODS)
-@settings(SEARCH, max_examples=12)
+@FEWER
 @given(groups(2, 2), WEIGHTS, st.sampled_from([None, 1, 3]))
 def test_every_merge_can_be_repeated_and_keeps_its_rank(
     method: str, adapters: list[Adapter], weights: list[float], rank: int | None

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_adapters import SEARCH
 from torch import Tensor
 
 from personalize.adapters.adapter import Adapter, distance
@@ -18,7 +19,6 @@ from personalize.adapters.ops.resize import RULES, resize
 from personalize.errors import AdapterError
 from personalize.families.names import FAMILIES, modules
 
-SEARCH = settings(max_examples=40, deadline=None, derandomize=True, database=None)
 PATHS = ("text_encoder.text_model.encoder.layers.0.mlp.fc1", "unet.conv_in", "unet.conv_out", "unet.conv_out.bias")
 SHAPES = [(1, 1), (1, 6), (7, 1), (5, 4), (16, 12), (3, 4, 3, 3), (8, 2, 1, 1), (2, 3, 1, 3), (5,)]
 TARGETS = {"rank": 2, "sv_ratio": 3.0, "sv_fro": 0.9, "sv_cumulative": 0.8, "error": 0.3}
@@ -120,7 +120,7 @@ def test_the_quick_ways_for_dense_matrices_are_as_good_as_they_say(shape: tuple[
 
 
 @pytest.mark.parametrize("rule", TARGETS)
-@settings(SEARCH, max_examples=25)
+@settings(max_examples=20)
 @given(adapter=adapters(), cap=st.sampled_from([None, 1, 3]))
 def test_what_is_kept_is_the_best_of_its_rank_and_the_report_is_true(rule: str, adapter: Adapter, cap: int | None) -> None:
     small, report = resize(adapter, rule, TARGETS[rule], max_rank=cap)
