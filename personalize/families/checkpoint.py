@@ -64,16 +64,16 @@ def _places(header: Header, family: Family) -> dict[str, Place]:
 
 def _averages(header: Header, places: Mapping[str, Place]) -> dict[str, Place]:
     """The moving averages that trainers keep beside the weights: LDM's under their names without dots, others with them."""
-    averages = {_squeezed(plain): key for key in header.tensors if (plain := _AVERAGE.sub("", key)) != key}
+    averages = {_without_dots(plain): key for key in header.tensors if (plain := _AVERAGE.sub("", key)) != key}
     found = {}
     for path, place in places.items():
-        key = averages.get(_squeezed(place.address.key), "")
+        key = averages.get(_without_dots(place.address.key), "")
         if (entry := header.tensors.get(key)) and _usable(entry) and entry.shape == place.entry.shape:
             found[path] = Place(header, Address(key))
     return found
 
 
-def _squeezed(key: str) -> str:
+def _without_dots(key: str) -> str:
     return key.removeprefix("model.").replace(".", "")
 
 

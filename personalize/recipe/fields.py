@@ -5,28 +5,22 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
-    GetCoreSchemaHandler,
-    GetJsonSchemaHandler,
     ValidationError,
     field_validator,
     model_validator,
 )
 from pydantic._internal._model_construction import ModelMetaclass  # of BaseModel: it has no public name
-from pydantic.json_schema import JsonSchemaValue
-from pydantic_core import CoreSchema, PydanticCustomError
-from pydantic_core.core_schema import no_info_after_validator_function
 
-from .. import registry
 from ..errors import RecipeError, nearest
+from .one_of import OneOf
 from .samplers import AUTO, SAMPLERS, sampler_name
 
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
@@ -46,26 +40,7 @@ def _as_list(value: Any) -> Any:
 AtCommas = BeforeValidator(_at_commas)
 
 
-@dataclass(frozen=True)
-class OneOf:
-    """One of the names of a table (registry.py): the flag's choices are the table's rows, those of other packages among them."""
-
-    table: str
-
-    @property
-    def choices(self) -> tuple[str, ...]:
-        return tuple(registry.table(self.table))
-
-    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        return no_info_after_validator_function(self._check, handler(source))
-
-    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        return {**handler(schema), "enum": list(self.choices)}
-
-    def _check(self, value: str) -> str:
-        if value not in self.choices:
-            raise PydanticCustomError("literal_error", "not one of the choices")
-        return value
+AnyPart = TypeVar("AnyPart", bound="Part")
 
 
 class Called(ModelMetaclass):
@@ -88,7 +63,7 @@ class Part(BaseModel, metaclass=Called):
     def __setattr__(self, name: str, value: Any) -> None:
         raise RecipeError(f"a recipe cannot be changed: {name}", f"make another one: p.resolve(start=recipe, {name}=...)")
 
-    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+    def model_copy(self: AnyPart, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> AnyPart:
         """A copy with other values, which are not validated. Raises RecipeError for names that are no fields."""
         for name in (update or {}).keys() - type(self).model_fields.keys():
             raise unknown_field(type(self), name)

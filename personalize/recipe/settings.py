@@ -11,7 +11,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic.fields import FieldInfo
 
 from ..errors import RecipeError, nearest
-from .fields import OneOf, Part, Recipe
+from .fields import Part, Recipe
+from .one_of import OneOf
 
 
 @dataclass(frozen=True)

@@ -167,7 +167,8 @@ def stack_of(what: Adapter | Iterable[tuple[Adapter, Strengths]]) -> list[tuple[
 
 def mix(base: Base, pairs: Iterable[tuple[Adapter, Weighting]]) -> tuple[Mapping[str, Delta], Moving]:
     """What a stack adds to the base: the exact sum of all whose strength stays, and each that moves, at 1, by itself."""
-    plain = [(adapter.resolve(lambda path: weight_named(base, path)), weighting) for adapter, weighting in pairs]
+    own = [(Adapter(adapter.deltas, adapter.metadata), weighting) for adapter, weighting in pairs]  # words change no layer
+    plain = [(adapter.resolve(lambda path: weight_named(base, path)), weighting) for adapter, weighting in own]
     fixed = [adapter.weighted(weighting) for adapter, weighting in plain if not weighting.moves]
     others = [(adapter.weighted(weighting.shape).deltas, weighting) for adapter, weighting in plain if weighting.moves]
     return side_by_side(functools.reduce(operator.add, fixed).deltas if fixed else {}, others)

@@ -311,9 +311,8 @@ def own_vectors(base: Base, text: str) -> torch.Tensor:
     return base.texts[0].model.get_input_embeddings().weight[ids].clone()
 
 
-def test_a_word_inside_an_adapter_stands_for_its_vectors(narrow: Base) -> None:
+def test_a_word_inside_an_adapter_stands_for_its_vectors(base: Base) -> None:
     """A word with the vectors of `red cat` draws what `red cat` does: in any case, weighted, in the negative prompt too."""
-    base = narrow
     rex = with_words(attach(base, AdapterSpec(rank=1)).detach(), {"zorb thing": {"emb_params": own_vectors(base, "red cat")}})
     how = {"seeds": [3], "adapters": {"rex": rex}, "steps": 1}
 
@@ -337,7 +336,7 @@ def test_a_word_of_another_width_is_refused_and_the_base_is_as_it_was(base: Base
 
 
 def test_words_that_no_prompt_says_or_two_adapters_bring_or_nobody_reads_are_told(
-    base: Base, tiny_base: Path, adapters: dict[str, Adapter], tmp_path: Path
+    base: Base, narrow_base: Path, adapters: dict[str, Adapter], tmp_path: Path
 ) -> None:
     vectors = own_vectors(base, "red")
     words = {"a": {"zorb": {"emb_params": vectors}}, "b": {"zorb": {"emb_params": 2 * vectors}, "out": {"clip_l_out": vectors}}}
@@ -347,7 +346,7 @@ def test_words_that_no_prompt_says_or_two_adapters_bring_or_nobody_reads_are_tol
 
     def notices(prompt: str) -> list[str]:
         request = Request.parse("", adapters=uses, steps=1)
-        events = generate([prompt], [0], request, library, base={"base": str(tiny_base)}, output=tmp_path / "drawn")
+        events = generate([prompt], [0], request, library, base={"base": str(narrow_base)}, output=tmp_path / "drawn")
         return [event.text for event in events if isinstance(event, Notice)]
 
     with pytest.warns(UserWarning, match=r"b.safetensors brings the word 'out' in vectors that are not read here"):

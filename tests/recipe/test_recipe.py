@@ -147,7 +147,7 @@ def test_a_recipe_from_elsewhere_may_be_broken(text: str) -> None:
 
 
 def test_recipes_do_not_change() -> None:
-    with pytest.raises(ValueError, match="frozen"):
+    with pytest.raises(RecipeError, match="cannot be changed"):
         Recipe().steps = 3  # type: ignore[misc]
 
 
