@@ -33,7 +33,7 @@ from tools.bench import fuzz
 from tools.bench.fuzz import mutations, sources, trials
 
 UP, DOWN, ALPHA = (f"lora_unet_conv_in.{leaf}" for leaf in ("lora_up.weight", "lora_down.weight", "alpha"))
-FUZZED = 1500  # of each dialect
+FUZZED = 500  # of each dialect
 
 
 def packed(header: object, data: bytes = b"") -> bytes:
@@ -442,13 +442,13 @@ def test_the_fuzzers_files_are_sound_before_they_are_broken(tmp_path: Path) -> N
             assert not describe(path).unmatched and Adapter.load(path).deltas, draft.kind
 
 
-def test_a_few_hundred_of_the_fuzzers_inputs(tmp_path: Path) -> None:
+def test_the_first_of_the_fuzzers_inputs(tmp_path: Path) -> None:
     """The published figure is made by `python -m tools.bench fuzz`; this is its beginning, in this process."""
-    found = [trials.try_input(7, number, tmp_path / "in") for number in range(300)]
+    found = [trials.try_input(7, number, tmp_path / "in") for number in range(150)]
     assert [(trial.number, trial.bugs) for trial in found if trial.bugs] == []
     assert {trial.mutation for trial in found} == set(mutations.NAMES)
     answers = Counter(answer for trial in found for answer in trial.outcomes.values())
-    assert answers["read"] > 300 and answers["refused"] > 300
+    assert answers["read"] > 150 and answers["refused"] > 150
     assert all("load" in trial.outcomes and trials.make_input(7, trial.number)[0] == trial.mutation for trial in found[:9])
 
 

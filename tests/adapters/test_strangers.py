@@ -9,6 +9,7 @@ import pytest
 import strangers
 import torch
 from safetensors.torch import save_file
+from slow import all_but
 from strangers import DTYPES, Stranger
 
 from personalize.adapters.adapter import Adapter
@@ -18,7 +19,7 @@ from personalize.errors import AdapterError
 
 pytest.importorskip("lycoris")
 DIFFUSERS_READS = [kind for kind in strangers.BY_HAND if kind.startswith("diffusers") and "alphas" not in kind]
-dtypes = pytest.mark.parametrize("dtype", DTYPES)
+dtypes = pytest.mark.parametrize("dtype", all_but({"fp32"}, DTYPES))
 
 
 @pytest.fixture(scope="session")

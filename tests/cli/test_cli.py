@@ -78,6 +78,7 @@ def test_the_same_command_again_does_nothing(trained: Path, capsys: pytest.Captu
     assert (trained / "zwx.safetensors").stat().st_mtime_ns == before
 
 
+@pytest.mark.slow  # that a recipe repeats its run: test_loop
 def test_fresh_and_from_repeat_the_run(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     again = tmp_path / "again"
     assert run(["train", "--from", str(trained / "zwx.safetensors"), "--output", str(again)]) == 0

@@ -451,6 +451,7 @@ def test_a_file_that_shrinks_while_it_is_copied(tmp_path: Path) -> None:
     assert [child.name for child in tmp_path.iterdir()] == ["a.safetensors"]
 
 
+@pytest.mark.slow  # extracting, which reads and writes the same way, is measured in test_checkpoint_ops
 def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
     shapes = {f"layer_{i}.weight": (2048, 2048) for i in range(48)}
     hollow(tmp_path / "base" / "unet" / "diffusion_pytorch_model.safetensors", shapes)

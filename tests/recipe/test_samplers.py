@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from slow import all_but, every
 from torch import Tensor
 
 from personalize.adapters.adapter import Adapter
@@ -123,7 +124,7 @@ def usual(pocket: Base) -> Image.Image:
     return draw(pocket, ["a red cat in the snow"], [0], steps=20, sampler="DDIM")[0]
 
 
-@pytest.mark.parametrize("name", [name if name in USUAL else pytest.param(name, marks=pytest.mark.slow) for name in SAMPLERS])
+@pytest.mark.parametrize("name", all_but(USUAL, SAMPLERS))
 def test_every_sampler_draws_what_the_prompt_says(pocket: Base, judge: Judge, usual: Image.Image, name: str) -> None:
     """On a base that predicts velocity, with zero-terminal SNR. Those without noise of their own draw the usual picture."""
     (picture,) = draw(pocket, ["a red cat in the snow"], [0], steps=20, sampler=name)
@@ -140,7 +141,7 @@ def test_the_bases_own_by_its_name_is_the_default_to_the_byte(base: Base) -> Non
     assert draw(own, ["a cat"], [0], steps=3) == draw(own, ["a cat"], [0], steps=3, sampler="euler")
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("name", every(3, SAMPLERS))
 def test_a_picture_is_the_same_alone_and_in_any_batch(base: Base, name: str) -> None:
     together = draw(base, ["a cat", "a dog"], [0, 1], steps=3, sampler=name)
     (alone,) = draw(base, ["a dog"], [1], steps=3, sampler=name)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from slow import all_but
 from test_adapters import low_rank, make
 from test_checkpoint import POCKET, ROWS, TO_Q, converted, hollow, parameters, pocket_file, single, small_rows, sparse, tiny
 from torch import Tensor
@@ -137,7 +138,7 @@ def test_a_single_file_tells_what_was_baked(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("small_rows")
-@pytest.mark.parametrize("name", ["sd2", "sdxl", "sdxl-refiner"])
+@pytest.mark.parametrize("name", all_but({"sdxl"}, ["sd2", "sdxl", "sdxl-refiner"]))
 def test_baking_into_fused_tensors_lands_where_diffusers_looks(tmp_path: Path, name: str) -> None:
     family, before = tiny(ROWS[name]), parameters(name)
     save_file(single(before, family), tmp_path / "a.safetensors")
@@ -330,7 +331,7 @@ def test_extracting_needs_the_memory_of_a_layer(tmp_path: Path) -> None:
 # --- interpolate ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("layout", ["folder", "file"])
+@pytest.mark.parametrize("layout", all_but({"file"}, ["folder", "file"]))
 def test_between_two_and_beyond(tmp_path: Path, layout: str) -> None:
     base = POCKET if layout == "folder" else pocket_file(tmp_path / "a.safetensors")
     shift = {"unet.conv_in.bias": Dense(torch.ones(96)), "unet.conv_norm_out": Dense(torch.ones(96))}
