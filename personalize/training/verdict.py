@@ -10,7 +10,7 @@ from typing import Any
 from .events import Judged
 
 GOOD, HALF = 0.7, 0.5  # of images; below half nobody calls it good
-COPIED = 0.42  # of the way from as near to a training image as usual to being one: see docs/verdict.md
+COPIED = 0.6  # of the way from as near to a training image as usual to being one: see docs/verdict.md
 WORLD = 0.36  # likeness to what the base knows: 0.39 to 0.68 of 33 individuals of its world, 0.33 of photographs of a cat
 WEAK, LEAKS = 0.2, 0.25  # of the way from the base's images to the training images
 CHANGED = 0.15  # cosine that unrelated images lost
