@@ -76,7 +76,8 @@ def on_demand(path: Path, allow_unmatched: bool) -> tuple[OnDemand, Mapping[str,
                 raise AdapterError(f"{header.path} has changed since it was opened", "try again")
             if path in reading.shapes:
                 return read_delta(file, header, reading.slots[path], scales.get(path), shapes[path])
-            slot, module = reading.slots[path.removesuffix(BIAS)], path.removesuffix(BIAS)
+            module = path.removesuffix(BIAS)
+            slot = reading.slots[module]
             bias = read_bias(file, header, slot, scales.get(module))
             return _check_finite(file, {slot.keys[_bias_role(slot)]: bias.stored()["diff"]}, bias)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -32,15 +33,11 @@ def tokenize(text: str, words: Words, plain: Callable[[str], list[int]]) -> list
     """A text's tokens: `plain` tells those of what stands between the words."""
     if not words:
         return plain(text)
-    tokens, end, first, firsts = list[int](), 0, 0, list[int]()
-    for vectors in words.values():
-        firsts.append(first)
-        first += len(vectors)
-    counts = [len(vectors) for vectors in words.values()]
+    tokens, end, firsts = list[int](), 0, [*accumulate(map(len, words.values()), initial=0)]
     for match in words_pattern(words).finditer(text):
         number = int(str(match.lastgroup)[1:])
         tokens += plain(text[end : match.start()].strip())
-        tokens += [-1 - i for i in range(firsts[number], firsts[number] + counts[number])]
+        tokens += [-1 - i for i in range(firsts[number], firsts[number + 1])]
         end = match.end()
     return tokens + plain(text[end:].strip() if end else text)
 
@@ -54,7 +51,6 @@ def speaking(model: Any, ids: Tensor, words: Words) -> Iterator[Tensor]:
     import torch
 
     own = ids < 0
-
     table = torch.cat([vectors.to(ids.device) for vectors in words.values()])[-1 - ids[own]]
     handle = model.get_input_embeddings().register_forward_hook(
         lambda module, inputs, output: output.masked_scatter(own[..., None], table.to(output))

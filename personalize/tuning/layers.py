@@ -237,12 +237,13 @@ def sum_once(layers: Sequence[AdapterLayer]) -> Iterator[None]:
     """
     fits = sum(layer.weight.nbytes for layer in layers) <= MOST_SUMS
     plain = [one for one in layers if type(one.base_layer) in (nn.Linear, nn.Conv2d) and one.weight.dtype == torch.float32]
-    for layer in plain if fits else ():
+    chosen = [one for one in plain if fits and one.sums is None]  # another block may be around this one: its sums stay
+    for layer in chosen:
         layer.sums = {}
     try:
         yield
     finally:
-        for layer in plain:
+        for layer in chosen:
             layer.sums = None
 
 

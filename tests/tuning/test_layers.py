@@ -283,7 +283,10 @@ def test_low_precision_and_large_bases_make_no_sums(base: Base, monkeypatch: pyt
     with started(base, SPEC) as attached:
         own = list(attached.layers.values())
         with layers_module.sum_once(own):
+            with layers_module.sum_once(own):
+                pass
             assert all((layer.sums is None) == (base.dtype != torch.float32) for layer in own)
+        assert all(layer.sums is None for layer in own)
         monkeypatch.setattr(layers_module, "MOST_SUMS", 1)
         with layers_module.sum_once(own):
             assert all(layer.sums is None for layer in own)
