@@ -12,6 +12,7 @@ from ..version import __version__
 from . import adapters, checkpoints
 from .dataset import dataset
 from .generate import generate
+from .imports import import_only_what_is_used
 from .merge import merge
 from .messages import answer, answer_in_json, echo, print_error, show_in_any_code_page, warnings_as_lines
 from .presets import presets
@@ -23,6 +24,7 @@ HELP = ("-h", "--help")
 def main() -> None:
     """The console script."""
     show_in_any_code_page()
+    import_only_what_is_used()
     sys.exit(run(sys.argv[1:]))
 
 

@@ -46,6 +46,10 @@ def check_free(base: Base) -> None:
 @functools.cache
 def known_to_diffusers() -> None:
     """Let diffusers' `cross_attention_kwargs={"scale": 0.5}` reach our layers, as it reaches all that have peft's interface."""
+    from diffusers.utils import is_peft_available
+
+    if not is_peft_available():  # it scales nothing then
+        return
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     BaseTunerLayer.register(AdapterLayer)
