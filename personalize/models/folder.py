@@ -17,7 +17,7 @@ from ..families.names import ROWS
 from ..families.recognition import detect
 from ..formats.header import PICKLES, read_header
 from ..text import first_line
-from .loaded import Loaded, check_family, vae_dtype
+from .loaded import Loaded, Unfilled, check_family, vae_dtype
 from .sources import CONFIG, SCHEDULER, TEXTS, denoiser_in, missing, read_json
 
 
@@ -79,7 +79,8 @@ def load_model(kind: Any, part: Path, dtype: torch.dtype, lent: Mapping[str, Ten
     if not whole(part) and half(part):
         options["variant"] = "fp16"
     try:
-        model, info = kind.from_pretrained(part, **options)
+        with Unfilled():
+            model, info = kind.from_pretrained(part, **options)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
         raise BaseModelError(f"{part} cannot be loaded: {first_line(error)}", "is the download complete?") from error
     model.load_state_dict({key: lent[key] for key in info["missing_keys"] if key in lent}, strict=False)

@@ -8,10 +8,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from ..errors import BaseModelError
 from ..families.family import Family, Network
 from ..families.recognition import refusal
+
+
+class Unfilled(TorchFunctionMode):
+    """Inside, layers are made without the numbers that training from nothing would begin with: theirs come from files.
+
+    What is counted, as positions are, is in memory also where layers are not. On the meta device either would cost nothing but
+    torch's kernels in Python, which import sympy to know a dtype.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs | {"device": "cpu"} if func is torch.arange else kwargs))
 
 
 @dataclass(frozen=True, eq=False)

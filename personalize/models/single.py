@@ -19,7 +19,7 @@ from ..families.family import Family, Network, addresses
 from ..families.noise import ZERO_SNR
 from ..formats.checkpoint import Weights
 from ..formats.header import Address, Header
-from .loaded import Loaded, build, check_family
+from .loaded import Loaded, Unfilled, build, check_family
 from .vae import PREFIX, other_vae
 
 SPREAD = (
@@ -100,16 +100,12 @@ def _model(row: Network, weights: Weights, file: Any, dtype: torch.dtype) -> nn.
     want = {name: tuple(p.shape) for name, p in model.named_parameters()}
     state = {name: tensor.reshape(want[name]) for name, tensor in state.items()}  # 1x1 convolutions are linear layers to some
     model.load_state_dict(state, assign=True)
-    for name, buffer in model.named_buffers():
-        assert name.endswith("position_ids"), f"{name} is not in the file"
-        parent = model.get_submodule(name.rpartition(".")[0])
-        parent.register_buffer("position_ids", torch.arange(buffer.shape[-1])[None], persistent=False)
     return model
 
 
 def _empty(row: Network, weights: Weights) -> nn.Module:
     family: Family = weights.row
-    with torch.device("meta"):
+    with torch.device("meta"), Unfilled():
         if row is family.denoiser:
             return build(row, family.denoiser.config(family.texts))
         tokens = weights.shape(f"{row.part}.{row.tables()[0]}")[0]

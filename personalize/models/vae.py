@@ -14,7 +14,7 @@ from ..families.family import Family
 from ..formats.header import read_header
 from ..formats.shapes import Shape
 from .folder import load_model
-from .loaded import vae_dtype
+from .loaded import Unfilled, vae_dtype
 
 PREFIX = "first_stage_model."  # of a VAE's keys in a checkpoint
 ANOTHER = "name another with --vae: a .safetensors file or a folder"
@@ -33,7 +33,7 @@ def vae_in(path: Path, family: Family, dtype: torch.dtype) -> Any:
         raise BaseModelError(f"{path} has no VAE in it", ANOTHER)
     try:
         config = _config(shapes, family)
-        with torch.device("meta"):
+        with torch.device("meta"), Unfilled():
             model = AutoencoderKL(**config)
         with safe_open(path, "pt") as file:
             tensors = {PREFIX + key: file.get_tensor(prefix + key) for key in shapes}
