@@ -1,7 +1,7 @@
 """What the command's own process imports of diffusers and transformers: less than half of what they bring unasked.
 
-Both import what is installed, used or not: peft, scipy, sklearn, torch's compiler with sympy, its sharding over machines; together
-three times what torch itself takes. Here they do without, in their own ways of doing without: while they are imported, those
+Both import what is installed, used or not: peft, scipy, sklearn, torch's compiler with sympy, its sharding over machines; that
+takes longer than torch itself. Here they do without, in their own ways of doing without: while they are imported, those
 packages cannot be found, torch has no `distributed` (some builds have none), and marks for the compiler mark nothing. Behind that
 all is as it was: whoever imports torch._dynamo, peft or scipy gets it, and a library that cannot be imported so is imported as
 ever. For processes of our own alone: notebooks and UIs see both libraries whole.
@@ -28,9 +28,9 @@ LATE_MODULE, LATE_CLASS = f"{DYNAMO}._trace_wrapped_higher_order_op", "Transform
 ANSWER = "__dynamo_disable"  # the attribute in which torch._compile keeps what the compiler made of a function
 BROKEN = (ImportError, AttributeError, NameError, RuntimeError, TypeError)  # what the import of a library may end in
 
-
-# Each scheduler looks at all that could be made of its config.
-SCHEDULERS = (*dict.fromkeys(f"{row.scheduler}Scheduler" for row in SAMPLERS.values()), "DPMSolverSinglestepScheduler")
+# Each scheduler looks at all classes that could be made of its config, and each class imports scipy.
+OTHERS = ("DPMSolverSinglestep", "FlowMatchEulerDiscrete")
+SCHEDULERS = tuple(f"{name}Scheduler" for name in dict.fromkeys([*(row.scheduler for row in SAMPLERS.values()), *OTHERS]))
 _CALLED_AS_IT_IS: list[Any] = []  # functions with an ANSWER of ours
 
 
@@ -104,9 +104,9 @@ def modules_as(modules: Mapping[str, ModuleType | None]) -> Iterator[None]:
     try:
         yield
     finally:
-        for name in modules:
-            sys.modules.pop(name, None)
-        sys.modules.update(before)
+        for name in [name for name, module in modules.items() if sys.modules.get(name) is module]:
+            del sys.modules[name]
+            sys.modules.update({name: before[name]} if name in before else {})
 
 
 def without(packages: Sequence[str]) -> contextlib.AbstractContextManager[None]:
@@ -127,9 +127,15 @@ def without_compiler() -> contextlib.AbstractContextManager[None]:
 def call_without_compiler() -> None:
     """Let what torch keeps from its compiler be called as it is, until that is imported; else the first call imports it.
 
-    torch._compile asks each such function for what the compiler made of it, and has it made where there is nothing.
+    torch._compile asks each such function for what the compiler made of it, and has it made where there is nothing. Adam's step
+    imports the compiler by itself, to break its graph.
     """
     import torch
+
+    for kind in (torch.optim.Adam, torch.optim.AdamW):
+        step = vars(kind).get("step")
+        if getattr(step, "__name__", "") == "step" and step.__code__.co_name == "_use_grad":
+            kind.step = torch.no_grad()(step.__wrapped__)  # which is what `_use_grad` does besides
 
     asking = torch._disable_dynamo(unmarked).__code__
     for function in gc.get_objects():

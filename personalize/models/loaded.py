@@ -26,7 +26,9 @@ class Unfilled(TorchFunctionMode):
         kwargs = kwargs or {}
         if getattr(func, "__module__", None) == "torch.nn.init":
             return args[0] if args else kwargs["tensor"]
-        return func(*args, **(kwargs | {"device": "cpu"} if func is torch.arange else kwargs))
+        if func is torch.arange:
+            return func(*args, **kwargs | {"device": "cpu"})
+        return (torch.empty if func is torch.randn else func)(*args, **kwargs)
 
 
 @dataclass(frozen=True, eq=False)
