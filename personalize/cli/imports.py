@@ -133,9 +133,9 @@ def call_without_compiler() -> None:
     import torch
 
     for kind in (torch.optim.Adam, torch.optim.AdamW):
-        step = vars(kind).get("step")
-        if getattr(step, "__name__", "") == "step" and step.__code__.co_name == "_use_grad":
-            kind.step = torch.no_grad()(step.__wrapped__)  # which is what `_use_grad` does besides
+        step: Any = vars(kind).get("step")
+        if step and step.__code__.co_name == "_use_grad":
+            setattr(kind, "step", torch.no_grad()(step.__wrapped__))  # noqa: B010 (which is what `_use_grad` does besides)
 
     asking = torch._disable_dynamo(unmarked).__code__
     for function in gc.get_objects():

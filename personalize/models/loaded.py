@@ -28,6 +28,8 @@ class Unfilled(TorchFunctionMode):
             return args[0] if args else kwargs["tensor"]
         if func is torch.arange:
             return func(*args, **kwargs | {"device": "cpu"})
+        if func is torch.empty_like:  # of what a file lacks
+            return torch.empty(args[0].shape, **{"dtype": args[0].dtype, "device": args[0].device} | kwargs)
         return (torch.empty if func is torch.randn else func)(*args, **kwargs)
 
 

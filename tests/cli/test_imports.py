@@ -12,7 +12,16 @@ import pytest
 
 from personalize.cli import imports, run
 
-UNUSED = "torch._dynamo torch._inductor sympy scipy.stats scipy.integrate peft sklearn pandas torch.distributed.tensor".split()
+UNUSED = [
+    "torch._dynamo",
+    "torch._inductor",
+    "torch.distributed.tensor",
+    "sympy",
+    "scipy.stats",
+    "scipy.integrate",
+    "peft",
+    "sklearn",
+]
 COMMANDS = """
 import json, sys
 from personalize.cli import run
