@@ -119,7 +119,7 @@ def without_compiler() -> contextlib.AbstractContextManager[None]:
     if DYNAMO in sys.modules:
         return contextlib.nullcontext()
     marks, late = ModuleType(DYNAMO), ModuleType(LATE_MODULE)
-    vars(marks).update(dict.fromkeys(MARKS, unmarked))
+    vars(marks).update(dict.fromkeys(MARKS, leave_unmarked))
     vars(late)[LATE_CLASS] = lambda *args: getattr(importlib.import_module(LATE_MODULE), LATE_CLASS)(*args)
     return modules_as({DYNAMO: marks, LATE_MODULE: late})
 
@@ -137,7 +137,7 @@ def call_without_compiler() -> None:
         if step and step.__code__.co_name == "_use_grad":
             setattr(kind, "step", torch.no_grad()(step.__wrapped__))  # noqa: B010 (which is what `_use_grad` does besides)
 
-    asking = torch._disable_dynamo(unmarked).__code__
+    asking = torch._disable_dynamo(leave_unmarked).__code__
     for function in gc.get_objects():
         if type(function) is FunctionType and function.__code__ is asking:
             kept = getclosurevars(function).nonlocals["fn"]
@@ -146,9 +146,9 @@ def call_without_compiler() -> None:
                 _CALLED_AS_IT_IS.append(kept)
 
 
-def unmarked(function: Any = None, *args: Any, **options: Any) -> Any:
+def leave_unmarked(function: Any = None, *args: Any, **options: Any) -> Any:
     """What the compiler's decorators make of a function where nothing is compiled: itself."""
-    return unmarked if function is None else function
+    return leave_unmarked if function is None else function
 
 
 @contextlib.contextmanager
