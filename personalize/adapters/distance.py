@@ -43,9 +43,9 @@ def estimate_norm(delta: Delta, grams: Grams | None) -> float:
 def is_within(a: Delta, b: Delta, limit: float, grams: Grams | None = None) -> bool:
     """Whether ||dW_a - dW_b|| <= limit: by a bound from the factors of each rank, or from both halves of Kronecker products, and
     exactly where that does not tell. `grams` are those of b, if they are known."""
-    if isinstance(a, LowRank) and isinstance(b, LowRank) and a.shape == b.shape and a.rank == b.rank:
-        if _bound(a, b, grams) <= limit:
-            return True
+    low = isinstance(a, LowRank) and isinstance(b, LowRank) and a.shape == b.shape and a.rank == b.rank
+    if low and _bound(a, b, grams) <= limit:  # type: ignore[arg-type]
+        return True
     if isinstance(a, Structured) and isinstance(b, Structured) and a.kind == b.kind and (halves := a.row.halves):
         (one, two), (other, another) = halves(a.tensors), halves(b.tensors)
         if one.shape == other.shape and two.shape == another.shape:

@@ -20,17 +20,7 @@ from torch import Tensor
 
 from ..errors import AdapterError, HostileFileError, nearest
 from ..families.family import Family, Shape, weights
-from ..families.names import (
-    FAMILIES,
-    SPELLED,
-    candidates,
-    canonical,
-    claims,
-    kohya_names,
-    part_of,
-    resolve_shape,
-    says,
-)
+from ..families.names import FAMILIES, SPELLED, candidates, canonical, claims, kohya_names, part_of, resolve_shape, says
 from ..formats.header import Entry, Header, open_file, read_header, read_scalar, short
 from ..formats.tensors import HASHES, TORCH, Writer, one_thread, read_tensor
 from ..io import atomic, weights_hash, write_text

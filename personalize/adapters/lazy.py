@@ -45,7 +45,7 @@ def shapes_of(deltas: Mapping[str, Delta]) -> Mapping[str, Shape]:
 
 
 def storage_of(deltas: Mapping[str, Delta]) -> str:
-    """The storage dtype that keeps what their file had: its own, or fp32 for what is written in no other or comes from no file."""
+    """The storage dtype that keeps what their file had: its own, or fp32 for one that is not written, and for no file."""
     found = deltas.storage if isinstance(deltas, OnDemand) else ""
     return found if found in ("fp16", "bf16") else "fp32"
 

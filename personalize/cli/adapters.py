@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..adapters.adapter import Adapter
-    from ..adapters.files import Saved
     from ..adapters.doctor.collisions import Collision
     from ..adapters.doctor.prognosis import Prediction
+    from ..adapters.files import Saved
     from ..adapters.ops.resize import Report
     from ..adapters.strengths.grammar import Weighting
 

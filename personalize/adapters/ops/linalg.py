@@ -40,12 +40,13 @@ class Svd(NamedTuple):
 
 def factors(pair: LowRank) -> tuple[Tensor, Tensor]:
     """up [out, r] with the scale in it and down [r, in * kh * kw], fp64."""
-    return pair.scale * pair.up.flatten(1).double(), pair.down.flatten(1).double()
+    up, down = pair.up.flatten(1).double(), pair.down.flatten(1).double()
+    return up if pair.scale == 1 else pair.scale * up, down
 
 
 def svd(delta: Delta, rank: int | None = None) -> Svd:
     """Of an update that does not need its base: exact from its halves or factors, if any, else of dW as `of_matrix` does."""
-    if halves := halves_of(delta):
+    if halves := svds_of_halves(delta):
         return of_kronecker(*halves, rank)
     if pair := delta.low_rank():
         return of_factors(*factors(pair), rank)
@@ -60,7 +61,7 @@ def of_factors(up: Tensor, down: Tensor, rank: int | None = None) -> Svd:
 
 
 class Lq(NamedTuple):
-    """A matrix [r, n] as triangle @ Q with orthonormal rows of Q, which are `rows`, or are where `solve` says triangle^-1 rows."""
+    """A matrix [r, n] as triangle @ Q with orthonormal rows of Q: these are `rows`, or where `solve` says so triangle^-1 rows."""
 
     rows: Tensor
     triangle: Tensor
@@ -85,9 +86,9 @@ def lq(matrix: Tensor) -> Lq:
     return Lq(q.T, r.T, solve=False)
 
 
-def of_kronecker(one: Tensor, two: Tensor, rank: int | None = None) -> Svd:
+def of_kronecker(one: Svd, two: Svd, rank: int | None = None) -> Svd:
     """Of kron(one [a, b], two [c, d]): [a * c, b * d]; exact: all of it, or the first `rank`."""
-    (u, s, v), (w, t, x) = (_drop_rounding(torch.linalg.svd(half, full_matrices=False)) for half in (one, two))
+    (u, s, v, _), (w, t, x, _) = one, two
     products = torch.outer(s, t).flatten()
     order = products.argsort(descending=True, stable=True)
     i, j = order[:rank] // len(t), order[:rank] % len(t)
@@ -96,11 +97,27 @@ def of_kronecker(one: Tensor, two: Tensor, rank: int | None = None) -> Svd:
     return Svd(left, products[order[:rank]], right, float(torch.linalg.norm(products[order[len(i) :]])))
 
 
-def _drop_rounding(parts: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """An SVD without the values that are nothing but rounding: a product of two thin matrices has many."""
-    u, s, v = parts
+def svds_of_halves(delta: Delta) -> tuple[Svd, Svd] | None:
+    """Of both matrices whose Kronecker product dW is, with the scale in the first; None for other kinds. A half that is a product
+    of thin factors is not formed."""
+    if not isinstance(delta, Structured) or not delta.row.halves:
+        return None
+    tensors = {role: value.double() for role, value in delta.tensors.items()}
+    halves = delta.row.thin(tensors) if delta.row.thin else [(half.flatten(1),) for half in delta.row.halves(tensors)]
+    (one, *more), two = halves
+    return _svd_of_product(delta.scale * one, *more), _svd_of_product(*two)
+
+
+def _svd_of_product(one: Tensor, other: Tensor | None = None) -> Svd:
+    """Of one matrix, or of the product of two thin ones, without the values that are nothing but rounding."""
+    return _drop_rounding(Svd(*torch.linalg.svd(one, full_matrices=False)) if other is None else of_factors(one, other))
+
+
+def _drop_rounding(parts: Svd) -> Svd:
+    """An SVD without the values that are nothing but rounding: a product of two matrices may have many."""
+    u, s, v, _ = parts
     kept = slice(0, max(1, int((s > s[0] * max(u.shape[0], v.shape[1]) * torch.finfo(s.dtype).eps).sum())))
-    return u[:, kept], s[kept], v[kept]
+    return Svd(u[:, kept], s[kept], v[kept])
 
 
 def halves_of(delta: Delta) -> tuple[Tensor, Tensor] | None:
@@ -157,9 +174,8 @@ def sketch(matrix: Tensor, rank: int, iterations: int = ITERATIONS) -> Svd:
 
 def singular_values(delta: Delta) -> Tensor:
     """Singular values only, falling, fp64; without factors right to 1e-8 of the largest."""
-    if halves := halves_of(delta):
-        one, two = (torch.linalg.svd(half, full_matrices=False) for half in halves)
-        return torch.outer(_drop_rounding(one)[1], _drop_rounding(two)[1]).flatten().sort(descending=True).values
+    if halves := svds_of_halves(delta):
+        return torch.outer(*(half.s for half in halves)).flatten().sort(descending=True).values
     if not (pair := delta.low_rank()):
         matrix = delta.delta().reshape(sides(delta.shape)).double()
         matrix = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
