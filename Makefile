@@ -1,6 +1,6 @@
 # make demo   train on five pictures, offline, and leave a report to look at
 # make test   what must hold, in about six minutes on two cores      make test-all   all that needs no GPU, the laboratory too
-# make lint / types / format / docs / bench / bench-gpu / wheel / clean
+# make lint / types / format / docs / bench / bench-quick / bench-gpu / wheel / clean
 #
 # The first call makes .venv and installs into it; later calls find it ready. Without an NVIDIA card, a CPU build of
 # torch saves 3 GB on Linux: install it into .venv first, or point pip at an index that has one.
@@ -12,7 +12,7 @@ READY = $(VENV)/ready
 RUN ?= runs/demo
 JOBS ?= 2
 
-.PHONY: demo test test-all lint format types docs bench bench-gpu bench-throughput bench-ladder bench-fleet bench-svd pretrain-gpu wheel clean venv
+.PHONY: demo test test-all lint format types docs bench bench-quick bench-gpu bench-throughput bench-ladder bench-fleet bench-svd pretrain-gpu wheel clean venv
 .DEFAULT_GOAL := demo
 
 demo: $(READY)
@@ -50,6 +50,10 @@ bench: $(READY)
 	$(BIN)/python -m tools.pocket.proof base
 	$(BIN)/python -m tools.pocket.proof personalization
 	$(BIN)/python -m tools.bench algebra $(if $(KOHYA),--kohya $(KOHYA))
+
+# What this tree made slower or faster than a commit: step, image, merge, start, fleet; under five minutes on an idle machine.
+bench-quick: $(READY)
+	$(BIN)/python -m tools.bench quick --against $(or $(AGAINST),HEAD)
 
 # What needs a GPU: each at most ten minutes a call, and the same call again goes on. SCRIPT, SCRIPT_SDXL (diffusers') and KOHYA
 # (a checkout of sd-scripts) are timed beside ours where they are given; TINY=1 shows on a CPU that all of it runs.

@@ -60,8 +60,9 @@ class Table(Mapping[str, Any]):
 
     def __getitem__(self, name: str) -> Any:
         """A row. Raises RecipeError for a name that is none, naming the nearest."""
-        self.check(name)
-        row = self._rows[name]
+        row = self._rows.get(name)
+        if row is None:
+            self.check(name)
         if isinstance(row, str):
             module, _, attribute = row.partition(":")
             row = self._rows[name] = getattr(importlib.import_module(module), attribute)

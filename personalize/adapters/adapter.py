@@ -117,6 +117,12 @@ class Adapter:
 
         Raises AdapterError if dialect or dtype cannot carry the adapter, OutputError if the disk refuses.
         """
+        return self.save_with_report(path, dialect, metadata, dtype).path
+
+    def save_with_report(
+        self, path: str | Path, dialect: str = "kohya", metadata: Mapping[str, Any] | None = None, dtype: str = "fp32"
+    ) -> files.Saved:
+        """As `save`, with what the file was found to hold when it was read back: its path, kind and size in bytes."""
         _check_path(path)
         if os.path.isdir(path):  # which is no error for a name that is too long: the disk says so later
             raise OutputError(f"{path} is a folder", "name a file in it")

@@ -249,13 +249,23 @@ class Structured:
         ones = [1] * len(self.shape[2:])
         return LowRank(up.reshape(self.shape[0], rank, *ones), down.reshape(rank, *self.shape[1:]), self.scale * rank)
 
+    @property
+    def factor_rank(self) -> int:
+        """That of `low_rank`, told from shapes if the kind can; 0 if there are no such factors."""
+        if not self.row.factor_rank:
+            pair = self.low_rank()
+            return pair.rank if pair else 0
+        rank = self.row.factor_rank(shapes_of(self.tensors))
+        return rank if rank < min(sides(self.shape)) else 0
+
     def norm(self) -> float:
         if self.needs_base:
             return abs(self.strength) * math.hypot(*(frobenius(value) for value in self.tensors.values()))
+        if self.row.halves:  # ||kron(a, b)|| = ||a|| ||b||
+            exact = {role: value.double() for role, value in self.tensors.items()}
+            return abs(self.scale) * math.prod(map(frobenius, self.row.halves(exact)))
         if factored := self.low_rank():
             return factored.norm()
-        if self.row.halves:  # ||kron(a, b)|| = ||a|| ||b||
-            return abs(self.scale) * math.prod(map(frobenius, self.row.halves(self.tensors)))
         return frobenius(self.delta())
 
     def finite(self) -> bool:

@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from ..errors import AdapterError, check_type
 from ..families.names import candidates, names_of, part_of
-from ..formats.header import Header, open_file, read_header, read_scalar
+from ..formats.header import Entry, Header, open_file, read_header, read_scalar
 from . import dialects
 from .dialects import TEXTUAL_INVERSION
 from .kinds import ALPHA, INTEGERS, NUMBERS
@@ -65,8 +65,7 @@ def describe(path: str | Path) -> Description:
     path = dialects.file_of(Path(path).expanduser())
     header = read_header(path)
     reading = dialects.read_keys(header)
-    stored = {(role, key) for slot in reading.slots.values() for role, key in slot.keys.items()}  # layers may share tensors
-    weights = [header.tensors[key] for role, key in stored if role not in (*NUMBERS, *INTEGERS)]
+    weights = weights_in(header, reading)
     return Description(
         path=path,
         dialect=reading.dialect,
@@ -75,7 +74,7 @@ def describe(path: str | Path) -> Description:
         parts=_count(map(part_of, reading.slots)),
         ranks=_count(rank for slot in reading.slots.values() if (rank := dialects.rank(header, slot))),
         alphas=_count(_alphas(header, reading)),
-        dtype=", ".join(_count(_PRECISIONS.get(entry.dtype, entry.dtype) for entry in weights)),
+        dtype=", ".join(precisions(weights)),
         tensors=len(header.tensors),
         parameters=sum(math.prod(entry.shape) for entry in weights),
         bytes=header.size,
@@ -87,6 +86,17 @@ def describe(path: str | Path) -> Description:
         words={word: _count_vectors(header, keys) for word, keys in reading.words.items()},
         weight_bytes=sum(entry.end - entry.start for entry in header.tensors.values()),
     )
+
+
+def weights_in(header: Header, reading: dialects.Reading) -> list[Entry]:
+    """The tensors that updates are made of, without their alphas and flags; each once, as layers may share them."""
+    stored = {key: role for slot in reading.slots.values() for role, key in slot.keys.items()}
+    return [header.tensors[key] for key, role in stored.items() if role not in (*NUMBERS, *INTEGERS)]
+
+
+def precisions(weights: Iterable[Entry]) -> list[str]:
+    """How they are stored, as people say it ("fp16"); what most have comes first."""
+    return list(_count(_PRECISIONS.get(entry.dtype, entry.dtype) for entry in weights))
 
 
 def _count_vectors(header: Header, keys: Mapping[str, str]) -> int:

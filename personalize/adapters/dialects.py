@@ -112,7 +112,9 @@ def read_keys(header: Header) -> Reading:
     for key, (spoken, name, role) in parsed.items():
         if (spoken == "kohya") == kohya:
             found.setdefault(name, {}).setdefault(role, key)
-    slots = {name: Slot(kinds.kind_of(roles), roles) for name, roles in found.items()}
+    held = {tuple(roles): roles for roles in found.values()}  # few sets of roles, of many layers
+    kind = {roles: kinds.kind_of(keys) for roles, keys in held.items()}
+    slots = {name: Slot(kind[tuple(roles)], roles) for name, roles in found.items()}
     slots = dict(own for name, slot in slots.items() for own in _cut(header, name, slot))
     slots = {name: slot for name, slot in slots.items() if slot.kind or slot.keys.keys() & set(kinds.BIASES)}
     shapes = {name: shape(header, slot) for name, slot in slots.items()}
@@ -122,7 +124,8 @@ def read_keys(header: Header) -> Reading:
     slots = {path: slot for path, slot in slots.items() if slot.keys}
     shapes = {names[name]: shape for name, shape in shapes.items() if names.get(name) in slots and slots[names[name]].kind}
     words = words_in(header.tensors)
-    matched = {key for slot in slots.values() for role, key in slot.keys.items() if _is_read(slot, role)}
+    read = {slot.kind: _roles_read(slot.kind) for slot in slots.values()}
+    matched = {key for slot in slots.values() for role, key in slot.keys.items() if role in read[slot.kind]}
     matched |= {key for keys in words.values() for key in keys.values()}
     unmatched = tuple(key for key in header.tensors if key not in matched)
     spelled = tell_apart(names, shapes, header.metadata)
@@ -151,8 +154,9 @@ def _with_own_bias(path: str, slot: Slot) -> Slot:
     return replace(slot, keys={role: key for role, key in slot.keys.items() if role != kinds.UP_BIAS})
 
 
-def _is_read(slot: Slot, role: str) -> bool:
-    return role in kinds.BIASES or (slot.kind != "" and role in kinds.row(slot.kind).roles)
+def _roles_read(kind: str) -> frozenset[str]:
+    """The roles of a slot's tensors that are read."""
+    return frozenset(kinds.BIASES) | (kinds.row(kind).roles if kind else frozenset())
 
 
 def shapes(header: Header, slot: Slot) -> dict[str, Shape]:
@@ -161,7 +165,7 @@ def shapes(header: Header, slot: Slot) -> dict[str, Shape]:
 
 
 def _own_shape(slot: Slot, role: str, shape: Shape) -> Shape:
-    return (shape[0] // slot.share[1], *shape[1:]) if _has_rows(slot, role) and shape else shape
+    return (shape[0] // slot.share[1], *shape[1:]) if slot.share[1] > 1 and _has_rows(slot, role) and shape else shape
 
 
 def _has_rows(slot: Slot, role: str) -> bool:

@@ -13,31 +13,22 @@ import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..errors import AdapterError, HostileFileError, nearest
 from ..families.family import Family, Shape, weights
-from ..families.names import (
-    FAMILIES,
-    SPELLED,
-    candidates,
-    canonical,
-    claims,
-    kohya_names,
-    part_of,
-    resolve_shape,
-    says,
-)
+from ..families.names import FAMILIES, SPELLED, candidates, canonical, claims, kohya_names, part_of, resolve_shape, says
 from ..formats.header import Entry, Header, open_file, read_header, read_scalar, short
 from ..formats.tensors import HASHES, TORCH, Writer, one_thread, read_tensor
 from ..io import atomic, weights_hash, write_text
 from . import dialects, hosts, kinds
 from .build import build
 from .delta import Decomposed, Delta, Dense, LowRank, kind_name
-from .distance import estimate_norm, is_within, relative_difference
+from .describe import precisions, weights_in
+from .distance import estimate_norm, grams_of, is_within, relative_difference
 from .kinds.kind import shapes_of as shapes_of_tensors
 from .lazy import OnDemand, prefetch, shapes_of
 from .words import key_inside
@@ -49,6 +40,14 @@ BIAS = ".bias"  # behind a module's path: the update of its bias
 
 class PrecisionError(AdapterError):
     """A storage dtype rounds more of an update off than it may."""
+
+
+class Saved(NamedTuple):
+    """A file that was written: where, what its layers hold ("LoRA", "LoHa + full", ...), and its bytes."""
+
+    path: Path
+    kind: str
+    size: int
 
 
 Deltas = Mapping[str, Delta]
@@ -81,7 +80,8 @@ def on_demand(path: Path, allow_unmatched: bool) -> tuple[OnDemand, Mapping[str,
             bias = read_bias(file, header, slot, scales.get(module))
             return _check_finite(file, {slot.keys[_bias_role(slot)]: bias.stored()["diff"]}, bias)
 
-    return OnDemand(shapes, make), reading.metadata, _read_words(header, reading)
+    storage = precisions(weights_in(header, reading))[0]
+    return OnDemand(shapes, make, storage), reading.metadata, _read_words(header, reading)
 
 
 def _read_words(header: Header, reading: dialects.Reading) -> Words:
@@ -185,7 +185,7 @@ def write(
     dialect: str,
     extra: Mapping[str, str],
     dtype: str,
-) -> Path:
+) -> Saved:
     """Write deltas, each asked for once; raises and describes as `Adapter.save` does. `families` are all that they can be of,
     `carried` is metadata of old, `extra` what to say above all."""
     closest = families[0] if families else _closest_family(deltas)
@@ -203,11 +203,11 @@ def write(
                 draft.writer.add(key_inside(word, key), value)
         draft.writer.finish(_metadata(draft, families, carried) | dict(extra))
         file.flush()
-        _check_same(temporary, draft, closest, words)
+        kind, size = _check_same(temporary, draft, closest, words), file.seek(0, os.SEEK_END)
     if dialect == "peft" and path.name == dialects.PEFT_FILE and len(parts := {part_of(module) for module in stems}) == 1:
         config = dialects.lora_configs(draft.ranks)[parts.pop()]
         write_text(path.with_name(dialects.PEFT_CONFIG), json.dumps(config, indent=2) + "\n")
-    return path
+    return Saved(path, kind, size)
 
 
 def _closest_family(deltas: Deltas) -> Family:
@@ -326,10 +326,11 @@ class _Draft:
         bias = next((tensors[role] for role in kinds.BIASES if role in tensors), None)
         kind = kinds.kind_of({**tensors, **numbers})
         found = Dense(bias) if bias is not None else _build_delta(kind, tensors, numbers, None, wanted.shape)
-        self._norms[path] = norm = estimate_norm(wanted)
+        grams = grams_of(wanted)
+        self._norms[path] = norm = estimate_norm(wanted, grams)
         if not found.finite():
             self._far[path] = math.inf
-        elif not is_within(found, wanted, _TOLERANCE[self.dtype] * norm):
+        elif not is_within(found, wanted, _TOLERANCE[self.dtype] * norm, grams):
             self._far[path] = relative_difference(found, wanted)
 
 
@@ -352,8 +353,9 @@ def _metadata(draft: _Draft, families: Sequence[Family], carried: Mapping[str, s
     return general | dict(carried) | facts
 
 
-def _check_same(temporary: Path, draft: _Draft, family: Family, words: Words) -> None:
-    """The export contract: the file holds these bytes, and its keys, shapes and scales mean what they were written for."""
+def _check_same(temporary: Path, draft: _Draft, family: Family, words: Words) -> str:
+    """The export contract: the file holds these bytes, and its keys, shapes and scales mean what they were written for. Returns
+    what it holds, as people call it."""
     path = draft.path
     try:
         header = read_header(temporary)
@@ -373,6 +375,7 @@ def _check_same(temporary: Path, draft: _Draft, family: Family, words: Words) ->
     if weights_hash(temporary) != draft.writer.digest:
         raise AdapterError(f"{path} not written: the disk gives back other bytes", "try another disk")
     _check_hosts(draft, reading, family)
+    return reading.kind
 
 
 def _check_hosts(draft: _Draft, reading: dialects.Reading, family: Family) -> None:

@@ -15,10 +15,13 @@ _AHEAD = 3  # updates that wait to be used: enough that no thread waits long, at
 
 
 class OnDemand(Mapping[str, Delta]):
-    """Path => update, made anew each time; paths are canonical, and shapes are known without it."""
+    """Path => update, made anew each time; paths are canonical, and shapes are known without it.
 
-    def __init__(self, shapes: Mapping[str, Shape], make: Callable[[str], Delta]) -> None:
-        self.shapes = MappingProxyType(dict(sorted(shapes.items())))
+    `storage` is how the file that they come from keeps most of its weights: "fp16", ...; "" if they come from none.
+    """
+
+    def __init__(self, shapes: Mapping[str, Shape], make: Callable[[str], Delta], storage: str = "") -> None:
+        self.shapes, self.storage = MappingProxyType(dict(sorted(shapes.items()))), storage
         self._make = make
 
     def __getitem__(self, path: str) -> Delta:
@@ -41,13 +44,20 @@ def shapes_of(deltas: Mapping[str, Delta]) -> Mapping[str, Shape]:
     return deltas.shapes if isinstance(deltas, OnDemand) else {path: delta.shape for path, delta in deltas.items()}
 
 
+def storage_of(deltas: Mapping[str, Delta]) -> str:
+    """The storage dtype that keeps what their file had: its own, or fp32 for one that is not written, and for no file."""
+    found = deltas.storage if isinstance(deltas, OnDemand) else ""
+    return found if found in ("fp16", "bf16") else "fp32"
+
+
 def map_deltas(
     deltas: Mapping[str, Delta], change: Callable[[str, Delta], Delta], paths: Iterable[str] | None = None
 ) -> Mapping[str, Delta]:
     """Each update, or those of `paths`, made into another of the same shape: at once, or on demand if `deltas` are."""
     chosen = deltas if paths is None else paths
     if isinstance(deltas, OnDemand):
-        return OnDemand({path: deltas.shapes[path] for path in chosen}, lambda path: change(path, deltas[path]))
+        shapes = {path: deltas.shapes[path] for path in chosen}
+        return OnDemand(shapes, lambda path: change(path, deltas[path]), deltas.storage)
     return {path: change(path, deltas[path]) for path in chosen}
 
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ..adapters.adapter import Adapter
     from ..adapters.doctor.collisions import Collision
     from ..adapters.doctor.prognosis import Prediction
+    from ..adapters.files import Saved
     from ..adapters.ops.resize import Report
     from ..adapters.strengths.grammar import Weighting
 
@@ -132,21 +133,10 @@ def base_path(base: Path) -> Path:
     return NAMED.get(str(base), base)
 
 
-def storage_dtype(path: Path) -> str:
-    """The storage dtype of a file, as `--dtype` names it; fp32 for what cannot be written."""
-    from ..adapters.describe import describe
-
-    found = describe(path).dtype.split(", ")[0]
-    return found if found in ("fp16", "bf16") else "fp32"
-
-
-def print_written(path: Path, adapter: Adapter) -> None:
+def print_written(saved: Saved, adapter: Adapter) -> None:
     """Say what was written."""
-    from ..adapters.describe import describe
-
-    size, kind = path.stat().st_size, describe(path).kind
-    echo(f"{path}  {readable(size)}, {kind}, {len(adapter.deltas)} layers")
-    answer(written=path, bytes=size, kind=kind, layers=len(adapter.deltas))
+    echo(f"{saved.path}  {readable(saved.size)}, {saved.kind}, {len(adapter.deltas)} layers")
+    answer(written=saved.path, bytes=saved.size, kind=saved.kind, layers=len(adapter.deltas))
 
 
 def print_table(report: Report) -> None:
@@ -191,18 +181,18 @@ def convert(file: tuple[Path, Weighting], output: Path, kind: str | None, rank: 
 
     What the target cannot hold is an error that names it; what precision is lost is printed.
     """
+    from ..adapters.lazy import storage_of
     from ..adapters.ops.convert import convert as to_kind
 
-    path, _ = file
-    output = output_path(output, path)
+    output = output_path(output, file[0])
     (adapter,) = without_base(open_adapters([file], how["allow_unmatched"]), base)
     made, report = to_kind(as_told(adapter, how["family"], how["strip_metadata"]), kind, rank)
     if how["words"]:
         made = take_words_out(made, how["words"])
-    made.save(output, how["dialect"], dtype=how["dtype"] or storage_dtype(path))
+    saved = made.save_with_report(output, how["dialect"], dtype=how["dtype"] or storage_of(adapter.deltas))
     if report:
         print_table(report)
-    print_written(output, made)
+    print_written(saved, made)
     return 0
 
 
@@ -219,17 +209,18 @@ def convert(file: tuple[Path, Weighting], output: Path, kind: str | None, rank: 
 @dtype
 def resize(file: tuple[Path, Weighting], output: Path, base: Path | None, **options: Any) -> int:
     """Reduce the rank of an adapter by truncated SVD of dW, the best there is, and print the error."""
+    from ..adapters.lazy import storage_of
     from ..adapters.ops import resize as resizing
 
     output = output_path(output, file[0])
     (adapter,) = without_base(open_adapters([file], options["allow_unmatched"]), base)
     rule, value = rule_of(options)
-    kept = options["dtype"] or storage_dtype(file[0])
+    kept = options["dtype"] or storage_of(adapter.deltas)
     adapter = as_told(adapter, options["family"], options["strip_metadata"])
     cut, report = resizing.resize(adapter, rule, value, max_rank=options["max_rank"], dtype=kept, drop=options["drop"])
-    path = cut.save(output, options["dialect"], dtype=kept)
+    saved = cut.save_with_report(output, options["dialect"], dtype=kept)
     print_table(report)
-    print_written(path, cut)
+    print_written(saved, cut)
     return 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -23,6 +24,7 @@ HELP = ("-h", "--help")
 
 def main() -> None:
     """The console script."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch comes: threads that wait sleep, the core may be needed
     show_in_any_code_page()
     import_only_what_is_used()
     sys.exit(run(sys.argv[1:]))

@@ -51,7 +51,7 @@ def extract(tuned: Path, base: Path, output: Path, **options: Any) -> int:
     output = output_path(output)
     found, report = difference(base_path(tuned), base_path(base), rule, value, clamp_quantile=options["clamp"], **picked)
     found = as_told(found, options["family"], options["strip_metadata"])
-    path = found.save(output, options["dialect"], dtype=options["dtype"])
+    saved = found.save_with_report(output, options["dialect"], dtype=options["dtype"])
     for part in found.parts:
         echo(f"{part:<16}{len(found.part(part).deltas):>6} layers, relative error {report.part(part).error:.2%}")
     answer(parts={part: {"layers": len(found.part(part).deltas), "error": report.part(part).error} for part in found.parts})
@@ -62,7 +62,7 @@ def extract(tuned: Path, base: Path, output: Path, **options: Any) -> int:
     if others := [path for path in report.left_out if path not in misfits]:
         hint = "" if options["full"] else ", --full keeps biases and norms"
         echo(f"left out: {len(others)} other changed weights ({others[0]}{', ...' * (len(others) > 1)}){hint}")
-    print_written(path, found)
+    print_written(saved, found)
     return 0
 
 

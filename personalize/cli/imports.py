@@ -4,20 +4,19 @@ Both import what is installed, used or not: peft, scipy, sklearn, torch's compil
 takes longer than torch itself. Here they do without, in their own ways of doing without: while they are imported, those
 packages cannot be found, torch has no `distributed` (some builds have none), and marks for the compiler mark nothing. Behind that
 all is as it was: whoever imports torch._dynamo, peft or scipy gets it, and a library that cannot be imported so is imported as
-ever. For processes of our own alone: notebooks and UIs see both libraries whole.
+ever. For processes of our own alone: notebooks and UIs see both libraries whole. (torch's optimizers import the compiler at their
+first step, in training too: two seconds of a run.)
 """
 
 from __future__ import annotations
 
 import contextlib
-import gc
 import importlib
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
-from inspect import getclosurevars
-from types import FunctionType, ModuleType
+from types import ModuleType
 from typing import Any, NamedTuple
 
 from ..recipe.samplers import SAMPLERS
@@ -25,13 +24,11 @@ from ..recipe.samplers import SAMPLERS
 DYNAMO = "torch._dynamo"
 MARKS = ("allow_in_graph", "assume_constant_result", "disable")  # decorators that only the compiler reads
 LATE_MODULE, LATE_CLASS = f"{DYNAMO}._trace_wrapped_higher_order_op", "TransformGetItemToIndex"  # imported to be called, if ever
-ANSWER = "__dynamo_disable"  # the attribute in which torch._compile keeps what the compiler made of a function
 BROKEN = (ImportError, AttributeError, NameError, RuntimeError, TypeError)  # what the import of a library may end in
 
 # Each scheduler looks at all classes that could be made of its config, and each class imports scipy.
 OTHERS = ("DPMSolverSinglestep", "FlowMatchEulerDiscrete")
 SCHEDULERS = tuple(f"{name}Scheduler" for name in dict.fromkeys([*(row.scheduler for row in SAMPLERS.values()), *OTHERS]))
-_CALLED_AS_IT_IS: list[Any] = []  # functions with an ANSWER of ours
 
 
 class Library(NamedTuple):
@@ -59,11 +56,9 @@ def import_only_what_is_used() -> None:
 
 
 class Finder(MetaPathFinder):
-    """Finds the libraries as ever, and has them loaded by `Lean`; the real compiler is asked again once it is imported."""
+    """Finds the libraries as ever, and has them loaded by `Lean`."""
 
     def find_spec(self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> ModuleSpec | None:
-        while name == DYNAMO and _CALLED_AS_IT_IS:
-            del vars(_CALLED_AS_IT_IS.pop())[ANSWER]
         library = LIBRARIES.get(name)
         spec = PathFinder.find_spec(name, path, target) if library else None
         if library and spec and type(spec.loader) is SourceFileLoader:
@@ -92,8 +87,6 @@ class Lean(SourceFileLoader):
             vars(module).update(before)
             sys.modules[self.name] = module
             super().exec_module(module)
-        if DYNAMO not in sys.modules:
-            call_without_compiler()
 
 
 @contextlib.contextmanager
@@ -122,28 +115,6 @@ def without_compiler() -> contextlib.AbstractContextManager[None]:
     vars(marks).update(dict.fromkeys(MARKS, leave_unmarked))
     vars(late)[LATE_CLASS] = lambda *args: getattr(importlib.import_module(LATE_MODULE), LATE_CLASS)(*args)
     return modules_as({DYNAMO: marks, LATE_MODULE: late})
-
-
-def call_without_compiler() -> None:
-    """Let what torch keeps from its compiler be called as it is, until that is imported; else the first call imports it.
-
-    torch._compile asks each such function for what the compiler made of it, and has it made where there is nothing. Adam's step
-    imports the compiler by itself, to break its graph.
-    """
-    import torch
-
-    for kind in (torch.optim.Adam, torch.optim.AdamW):
-        step: Any = vars(kind).get("step")
-        if step and step.__code__.co_name == "_use_grad":
-            setattr(kind, "step", torch.no_grad()(step.__wrapped__))  # noqa: B010 (which is what `_use_grad` does besides)
-
-    asking = torch._disable_dynamo(leave_unmarked).__code__
-    for function in gc.get_objects():
-        if type(function) is FunctionType and function.__code__ is asking:
-            kept = getclosurevars(function).nonlocals["fn"]
-            if ANSWER not in vars(kept):
-                vars(kept)[ANSWER] = kept
-                _CALLED_AS_IT_IS.append(kept)
 
 
 def leave_unmarked(function: Any = None, *args: Any, **options: Any) -> Any:

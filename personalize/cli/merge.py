@@ -25,7 +25,6 @@ from .adapters import (
     output_path,
     print_table,
     print_written,
-    storage_dtype,
     stripped,
     to,
     without_base,
@@ -100,6 +99,7 @@ def merge(ctx: click.Context, files: Files, output: Path, replay: Path | None, *
 
 def write_merge(files: Files, output: Path, options: dict[str, Any], hashes: Iterator[str]) -> int:
     """Write the merge of some files, and print what it cost."""
+    from ..adapters.lazy import storage_of
     from ..adapters.ops import merge as merging
     from ..adapters.ops.resize import Report
 
@@ -113,9 +113,10 @@ def write_merge(files: Files, output: Path, options: dict[str, Any], hashes: Ite
         metadata["modelspec.trigger_phrase"] = ", ".join(dict.fromkeys(triggers))
     if options["strip_metadata"]:
         metadata = {}
-    path = whole.save(output, options["dialect"], metadata, options["dtype"] or storage_dtype(files[0][0]))
+    dtype = options["dtype"] or storage_of(adapters[0].deltas)
+    saved = whole.save_with_report(output, options["dialect"], metadata, dtype)
     print_table(Report(tuple(lines.values())))
-    print_written(path, whole)
+    print_written(saved, whole)
     return 0
 
 

@@ -97,7 +97,7 @@ def on_demand(base: Base, dataset: Dataset, recipe: Recipe, keep: int | None = 2
     ways = [variants(caption) for caption in captions]
     distinct = list(dict.fromkeys(itertools.chain(*ways)))
     anew = recipe.optim.text_encoder_lr or recipe.data.varies
-    cond = None if anew else _embed(base, [*distinct, ""], windows or base.windows(distinct, weighted=True), warnings)
+    cond = None if anew else embed_captions(base, [*distinct, ""], windows or base.windows(distinct, weighted=True), warnings)
     masks = [_mask(base, example, shape) for example, shape in zip(examples, shapes, strict=True)]
     return Latents(
         captions=captions,
@@ -141,8 +141,11 @@ def _mask(base: Base, example: Example, shape: Shape) -> Tensor | None:
     return torch.from_numpy(load_mask(example, shape, base.factor)) if example.mask else None
 
 
-def _embed(base: Base, captions: Sequence[str], windows: int, warnings: list[str]) -> Cond:
-    """Conditioning of captions, a row each, in the base's dtype."""
+def embed_captions(base: Base, captions: Sequence[str], windows: int, warnings: list[str]) -> Cond:
+    """Conditioning of captions as the base reads them, a row each, in its dtype, on the CPU; cached as latents are.
+
+    Each is read by itself: a row's bits don't depend on its company, and memory not on their number.
+    """
     texts = [[identity(base, text.model), text.layer] for text in base.texts]
 
     @torch.no_grad()

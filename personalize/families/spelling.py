@@ -86,7 +86,7 @@ def split_part(name: str) -> tuple[frozenset[str], str]:
 def find_paths(shapes: Mapping[str, Shape], metadata: Mapping[str, str]) -> dict[str, str]:
     """Name => canonical path, in the family that knows most of the names (name => shape of dW), fits their shapes best, is
     claimed by the metadata, and spells them so itself. Names that this family does not know are left out."""
-    return dict(_find_paths(tuple(shapes.items()), tuple(says(metadata, family) for family in FAMILIES)))
+    return dict(_find_paths(tuple(sorted(shapes.items())), tuple(says(metadata, family) for family in FAMILIES)))
 
 
 @lru_cache(maxsize=8)  # a run writes and reads one adapter's names many times
@@ -94,7 +94,7 @@ def _find_paths(named: tuple[tuple[str, Shape], ...], said: tuple[bool, ...]) ->
     """`find_paths`; `said` is which of the families the metadata claims."""
     best: tuple[tuple[int, int, bool, bool], dict[str, str]] | None = None
     shapes, claimed = dict(named), any(said)
-    for family, own in zip(FAMILIES, said, strict=True):
+    for family, own in sorted(zip(FAMILIES, said, strict=True), key=lambda one: not one[1]):  # which can end the search
         paths = {name: path for name, shape in shapes.items() if (path := path_in(family, name, shape))}
         wrong = sum(not same(shapes[name], weights(family)[path]) for name, path in paths.items())
         spelled = family in spelled_by(paths, (family,))

@@ -106,13 +106,14 @@ def read_scalar(file: BinaryIO, key: str, entry: Entry) -> float:
 
 
 def _check_file(path: Path) -> None:
+    if path.is_file():
+        return
     if path.is_dir():
         inside = ", ".join(map(str, sorted(path.glob("*.safetensors"))[:3]))
         raise AdapterError(f"{path} is a folder", f"name the file: {inside}" if inside else "name a .safetensors file")
     if not path.exists():
         raise AdapterError(f"{path} does not exist", "check the path")
-    if not path.is_file():
-        raise AdapterError(f"{path} is not an ordinary file", "name a .safetensors file")
+    raise AdapterError(f"{path} is not an ordinary file", "name a .safetensors file")
 
 
 def _parse(path: Path, file: BinaryIO, size: int) -> Header:

@@ -21,6 +21,7 @@ from torch import Tensor
 from ..adapters.adapter import Adapter
 from ..errors import RecipeError
 from ..models.model import Base
+from ..models.threads import few_threads
 from .events import Cancelled, Event, Notice, Picture, Progress
 from .img2img import InitLatents, encode_image, fit_image
 from .library import Library
@@ -106,8 +107,9 @@ class Session:
         """Draw requests that are drawn alike, at once."""
         numbers, requests = tuple(number for number, _ in batch), [request for _, request in batch]
         uses = requests[0].adapters
-        steps = draw_batch(self.base, requests, [(adapters[use.name], use.weighting) for use in uses], start)
-        pixels = yield from self._progress(steps, numbers)
+        with few_threads(self.base):
+            steps = draw_batch(self.base, requests, [(adapters[use.name], use.weighting) for use in uses], start)
+            pixels = yield from self._progress(steps, numbers)
         if not pixels.isfinite().all():
             yield Notice(not_finite(self.base))
         own = {use.name: hashes[use.name] for use in uses}

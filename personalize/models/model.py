@@ -181,11 +181,16 @@ class Base:
             "prediction": self.noise.prediction,
             "zero_snr": self.noise.zero_snr,
             "resolution": self.resolution,
-            "parameters": {part: sum(map(numel, model.modules())) for part, model in models.items()},
+            "parameters": self.sizes,
             "stored": stored,
             "dtypes": self.dtypes,
             "bytes": sum(weight_bytes(model) for model in models.values()),
         }
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Part => how many values its weights are."""
+        return {part: sum(map(numel, model.modules())) for part, model in {**self.parts, "vae": self.vae}.items()}
 
     @property
     def dtypes(self) -> dict[str, str]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..data.batches import batch_at, batches, generator
 from ..data.folder import class_images
-from ..data.latents import Latents, encode_dataset, on_demand
+from ..data.latents import Latents, embed_captions, encode_dataset, on_demand
 from ..families.cond import Cond
 from ..inference.pipeline import draw_images
 from ..inference.png import save_picture
@@ -30,13 +30,14 @@ class TrainingData:
     latents: Latents
     prior: Latents | None  # class images, where the objective needs them; encoded when a step first wants them in its shape
     class_captions: list[str]  # those of the pictures without the trigger, then the class prompts
-    class_cond: Cond | None  # class captions as the base reads them, where the objective needs them
+    class_cond: Cond | None  # distinct class captions as the base reads them, where the objective needs them
+    class_rows: Tensor  # [class captions], each one's row there
     held: Latents | None  # pictures that are not learned
 
 
 def prepare_data(plan: RunPlan) -> TrainingData:
     """Encode the pictures and captions, and draw class images if the objective wants them. Cached, all of it."""
-    recipe, captions, prior, class_cond = plan.recipe, plan.class_captions, None, None
+    recipe, prior, class_cond = plan.recipe, None, None
     needs = needs_of(recipe.objective)
     if needs.class_images:
         if plan.regularization is None:
@@ -44,11 +45,12 @@ def prepare_data(plan: RunPlan) -> TrainingData:
         classes = plan.regularization or class_images(plan.run.class_images, plan.class_prompts[0])
         prior = on_demand(plan.base, classes, recipe, windows=plan.windows)
     with plan.base.keeping():
+        captions, latents = plan.class_captions, encode_dataset(plan.base, plan.dataset, recipe, plan.windows)
+        rows = {caption: row for row, caption in enumerate(dict.fromkeys(captions))}
         if needs.class_captions:
-            with torch.no_grad():
-                class_cond = plan.base.embed(captions, windows=plan.windows, weighted=True)
+            class_cond = embed_captions(plan.base, list(rows), plan.windows, latents.warnings)
         held = encode_dataset(plan.base, replace(plan.dataset, examples=plan.held), recipe, plan.windows) if plan.held else None
-        return TrainingData(encode_dataset(plan.base, plan.dataset, recipe, plan.windows), prior, captions, class_cond, held)
+        return TrainingData(latents, prior, captions, class_cond, torch.tensor([rows[one] for one in captions]), held)
 
 
 def training_batches(plan: RunPlan, data: TrainingData, start: int) -> Iterator[Inputs]:
@@ -102,7 +104,7 @@ def with_class_captions(plan: RunPlan, data: TrainingData, inputs: Inputs, index
         drawn = torch.randint(prompts, (len(index),), generator=rng_of(plan.recipe, micro)("class captions"))
         others = torch.arange(len(index)) % 2 == micro % 2
         index = torch.where(others, pictures + drawn, index.cpu())
-    off = data.class_cond[index.to(data.class_cond.tokens.device)]
+    off = data.class_cond[data.class_rows[index.cpu()]].to(plan.base.device)
     now = read([captions[i] for i in index.tolist()], micro) if plan.recipe.optim.text_encoder_lr else off
     sizes = None if inputs.cond.sizes is None else inputs.cond.sizes[: len(index)]
     return replace(inputs, class_cond=now.with_sizes(sizes), class_cond_off=off.with_sizes(sizes))

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ..data.folder import read_folder
 from ..errors import PersonalizeError, TrainingError, nearest
+from ..models.threads import few_threads
 from ..recipe.fields import Choosing, Recipe
 from ..tuning.fleet import Fleet
 from .control import WORDS, take_words
@@ -153,12 +154,15 @@ def train_plans(
     memory, data = {i: choose_memory_plan(plan) for i, plan in plans.items()}, dict[int, TrainingData]()
     first, *_ = plans
     apply_plan(plans[first].base, memory[first].compute, plans[first].device)
-    for i, plan in plans.items():
-        try:
-            data[i] = prepare_data(plan)  # images, captions => latents and conditioning, once
-        except policy.contained as error:
-            yield i, failed_event(plan, 0, error)
-    with Fleet(plans[first].base, [plans[i].start for i in data], plans[first].recipe.adapter.dropout) as fleet:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(few_threads(plans[first].base))
+        for i, plan in plans.items():
+            try:
+                data[i] = prepare_data(plan)  # images, captions => latents and conditioning, once
+            except policy.contained as error:
+                yield i, failed_event(plan, 0, error)
+        starts = [plans[i].start for i in data]
+        fleet = stack.enter_context(Fleet(plans[first].base, starts, plans[first].recipe.adapter.dropout))
         runs = []
         commit = Commit(plans[first].run.commit) if len(data) > 1 else None
         for member, i in zip(fleet.members, data, strict=True):

@@ -644,10 +644,10 @@ def test_prior_output_holds_the_class_prompts_too(make: Make, tmp_path: Path) ->
     assert captions[-2:] == ["a cat, ink drawing", "a house"] and len(captions) == len(job.dataset.examples) + 2
     assert data.class_cond is not None
     shown = [inputs.class_cond_off for inputs in islice(training_batches(job, data, 0), 6)]
-    held = {
-        i for cond in shown for row in cond.tokens for i in range(len(captions)) if torch.equal(row, data.class_cond.tokens[i])
-    }
-    assert {len(captions) - 2, len(captions) - 1} < held
+    kept = data.class_cond.tokens
+    held = {i for cond in shown for row in cond.tokens for i in range(len(kept)) if torch.equal(row, kept[i])}
+    assert set(data.class_rows[-2:].tolist()) < held
+    assert len(kept) == len(set(captions)) == 3 < len(captions)  # four pictures say "a cat" without the trigger: read once
     again = next(training_batches(job, data, 5)).class_cond_off
     assert torch.equal(again.tokens, shown[5].tokens)  # a run that goes on holds the same
 

@@ -7,7 +7,7 @@ import sys
 
 from personalize.errors import PersonalizeError
 
-from . import algebra, fleet, fuzz, ladder, memory, step, svd, throughput
+from . import algebra, fleet, fuzz, ladder, memory, quick, step, svd, throughput
 
 BENCHMARKS = {
     "algebra": algebra,
@@ -15,6 +15,7 @@ BENCHMARKS = {
     "fuzz": fuzz,
     "ladder": ladder,
     "memory": memory,
+    "quick": quick,
     "step": step,
     "svd": svd,
     "throughput": throughput,

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from personalize.errors import TrainingError
+from personalize.families.recognition import detect
 from personalize.families.tokens import clip_tokenizer
 from personalize.io import write_text
 from personalize.models.model import quiet
@@ -33,7 +34,8 @@ def run(
     """What one of our programs beside this file leaves in `result`, as JSON, when it runs a script. Raises TrainingError."""
     start = [*peer.launcher(result.parent / "stand-in"), str(Path(__file__).with_name(program)), str(result.resolve())]
     command = [*start, *map(str, told), str(script.resolve()), *flags]
-    environment = os.environ | ({"ACCELERATE_USE_CPU": "true"} if cpu else {})
+    places = os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = os.environ | {"PYTHONPATH": places} | ({"ACCELERATE_USE_CPU": "true"} if cpu else {})
     result.unlink(missing_ok=True)
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=limit, env=environment)
@@ -97,14 +99,18 @@ def write_base(folder: Path, configs: Configs) -> None:
     """A diffusers folder without weights."""
     for part, config in (("unet", configs.denoiser), ("vae", configs.vae)):
         write_text(folder / part / "config.json", json.dumps({"_class_name": CLASSES[part], **config}))
-    for part, config in configs.texts.items():
-        text = dict(config)
-        text |= {"architectures": [text.pop("kind")], "model_type": "clip_text_model"}
+    for part, kind in text_classes(configs).items():
+        text = {**configs.texts[part], "architectures": [kind], "model_type": "clip_text_model"}
         write_text(folder / part / "config.json", json.dumps(text))
         clip_tokenizer().save_pretrained(folder / part.replace("text_encoder", "tokenizer"))
     from diffusers import DDPMScheduler
 
     DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear").save_pretrained(folder / "scheduler")
+
+
+def text_classes(configs: Configs) -> dict[str, str]:
+    """The text encoders of a base, and transformers' classes of them."""
+    return {row.part: row.model().__name__ for row in detect(configs.denoiser, configs.texts, configs.part).texts}
 
 
 def write_weights(folder: Path, configs: Configs, device: torch.device) -> None:
@@ -119,7 +125,7 @@ def write_weights(folder: Path, configs: Configs, device: torch.device) -> None:
             model.save_pretrained(folder / part)
             model.to("meta")
     parts = {part: ["diffusers", name] for part, name in CLASSES.items()}
-    parts |= {part: ["transformers", text["kind"]] for part, text in configs.texts.items()}
+    parts |= {part: ["transformers", kind] for part, kind in text_classes(configs).items()}
     parts |= {part.replace("text_encoder", "tokenizer"): ["transformers", "CLIPTokenizer"] for part in configs.texts}
     kind = "StableDiffusionXLPipeline" if len(configs.texts) > 1 else "StableDiffusionPipeline"
     write_text(folder / "model_index.json", json.dumps({"_class_name": kind, **parts}))

@@ -33,7 +33,7 @@ from .counting import Work, phases
 SIDES = {"sd1": 512, "sdxl": 1024}
 PRECISIONS = {"float32": "no", "bfloat16": "bf16"}  # accelerate's names for them
 PHASES = ("encoders", "forward", "backward", "update")
-OURS = ((Optimizer, "backward", "backward"), (Optimizer, "norm", "update"), (Optimizer, "step", "update"))
+OURS = ((Tensor, "backward", "backward"), (Optimizer, "norm", "update"), (Optimizer, "step", "update"))
 HEADS = ("family", "precision", "batch", "whose", *PHASES, "operations", "waits", "GB touched")
 STEPS = 2  # the first makes the optimizer's moments
 

@@ -26,8 +26,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from personalize.training.memory.estimate import solidify
-
-from .counting import Work, phases
+from tools.bench.counting import Work, phases
 
 STEPS = 2  # the first makes the optimizer's moments
 

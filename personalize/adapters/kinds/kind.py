@@ -7,7 +7,7 @@ row imports no torch: `describe` reads files without it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Protocol
@@ -64,8 +64,10 @@ class Kind:
     unset_alpha: float | None = None  # what is written for an alpha that is not set
     on_top: bool = False  # changes what another kind makes, whose tensors stand beside its own
     factors: Callable[[Tensors], tuple[Tensor, Tensor] | None] | None = None  # [out, r] @ [r, in * kh * kw] = dW / scale
+    factor_rank: Callable[[Shapes], int] | None = None  # r of `factors`, without making them; 0 where they are None
     bound: Callable[[Tensors], float] | None = None  # what no entry of dW / scale, nor of any product on the way, exceeds
     halves: Callable[[Tensors], tuple[Tensor, Tensor]] | None = None  # whose Kronecker product dW / scale is
+    thin: Callable[[Tensors], Sequence[tuple[Tensor, ...]]] | None = None  # each of `halves` [o, i], or two factors of it
     rows: tuple[str, ...] = ()  # roles whose rows are those of dW, or of equal parts of it; none: no rows of dW can be told apart
     whole: tuple[str, ...] = ()  # roles beside which that is not so
     start: Callable[[Shape, int, float, Generator], dict[str, Tensor]] | None = None  # W's shape, rank, alpha => dW = 0

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ...families.family import Shape
-from .kind import DORA, SCALED, Kind, MisfitError, Shapes, bound_of, check, half, half_shape, inner, ratio
+from .kind import DORA, SCALED, Kind, MisfitError, Shapes, bound_of, check, half, half_shape, inner, ratio, shapes_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,13 +34,21 @@ def delta(tensors: Tensors, weight: Tensor | None, alpha: float | None) -> Tenso
     return ratio(len(tensors["hada_w1_b"]), alpha) * (one * two)
 
 
+def factor_rank(shapes: Shapes) -> int:
+    """That of `factors`; 0 where they would be larger than dW, and of hostile shapes far larger."""
+    if "hada_t1" in shapes:
+        return 0
+    rank = shapes["hada_w1_a"][1] * shapes["hada_w2_a"][1]
+    return rank if rank < min(shapes["hada_w1_a"][0], shapes["hada_w1_b"][1]) else 0
+
+
 def factors(tensors: Tensors) -> tuple[Tensor, Tensor] | None:
     """Rank r^2: every column of one half times every column of the other (Khatri-Rao)."""
     import torch
 
+    if not factor_rank(shapes_of(tensors)):
+        return None
     a, b = tensors["hada_w1_a"], tensors["hada_w2_a"]
-    if "hada_t1" in tensors or a.shape[1] * b.shape[1] >= min(len(a), tensors["hada_w1_b"].shape[1]):
-        return None  # larger than dW, and of hostile shapes far larger
     up = torch.einsum("oi,oj->oij", a, b).flatten(1)
     right = torch.einsum("in,jn->ijn", tensors["hada_w1_b"].flatten(1), tensors["hada_w2_b"].flatten(1))
     return up, right.flatten(0, 1)
@@ -56,6 +64,7 @@ LOHA = Kind(
     linear_in=("hada_w1_a",),
     names={DORA: "LoHa + DoRA"},
     factors=factors,
+    factor_rank=factor_rank,
     bound=bound_of(*HALVES),
     rows=("hada_w1_a", "hada_w2_a"),
     whole=("hada_t1", "hada_t2", DORA),

@@ -6,6 +6,7 @@ products of w1_a and w1_b, w2_a and w2_b; w2 also with a Tucker core. The rank i
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from ...families.family import Shape
@@ -57,17 +58,37 @@ def kron(one: Tensor, two: Tensor) -> Tensor:
     return blocks.reshape(out * low, inside * deep, *kernel)
 
 
+def thin(tensors: Tensors) -> list[tuple[Tensor, ...]]:
+    """w1 and w2 as matrices: whole, or as two factors where those are thin."""
+    return [_thin(tensors, whole, core) for whole, core in HALVES]
+
+
+def _thin(tensors: Tensors, whole: str, core: str) -> tuple[Tensor, ...]:
+    if whole in tensors or core in tensors:
+        return ((tensors[whole] if whole in tensors else half(tensors, whole, core)).flatten(1),)
+    a, b = tensors[f"{whole}_a"], tensors[f"{whole}_b"].flatten(1)
+    return (a, b) if a.shape[1] < min(len(a), b.shape[1]) else (a @ b,)
+
+
+def factor_rank(shapes: Shapes) -> int:
+    """That of `factors`; 0 where they would be larger than dW, and of hostile shapes far larger."""
+    if "lokr_w2" in shapes or "lokr_t2" in shapes:
+        return 0
+    out, inside = _half_shape(shapes, *HALVES[0])
+    (low, width), (_, *deep) = shapes["lokr_w2_a"], shapes["lokr_w2_b"]
+    rank = min(out, inside) * width
+    return rank if rank < min(out * low, inside * math.prod(deep)) else 0
+
+
 def factors(tensors: Tensors) -> tuple[Tensor, Tensor] | None:
     """kron(w1, a @ b) = kron(w1, a) @ kron(1, b) = kron(1, a) @ kron(w1, b), whichever is narrower."""
     import torch
 
-    if "lokr_w2" in tensors or "lokr_t2" in tensors:
+    if not factor_rank(shapes_of(tensors)):
         return None
     one = tensors["lokr_w1"] if "lokr_w1" in tensors else half(tensors, *HALVES[0])
     a, b = tensors["lokr_w2_a"], tensors["lokr_w2_b"].flatten(1)
     out, inside = one.shape
-    if min(out, inside) * a.shape[1] >= min(out * len(a), inside * b.shape[1]):
-        return None  # larger than dW, and of hostile shapes far larger
     if inside <= out:
         return kron(one, a), kron(torch.eye(inside), b)
     return kron(torch.eye(out), a), kron(one, b)
@@ -83,8 +104,10 @@ LOKR = Kind(
     linear_in=("lokr_w1", "lokr_w1_a"),
     names={DORA: "LoKr + DoRA"},
     factors=factors,
+    factor_rank=factor_rank,
     bound=bound_of(*HALVES),
     halves=halves,
+    thin=thin,
     rows=("lokr_w1", "lokr_w1_a"),
     whole=(DORA,),
 )

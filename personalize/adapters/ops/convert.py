@@ -6,7 +6,7 @@ from ...errors import AdapterError
 from ..adapter import Adapter
 from ..delta import Delta, Dense
 from ..lazy import map_deltas
-from .resize import Line, Report, can_factor, check_plain, cut_to_rank, keep_as_is
+from .resize import Line, Report, can_factor, check_plain, cut_to_rank, keep_as_is, rank_of
 
 USUAL = 32  # the rank of what has no factors of its own
 
@@ -40,7 +40,6 @@ def _as_lora(path: str, delta: Delta, rank: int | None) -> tuple[Delta, Line]:
     check_plain(path, delta)
     if not can_factor(delta):
         return keep_as_is(path, delta)
-    exact = delta.low_rank()
-    if exact and (rank is None or exact.rank <= rank):
+    if (rank is None or rank_of(delta) <= rank) and (exact := delta.low_rank()):
         return keep_as_is(path, exact)
     return cut_to_rank(path, delta, rank or USUAL)

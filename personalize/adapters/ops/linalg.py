@@ -1,8 +1,9 @@
 """Singular values and vectors of updates. Low-rank ones are never multiplied out; everything inside is fp64.
 
 Of factors up [out, r] and down [r, in]: QR of both, then the SVD of the r x r core that their triangles make. That is the exact
-truncated SVD at the cost of r x r: 2 ms for rank 32 on [1280, 1280] and 5 ms on a 3x3 convolution of 1280 channels, where the SVD
-of dW takes 0.6 s and 13 s. fp64 costs twice the time of fp32 and is worth it: singular values to 4e-14 instead of 5e-7.
+truncated SVD at the cost of r x r: 1 ms for rank 32 on [1280, 1280], where the SVD of dW takes 0.6 s. The QR is that of Cholesky,
+which is nothing but products, where a factor's ranks are apart enough for it, and else that of Householder. fp64 costs
+twice the time of fp32 and is worth it: singular values to 4e-14 instead of 5e-7.
 
 The SVD of a Kronecker product (LoKr) is the Kronecker product of both halves' SVDs (Van Loan 2000, "The ubiquitous Kronecker
 product"), whose largest values are picked out: exact, a millisecond for any layer of SD 1.5.
@@ -22,10 +23,14 @@ from ..delta import sides as sides
 # four power iterations the error of merges at rank 64 was 1.0003 (TIES) to 1.001 (DARE: noise has no few directions) of the
 # smallest possible, in a half to a sixth of the time of `leading_svd`.
 _LARGE, _FEW, SPARE, ITERATIONS = 512, 8, 16, 4
+_APART = 1e3  # the square of the inverse of a factor with scaled rows: Cholesky's Q is then orthonormal to 1e-12
 
 
 class Svd(NamedTuple):
-    """A = u * s @ v + what is left out: u [out, k], s [k] falling, v [k, in] in fp64; `rest` is the norm of what is left out."""
+    """A = u * s @ v + what is left out: u [out, k], s [k] falling, v [k, in] in fp64; `rest` is the norm of what is left out.
+
+    Where a rank was asked of factors, u and v are cut to it, and s tells all.
+    """
 
     u: Tensor
     s: Tensor
@@ -35,28 +40,55 @@ class Svd(NamedTuple):
 
 def factors(pair: LowRank) -> tuple[Tensor, Tensor]:
     """up [out, r] with the scale in it and down [r, in * kh * kw], fp64."""
-    return pair.scale * pair.up.flatten(1).double(), pair.down.flatten(1).double()
+    up, down = pair.up.flatten(1).double(), pair.down.flatten(1).double()
+    return up if pair.scale == 1 else pair.scale * up, down
 
 
 def svd(delta: Delta, rank: int | None = None) -> Svd:
     """Of an update that does not need its base: exact from its halves or factors, if any, else of dW as `of_matrix` does."""
-    if halves := halves_of(delta):
+    if halves := svds_of_halves(delta):
         return of_kronecker(*halves, rank)
     if pair := delta.low_rank():
-        return of_factors(*factors(pair))
+        return of_factors(*factors(pair), rank)
     return of_matrix(delta.delta().reshape(sides(delta.shape)), rank)
 
 
-def of_factors(up: Tensor, down: Tensor) -> Svd:
-    """Of up @ down, exact; k = min(out, r, in)."""
-    left, right = torch.linalg.qr(up.double()), torch.linalg.qr(down.double().T)
-    u, s, v = torch.linalg.svd(left.R @ right.R.T, full_matrices=False)
-    return Svd(left.Q @ u, s, v @ right.Q.T)
+def of_factors(up: Tensor, down: Tensor, rank: int | None = None) -> Svd:
+    """Of up @ down, exact; k = min(out, r, in), or the first `rank` vectors beside all values."""
+    left, right = lq(up.double().T), lq(down.double())
+    u, s, v = torch.linalg.svd(left.triangle.T @ right.triangle, full_matrices=False)
+    return Svd(left.span(u[:, :rank].T).T, s, right.span(v[:rank]))
 
 
-def of_kronecker(one: Tensor, two: Tensor, rank: int | None = None) -> Svd:
+class Lq(NamedTuple):
+    """A matrix [r, n] as triangle @ Q with orthonormal rows of Q: these are `rows`, or where `solve` says so triangle^-1 rows."""
+
+    rows: Tensor
+    triangle: Tensor
+    solve: bool
+
+    def span(self, x: Tensor) -> Tensor:
+        """x [k, r] @ Q."""
+        x = torch.linalg.solve_triangular(self.triangle, x, upper=False, left=False) if self.solve else x
+        return x @ self.rows
+
+
+def lq(matrix: Tensor) -> Lq:
+    """By Cholesky, whose error is that of Householder times the square of the condition of the scaled rows: where a bound on that
+    is small enough, else by Householder (Yamamoto et al. 2015, Roundoff error analysis of the CholeskyQR2 algorithm)."""
+    gram = matrix @ matrix.T
+    lower, failed = torch.linalg.cholesky_ex(gram)
+    if not failed:
+        inverse = torch.linalg.solve_triangular(lower, torch.eye(len(lower), dtype=lower.dtype), upper=False)
+        if float(inverse.square().sum(0) @ gram.diagonal()) < _APART:  # NaN is not
+            return Lq(matrix, lower, solve=True)
+    q, r = torch.linalg.qr(matrix.T)
+    return Lq(q.T, r.T, solve=False)
+
+
+def of_kronecker(one: Svd, two: Svd, rank: int | None = None) -> Svd:
     """Of kron(one [a, b], two [c, d]): [a * c, b * d]; exact: all of it, or the first `rank`."""
-    (u, s, v), (w, t, x) = (_drop_rounding(torch.linalg.svd(half, full_matrices=False)) for half in (one, two))
+    (u, s, v, _), (w, t, x, _) = one, two
     products = torch.outer(s, t).flatten()
     order = products.argsort(descending=True, stable=True)
     i, j = order[:rank] // len(t), order[:rank] % len(t)
@@ -65,11 +97,27 @@ def of_kronecker(one: Tensor, two: Tensor, rank: int | None = None) -> Svd:
     return Svd(left, products[order[:rank]], right, float(torch.linalg.norm(products[order[len(i) :]])))
 
 
-def _drop_rounding(parts: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """An SVD without the values that are nothing but rounding: a product of two thin matrices has many."""
-    u, s, v = parts
+def svds_of_halves(delta: Delta) -> tuple[Svd, Svd] | None:
+    """Of both matrices whose Kronecker product dW is, with the scale in the first; None for other kinds. A half that is a product
+    of thin factors is not formed."""
+    if not isinstance(delta, Structured) or not delta.row.halves:
+        return None
+    tensors = {role: value.double() for role, value in delta.tensors.items()}
+    halves = delta.row.thin(tensors) if delta.row.thin else [(half.flatten(1),) for half in delta.row.halves(tensors)]
+    (one, *more), two = halves
+    return _svd_of_product(delta.scale * one, *more), _svd_of_product(*two)
+
+
+def _svd_of_product(one: Tensor, other: Tensor | None = None) -> Svd:
+    """Of one matrix, or of the product of two thin ones, without the values that are nothing but rounding."""
+    return _drop_rounding(Svd(*torch.linalg.svd(one, full_matrices=False)) if other is None else of_factors(one, other))
+
+
+def _drop_rounding(parts: Svd) -> Svd:
+    """An SVD without the values that are nothing but rounding: a product of two matrices may have many."""
+    u, s, v, _ = parts
     kept = slice(0, max(1, int((s > s[0] * max(u.shape[0], v.shape[1]) * torch.finfo(s.dtype).eps).sum())))
-    return u[:, kept], s[kept], v[kept]
+    return Svd(u[:, kept], s[kept], v[kept])
 
 
 def halves_of(delta: Delta) -> tuple[Tensor, Tensor] | None:
@@ -126,15 +174,14 @@ def sketch(matrix: Tensor, rank: int, iterations: int = ITERATIONS) -> Svd:
 
 def singular_values(delta: Delta) -> Tensor:
     """Singular values only, falling, fp64; without factors right to 1e-8 of the largest."""
-    if halves := halves_of(delta):
-        one, two = (torch.linalg.svd(half, full_matrices=False) for half in halves)
-        return torch.outer(_drop_rounding(one)[1], _drop_rounding(two)[1]).flatten().sort(descending=True).values
+    if halves := svds_of_halves(delta):
+        return torch.outer(*(half.s for half in halves)).flatten().sort(descending=True).values
     if not (pair := delta.low_rank()):
         matrix = delta.delta().reshape(sides(delta.shape)).double()
         matrix = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
         return torch.linalg.eigvalsh(matrix @ matrix.T).flip(0).clamp(min=0).sqrt()
     up, down = factors(pair)
-    return torch.linalg.svdvals(torch.linalg.qr(up, mode="r").R @ torch.linalg.qr(down.T, mode="r").R.T)
+    return torch.linalg.svdvals(lq(up.T).triangle.T @ lq(down).triangle)
 
 
 def inner(a: Delta, b: Delta) -> float:

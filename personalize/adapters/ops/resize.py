@@ -16,7 +16,7 @@ from ...families.family import Shape
 from ...families.names import PARTS, part_of
 from ...formats.tensors import TORCH, one_thread
 from ..adapter import Adapter
-from ..delta import Decomposed, Delta, Dense, LowRank, kind_name
+from ..delta import Decomposed, Delta, Dense, LowRank, Structured, kind_name
 from ..lazy import map_deltas
 from . import linalg
 
@@ -271,7 +271,7 @@ def _at_rank(delta: Delta, rank: int) -> Delta:
     kept = delta.low_rank() or delta
     if not can_factor(kept) or (rank >= rank_of(kept) and isinstance(kept, LowRank | Dense)):
         return kept
-    return linalg.low_rank(linalg.svd(delta), delta.shape, rank)
+    return linalg.low_rank(linalg.svd(delta, rank if isinstance(kept, LowRank) else None), delta.shape, rank)
 
 
 def can_factor(delta: Delta) -> bool:
@@ -281,8 +281,9 @@ def can_factor(delta: Delta) -> bool:
 
 def rank_of(delta: Delta) -> int:
     """Of the factors that it has or, if it has none, the rank that dW can have."""
-    pair = (delta.inner if isinstance(delta, Decomposed) else delta).low_rank()
-    return pair.rank if pair else min(linalg.sides(delta.shape)) if can_factor(delta) else 1
+    plain = delta.inner if isinstance(delta, Decomposed) else delta
+    rank = plain.factor_rank if isinstance(plain, Structured) else plain.rank if isinstance(plain, LowRank) else 0
+    return rank or (min(linalg.sides(delta.shape)) if can_factor(delta) else 1)
 
 
 def _tails(values: Tensor) -> Tensor:

@@ -44,6 +44,8 @@ class Piece(NamedTuple):
 
 def pieces_of(deltas: Sequence[Delta]) -> list[Piece] | None:
     """The updates as pieces; None if one has none, or if there is nothing to gain because all are factors."""
+    if not any(isinstance(delta, Structured) and delta.row.halves for delta in deltas):
+        return None
     found = []
     for delta in deltas:
         if pair := delta.low_rank():

@@ -236,4 +236,4 @@ def main(options: argparse.Namespace) -> None:
     }
     publish(options.to, options.name, "Is what is told of an adapter true?", about, tables, records)
     path = options.to / f"{options.name}.md"
-    write_text(path, path.read_text() + "## Checkpoints\n\n" + markdown(HEADS, lines))
+    write_text(path, path.read_text() + "\n## Checkpoints\n\n" + markdown(HEADS, lines))
