@@ -138,6 +138,11 @@ class Base:
         return {self.family.denoiser.part: self.denoiser} | {text.part: text.model for text in self.texts}
 
     @property
+    def models(self) -> dict[str, nn.Module]:
+        """The parts, and the autoencoder."""
+        return {**self.parts, "vae": self.vae}
+
+    @property
     def unet(self) -> Any:
         """The denoiser, as it was called while all of them were UNets."""
         return self.denoiser
@@ -170,32 +175,22 @@ class Base:
     @property
     def facts(self) -> dict[str, Any]:
         """What was loaded, for people: family, prediction, parameters, dtypes on disk and in memory, bytes."""
-        models = {**self.parts, "vae": self.vae}
-        stored: dict[str, int] = {}
-        for sizes in self.stored.values():
-            for dtype, size in sizes.items():
-                stored[dtype] = stored.get(dtype, 0) + size
         return {
             "family": self.family.name,
             "title": self.family.title,
             "prediction": self.noise.prediction,
             "zero_snr": self.noise.zero_snr,
             "resolution": self.resolution,
-            "parameters": self.sizes,
-            "stored": stored,
+            "parameters": {part: sum(map(numel, model.modules())) for part, model in self.models.items()},
+            "stored": dict(sum(map(Counter, self.stored.values()), Counter[str]())),
             "dtypes": self.dtypes,
-            "bytes": sum(weight_bytes(model) for model in models.values()),
+            "bytes": sum(map(weight_bytes, self.models.values())),
         }
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        """Part => how many values its weights are."""
-        return {part: sum(map(numel, model.modules())) for part, model in {**self.parts, "vae": self.vae}.items()}
 
     @property
     def dtypes(self) -> dict[str, str]:
         """Part => in what its weights are held."""
-        return {part: dtypes_of(model) for part, model in {**self.parts, "vae": self.vae}.items()}
+        return {part: dtypes_of(model) for part, model in self.models.items()}
 
     def place(self, device: torch.device | None = None, *, lean: bool = False, tiled: bool = False) -> None:
         """Compute on `device` from now on. With `lean`, encoders leave it when they are done, and come when they are needed."""

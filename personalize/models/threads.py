@@ -25,7 +25,7 @@ def few_threads(base: Base) -> Iterator[None]:
 
     Blocks may overlap in any order, as those of iterators do: the last one that ends gives the other cores back.
     """
-    if base.device.type != "cpu" or "OMP_NUM_THREADS" in os.environ or sum(base.sizes.values()) > SMALL:
+    if base.device.type != "cpu" or "OMP_NUM_THREADS" in os.environ or size(base) > SMALL:
         yield
         return
     if not getattr(_inside, "blocks", 0):
@@ -38,3 +38,8 @@ def few_threads(base: Base) -> Iterator[None]:
         _inside.blocks -= 1
         if not _inside.blocks:
             torch.set_num_threads(_inside.before)
+
+
+def size(base: Base) -> int:
+    """Values of all models of a base."""
+    return sum(p.numel() for model in base.models.values() for p in model.parameters())
