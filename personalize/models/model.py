@@ -138,7 +138,7 @@ class Base:
         return {self.family.denoiser.part: self.denoiser} | {text.part: text.model for text in self.texts}
 
     @property
-    def models(self) -> dict[str, nn.Module]:
+    def models(self) -> dict[str, Any]:
         """The parts, and the autoencoder."""
         return {**self.parts, "vae": self.vae}
 

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 
 from ..errors import BaseModelError
 from ..families.family import Family
 from ..formats.header import read_header
 from ..formats.shapes import Shape
+from ..formats.tensors import read_tensor
 from .folder import load_model
 from .loaded import Unfilled, vae_dtype
 
@@ -25,7 +25,8 @@ def vae_in(path: Path, family: Family, dtype: torch.dtype) -> Any:
     from diffusers import AutoencoderKL
     from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 
-    shapes = {key: entry.shape for key, entry in read_header(path).tensors.items()}
+    entries = read_header(path).tensors
+    shapes = {key: entry.shape for key, entry in entries.items()}
     prefix = PREFIX if any(key.startswith(PREFIX) for key in shapes) else ""
     shapes = {key.removeprefix(prefix): shape for key, shape in shapes.items() if key.startswith(prefix)}
     shapes = {key: shape for key, shape in shapes.items() if key.startswith(("encoder.", "decoder.", "quant", "post_quant"))}
@@ -35,10 +36,9 @@ def vae_in(path: Path, family: Family, dtype: torch.dtype) -> Any:
         config = _config(shapes, family)
         with torch.device("meta"), Unfilled():
             model = AutoencoderKL(**config)
-        with safe_open(path, "pt") as file:
-            tensors = {PREFIX + key: file.get_tensor(prefix + key) for key in shapes}
-            state = {key: tensor.to(dtype) for key, tensor in convert_ldm_vae_checkpoint(tensors, config).items()}
-        model.load_state_dict(state, assign=True)
+        with path.open("rb") as file:  # one after the other: what is converted does not stay in memory as it was too
+            tensors = {PREFIX + key: read_tensor(file, prefix + key, entries[prefix + key]).to(dtype) for key in shapes}
+        model.load_state_dict(convert_ldm_vae_checkpoint(tensors, config), assign=True)
     except (KeyError, RuntimeError) as error:
         told = f"lacks {error.args[0]}" if isinstance(error, KeyError) else " ".join(str(error).split())[:200]
         raise BaseModelError(f"the VAE in {path} cannot be loaded: {told}", ANOTHER) from error

@@ -94,7 +94,7 @@ print(json.dumps({"seconds": time.perf_counter() - began, "peak": peak, **base.f
 """
 
 
-@pytest.mark.parametrize(("dtype", "most"), [("float16", 1.2e9), ("float32", 7.5e9)])  # its 2.1 GB stay in the file; twice that
+@pytest.mark.parametrize(("dtype", "most"), [("float16", 1.0e9), ("float32", 7.5e9)])  # its 2.1 GB stay in the file; twice that
 def test_loading_takes_no_more_memory_than_it_must(
     file: Path, dtype: str, most: float, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -119,7 +119,7 @@ def test_what_was_written_is_what_is_loaded(file: Path) -> None:
         },
         "vae": theirs.convert_ldm_vae_checkpoint(dict(tensors), dict(base.vae.config)),
     }
-    for part, model in {**base.parts, "vae": base.vae}.items():
+    for part, model in base.models.items():
         found = {name.removeprefix("text_model."): value for name, value in model.named_parameters()}
         assert found.keys() == wanted[part].keys(), part
         assert all(torch.equal(found[name], value.reshape(found[name].shape)) for name, value in wanted[part].items()), part

@@ -83,7 +83,7 @@ def apart(a: Tensor, b: Tensor) -> float:
 def everything(base: Base) -> dict[str, Any]:
     """All that a call could leave behind in a base: modules, hooks, parameters and buffers to the bit, and where they lie."""
     kept: dict[str, Any] = {"rng": torch.get_rng_state().tolist()}
-    for part, model in {**base.parts, "vae": base.vae}.items():
+    for part, model in base.models.items():
         for name, module in model.named_modules():
             hooks = [len(value) for key, value in vars(module).items() if key.endswith("hooks") and value is not None]
             kept[f"{part}.{name}"] = (type(module), module.training, sorted(vars(module)), hooks)

@@ -41,8 +41,18 @@ def test_commits_and_commands_that_are_none_are_told(monkeypatch: pytest.MonkeyP
 
 def test_what_a_smaller_command_takes_is_taken_off_and_shared(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(quick, "ROWS", {"step": quick.Row("long", "short", 4)})
-    monkeypatch.setattr(quick, "cost", lambda tree, command, out: (9.0, 18.0) if command == "long" else (1.0, 2.0))
+    monkeypatch.setattr(
+        quick, "cost", lambda tree, command, out: quick.Cost(18.0, 9.0, 0) if command == "long" else quick.Cost(2.0, 1.0, 0)
+    )
     said: list[tuple[str, ...]] = []
     monkeypatch.setattr(quick, "markdown", lambda heads, rows: said.extend(rows) or "")
     quick.main(argparse.Namespace(**vars(ONCE) | {"only": ["step"]}))
     assert said == [("step", "2.00", "2.00", "1.00", "4.00", "4.00", "1.00")]
+
+
+def test_rows_ask_for_as_many_as_they_share_among() -> None:
+    image = quick.ROWS["image"]
+    assert len(image.command.split("--seeds ")[1].split()[0].split(",")) == image.parts
+    for row in (quick.ROWS["step"], quick.ROWS["fleet's step"]):
+        more, less = (int(command.split("--steps ")[1].split()[0]) for command in (row.command, row.less))
+        assert more - less == row.parts

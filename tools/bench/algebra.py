@@ -91,13 +91,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 # ---------------------------------------------------------------- running
 
 
-def run(command: Sequence[str], folder: Path) -> Cost:
-    """What a command takes. Raises TrainingError if it fails; its words are in `folder`/last.log."""
-    environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+def run(command: Sequence[str], folder: Path, cwd: Path | None = None, **more: str) -> Cost:
+    """What a command takes, with `more` in its environment. Raises TrainingError if it fails; its words are in last.log."""
+    environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"} | more
     told, log = folder / "cost.json", folder / "last.log"
     with log.open("w") as out:
         meter = [sys.executable, "-I", "-S", "-c", METER, str(told), *command]
-        subprocess.run(meter, stdout=out, stderr=subprocess.STDOUT, env=environment, check=True)
+        subprocess.run(meter, stdout=out, stderr=subprocess.STDOUT, env=environment, cwd=cwd, check=True)
     code, *cost = json.loads(told.read_text())
     if code:
         raise TrainingError(f"{Path(command[0]).name} ended with {code}", f"its output is in {log}")

@@ -7,27 +7,27 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import os
+import itertools
 import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from personalize.errors import RecipeError
+from personalize.errors import RecipeError, TrainingError
 
 from ..pocket.proof.figures import markdown
 from . import pairs
+from .algebra import Cost, least, run
 
 HERE = Path(__file__).resolve().parents[2]
 TRAIN = "--choose none --sample-every 0 --sample-seeds 0 --warmup 0 --checkpoint-every 0"
 GENERATE = 'generate --base pocket "a red cat" --steps'
 HEADS = ("", "CPU s then", "CPU s now", "ratio", "wall s then", "wall s now", "ratio")
-Cost = tuple[float, float]  # seconds of CPU, and of the clock
+Spent = tuple[float, float]  # seconds of CPU, and of the clock
 
 
 @dataclass(frozen=True)
@@ -39,19 +39,17 @@ class Row:
     parts: int = 1
 
 
+def training(command: str, steps: int) -> str:
+    """A command that trains for so many steps, and does as little as it can besides."""
+    return f"{command} --class cat --preset pocket-subject --steps {steps} {TRAIN} --output {{work}}"
+
+
+SUBJECT, FOLDERS = "train {data}/subject --trigger zwx", "batch {data}"
 ROWS = {
     "start": Row(f"{GENERATE} 1 --output {{work}}"),
-    "image": Row(f"{GENERATE} 24 --seeds 8 --output {{work}}", f"{GENERATE} 1 --output {{work}}", 8),
-    "step": Row(
-        f"train {{data}}/subject --trigger zwx --class cat --preset pocket-subject --steps 14 {TRAIN} --output {{work}}",
-        f"train {{data}}/subject --trigger zwx --class cat --preset pocket-subject --steps 2 {TRAIN} --output {{work}}",
-        12,
-    ),
-    "fleet's step": Row(
-        f"batch {{data}} --class cat --preset pocket-subject --steps 8 {TRAIN} --output {{work}}",
-        f"batch {{data}} --class cat --preset pocket-subject --steps 2 {TRAIN} --output {{work}}",
-        6,
-    ),
+    "image": Row(f"{GENERATE} 24 --seeds 0,1,2,3,4,5,6,7 --output {{work}}", f"{GENERATE} 1 --output {{work}}", 8),
+    "step": Row(training(SUBJECT, 14), training(SUBJECT, 2), 12),
+    "fleet's step": Row(training(FOLDERS, 8), training(FOLDERS, 2), 6),
     "merge": Row("merge {a}:0.7 {b}:0.5 --output {work}/merged.safetensors"),
 }
 
@@ -71,18 +69,9 @@ def main(options: argparse.Namespace) -> None:
         words = {"data": str(HERE / "sample_data"), "a": str(a), "b": str(b), "work": str(work / "out")}
         rows = []
         for title in options.only:
-            row, costs = ROWS[title], dict[Path, Cost]()
+            row = ROWS[title]
             commands = [command.format(**words) for command in (row.command, row.less) if command]
-            measured: dict[tuple[Path, str], list[Cost]] = {}
-            for _ in range(options.rounds):
-                for command in commands:
-                    for tree in (then, HERE):
-                        measured.setdefault((tree, command), []).append(cost(tree, command, Path(words["work"])))
-            for tree in (then, HERE):
-                whole, *rest = ([min(each) for each in zip(*measured[tree, command], strict=True)] for command in commands)
-                less = rest[0] if rest else [0.0, 0.0]
-                costs[tree] = (whole[0] - less[0]) / row.parts, (whole[1] - less[1]) / row.parts
-            rows.append(cells(title, costs[then], costs[HERE]))
+            rows.append(cells(title, *compare(commands, row.parts, (then, HERE), work / "out", options.rounds)))
             print(" | ".join(rows[-1]), flush=True)
     print("\n" + markdown(HEADS, rows))
 
@@ -100,24 +89,32 @@ def tree_of(commit: str, folder: Path) -> Iterator[Path]:
         subprocess.run([*git, "remove", "--force", str(folder)], check=True)
 
 
+def compare(commands: Sequence[str], parts: int, trees: Sequence[Path], out: Path, rounds: int) -> list[Spent]:
+    """What the first command takes without the second, shared among so many, in each tree; all run in turns."""
+    costs: dict[tuple[Path, str], list[Cost]] = {}
+    for _, command, tree in itertools.product(range(rounds), commands, trees):
+        costs.setdefault((tree, command), []).append(cost(tree, command, out))
+    found = []
+    for tree in trees:
+        whole, *less = (least(costs[tree, command]) for command in commands)
+        cpu, wall = whole.cpu - sum(one.cpu for one in less), whole.wall - sum(one.wall for one in less)
+        found.append((cpu / parts, wall / parts))
+    return found
+
+
 def cost(tree: Path, command: str, out: Path) -> Cost:
     """What a command of a tree takes, from its process's start to its end. Raises RecipeError if it fails."""
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir()
-    said = out.with_suffix(".log")
-    environment = os.environ | {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    with said.open("wb") as log:
-        began = time.perf_counter()
-        words = [sys.executable, "-m", "personalize", *shlex.split(command)]
-        process = subprocess.Popen(words, cwd=out, env=environment, stdout=log, stderr=log)
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise RecipeError(f"{command} failed in {tree}: {said.read_text(errors='replace')[-500:]}", "does that commit know it?")
-    return usage.ru_utime + usage.ru_stime, time.perf_counter() - began
+    words = [sys.executable, "-m", "personalize", *shlex.split(command)]
+    try:
+        return run(words, out.parent, cwd=out, PYTHONPATH=str(tree), OMP_NUM_THREADS="1")
+    except TrainingError as error:
+        said = (out.parent / "last.log").read_text(errors="replace")[-500:]
+        raise RecipeError(f"{command} failed in {tree}: {said}", "does that commit know it?") from error
 
 
-def cells(title: str, then: Cost, now: Cost) -> tuple[str, ...]:
+def cells(title: str, then: Spent, now: Spent) -> tuple[str, ...]:
     """A row of the table; a ratio above 1 is faster now.
 
     >>> cells("step", (0.2, 0.3), (0.1, 0.1))

@@ -120,7 +120,7 @@ def write_weights(folder: Path, configs: Configs, device: torch.device) -> None:
     write_base(folder, configs)
     with quiet():
         base = ghost(configs, ComputePlan("bfloat16"))
-        for part, model in {**base.parts, "vae": base.vae}.items():
+        for part, model in base.models.items():
             fill(model, device)
             model.save_pretrained(folder / part)
             model.to("meta")
