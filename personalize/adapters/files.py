@@ -28,7 +28,7 @@ from . import dialects, hosts, kinds
 from .build import build
 from .delta import Decomposed, Delta, Dense, LowRank, kind_name
 from .describe import precisions, weights_in
-from .distance import estimate_norm, grams_of, is_within, relative_difference
+from .distance import estimate_norm, is_within, relative_difference
 from .kinds.kind import shapes_of as shapes_of_tensors
 from .lazy import OnDemand, prefetch, shapes_of
 from .words import key_inside
@@ -326,11 +326,10 @@ class _Draft:
         bias = next((tensors[role] for role in kinds.BIASES if role in tensors), None)
         kind = kinds.kind_of({**tensors, **numbers})
         found = Dense(bias) if bias is not None else _build_delta(kind, tensors, numbers, None, wanted.shape)
-        grams = grams_of(wanted)
-        self._norms[path] = norm = estimate_norm(wanted, grams)
+        self._norms[path] = norm = estimate_norm(wanted)
         if not found.finite():
             self._far[path] = math.inf
-        elif not is_within(found, wanted, _TOLERANCE[self.dtype] * norm, grams):
+        elif not is_within(found, wanted, _TOLERANCE[self.dtype] * norm):
             self._far[path] = relative_difference(found, wanted)
 
 
