@@ -7,6 +7,7 @@ import shutil
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
+os.environ.setdefault("PERSONALIZE_PROCESSES", "1")  # values are the same in more, and other tests want the other cores
 
 from collections.abc import Callable, Iterator
 from functools import partial

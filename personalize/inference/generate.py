@@ -47,7 +47,7 @@ def generate(
     base: Mapping[str, Any] | None = None,
     precision: str = Fitting().precision,
     device: str = "auto",
-    batch_size: int = 8,
+    batch_size: int | None = None,
     grid: bool = False,
     axes: Sequence[Axis] = (),
     output: Path = Path("pictures"),

@@ -40,7 +40,7 @@ def draw(
     size: Size | None = None,
     image: Image.Image | str | Path | None = None,
     denoise: float = DENOISE,
-    batch_size: int = 8,
+    batch_size: int | None = None,
 ) -> Pictures:
     """One image per (prompt, seed) pair, in order; `<lora:NAME:0.8>` in a prompt adds an adapter of `adapters` to it.
 
@@ -97,6 +97,6 @@ def check_arguments(
         raise RecipeError(f"steps must be at least 1, not {steps}", "steps=20")
 
 
-def draw_images(base: Base, requests: Iterable[Request], *, batch_size: int = 8) -> Iterator[Image.Image]:
+def draw_images(base: Base, requests: Iterable[Request], *, batch_size: int | None = None) -> Iterator[Image.Image]:
     """The image of each request, in order, each batch as soon as it is done, with whatever is attached to the base."""
     return images(Session(base, batch_size=batch_size).draw(requests))

@@ -21,7 +21,8 @@ from torch import Tensor
 from ..adapters.adapter import Adapter
 from ..errors import RecipeError
 from ..models.model import Base
-from ..models.threads import few_threads
+from ..models.processes import share
+from ..models.threads import few_threads, is_small
 from .events import Cancelled, Event, Notice, Picture, Progress
 from .img2img import InitLatents, encode_image, fit_image
 from .library import Library
@@ -29,6 +30,7 @@ from .request import InitImage, Request
 from .sampling import Steps, draw_batch, to_images
 from .schedulers import latent_shape
 
+MANY, FEW = 8, 4  # images at once: a small base gains nothing by more, and two of its batches are drawn by two cores
 Numbered = tuple[int, Request]
 Latents = dict[tuple[InitImage, tuple[int, int] | None], Tensor]
 
@@ -41,12 +43,14 @@ class Session:
     """Draws requests with one base, and with adapters of a library: by name from memory, from files or from a folder.
 
     Adapters are attached batch by batch and detached after each: the base is never loaded again, and between two batches it is
-    as it was, whether drawing ended well, failed or was cancelled. One thread draws at a time; any thread may cancel.
+    as it was, whether drawing ended well, failed or was cancelled. One thread draws at a time; any thread may cancel. Batches of
+    a small base are shared among CPU cores.
     """
 
-    def __init__(self, base: Base, library: Library | None = None, *, batch_size: int = 8) -> None:
+    def __init__(self, base: Base, library: Library | None = None, *, batch_size: int | None = None) -> None:
         self.base, self.library = base, library or Library()
-        self.batch_size = 1 if base.tiled else batch_size  # memory is short
+        most = FEW if is_small(base) else MANY
+        self.batch_size = 1 if base.tiled else batch_size or most  # tiled: memory is short
         self._busy, self._stop = threading.Lock(), threading.Event()
 
     def draw(self, requests: Iterable[Request]) -> Iterator[Event]:
@@ -81,11 +85,18 @@ class Session:
             latent_shape(self.base, request.size)
         names = {use.name for request in requests for use in request.adapters}
         adapters, hashes = self.library.load(names), {name: self.library.sha256(name) for name in names}
-        latents: Latents = {}
+        latents, batches = Latents(), list[tuple[list[Numbered], InitLatents | None]]()
         for _, alike in groupby(enumerate(requests), key=lambda pair: pair[1].settings):
             while batch := list(islice(alike, self.batch_size)):
-                start = yield from self._start(batch[0][1], latents)
-                yield from self._batch(batch, adapters, hashes, start)
+                batches.append((batch, (yield from self._start(batch[0][1], latents))))
+        with (
+            few_threads(self.base),
+            contextlib.closing(share(self.base, lambda one: self._batch(one[0], adapters, hashes, one[1]), batches)) as events,
+        ):
+            for event in events:
+                yield event
+                if isinstance(event, Progress) and self._stop.is_set():  # a copy of this process does not see that
+                    raise _Stop
 
     def _start(self, request: Request, latents: Latents) -> Generator[Event, None, InitLatents | None]:
         """Where a request with an image begins; each image is encoded once for all requests."""
@@ -107,9 +118,8 @@ class Session:
         """Draw requests that are drawn alike, at once."""
         numbers, requests = tuple(number for number, _ in batch), [request for _, request in batch]
         uses = requests[0].adapters
-        with few_threads(self.base):
-            steps = draw_batch(self.base, requests, [(adapters[use.name], use.weighting) for use in uses], start)
-            pixels = yield from self._progress(steps, numbers)
+        steps = draw_batch(self.base, requests, [(adapters[use.name], use.weighting) for use in uses], start)
+        pixels = yield from self._progress(steps, numbers)
         if not pixels.isfinite().all():
             yield Notice(not_finite(self.base))
         own = {use.name: hashes[use.name] for use in uses}

@@ -21,11 +21,11 @@ _inside = threading.local()  # torch's number of threads is each thread's own
 
 @contextlib.contextmanager
 def few_threads(base: Base) -> Iterator[None]:
-    """Inside, this thread computes with one core if `base` is small, on a CPU, and OMP_NUM_THREADS says nothing else.
+    """Inside, this thread computes with one core if `base` is small and OMP_NUM_THREADS says nothing else.
 
     Blocks may overlap in any order, as those of iterators do: the last one that ends gives the other cores back.
     """
-    if base.device.type != "cpu" or "OMP_NUM_THREADS" in os.environ or size(base) > SMALL:
+    if not is_small(base) or "OMP_NUM_THREADS" in os.environ:
         yield
         return
     if not getattr(_inside, "blocks", 0):
@@ -38,6 +38,11 @@ def few_threads(base: Base) -> Iterator[None]:
         _inside.blocks -= 1
         if not _inside.blocks:
             torch.set_num_threads(_inside.before)
+
+
+def is_small(base: Base, device: torch.device | None = None) -> bool:
+    """Whether one core is fastest with a base where it is, or on another device."""
+    return (device or base.device).type == "cpu" and size(base) <= SMALL
 
 
 def size(base: Base) -> int:

@@ -14,6 +14,7 @@ from PIL import Image
 
 from ..data.captions import fill, remove_triggers
 from ..inference.sampling import denoise, eval_mode, to_images
+from ..models.processes import share
 from .preflight import RunPlan
 
 SCENES = ("in the snow", "at night", "on the beach", "in the city", "in the forest", "in a room", "in the desert", "in a meadow")
@@ -97,8 +98,6 @@ def draw_questions(plan: RunPlan, questions: Sequence[Question]) -> list[Image.I
     """The images of questions with what is attached now."""
     how = plan.recipe.sampling.how | {"steps": STEPS}
     requests = [plan.request(one.prompt, one.seed, **how) for one in questions]
-    drawn: list[Image.Image] = []
+    batches = [requests[first : first + BATCH] for first in range(0, len(requests), BATCH)]
     with torch.no_grad(), eval_mode(plan.base):
-        for first in range(0, len(requests), BATCH):
-            drawn += to_images(plan.base.decode(denoise(plan.base, requests[first : first + BATCH])))
-    return drawn
+        return list(share(plan.base, lambda batch: to_images(plan.base.decode(denoise(plan.base, batch))), batches))

@@ -29,6 +29,7 @@ from ..tuning.fleet import Fleet
 from .control import WORDS, take_words
 from .event_of import failed_event, started_event, step_event
 from .events import Event, Finished, Fold, Stopped, Warned
+from .halves import Halves
 from .inputs import TrainingData, prepare_data
 from .memory.apply import apply_plan
 from .memory.plan import MemoryPlan, choose_memory_plan
@@ -118,6 +119,7 @@ class Group:
 
     runs: list[ActiveRun]
     policy: Policy
+    halves: Halves
     at_once: int | None = None  # so many runs' batches go through the base in one pass; None: all
 
     @property
@@ -171,7 +173,8 @@ def train_plans(
             run.began = began - run.plan.run.open(recipe_text(run.plan.recipe, run.plan.history), run.done)
             runs.append(run)
         try:
-            yield from run_group(Group(runs, policy, at_once(memory[first], len(runs))))
+            halves = stack.enter_context(Halves(runs))
+            yield from run_group(Group(runs, policy, halves, at_once(memory[first], len(runs))))
         except (KeyboardInterrupt, GeneratorExit):
             left = [run for run in runs if not run.ended]
             for run in left:
@@ -199,6 +202,7 @@ def run_group(group: Group) -> Iterator[Numbered]:
             continue
         except torch.OutOfMemoryError as error:
             why = first_sentence(error)
+        group.halves.end_copy()
         yield from group.policy.make_room(group, why)  # out here, where the step's tensors are gone
 
 
@@ -211,7 +215,8 @@ def advance(group: Group) -> Iterator[Numbered]:
     if not (active := group.active):
         return
     clock, learners = time.perf_counter(), [run.learner for run in active]
-    values = gradients(learners, [run.next_batches() for run in active], group.at_once)
+    take = group.halves.backward(active, group.at_once)
+    values = gradients(learners, [run.next_batches() for run in active], group.at_once, take)
     numbers = torch.cat(values).tolist()  # the step's one wait for the device
     events: list[Numbered] = []
     with defer_interrupts():  # all take this step, or none: runs that go on meet the same company

@@ -17,6 +17,7 @@ from ..inference.png import save_picture
 from ..inference.request import Request
 from ..inference.sheet import enlarge
 from ..io import atomic, write_text
+from ..models.processes import share
 from ..tuning.tunable import Tunable
 from .events import Chosen, Event, Sample, Saved, Sweep, Warned
 from .inputs import training_batches
@@ -133,14 +134,18 @@ def finish(run: ActiveRun) -> Iterator[Event]:
 def sweep_strengths(plan: RunPlan, tunable: Tunable, step: int) -> Iterator[Event]:
     """Draw the first two prompts at several strengths; those at 0 and 1 are there already."""
     there, requests = plan.run.samples(), dict(islice(plan.sample_requests(seeds=1).items(), 2))
-    for strength in (0.0, *SWEEP, 1.0):
-        if strength in SWEEP:
-            paths = {name: plan.run.sweep(step, strength, name) for name in requests}
-            with tunable.at(strength):
-                draw_into(plan, paths, requests)
-        else:
-            at = step if strength else 0
-            paths = {n: drawn_path(plan, there, at, request) or plan.run.sample(at, n) for n, request in requests.items()}
+
+    def draw_at(strength: float) -> Iterator[dict[str, Path]]:
+        paths = {name: plan.run.sweep(step, strength, name) for name in requests}
+        with tunable.at(strength):
+            draw_into(plan, paths, requests)
+        yield paths
+
+    def paths_at(step: int) -> dict[str, Path]:
+        return {n: drawn_path(plan, there, step, one) or plan.run.sample(step, n) for n, one in requests.items()}
+
+    drawn = dict(zip(SWEEP, share(plan.base, draw_at, SWEEP), strict=True))
+    for strength, paths in {0.0: paths_at(0), **drawn, 1.0: paths_at(step)}.items():
         for name, request in requests.items():
             yield plan.run.record(Sweep(step, strength, request.prompt, request.seed, plan.run.relative(paths[name])))
 

@@ -17,7 +17,6 @@ Nothing is drawn but a few small pictures by the base, once, to have something t
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,9 +32,11 @@ from ..families.notation import settle
 from ..inference.request import Request
 from ..inference.sampling import denoise, eval_mode
 from ..models.model import Base
+from ..models.processes import share
 from ..text import spread
 from ..tuning.tunable import Tunable
-from .events import Chosen, Event, Scored
+from .calibration import calibration_of
+from .events import Chosen, Event, Judged, Scored
 from .examiner import Examiner, prepare_examiner
 from .preflight import RunPlan
 
@@ -151,8 +152,9 @@ def prepare_exam(plan: RunPlan, trained: Latents, held: Latents | None, tunable:
     batch = ROWS * plan.recipe.batch_size
     with tunable.off():
         others = drawings(plan, batch)
-        off = answers(plan.base, called, batch), answers(plan.base, bare, batch), answers(plan.base, others, batch)
-    return Exam(plan.base, batch, min(len(examples[0]), PICTURES), called, bare, others, right, off)
+        off = share(plan.base, lambda sheet: [answers(plan.base, sheet, batch).numpy()], (called, bare, others))
+        first, second, third = map(torch.from_numpy, off)
+    return Exam(plan.base, batch, min(len(examples[0]), PICTURES), called, bare, others, right, (first, second, third))
 
 
 def noisy(
@@ -173,10 +175,11 @@ def drawings(plan: RunPlan, batch: int) -> Sheet:
     """What the base itself draws from prompts without the trigger, noisy."""
     prompts, guidance = prompts_without_trigger(plan), plan.recipe.sampling.guidance
     requests = [Request(one, i, DRAWN, guidance, (plan.side, plan.side)) for i, one in enumerate(prompts)]
-    chunks = [requests[first : first + batch // 2] for first in range(0, len(requests), batch // 2)]
+    size = max(1, batch // 4)  # half of it for what is not asked for
+    chunks = [requests[first : first + size] for first in range(0, len(requests), size)]
     with torch.no_grad(), eval_mode(plan.base):
-        drawn = [denoise(plan.base, chunk).float().cpu() for chunk in chunks]
-    return noisy(plan, torch.cat(drawn), prompts, prompts, [TIMES[i] for i in FEW])[0]
+        drawn = list(share(plan.base, lambda chunk: [denoise(plan.base, chunk).float().cpu().numpy()], chunks))
+    return noisy(plan, torch.cat([torch.from_numpy(one) for one in drawn]), prompts, prompts, [TIMES[i] for i in FEW])[0]
 
 
 def prompts_without_trigger(plan: RunPlan) -> list[str]:
@@ -213,23 +216,32 @@ def choose(plan: RunPlan, trained: Latents, held: Latents | None, tunable: Tunab
     files: Mapping[int, Path | None] = plan.run.checkpoints() or {plan.recipe.steps: None}
     asked: dict[int, Figures] = {}
     found: dict[int, Figures] = {}
-    for step, file in files.items():
+
+    def examine(file: Path | None) -> Iterator[Figures]:
         put(tunable, file)
-        asked[step] = exam.figures()
-        found[step] = replace(asked[step], validation=left_out.get(step, asked[step].validation))
+        yield exam.figures()
+
+    for step, figures in zip(files, share(plan.base, examine, list(files.values())), strict=True):
+        asked[step] = figures
+        found[step] = replace(figures, validation=left_out.get(step, figures.validation))
         yield plan.run.record(scored_event(step, 1.0, found[step]))
     most = max(map(score, found.values()))
     best = max(step for step, figures in found.items() if score(figures) >= most - EQUAL)
     if examiner and plan.recipe.choosing.choose == "best":
         others = sorted(set(found) - {best}, key=lambda step: score(found[step]), reverse=True)
-        best = yield from judge_checkpoints(examiner, {step: files[step] for step in (best, *others)[:SHORTLIST]}, found, tunable)
+        some = (best, *others)[: SHORTLIST if calibration_of(plan.base) else 1]  # estimates choose
+        best = yield from judge_checkpoints(examiner, {step: files[step] for step in some}, found, tunable)
     step = best if plan.recipe.choosing.choose == "best" else plan.recipe.steps
     put(tunable, files[step])
     f, by_strength = found[step], {1.0: asked[step]}
-    for strength in STRENGTHS:
+
+    def examine_at(strength: float) -> Iterator[Figures]:
         with tunable.at(strength):
-            by_strength[strength] = exam.figures()
-        yield plan.run.record(scored_event(step, strength, by_strength[strength]))
+            yield exam.figures()
+
+    for strength, figures in zip(STRENGTHS, share(plan.base, examine_at, STRENGTHS), strict=True):
+        by_strength[strength] = figures
+        yield plan.run.record(scored_event(step, strength, figures))
     scores = {strength: score(figures) for strength, figures in by_strength.items()}
     low, weight, high = strengths(scores, CLOSE * max(0.0, asked[step].fit))
     if examiner and (weight != 1 or plan.recipe.choosing.choose != "best"):
@@ -248,15 +260,16 @@ def put(tunable: Tunable, file: Path | None) -> None:
 def judge_checkpoints(
     examiner: Examiner, files: Mapping[int, Path | None], found: Mapping[int, Figures], tunable: Tunable
 ) -> Generator[Event, None, int]:
-    """Draw and judge images of checkpoints; returns the one with the best estimate, or the first where nothing is calibrated."""
+    """Draw and judge images of checkpoints; returns the one with the best estimate."""
+
+    def judge(step: int) -> Iterator[Judged]:
+        put(tunable, files[step])
+        yield examiner.judge(step, 1.0, found[step])
+
     judged: dict[int, float] = {}
-    for step, file in files.items():
-        put(tunable, file)
-        event = examiner.judge(step, 1.0, found[step])
-        judged[step] = event.value
+    for event in share(examiner.plan.base, judge, list(files)):
+        judged[event.step] = event.value
         yield examiner.plan.run.record(event)
-        if math.isnan(event.value):
-            return step
     return max(judged, key=lambda step: (judged[step] >= max(judged.values()) - SAME, step))
 
 

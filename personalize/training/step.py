@@ -63,26 +63,38 @@ class Piece:
         return objective.loss(objective.draw(self.inputs, self.rng).split(self.n)[self.i])
 
 
-def gradients(learners: Sequence[Learner], batches: Sequence[Iterable[Batch]], at_once: int | None = None) -> list[Tensor]:
+Pass = Sequence[Piece]  # what goes through the base at once
+Losses = list[tuple[int, Tensor]]  # of a pass: the number of each piece's learner, and the piece's losses [b]
+
+
+def in_order(groups: Iterable[Pass]) -> list[Losses]:
+    """Take passes one after the other; their gradients add up."""
+    return [[(piece.number, loss) for piece, loss in zip(group, backward(group), strict=True)] for group in groups]
+
+
+def gradients(
+    learners: Sequence[Learner],
+    batches: Sequence[Iterable[Batch]],
+    at_once: int | None = None,
+    take: Callable[[Iterable[Pass]], list[Losses]] = in_order,
+) -> list[Tensor]:
     """Compute the gradients of a step that has some batches of each learner: [losses of all its images..., gradient's norm] each.
 
     Learners with more than one in common share one base. At most `at_once` of them go through it in one pass (None: all).
-    Nothing here waits for the device.
+    `take` computes the passes. Nothing here waits for the device.
     """
     first = learners[0].tunable
     first.drop_gradients()
-    losses: list[list[Tensor]] = [[] for _ in learners]
+    micro_steps = itertools.zip_longest(*batches)
     with first.cast_once():
-        for micro_step in itertools.zip_longest(*batches):
-            for group in passes(learners, micro_step, at_once):
-                for piece, loss in zip(group, backward(group), strict=True):
-                    losses[piece.number].append(loss)
+        losses = take(group for micro_step in micro_steps for group in passes(learners, micro_step, at_once))
     for learner in learners:
         learner.tunable.collect_gradients()
-    return [torch.cat([*own, learner.opt.norm()[None]]) for own, learner in zip(losses, learners, strict=True)]
+    own = [[loss for group in losses for number, loss in group if number == i] for i in range(len(learners))]
+    return [torch.cat([*mine, learner.opt.norm()[None]]) for mine, learner in zip(own, learners, strict=True)]
 
 
-def passes(learners: Sequence[Learner], batches: Sequence[Batch | None], at_once: int | None) -> Iterator[list[Piece]]:
+def passes(learners: Sequence[Learner], batches: Sequence[Batch | None], at_once: int | None) -> Iterator[Pass]:
     """The passes of one batch of each learner (None: it has no more): pieces of one shape that ask the same questions."""
     split = [pieces_of(learners[i], i, batch) for i, batch in enumerate(batches) if batch is not None]
     for pieces in itertools.zip_longest(*split):
@@ -101,7 +113,7 @@ def pieces_of(learner: Learner, number: int, batch: Batch) -> list[Piece]:
     return [Piece(learner, number, inputs, rng, i, learner.pieces, seeds(i)) for i in range(learner.pieces)]
 
 
-def backward(group: Sequence[Piece]) -> list[Tensor]:
+def backward(group: Pass) -> list[Tensor]:
     """One pass through the base per question, and one back: the losses [b] of each piece."""
     first, *others = (piece.learner.tunable for piece in group)
     with contextlib.ExitStack() as stack:

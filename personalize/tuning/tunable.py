@@ -60,6 +60,10 @@ class Tunable(Protocol):
         """Forget all gradients, those of others that share a pass with this one among them."""
         ...
 
+    def leaves(self) -> list[nn.Parameter]:
+        """What backward passes compute gradients of: of this one, and of others that share a pass with it."""
+        ...
+
     def put(self, saved: Adapter) -> None:
         """Take over the values of something of the same shape, e.g. of an earlier checkpoint."""
         ...
@@ -122,9 +126,12 @@ class LayerAdapter:
 
     def drop_gradients(self) -> None:
         """Forget all gradients in these layers."""
-        for layer in self.layers.values():
-            for factor in layer.factors.values():
-                factor.weight.grad = None
+        for leaf in self.leaves():
+            leaf.grad = None
+
+    def leaves(self) -> list[nn.Parameter]:
+        """The parameters of these layers, those of all adapters that share them."""
+        return [factor.weight for layer in self.layers.values() for factor in layer.factors.values()]
 
     @torch.no_grad()
     def put(self, saved: Adapter) -> None:

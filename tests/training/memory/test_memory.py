@@ -59,6 +59,12 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda")
 Make = Callable[..., Recipe]
 
 
+@pytest.fixture(autouse=True)
+def one_core(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The ladder begins with whole batches, as on a machine with one core; test_halves.py has the other one."""
+    monkeypatch.setattr(planning, "cores", lambda: 1)
+
+
 @pytest.fixture(scope="module")
 def pocket() -> Base:
     return Base.load("pocket")
