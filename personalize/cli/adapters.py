@@ -19,10 +19,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..adapters.adapter import Adapter
+    from ..adapters.contract import Saved
     from ..adapters.doctor.collisions import Collision
     from ..adapters.doctor.prognosis import Prediction
-    from ..adapters.files import Saved
-    from ..adapters.ops.resize import Report
+    from ..adapters.ops.report import Report
     from ..adapters.strengths.grammar import Weighting
 
 Files = Sequence[tuple[Path, "Weighting"]]
@@ -98,8 +98,7 @@ def as_told(adapter: Adapter, family: str | None, strip_metadata: bool) -> Adapt
 def output_path(output: Path, *read: Path) -> Path:
     """The file to write. Raises OutputError for a folder's name, for another format's, and for a file that is read."""
     from ..adapters.dialects import file_of
-    from ..formats.checkpoint import overwrites
-    from ..formats.tensors import with_ending
+    from ..formats.writer import overwrites, with_ending
 
     path = with_ending(output)
     if output.is_dir():

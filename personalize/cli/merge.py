@@ -101,7 +101,7 @@ def write_merge(files: Files, output: Path, options: dict[str, Any], hashes: Ite
     """Write the merge of some files, and print what it cost."""
     from ..adapters.lazy import storage_of
     from ..adapters.ops import merge as merging
-    from ..adapters.ops.resize import Report
+    from ..adapters.ops.report import Report
 
     chosen = {name: options[name] for name in OPTIONS if options[name] is not None}
     adapters = without_base(open_adapters(files, options["allow_unmatched"]), options["base"])

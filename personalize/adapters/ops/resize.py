@@ -4,96 +4,20 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from ...errors import AdapterError, nearest
 from ...families.family import Shape
-from ...families.names import PARTS, part_of
 from ...formats.tensors import TORCH, one_thread
 from ..adapter import Adapter
 from ..delta import Decomposed, Delta, Dense, LowRank, Structured, kind_name
 from ..lazy import map_deltas
 from . import linalg
-
-_NOISE = 1e-14  # of a squared norm: what fp32 factors cannot tell from nothing
-
-
-# ---------------------------------------------------------------- what was lost
-
-
-@dataclass(frozen=True, eq=False)
-class Line:
-    """One module: its rank before and after, the singular values of dW (fp64, falling) and the norm of what they leave out."""
-
-    path: str
-    old: int
-    new: int
-    known: Tensor | Callable[[], Tensor]  # the values, or how to find them: a merge that cuts nothing need not know
-    rest: float = 0.0
-
-    @cached_property
-    def values(self) -> Tensor:
-        return self.known() if callable(self.known) else self.known
-
-    @property
-    def cut(self) -> bool:
-        """Whether anything was lost."""
-        return self.new < self.old or self.rest > 0
-
-    @property
-    def norm(self) -> float:
-        return self.norm_beyond(0)
-
-    @property
-    def error(self) -> float:
-        """||dW - dW at the new rank|| / ||dW||."""
-        return self.norm_beyond(self.new) / self.norm if self.cut and self.norm else 0.0
-
-    def norm_beyond(self, rank: int) -> float:
-        """||dW - dW at a rank||: the norm of the singular values behind it (Eckart and Young)."""
-        return math.hypot(float(torch.linalg.norm(self.values[rank:])), self.rest)
-
-
-@dataclass(frozen=True, eq=False)
-class Report:
-    """What became of each module, and of all together."""
-
-    lines: tuple[Line, ...]
-
-    @property
-    def parts(self) -> tuple[str, ...]:
-        return tuple(part for part in PARTS if any(part_of(line.path) == part for line in self.lines))
-
-    def part(self, name: str) -> Report:
-        return Report(tuple(line for line in self.lines if part_of(line.path) == name))
-
-    @property
-    def error(self) -> float:
-        """The relative error of dW over all modules together."""
-        if not any(line.cut for line in self.lines):
-            return 0.0
-        norm = math.hypot(*(line.norm for line in self.lines))
-        return math.hypot(*(line.norm_beyond(line.new) for line in self.lines)) / norm if norm else 0.0
-
-    def rank_for(self, error: float = 0.01) -> int | None:
-        """The smallest rank, the same for every module, that keeps the relative error; None if the values known do not tell."""
-        squares = torch.zeros(max((len(line.values) for line in self.lines), default=0) + 1, dtype=torch.float64)
-        for line in self.lines:
-            squares[: len(line.values)] += _tails(line.values)
-        lost = squares + math.fsum(line.rest**2 for line in self.lines)
-        enough = (lost <= max(error**2, _NOISE) * lost[0]).nonzero()
-        return int(enough[0]) if len(enough) else None
-
-    def rows(self) -> Iterator[tuple[str, Report]]:
-        """What is worth printing: each part, then all of it as "total"."""
-        yield from ((name, self.part(name)) for name in self.parts)
-        yield "total", self
-
+from .report import NOISE, Line, Report, tail_squares
 
 # ---------------------------------------------------------------- rules
 
@@ -147,13 +71,13 @@ def _sv_ratio(values: Tensor, ratio: float) -> int:
 
 
 def _sv_fro(values: Tensor, share: float) -> int:
-    tails = _tails(values)
-    return int((tails > (1 - share**2 + _NOISE) * tails[0]).sum())
+    tails = tail_squares(values)
+    return int((tails > (1 - share**2 + NOISE) * tails[0]).sum())
 
 
 def _sv_cumulative(values: Tensor, share: float) -> int:
     tails = values.flip(0).cumsum(0).flip(0)
-    return int((tails > (1 - share + math.sqrt(_NOISE)) * tails[0]).sum())
+    return int((tails > (1 - share + math.sqrt(NOISE)) * tails[0]).sum())
 
 
 def _error(cuts: Sequence[Cut], error: float) -> list[int]:
@@ -162,7 +86,7 @@ def _error(cuts: Sequence[Cut], error: float) -> list[int]:
     forced = math.fsum(line.norm_beyond(line.new) ** 2 for line in report.lines)
     squares, owners = _pool(cuts)
     order = squares.argsort()
-    allowed = max(error**2, _NOISE) * math.fsum(line.norm**2 for line in report.lines) - forced
+    allowed = max(error**2, NOISE) * math.fsum(line.norm**2 for line in report.lines) - forced
     dropped = owners[order[squares[order].cumsum(0) <= allowed]]
     return [cut.top - count for cut, count in zip(cuts, dropped.bincount(minlength=len(cuts)).tolist(), strict=True)]
 
@@ -227,7 +151,7 @@ def cut_to_rank(path: str, delta: Delta, rank: int | None = None) -> tuple[Delta
 
 def cut_parts(path: str, shape: Shape, old: int, parts: linalg.Svd, rank: int | None) -> tuple[Delta, Line]:
     """The same of an update whose singular values and vectors are known; `old` is its rank."""
-    felt = int((parts.s.square() > _NOISE * parts.s[0].square()).sum())
+    felt = int((parts.s.square() > NOISE * parts.s[0].square()).sum())
     new = max(1, min(rank or felt, felt))
     return linalg.low_rank(parts, shape, new), Line(path, old, new, parts.s, parts.rest)
 
@@ -284,11 +208,6 @@ def rank_of(delta: Delta) -> int:
     plain = delta.inner if isinstance(delta, Decomposed) else delta
     rank = plain.factor_rank if isinstance(plain, Structured) else plain.rank if isinstance(plain, LowRank) else 0
     return rank or (min(linalg.sides(delta.shape)) if can_factor(delta) else 1)
-
-
-def _tails(values: Tensor) -> Tensor:
-    """[i] = sum of squares from i on."""
-    return values.square().flip(0).cumsum(0).flip(0)
 
 
 def _pool(cuts: Iterable[Cut]) -> tuple[Tensor, Tensor]:
