@@ -132,10 +132,10 @@ def base_path(base: Path) -> Path:
     return NAMED.get(str(base), base)
 
 
-def print_written(saved: Saved, adapter: Adapter) -> None:
+def print_written(saved: Saved, layers: int) -> None:
     """Say what was written."""
-    echo(f"{saved.path}  {readable(saved.size)}, {saved.kind}, {len(adapter.deltas)} layers")
-    answer(written=saved.path, bytes=saved.size, kind=saved.kind, layers=len(adapter.deltas))
+    echo(f"{saved.path}  {readable(saved.size)}, {saved.kind}, {layers} layers")
+    answer(written=saved.path, bytes=saved.size, kind=saved.kind, layers=layers)
 
 
 def print_table(report: Report) -> None:
@@ -191,7 +191,7 @@ def convert(file: tuple[Path, Weighting], output: Path, kind: str | None, rank: 
     saved = made.save_with_report(output, how["dialect"], dtype=how["dtype"] or storage_of(adapter.deltas))
     if report:
         print_table(report)
-    print_written(saved, made)
+    print_written(saved, len(made.deltas))
     return 0
 
 
@@ -219,7 +219,7 @@ def resize(file: tuple[Path, Weighting], output: Path, base: Path | None, **opti
     cut, report = resizing.resize(adapter, rule, value, max_rank=options["max_rank"], dtype=kept, drop=options["drop"])
     saved = cut.save_with_report(output, options["dialect"], dtype=kept)
     print_table(report)
-    print_written(saved, cut)
+    print_written(saved, len(cut.deltas))
     return 0
 
 
