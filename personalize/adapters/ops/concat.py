@@ -176,8 +176,8 @@ def _add(draft: contract.Draft, path: str, terms: Sequence[tuple[Source, BinaryI
         own = source.alphas[path]
         if not max(abs(own), len(down), _largest(up, dtype), _largest(down, dtype)) < SMALL:
             raise NeedsDeltas  # to be refused, if it is NaN
-        steps = (source.strengths[path], own / len(down) if len(terms) > 1 else 1.0, alpha / told)
-        steps = tuple(step for step in steps if step != 1)
+        factors = source.strengths[path], own / len(down) if len(terms) > 1 else 1.0, alpha / told
+        steps = tuple(factor for factor in factors if factor != 1)
         exact = exact and (not steps or not up.any())
         ups.append(table(dtype, steps)[up] if steps else up)
     up, down = np.concatenate(ups, 1), np.concatenate([down for _, down in pairs])
