@@ -201,12 +201,7 @@ def _check_layout(path: Path, tensors: Mapping[str, Entry], start: int, size: in
 
 
 def _naturals(value: Any) -> bool:
-    if not isinstance(value, list):
-        return False
-    for item in value:  # a loop: of a header's 3,000 lists, twice as fast as `all`
-        if type(item) is not int or not 0 <= item < 1 << 63:
-            return False
-    return True
+    return isinstance(value, list) and all(type(item) is int and 0 <= item < 1 << 63 for item in value)
 
 
 def short(value: object) -> str:

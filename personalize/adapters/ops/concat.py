@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from ...errors import AdapterError, HostileFileError
 from ...families.family import Shape
 from ...families.names import candidates, kin
-from ...formats.header import Header, open_file, read_header
+from ...formats.header import Entry, Header, open_file, read_header
 from ...formats.writer import with_ending
 from .. import contract, dialects, kinds
 from ..describe import read_alphas
@@ -53,20 +53,20 @@ class Source:
     strengths: Mapping[str, float]  # those that are not 0
     stamp: tuple[int, ...]
 
-    def factors(self, file: BinaryIO, path: str) -> tuple[Bits, Bits]:
-        """up [out, r] and down [r, in(, kh, kw)] of a layer. Raises HostileFileError if the file has become shorter."""
-        up, down = (self._read(file, self.reading.slots[path].keys[role]) for role in (kinds.UP, kinds.DOWN))
-        return up.reshape(up.shape[:2]), down
+    def rank(self, path: str) -> int:
+        """That of a layer."""
+        return dialects.rank(self.header, self.reading.slots[path])
 
-    def _read(self, file: BinaryIO, key: str) -> Bits:
-        import numpy as np
+    def entry(self, path: str, role: str) -> Entry:
+        """Where a tensor lies."""
+        return self.header.tensors[self.reading.slots[path].keys[role]]
 
-        entry = self.header.tensors[key]
-        bits = np.empty(entry.shape, np.uint16)
-        file.seek(entry.start)
-        if file.readinto(bits.data.cast("B")) != bits.nbytes:  # type: ignore[attr-defined]
+    def read(self, file: BinaryIO, path: str, role: str, into: Bits) -> Bits:
+        """A tensor's numbers, in a contiguous array of their size. Raises HostileFileError if the file has become shorter."""
+        file.seek(self.entry(path, role).start)
+        if file.readinto(into.data.cast("B")) != into.nbytes:  # type: ignore[attr-defined]
             raise HostileFileError(f"{file.name} became shorter while it was read", "try again")
-        return bits
+        return into
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class Stack:
         ranks = dict.fromkeys(self.shapes, 0)
         for source in self.sources:
             for path in source.strengths:
-                ranks[path] += dialects.rank(source.header, source.reading.slots[path])
+                ranks[path] += source.rank(path)
         return [Line(path, rank, rank, _no_values) for path, rank in ranks.items()]
 
     def save(self, path: Path, dialect: str, metadata: Mapping[str, str]) -> contract.Saved:
@@ -163,50 +163,61 @@ def _fill(whole: Stack, draft: contract.Draft) -> None:
 
 def _add(draft: contract.Draft, path: str, terms: Sequence[tuple[Source, BinaryIO]], dtype: str) -> None:
     """Write one layer: what `delta.add`, `LowRank.with_alpha` and rounding make of it, and whether that is close enough."""
-    import numpy as np
-
-    pairs = [source.factors(file, path) for source, file in terms]
-    if len({down.shape[1:] for _, down in pairs}) > 1:
+    ranks = [source.rank(path) for source, _ in terms]
+    alpha = float(sum(ranks)) if len(terms) > 1 else terms[0][0].alphas[path]
+    told = draft.choose_alpha(path, sum(ranks), alpha)
+    chains = []
+    for (source, _), rank in zip(terms, ranks, strict=True):
+        factors = source.strengths[path], source.alphas[path] / rank if len(terms) > 1 else 1.0, alpha / told
+        chains.append(tuple(factor for factor in factors if factor != 1))
+    if not all(abs(size) < SMALL for size in (*ranks, *(source.alphas[path] for source, _ in terms))):
         raise NeedsDeltas
-    rank = sum(len(down) for _, down in pairs)
-    alpha = float(rank) if len(terms) > 1 else terms[0][0].alphas[path]
-    told = draft.choose_alpha(path, rank, alpha)
-    ups, exact = [], True
-    for (source, _), (up, down) in zip(terms, pairs, strict=True):
-        own = source.alphas[path]
-        if not max(abs(own), len(down), _largest(up, dtype), _largest(down, dtype)) < SMALL:
-            raise NeedsDeltas  # to be refused, if it is NaN
-        factors = source.strengths[path], own / len(down) if len(terms) > 1 else 1.0, alpha / told
-        steps = tuple(factor for factor in factors if factor != 1)
-        exact = exact and (not steps or not up.any())
-        ups.append(table(dtype, steps)[up] if steps else up)
-    up, down = np.concatenate(ups, 1), np.concatenate([down for _, down in pairs])
+    up, down = _side_by_side(path, terms, chains, ranks, dtype)
     draft.norms[path] = 0.0
-    if not exact and not _is_close(up, down, abs(told) / rank, dtype):
+    if any(chains) and up.any() and not _is_close(up, down.reshape(len(down), -1), dtype):
         raise NeedsDeltas
-    ones = [1] * (down.ndim - 2)
-    draft.writer.add(draft.name(path, kinds.UP), NAMES[dtype], [*up.shape, *ones], up.data.cast("B"))
+    draft.writer.add(draft.name(path, kinds.UP), NAMES[dtype], [*up.shape, *[1] * (down.ndim - 2)], up.data.cast("B"))
     draft.writer.add(draft.name(path, kinds.DOWN), NAMES[dtype], down.shape, down.data.cast("B"))
     if draft.has(kinds.ALPHA):
         draft.writer.add(draft.name(path, kinds.ALPHA), "F32", [], struct.pack("<f", told))
 
 
-def _is_close(up: Bits, down: Bits, scale: float, dtype: str) -> bool:
-    """Whether rounding `up` cannot have moved dW by more than the contract allows: by its largest possible error, and ||down||_2
-    from above by the norms of its Gram matrix."""
+def _side_by_side(
+    path: str, terms: Sequence[tuple[Source, BinaryIO]], chains: Sequence[tuple[float, ...]], ranks: Sequence[int], dtype: str
+) -> tuple[Bits, Bits]:
+    """up [out, sum of ranks], each part times the factors of its chain, and down [sum of ranks, in(, kh, kw)]."""
     import numpy as np
 
-    if not _largest(up, dtype) < SMALL:
-        return False
-    left, right = floats(dtype)[up], floats(dtype)[down.reshape(len(down), -1)]
-    grams = left.T @ left, right @ right.T
-    square = float((grams[0] * grams[1]).sum())
+    sides = {(source.entry(path, kinds.UP).shape[0], source.entry(path, kinds.DOWN).shape[1:]) for source, _ in terms}
+    if len(sides) > 1:
+        raise NeedsDeltas
+    ((out, inside),) = sides
+    up, down = np.empty((out, sum(ranks)), np.uint16), np.empty((sum(ranks), *inside), np.uint16)
+    first = 0
+    for (source, file), chain, rank in zip(terms, chains, ranks, strict=True):
+        own = source.read(file, path, kinds.UP, np.empty((out, rank), np.uint16))
+        source.read(file, path, kinds.DOWN, down[first : first + rank])
+        up[:, first : first + rank] = table(dtype, chain).take(own, mode="clip") if chain else own
+        first += rank
+    if not all(_largest(bits, dtype) < SMALL for bits in (up, down)):  # NaN is not
+        raise NeedsDeltas
+    return up, down
+
+
+def _is_close(up: Bits, down: Bits, dtype: str) -> bool:
+    """Whether rounding `up` [out, r] cannot have moved dW by more than the contract allows: its largest possible error times the
+    largest singular value of `down` [r, n], which norms of the Gram matrix bound."""
+    import numpy as np
+
+    left, right = floats(dtype).take(up, mode="clip"), floats(dtype).take(down, mode="clip")
+    outer, inner = left.T @ left, right @ right.T
+    square = float((outer * inner).sum())
     if not 1e-30 < square < math.inf:
         return False
     share, least = STEPS[dtype]
-    moved = share * math.sqrt(float(np.trace(grams[0]))) + least * math.sqrt(up.size)
-    sizes = float(np.abs(grams[1]).sum(1).max()), float(np.sqrt(np.square(grams[1], dtype=np.float64).sum()))
-    far, norm = 1.01 * moved * math.sqrt(min(sizes)), 0.99 * math.sqrt(square)
+    moved = share * math.sqrt(float(np.trace(outer))) + least * math.sqrt(up.size)
+    largest = min(float(np.abs(inner).sum(1).max()), float(np.linalg.norm(inner.astype(np.float64))))
+    far, norm = 1.01 * moved * math.sqrt(largest), 0.99 * math.sqrt(square)  # both without alpha / rank; with room for fp32
     return far <= contract.TOLERANCE[dtype] * (norm - far)
 
 
