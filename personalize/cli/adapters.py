@@ -210,15 +210,16 @@ def resize(file: tuple[Path, Weighting], output: Path, base: Path | None, **opti
     """Reduce the rank of an adapter by truncated SVD of dW, the best there is, and print the error."""
     from ..adapters.lazy import storage_of
     from ..adapters.ops import resize as resizing
+    from ..adapters.ops.report import Report
 
     output = output_path(output, file[0])
     (adapter,) = without_base(open_adapters([file], options["allow_unmatched"]), base)
     rule, value = rule_of(options)
     kept = options["dtype"] or storage_of(adapter.deltas)
     adapter = as_told(adapter, options["family"], options["strip_metadata"])
-    cut, report = resizing.resize(adapter, rule, value, max_rank=options["max_rank"], dtype=kept, drop=options["drop"])
+    cut, lines = resizing.on_demand(adapter, rule, value, max_rank=options["max_rank"], dtype=kept, drop=options["drop"])
     saved = cut.save_with_report(output, options["dialect"], dtype=kept)
-    print_table(report)
+    print_table(Report(tuple(lines.values())))
     print_written(saved, len(cut.deltas))
     return 0
 

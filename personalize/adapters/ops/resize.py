@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -50,6 +50,7 @@ class Rule:
     low: float
     high: float = math.inf
     open: str = ""  # "low", "high"
+    together: bool = False  # whether it must have seen all modules; else it looks at one at a time
 
     def allows(self, value: float) -> bool:
         above = value > self.low if self.open == "low" else value >= self.low
@@ -112,8 +113,8 @@ RULES = {
     "sv_ratio": Rule("singular values above the module's largest divided by this (kohya)", _each(_sv_ratio), 1, open="low"),
     "sv_fro": Rule("this share of each module's Frobenius norm, not of its square (kohya)", _each(_sv_fro), 0, 1, "low"),
     "sv_cumulative": Rule("this share of the sum of each module's singular values (kohya)", _each(_sv_cumulative), 0, 1, "low"),
-    "error": Rule("as few ranks as keep the relative error of the whole adapter below this", _error, 0, 1, "high"),
-    "size": Rule("the best ranks that fit into a file of this many bytes", _size, 0, open="low"),
+    "error": Rule("as few ranks as keep the relative error of the whole adapter below this", _error, 0, 1, "high", together=True),
+    "size": Rule("the best ranks that fit into a file of this many bytes", _size, 0, open="low", together=True),
 }
 
 
@@ -140,6 +141,28 @@ def resize(
         ranks = {cut.path: rank for cut, rank in zip(cuts, chosen, strict=True) if rank}
         deltas = map_deltas(adapter.deltas, lambda path, delta: _at_rank(delta, ranks[path]), ranks)
     return adapter.with_deltas(deltas), Report(tuple(cut.line(rank) for cut, rank in zip(cuts, chosen, strict=True)))
+
+
+def on_demand(
+    adapter: Adapter, rule: str, value: float, *, max_rank: int | None = None, dtype: str = "fp16", drop: bool = False
+) -> tuple[Adapter, Mapping[str, Line]]:
+    """As `resize`, but by a rule that looks at one module at a time each is read and cut when it is asked for, and its line of
+    the report is there from then on. Not with `drop`: which modules stay must be known first."""
+    if drop or rule not in RULES or RULES[rule].together or dtype not in TORCH:
+        whole, report = resize(adapter, rule, value, max_rank=max_rank, dtype=dtype, drop=drop)
+        return whole, {line.path: line for line in report.lines}
+    check_rule(rule, value, max_rank)
+    lines: dict[str, Line] = {}
+
+    def cut_at(path: str, delta: Delta) -> Delta:
+        with one_thread():
+            core = linalg.core_of(*linalg.factors(delta)) if isinstance(delta, LowRank) else None
+            cut = _cut(path, delta, max_rank, TORCH[dtype].itemsize, 1, core)
+            (rank,) = RULES[rule].choose([cut], value)
+            lines[path] = cut.line(rank)
+            return _at_rank(delta, rank, core)
+
+    return adapter.with_deltas(map_deltas(adapter.deltas, cut_at)), lines
 
 
 def cut_to_rank(path: str, delta: Delta, rank: int | None = None) -> tuple[Delta, Line]:
@@ -177,10 +200,10 @@ def check_rule(rule: str, value: float, max_rank: int | None) -> None:
         raise AdapterError(f"a rank of at most {max_rank} leaves nothing", "1 is the smallest rank")
 
 
-def _cut(path: str, delta: Delta, max_rank: int | None, width: int, floor: int) -> Cut:
-    """Singular values only: those of all modules are held until the rule has seen them all."""
+def _cut(path: str, delta: Delta, max_rank: int | None, width: int, floor: int, core: linalg.Core | None = None) -> Cut:
+    """Singular values only: those of all modules are held until the rule has seen them. `core` is a LoRA's, where it is known."""
     check_plain(path, delta)
-    values = _values(delta)
+    values = core.values() if core else _values(delta)
     top = min(len(values), max_rank or len(values))
     cost = width * (sum(linalg.sides(delta.shape)) if can_factor(delta) else math.prod(delta.shape))
     return Cut(path, values, rank_of(delta), min(floor, top), top, cost)
@@ -191,11 +214,12 @@ def _values(delta: Delta) -> Tensor:
     return linalg.singular_values(delta) if can_factor(delta) else torch.tensor([delta.norm()], dtype=torch.float64)
 
 
-def _at_rank(delta: Delta, rank: int) -> Delta:
+def _at_rank(delta: Delta, rank: int, core: linalg.Core | None = None) -> Delta:
     kept = delta.low_rank() or delta
     if not can_factor(kept) or (rank >= rank_of(kept) and isinstance(kept, LowRank | Dense)):
         return kept
-    return linalg.low_rank(linalg.svd(delta, rank if isinstance(kept, LowRank) else None), delta.shape, rank)
+    parts = core.svd(rank) if core else linalg.svd(delta, rank if isinstance(kept, LowRank) else None)
+    return linalg.low_rank(parts, delta.shape, rank)
 
 
 def can_factor(delta: Delta) -> bool:
