@@ -105,8 +105,9 @@ def write_merge(files: Files, output: Path, options: dict[str, Any], hashes: Cal
     """Write the merge of some files, and print what it cost."""
     from ..adapters.ops.concat import NeedsDeltas
 
+    unusual = any(options[name] for name in BEYOND_BYTES) or any(options[name] is not None for name in OPTIONS)
     with contextlib.suppress(NeedsDeltas):
-        if not any(options[name] for name in BEYOND_BYTES) and options["method"] == "concat":
+        if options["method"] == "concat" and not unusual:
             return write_bytes(files, output, options, hashes)
     return write_deltas(files, output, options, hashes)
 

@@ -14,10 +14,12 @@ import torch
 from personalize.adapters import contract
 from personalize.adapters.adapter import Adapter
 from personalize.adapters.delta import Delta, Dense, LowRank
+from personalize.adapters.describe import describe
 from personalize.adapters.kinds.kind import DOWN, UP
 from personalize.adapters.ops import concat, merge
 from personalize.adapters.ops.concat import NeedsDeltas, stack
 from personalize.adapters.strengths.grammar import split
+from personalize.cli import run
 from personalize.errors import AdapterError, HostileFileError
 from personalize.families.family import modules
 from personalize.families.names import ROWS
@@ -167,6 +169,20 @@ def test_a_disk_that_gives_back_other_bytes_is_noticed(tmp_path: Path, monkeypat
     with pytest.raises(AdapterError, match="the disk gives back other bytes"):
         as_bytes(tmp_path / "c", a, b)
     assert not (tmp_path / "c.safetensors").exists()
+
+
+def test_options_that_bytes_know_nothing_of_are_not_passed_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    a, b = pair(tmp_path)
+    words = ["merge", a, b, "--output", str(tmp_path / "c.safetensors")]
+    for option in (["--density", "0.5"], ["--no-mean"], ["--dtype", "fp17"], ["--family", "sdxl"], ["--dialect", "kohia"]):
+        assert run([*words, *option]) == 2, option
+    assert not (tmp_path / "c.safetensors").exists()
+    assert run([*words, "--rank", "2"]) == 0
+    assert set(describe(tmp_path / "c.safetensors").ranks) == {2}
+    assert run([*words, "--strip-metadata"]) == 0
+    assert "mine" not in (found := describe(tmp_path / "c.safetensors").metadata) and "personalize.merge" not in found
+    assert run([*words, "--json"]) == 0
+    assert '"layers":4' in capsys.readouterr().out.replace(" ", "")
 
 
 def test_the_command_loads_no_torch_for_it_and_writes_what_it_writes_with(tmp_path: Path) -> None:
