@@ -35,8 +35,8 @@ def estimate_norm(delta: Delta) -> float:
 def is_within(a: Delta, b: Delta, limit: float) -> bool:
     """Whether ||dW_a - dW_b|| <= limit: by a bound from both factors, from those of each rank, or from both halves of Kronecker
     products, and exactly where that does not tell."""
-    alike = isinstance(a, LowRank) and isinstance(b, LowRank) and a.shape == b.shape and a.rank == b.rank
-    if alike and any(abs(a.scale) * float(far.sum()) <= limit for far in _bounds(a, b)):
+    pair = (a, b) if isinstance(a, LowRank) and isinstance(b, LowRank) and (a.shape, a.rank) == (b.shape, b.rank) else None
+    if pair and any(abs(pair[0].scale) * float(far.sum()) <= limit for far in _bounds(*pair)):
         return True
     if isinstance(a, Structured) and isinstance(b, Structured) and a.kind == b.kind and (halves := a.row.halves):
         (one, two), (other, another) = halves(a.tensors), halves(b.tensors)
