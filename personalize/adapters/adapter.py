@@ -32,8 +32,10 @@ from ..families.names import (
     part_of,
 )
 from ..formats.header import short
-from ..formats.tensors import one_thread, with_ending
+from ..formats.tensors import one_thread
+from ..formats.writer import with_ending
 from . import files
+from .contract import Saved, shared_metadata
 from .delta import Delta, Dense
 from .distance import relative_difference
 from .lazy import OnDemand, map_deltas, shapes_of
@@ -121,7 +123,7 @@ class Adapter:
 
     def save_with_report(
         self, path: str | Path, dialect: str = "kohya", metadata: Mapping[str, Any] | None = None, dtype: str = "fp32"
-    ) -> files.Saved:
+    ) -> Saved:
         """As `save`, with what the file was found to hold when it was read back: its path, kind and size in bytes."""
         _check_path(path)
         if os.path.isdir(path):  # which is no error for a name that is too long: the disk says so later
@@ -224,7 +226,7 @@ class Adapter:
                 deltas[path] = deltas[path] + delta if path in deltas else delta
             except AdapterError as error:
                 raise AdapterError(f"{path}: {error.what}", "both adapters must be made for the same base") from error
-        return Adapter(deltas, shared_metadata([self, other]), all_words([self, other]))
+        return Adapter(deltas, shared_metadata([self.metadata, other.metadata]), all_words([self, other]))
 
     def __radd__(self, other: object) -> Adapter:
         """`sum` begins with 0."""
@@ -260,11 +262,6 @@ def check_kin(adapters: Sequence[Adapter]) -> None:
         names = [short(one.metadata.get("ss_output_name", f"number {i}")) for i, one in enumerate(adapters, 1)]
         told = ", ".join(f"{name} is for {one.family}" for name, one in zip(names, adapters, strict=True))
         raise FamilyMismatchError(f"adapters of different families do not go together: {told}", "leave the strangers out")
-
-
-def shared_metadata(adapters: Sequence[Adapter]) -> dict[str, str]:
-    """What all say alike, in order of the keys."""
-    return dict(sorted(set.intersection(*(set(one.metadata.items()) for one in adapters))))
 
 
 def all_words(adapters: Sequence[Adapter]) -> Words:

@@ -73,7 +73,7 @@ def describe(path: str | Path) -> Description:
         family=names_of(candidates(reading.shapes, reading.metadata)),
         parts=_count(map(part_of, reading.slots)),
         ranks=_count(rank for slot in reading.slots.values() if (rank := dialects.rank(header, slot))),
-        alphas=_count(_alphas(header, reading)),
+        alphas=_count(read_alphas(header, reading).values()),
         dtype=", ".join(precisions(weights)),
         tensors=len(header.tensors),
         parameters=sum(math.prod(entry.shape) for entry in weights),
@@ -104,14 +104,15 @@ def _count_vectors(header: Header, keys: Mapping[str, str]) -> int:
     return shape[0] if len(shape) == 2 else 1
 
 
-def _alphas(header: Header, reading: dialects.Reading) -> list[float]:
-    """Every module's alpha as Adapter.load would have it."""
+def read_alphas(header: Header, reading: dialects.Reading) -> dict[str, float]:
+    """Path => alpha as Adapter.load would have it, of every module with a rank."""
     slots = {module: slot for module, slot in reading.slots.items() if dialects.rank(header, slot)}
     with open_file(header.path) as file:
         scales = dialects.configured_scales(header, reading)
         kept = {module: slot.keys[ALPHA] for module, slot in slots.items() if ALPHA in slot.keys}
         stored = {module: read_scalar(file, key, header.tensors[key]) for module, key in kept.items()}
-    return [stored.get(module, scales.get(module, 1.0) * dialects.rank(header, slot)) for module, slot in slots.items()]
+    ranks = {module: dialects.rank(header, slot) for module, slot in slots.items()}
+    return {module: stored.get(module, scales.get(module, 1.0) * rank) for module, rank in ranks.items()}
 
 
 def _count(values: Iterable[T]) -> dict[T, int]:

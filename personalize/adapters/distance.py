@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
 
 from .delta import Delta, LowRank, Structured, add, frobenius
 
@@ -29,17 +33,11 @@ def estimate_norm(delta: Delta) -> float:
 
 
 def is_within(a: Delta, b: Delta, limit: float) -> bool:
-    """Whether ||dW_a - dW_b|| <= limit: by a bound from the factors of each rank, or from both halves of Kronecker products, and
-    exactly where that does not tell."""
-    if isinstance(a, LowRank) and isinstance(b, LowRank) and a.shape == b.shape and a.rank == b.rank:
-        ratio = b.scale / a.scale if a.scale else math.nan
-        other = b.up.flatten(1) if ratio == 1 else b.up.flatten(1) * ratio
-        up, down = a.up.flatten(1) - other, a.down.flatten(1) - b.down.flatten(1)
-        far = up.norm(dim=0) * a.down.flatten(1).norm(dim=1)
-        if down.any():
-            far += other.norm(dim=0) * down.norm(dim=1)
-        if abs(a.scale) * float(far.sum()) <= limit:
-            return True
+    """Whether ||dW_a - dW_b|| <= limit: by a bound from both factors, from those of each rank, or from both halves of Kronecker
+    products, and exactly where that does not tell."""
+    pair = (a, b) if isinstance(a, LowRank) and isinstance(b, LowRank) and (a.shape, a.rank) == (b.shape, b.rank) else None
+    if pair and any(abs(pair[0].scale) * float(far.sum()) <= limit for far in _bounds(*pair)):
+        return True
     if isinstance(a, Structured) and isinstance(b, Structured) and a.kind == b.kind and (halves := a.row.halves):
         (one, two), (other, another) = halves(a.tensors), halves(b.tensors)
         if one.shape == other.shape and two.shape == another.shape:
@@ -47,3 +45,17 @@ def is_within(a: Delta, b: Delta, limit: float) -> bool:
             if moved[0] * frobenius(two) + frobenius(other) * abs(b.scale) * moved[1] <= limit:
                 return True
     return relative_difference(a, b) <= limit
+
+
+def _bounds(a: LowRank, b: LowRank) -> Iterator[Tensor]:
+    """||dW_a - dW_b|| / a's scale from above, of factors of one rank: by the norms of whole factors, which is quick; then of each
+    rank [r], which add up."""
+    ratio = b.scale / a.scale if a.scale else math.nan
+    other = b.up.flatten(1) if ratio == 1 else b.up.flatten(1) * ratio
+    one, two = a.down.flatten(1), b.down.flatten(1)
+    up, down = a.up.flatten(1) - other, None if torch.equal(one, two) else one - two
+    for columns, rows in ((None, None), (0, 1)):
+        far = torch.linalg.vector_norm(up, dim=columns) * torch.linalg.vector_norm(one, dim=rows)
+        if down is not None:
+            far = far + torch.linalg.vector_norm(other, dim=columns) * torch.linalg.vector_norm(down, dim=rows)
+        yield far

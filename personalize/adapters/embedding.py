@@ -14,7 +14,8 @@ from torch import Tensor
 
 from ..errors import AdapterError, HostileFileError
 from ..formats.header import Entry, open_file, read_header, short
-from ..formats.tensors import TORCH, read_tensor, with_ending, write_tensors
+from ..formats.tensors import TORCH, read_tensor, write_tensors
+from ..formats.writer import with_ending
 from ..io import atomic
 from .words import vectors_in, words_in
 

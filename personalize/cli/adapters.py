@@ -19,10 +19,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..adapters.adapter import Adapter
+    from ..adapters.contract import Saved
     from ..adapters.doctor.collisions import Collision
     from ..adapters.doctor.prognosis import Prediction
-    from ..adapters.files import Saved
-    from ..adapters.ops.resize import Report
+    from ..adapters.ops.report import Report
     from ..adapters.strengths.grammar import Weighting
 
 Files = Sequence[tuple[Path, "Weighting"]]
@@ -98,8 +98,7 @@ def as_told(adapter: Adapter, family: str | None, strip_metadata: bool) -> Adapt
 def output_path(output: Path, *read: Path) -> Path:
     """The file to write. Raises OutputError for a folder's name, for another format's, and for a file that is read."""
     from ..adapters.dialects import file_of
-    from ..formats.checkpoint import overwrites
-    from ..formats.tensors import with_ending
+    from ..formats.writer import overwrites, with_ending
 
     path = with_ending(output)
     if output.is_dir():
@@ -133,10 +132,10 @@ def base_path(base: Path) -> Path:
     return NAMED.get(str(base), base)
 
 
-def print_written(saved: Saved, adapter: Adapter) -> None:
+def print_written(saved: Saved, layers: int) -> None:
     """Say what was written."""
-    echo(f"{saved.path}  {readable(saved.size)}, {saved.kind}, {len(adapter.deltas)} layers")
-    answer(written=saved.path, bytes=saved.size, kind=saved.kind, layers=len(adapter.deltas))
+    echo(f"{saved.path}  {readable(saved.size)}, {saved.kind}, {layers} layers")
+    answer(written=saved.path, bytes=saved.size, kind=saved.kind, layers=layers)
 
 
 def print_table(report: Report) -> None:
@@ -192,7 +191,7 @@ def convert(file: tuple[Path, Weighting], output: Path, kind: str | None, rank: 
     saved = made.save_with_report(output, how["dialect"], dtype=how["dtype"] or storage_of(adapter.deltas))
     if report:
         print_table(report)
-    print_written(saved, made)
+    print_written(saved, len(made.deltas))
     return 0
 
 
@@ -211,16 +210,17 @@ def resize(file: tuple[Path, Weighting], output: Path, base: Path | None, **opti
     """Reduce the rank of an adapter by truncated SVD of dW, the best there is, and print the error."""
     from ..adapters.lazy import storage_of
     from ..adapters.ops import resize as resizing
+    from ..adapters.ops.report import Report
 
     output = output_path(output, file[0])
     (adapter,) = without_base(open_adapters([file], options["allow_unmatched"]), base)
     rule, value = rule_of(options)
     kept = options["dtype"] or storage_of(adapter.deltas)
     adapter = as_told(adapter, options["family"], options["strip_metadata"])
-    cut, report = resizing.resize(adapter, rule, value, max_rank=options["max_rank"], dtype=kept, drop=options["drop"])
+    cut, lines = resizing.on_demand(adapter, rule, value, max_rank=options["max_rank"], dtype=kept, drop=options["drop"])
     saved = cut.save_with_report(output, options["dialect"], dtype=kept)
-    print_table(report)
-    print_written(saved, cut)
+    print_table(Report(tuple(lines.values())))
+    print_written(saved, len(cut.deltas))
     return 0
 
 

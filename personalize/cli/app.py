@@ -25,6 +25,7 @@ HELP = ("-h", "--help")
 def main() -> None:
     """The console script."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch comes: threads that wait sleep, the core may be needed
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before NumPy comes: on thin matrices two take ten times as long as one
     show_in_any_code_page()
     import_only_what_is_used()
     sys.exit(run(sys.argv[1:]))

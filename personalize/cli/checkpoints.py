@@ -62,7 +62,7 @@ def extract(tuned: Path, base: Path, output: Path, **options: Any) -> int:
     if others := [path for path in report.left_out if path not in misfits]:
         hint = "" if options["full"] else ", --full keeps biases and norms"
         echo(f"left out: {len(others)} other changed weights ({others[0]}{', ...' * (len(others) > 1)}){hint}")
-    print_written(saved, found)
+    print_written(saved, len(found.deltas))
     return 0
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shlex
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,8 @@ from .messages import answer, echo
 from .values import PATH, AdapterFile
 
 RECIPE = "personalize.merge"  # metadata: the arguments that repeat a merge
+
+BEYOND_BYTES = ("rank", "base", "allow_unmatched", "family", "strip_metadata")  # options that need more than ops/concat.py
 
 OPTIONS: dict[str, tuple[Any, str]] = {  # those of methods.OPTIONS
     "density": (float, "share of the entries that is kept"),
@@ -93,31 +96,64 @@ def merge(ctx: click.Context, files: Files, output: Path, replay: Path | None, *
     if not files:
         raise RecipeError("which adapters?", "personalize merge A.safetensors:0.7 B.safetensors:-0.3 -o C.safetensors")
     output = output_path(output, *(path for path, _ in files))
-    with ThreadPoolExecutor() as threads:  # the inputs are hashed while torch is being loaded
-        return write_merge(files, output, options, threads.map(weights_sha256, [path for path, _ in files]))
+    with ThreadPoolExecutor() as threads:  # the inputs are hashed while headers are read and torch is loaded
+        hashes = [threads.submit(weights_sha256, path) for path, _ in files]
+        return write_merge(files, output, options, lambda: [future.result() for future in hashes])
 
 
-def write_merge(files: Files, output: Path, options: dict[str, Any], hashes: Iterator[str]) -> int:
+def write_merge(files: Files, output: Path, options: dict[str, Any], hashes: Callable[[], list[str]]) -> int:
     """Write the merge of some files, and print what it cost."""
+    from ..adapters.ops.concat import NeedsDeltas
+
+    unusual = any(options[name] for name in BEYOND_BYTES) or any(options[name] is not None for name in OPTIONS)
+    with contextlib.suppress(NeedsDeltas):
+        if options["method"] == "concat" and not unusual:
+            return write_bytes(files, output, options, hashes)
+    return write_deltas(files, output, options, hashes)
+
+
+def write_bytes(files: Files, output: Path, options: dict[str, Any], hashes: Callable[[], list[str]]) -> int:
+    """The merge of plain files as bytes, without torch. Raises NeedsDeltas where that is not enough."""
+    from ..adapters.ops.concat import stack
+    from ..adapters.ops.report import Report
+
+    whole = stack(files, options["dtype"])
+    metadata = merge_metadata(files, options, [source.reading.metadata for source in whole.sources], hashes())
+    saved = whole.save(output, options["dialect"], metadata)
+    print_table(Report(tuple(whole.lines())))
+    print_written(saved, len(whole.shapes))
+    return 0
+
+
+def write_deltas(files: Files, output: Path, options: dict[str, Any], hashes: Callable[[], list[str]]) -> int:
+    """The merge by any method, of files of any kind."""
     from ..adapters.lazy import storage_of
     from ..adapters.ops import merge as merging
-    from ..adapters.ops.resize import Report
+    from ..adapters.ops.report import Report
 
     chosen = {name: options[name] for name in OPTIONS if options[name] is not None}
     adapters = without_base(open_adapters(files, options["allow_unmatched"]), options["base"])
     whole, lines = merging.on_demand(adapters, [1.0] * len(adapters), options["method"], options["rank"], **chosen)
     whole = as_told(whole, options["family"], options["strip_metadata"])
-    metadata = {RECIPE: merge_arguments(files, options), "modelspec.merged_from": ", ".join(path.stem for path, _ in files)}
-    metadata["personalize.merge_hashes"] = json.dumps(list(hashes))
-    if triggers := [trigger for one in adapters if (trigger := one.metadata.get("modelspec.trigger_phrase"))]:
-        metadata["modelspec.trigger_phrase"] = ", ".join(dict.fromkeys(triggers))
-    if options["strip_metadata"]:
-        metadata = {}
+    metadata = merge_metadata(files, options, [adapter.metadata for adapter in adapters], hashes())
     dtype = options["dtype"] or storage_of(adapters[0].deltas)
     saved = whole.save_with_report(output, options["dialect"], metadata, dtype)
     print_table(Report(tuple(lines.values())))
-    print_written(saved, whole)
+    print_written(saved, len(whole.deltas))
     return 0
+
+
+def merge_metadata(
+    files: Files, options: Mapping[str, Any], each: Iterable[Mapping[str, str]], hashes: Iterable[str]
+) -> dict[str, str]:
+    """What a merge says about itself; `each` is what its files say."""
+    if options["strip_metadata"]:
+        return {}
+    metadata = {RECIPE: merge_arguments(files, options), "modelspec.merged_from": ", ".join(path.stem for path, _ in files)}
+    metadata["personalize.merge_hashes"] = json.dumps(list(hashes))
+    if triggers := [trigger for one in each if (trigger := one.get("modelspec.trigger_phrase"))]:
+        metadata["modelspec.trigger_phrase"] = ", ".join(dict.fromkeys(triggers))
+    return metadata
 
 
 def merge_arguments(files: Files, options: Mapping[str, Any]) -> str:

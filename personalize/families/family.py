@@ -202,7 +202,7 @@ class Family:
     telling: str = ""  # the norm of which biases tell, by their spread, that a model predicts velocity
 
     def __hash__(self) -> int:
-        return hash((self.name, self.denoiser, self.texts))
+        return hash(self.name)  # tables are looked up by family for every name in a file
 
     @property
     def networks(self) -> tuple[Network, ...]:

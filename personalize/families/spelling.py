@@ -115,8 +115,10 @@ def spelled_by(paths: Mapping[str, str], families: tuple[Family, ...]) -> tuple[
 def tell_apart(paths: Mapping[str, str], shapes: Mapping[str, Shape], metadata: Mapping[str, str]) -> str:
     """The names of the families that a file is of by its spelling, where shapes (by path) and metadata leave more; else ""."""
     fit = families_of(shapes)
+    if len(fit) < 2 or any(says(metadata, one) for one in fit):
+        return ""
     own = spelled_by(paths, fit)
-    return " ".join(one.name for one in own) if 0 < len(own) < len(fit) and not any(says(metadata, one) for one in fit) else ""
+    return " ".join(one.name for one in own) if len(own) < len(fit) else ""
 
 
 def _writes(family: Family, name: str, path: str) -> bool:

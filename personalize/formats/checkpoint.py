@@ -23,7 +23,8 @@ from ..errors import AdapterError, BaseModelError, HostileFileError, OutputError
 from ..io import atomic, disk_error
 from .header import PICKLES, Address, Entry, Header, open_file, short
 from .shapes import Shape, same
-from .tensors import HASHES, bytes_of, encode_header, read_tensor
+from .tensors import bytes_of, read_tensor
+from .writer import HASHES, encode_header, overwrites
 
 New = Callable[[str], Tensor | None]  # path => its new tensor; None leaves it as it is
 Changed = Mapping[str, Tensor] | New
@@ -173,11 +174,6 @@ def check_destination(destination: str | Path, *sources: Weights) -> Path:
     except OSError as error:
         raise disk_error(path, error) from error
     return path
-
-
-def overwrites(path: Path, source: Path) -> bool:
-    """Whether writing to `path` would change `source`: it is that file, or lies in that folder."""
-    return source.resolve() in (path.resolve(), *path.resolve().parents) or (path.exists() and path.samefile(source))
 
 
 def _rewrite_folder(source: Weights, destination: Path, views: Views) -> None:

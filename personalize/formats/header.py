@@ -38,6 +38,7 @@ _DISGUISES = (
     (b"GGUF", "a GGUF file"),
     (b"\x89PNG", "a PNG picture"),
 )
+_FIELDS = {"dtype", "shape", "data_offsets"}  # of an entry, all of them and no others
 _AGAIN = "copy or download it again"
 _CONVERT = "pickled weights can run code and are never opened; convert the file to .safetensors where it came from"
 
@@ -167,23 +168,23 @@ def _json(path: Path, raw: bytes) -> dict[str, Any]:
 
 def _entry(path: Path, key: str, value: Any, offset: int) -> Entry:
     """One header entry, its offsets made absolute. Lengths are compared as Python integers: nothing can overflow."""
-
-    def unsound(what: str, hint: str = "") -> HostileFileError:
-        return HostileFileError(f"{path}: tensor {short(key)} {what}", hint)
-
-    if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
-        raise unsound("needs exactly dtype, shape and data_offsets")
+    if not isinstance(value, dict) or value.keys() != _FIELDS:
+        raise _unsound(path, key, "needs exactly dtype, shape and data_offsets")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(dtype, str) or dtype not in ITEM_SIZES:
-        raise unsound(f"has the unknown dtype {short(dtype)}", f"known: {', '.join(ITEM_SIZES)}")
+        raise _unsound(path, key, f"has the unknown dtype {short(dtype)}", f"known: {', '.join(ITEM_SIZES)}")
     if not _naturals(shape) or len(shape) > MAX_DIMENSIONS:
-        raise unsound(f"has the impossible shape {short(shape)}")
+        raise _unsound(path, key, f"has the impossible shape {short(shape)}")
     if not _naturals(offsets) or len(offsets) != 2:
-        raise unsound(f"has impossible offsets {short(offsets)}")
+        raise _unsound(path, key, f"has impossible offsets {short(offsets)}")
     start, end = offsets
     if end - start != math.prod(shape) * ITEM_SIZES[dtype]:
-        raise unsound(f"of {dtype}{short(shape)} cannot lie in {end - start} bytes")
+        raise _unsound(path, key, f"of {dtype}{short(shape)} cannot lie in {end - start} bytes")
     return Entry(dtype, tuple(shape), offset + start, offset + end)
+
+
+def _unsound(path: Path, key: str, what: str, hint: str = "") -> HostileFileError:
+    return HostileFileError(f"{path}: tensor {short(key)} {what}", hint)
 
 
 def _check_layout(path: Path, tensors: Mapping[str, Entry], start: int, size: int) -> None:

@@ -16,6 +16,8 @@ def same(shape: Shape, known: Shape) -> bool:
     >>> same((320, 36), (320, 4, 3, 3)), same((320, -1), (320, 4, 3, 3)), same((320, 4), (320, 4, 3, 3))
     (True, True, False)
     """
+    if shape == known:
+        return True
     if (len(shape), len(known)) == (2, 4):
         known = (known[0], math.prod(known[1:]))
     elif (len(shape), len(known)) == (4, 2):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from ..adapters.files import PrecisionError
+from ..adapters.contract import PrecisionError
 from ..errors import TrainingError
 from ..inference.pipeline import draw_images
 from ..inference.png import save_picture

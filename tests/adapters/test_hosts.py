@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from test_kinds import KINDS, noise
 from torch import Tensor, nn
 
-from personalize.adapters import dialects, files, host_names, hosts
+from personalize.adapters import contract, dialects, host_names, hosts
 from personalize.adapters.adapter import Adapter
 from personalize.adapters.delta import Dense, LowRank, Structured
 from personalize.errors import AdapterError
@@ -115,7 +115,7 @@ def test_a_file_that_a_host_would_misread_is_not_written(blocks: str, tmp_path: 
     conv = "unet.up_blocks.0.upsamplers.0.conv"
     old = rank_one(family, [conv, *own]).save(tmp_path / "a").read_bytes()
     names = written(family, blocks)
-    monkeypatch.setattr(files, "kohya_names", lambda _: names)
+    monkeypatch.setattr(contract, "kohya_names", lambda _: names)
     meant = "A1111 would not find" if blocks == "diffusers" else "diffusers would take"
     with pytest.raises(AdapterError, match=rf"{meant} unet.up_blocks.0.upsamplers.0.conv"):
         rank_one(family, [conv, *own], alpha=0.5).save(tmp_path / "a")
@@ -126,7 +126,7 @@ def test_alphas_that_a_host_would_lose_are_not_written(tmp_path: Path, monkeypat
     sd1 = FAMILY["sd1"]
     unlike = Adapter(dict(rank_one(sd1, LAYERS[:4]).deltas) | dict(rank_one(sd1, LAYERS[:1], alpha=0.5).deltas))
     unlike.save(tmp_path / "a")
-    monkeypatch.setattr(files._Draft, "_alpha", lambda draft, path, delta: delta.alpha)
+    monkeypatch.setattr(contract.Draft, "choose_alpha", lambda draft, path, *own: draft.low.update({path: own}) or own[1])
     with pytest.raises(AdapterError, match=r"diffusers would take unet.*to_q at another strength"):
         unlike.save(tmp_path / "b")
     assert not (tmp_path / "b.safetensors").exists()

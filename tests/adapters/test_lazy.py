@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from test_adapters import make
 
+from personalize.adapters import contract
 from personalize.adapters import files as adapter_files
 from personalize.adapters.adapter import Adapter
 from personalize.adapters.delta import Delta, Dense, Structured
@@ -121,7 +122,7 @@ def test_any_room_for_the_header_and_tensors_of_odd_size(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, room: int
 ) -> None:
     """Three numbers in fp16 would leave what follows unaligned."""
-    monkeypatch.setattr(adapter_files, "_room", lambda *_: room)
+    monkeypatch.setattr(contract, "_room", lambda *_: room)
     path = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
     roles = {"lokr_w1": (1, 1), "lokr_w2_a": (3, 1), "lokr_w2_b": (1, 3)}
     one = Structured("LoKr", {role: torch.ones(shape) for role, shape in roles.items()}, 1.0, (3, 3))

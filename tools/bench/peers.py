@@ -144,6 +144,7 @@ def tools(folder: Path, kohya: Path | None, rank: int) -> list[Tool]:
 def _ours(rank: int) -> list[Tool]:
     run = [sys.executable, "-m", "personalize"]
     start = (sys.executable, "-c", "import personalize.cli, personalize.adapters.ops.merge")
+    start_of_bytes = (sys.executable, "-c", "import numpy, personalize.cli, personalize.adapters.ops.concat")  # no torch
     a, b = WEIGHTS
 
     def resize(files: list[str], output: str) -> list[str]:
@@ -159,7 +160,7 @@ def _ours(rank: int) -> list[Tool]:
     return [
         Tool("personalize resize", "resize", resize, start),
         Tool("personalize merge --method svd", "svd", svd, start),
-        Tool("personalize merge", "concat", concat, start),
+        Tool("personalize merge", "concat", concat, start_of_bytes),
     ]
 
 

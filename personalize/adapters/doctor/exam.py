@@ -15,7 +15,7 @@ from ...findings import LEVELS, Finding, worst_first
 from ...formats.header import read_header
 from .. import dialects
 from ..describe import Description, describe
-from ..ops.resize import Line, Report
+from ..ops.report import Line, Report
 from .findings import CHECKS
 from .measures import SHARE, Exam, Module, Weights, block_norms, block_of, measure, read_updates
 

@@ -15,11 +15,12 @@ from ...families.family import Family, Shape
 from ...families.names import FAMILIES, PARTS, part_of, resolve_shape
 from ...formats.header import Header, open_file
 from ...formats.tensors import read_tensor
-from .. import dialects, files, kinds
+from .. import contract, dialects, files, kinds
 from ..delta import Decomposed, Delta, Dense
 from ..describe import Description
 from ..ops import linalg
-from ..ops.resize import Line, can_factor
+from ..ops.report import Line
+from ..ops.resize import can_factor
 from ..strengths import blocks
 
 Weights = Mapping[str, Tensor] | Callable[[str], Tensor]  # the base's, by canonical path
@@ -105,7 +106,7 @@ def read_updates(header: Header, reading: dialects.Reading, family: Family | Non
                 yield _update(file, header, path, slot, scales.get(path), resolve_shape(path, reading.shapes[path], family))
             for key in (slot.keys[role] for role in slot.keys.keys() & set(kinds.BIASES)):
                 bias = files.read_bias(file, header, slot, scales.get(path))
-                yield Update(path + files.BIAS, "bias", *((bias, ()) if bias.finite() else (None, (key,))))
+                yield Update(path + contract.BIAS, "bias", *((bias, ()) if bias.finite() else (None, (key,))))
 
 
 def _update(file: BinaryIO, header: Header, path: str, slot: dialects.Slot, scale: float | None, shape: Shape) -> Update:

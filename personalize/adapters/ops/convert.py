@@ -6,7 +6,8 @@ from ...errors import AdapterError
 from ..adapter import Adapter
 from ..delta import Delta, Dense
 from ..lazy import map_deltas
-from .resize import Line, Report, can_factor, check_plain, cut_to_rank, keep_as_is, rank_of
+from .report import Line, Report
+from .resize import can_factor, check_plain, cut_to_rank, keep_as_is, rank_of
 
 USUAL = 32  # the rank of what has no factors of its own
 

@@ -55,9 +55,28 @@ def svd(delta: Delta, rank: int | None = None) -> Svd:
 
 def of_factors(up: Tensor, down: Tensor, rank: int | None = None) -> Svd:
     """Of up @ down, exact; k = min(out, r, in), or the first `rank` vectors beside all values."""
-    left, right = lq(up.double().T), lq(down.double())
-    u, s, v = torch.linalg.svd(left.triangle.T @ right.triangle, full_matrices=False)
-    return Svd(left.span(u[:, :rank].T).T, s, right.span(v[:rank]))
+    return core_of(up, down).svd(rank)
+
+
+class Core(NamedTuple):
+    """A product of two factors as left^T @ right of matrices with orthonormal rows behind their triangles."""
+
+    left: Lq
+    right: Lq
+
+    def values(self) -> Tensor:
+        """All singular values, falling."""
+        return torch.linalg.svdvals(self.left.triangle.T @ self.right.triangle)
+
+    def svd(self, rank: int | None = None) -> Svd:
+        """All singular values, and all vectors or the first `rank`."""
+        u, s, v = torch.linalg.svd(self.left.triangle.T @ self.right.triangle, full_matrices=False)
+        return Svd(self.left.span(u[:, :rank].T).T, s, self.right.span(v[:rank]))
+
+
+def core_of(up: Tensor, down: Tensor) -> Core:
+    """Of up [out, r] @ down [r, in]."""
+    return Core(lq(up.double().T), lq(down.double()))
 
 
 class Lq(NamedTuple):
@@ -180,8 +199,7 @@ def singular_values(delta: Delta) -> Tensor:
         matrix = delta.delta().reshape(sides(delta.shape)).double()
         matrix = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
         return torch.linalg.eigvalsh(matrix @ matrix.T).flip(0).clamp(min=0).sqrt()
-    up, down = factors(pair)
-    return torch.linalg.svdvals(lq(up.T).triangle.T @ lq(down).triangle)
+    return core_of(*factors(pair)).values()
 
 
 def inner(a: Delta, b: Delta) -> float:

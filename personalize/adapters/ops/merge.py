@@ -12,13 +12,15 @@ from typing import Any
 from ...errors import AdapterError, nearest
 from ...families.family import Shape
 from ...formats.tensors import one_thread
-from ..adapter import Adapter, all_words, check_kin, shared_metadata
+from ..adapter import Adapter, all_words, check_kin
+from ..contract import shared_metadata
 from ..delta import Delta, Dense
 from ..lazy import OnDemand
 from . import linalg, sums
 from .convert import USUAL
 from .methods import METHODS, OPTIONS, Method, Module, Options, Term
-from .resize import Line, Report, check_plain, cut_parts, cut_to_rank, keep_as_is, rank_of
+from .report import Line, Report
+from .resize import check_plain, cut_parts, cut_to_rank, keep_as_is, rank_of
 
 CUT = (
     "and layers like it have no factors in one of the adapters: they are merged at a rank of {}, with the error that is told; "
@@ -87,7 +89,7 @@ def on_demand(
         return delta
 
     merged = OnDemand({path: shapes[path] for path in paths}, make)
-    return Adapter(merged, shared_metadata(adapters), all_words(given)), lines
+    return Adapter(merged, shared_metadata(adapter.metadata for adapter in adapters), all_words(given)), lines
 
 
 def _terms(path: str, adapters: Sequence[Adapter], weights: Sequence[float]) -> tuple[Term, ...]:

@@ -4,96 +4,20 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from ...errors import AdapterError, nearest
 from ...families.family import Shape
-from ...families.names import PARTS, part_of
 from ...formats.tensors import TORCH, one_thread
 from ..adapter import Adapter
 from ..delta import Decomposed, Delta, Dense, LowRank, Structured, kind_name
 from ..lazy import map_deltas
 from . import linalg
-
-_NOISE = 1e-14  # of a squared norm: what fp32 factors cannot tell from nothing
-
-
-# ---------------------------------------------------------------- what was lost
-
-
-@dataclass(frozen=True, eq=False)
-class Line:
-    """One module: its rank before and after, the singular values of dW (fp64, falling) and the norm of what they leave out."""
-
-    path: str
-    old: int
-    new: int
-    known: Tensor | Callable[[], Tensor]  # the values, or how to find them: a merge that cuts nothing need not know
-    rest: float = 0.0
-
-    @cached_property
-    def values(self) -> Tensor:
-        return self.known() if callable(self.known) else self.known
-
-    @property
-    def cut(self) -> bool:
-        """Whether anything was lost."""
-        return self.new < self.old or self.rest > 0
-
-    @property
-    def norm(self) -> float:
-        return self.norm_beyond(0)
-
-    @property
-    def error(self) -> float:
-        """||dW - dW at the new rank|| / ||dW||."""
-        return self.norm_beyond(self.new) / self.norm if self.cut and self.norm else 0.0
-
-    def norm_beyond(self, rank: int) -> float:
-        """||dW - dW at a rank||: the norm of the singular values behind it (Eckart and Young)."""
-        return math.hypot(float(torch.linalg.norm(self.values[rank:])), self.rest)
-
-
-@dataclass(frozen=True, eq=False)
-class Report:
-    """What became of each module, and of all together."""
-
-    lines: tuple[Line, ...]
-
-    @property
-    def parts(self) -> tuple[str, ...]:
-        return tuple(part for part in PARTS if any(part_of(line.path) == part for line in self.lines))
-
-    def part(self, name: str) -> Report:
-        return Report(tuple(line for line in self.lines if part_of(line.path) == name))
-
-    @property
-    def error(self) -> float:
-        """The relative error of dW over all modules together."""
-        if not any(line.cut for line in self.lines):
-            return 0.0
-        norm = math.hypot(*(line.norm for line in self.lines))
-        return math.hypot(*(line.norm_beyond(line.new) for line in self.lines)) / norm if norm else 0.0
-
-    def rank_for(self, error: float = 0.01) -> int | None:
-        """The smallest rank, the same for every module, that keeps the relative error; None if the values known do not tell."""
-        squares = torch.zeros(max((len(line.values) for line in self.lines), default=0) + 1, dtype=torch.float64)
-        for line in self.lines:
-            squares[: len(line.values)] += _tails(line.values)
-        lost = squares + math.fsum(line.rest**2 for line in self.lines)
-        enough = (lost <= max(error**2, _NOISE) * lost[0]).nonzero()
-        return int(enough[0]) if len(enough) else None
-
-    def rows(self) -> Iterator[tuple[str, Report]]:
-        """What is worth printing: each part, then all of it as "total"."""
-        yield from ((name, self.part(name)) for name in self.parts)
-        yield "total", self
-
+from .report import NOISE, Line, Report, tail_squares
 
 # ---------------------------------------------------------------- rules
 
@@ -126,6 +50,7 @@ class Rule:
     low: float
     high: float = math.inf
     open: str = ""  # "low", "high"
+    together: bool = False  # whether it must have seen all modules; else it looks at one at a time
 
     def allows(self, value: float) -> bool:
         above = value > self.low if self.open == "low" else value >= self.low
@@ -147,13 +72,13 @@ def _sv_ratio(values: Tensor, ratio: float) -> int:
 
 
 def _sv_fro(values: Tensor, share: float) -> int:
-    tails = _tails(values)
-    return int((tails > (1 - share**2 + _NOISE) * tails[0]).sum())
+    tails = tail_squares(values)
+    return int((tails > (1 - share**2 + NOISE) * tails[0]).sum())
 
 
 def _sv_cumulative(values: Tensor, share: float) -> int:
     tails = values.flip(0).cumsum(0).flip(0)
-    return int((tails > (1 - share + math.sqrt(_NOISE)) * tails[0]).sum())
+    return int((tails > (1 - share + math.sqrt(NOISE)) * tails[0]).sum())
 
 
 def _error(cuts: Sequence[Cut], error: float) -> list[int]:
@@ -162,7 +87,7 @@ def _error(cuts: Sequence[Cut], error: float) -> list[int]:
     forced = math.fsum(line.norm_beyond(line.new) ** 2 for line in report.lines)
     squares, owners = _pool(cuts)
     order = squares.argsort()
-    allowed = max(error**2, _NOISE) * math.fsum(line.norm**2 for line in report.lines) - forced
+    allowed = max(error**2, NOISE) * math.fsum(line.norm**2 for line in report.lines) - forced
     dropped = owners[order[squares[order].cumsum(0) <= allowed]]
     return [cut.top - count for cut, count in zip(cuts, dropped.bincount(minlength=len(cuts)).tolist(), strict=True)]
 
@@ -188,8 +113,8 @@ RULES = {
     "sv_ratio": Rule("singular values above the module's largest divided by this (kohya)", _each(_sv_ratio), 1, open="low"),
     "sv_fro": Rule("this share of each module's Frobenius norm, not of its square (kohya)", _each(_sv_fro), 0, 1, "low"),
     "sv_cumulative": Rule("this share of the sum of each module's singular values (kohya)", _each(_sv_cumulative), 0, 1, "low"),
-    "error": Rule("as few ranks as keep the relative error of the whole adapter below this", _error, 0, 1, "high"),
-    "size": Rule("the best ranks that fit into a file of this many bytes", _size, 0, open="low"),
+    "error": Rule("as few ranks as keep the relative error of the whole adapter below this", _error, 0, 1, "high", together=True),
+    "size": Rule("the best ranks that fit into a file of this many bytes", _size, 0, open="low", together=True),
 }
 
 
@@ -218,6 +143,28 @@ def resize(
     return adapter.with_deltas(deltas), Report(tuple(cut.line(rank) for cut, rank in zip(cuts, chosen, strict=True)))
 
 
+def on_demand(
+    adapter: Adapter, rule: str, value: float, *, max_rank: int | None = None, dtype: str = "fp16", drop: bool = False
+) -> tuple[Adapter, Mapping[str, Line]]:
+    """As `resize`, but by a rule that looks at one module at a time each is read and cut when it is asked for, and its line of
+    the report is there from then on. Not with `drop`: which modules stay must be known first."""
+    if drop or rule not in RULES or RULES[rule].together or dtype not in TORCH:
+        whole, report = resize(adapter, rule, value, max_rank=max_rank, dtype=dtype, drop=drop)
+        return whole, {line.path: line for line in report.lines}
+    check_rule(rule, value, max_rank)
+    lines: dict[str, Line] = {}
+
+    def cut_at(path: str, delta: Delta) -> Delta:
+        with one_thread():
+            core = linalg.core_of(*linalg.factors(delta)) if isinstance(delta, LowRank) else None
+            cut = _cut(path, delta, max_rank, TORCH[dtype].itemsize, 1, core)
+            (rank,) = RULES[rule].choose([cut], value)
+            lines[path] = cut.line(rank)
+            return _at_rank(delta, rank, core)
+
+    return adapter.with_deltas(map_deltas(adapter.deltas, cut_at)), lines
+
+
 def cut_to_rank(path: str, delta: Delta, rank: int | None = None) -> tuple[Delta, Line]:
     """One update at a rank at most, balanced and without the ranks that fp32 cannot tell from nothing; and what was lost."""
     if not can_factor(delta):
@@ -227,7 +174,7 @@ def cut_to_rank(path: str, delta: Delta, rank: int | None = None) -> tuple[Delta
 
 def cut_parts(path: str, shape: Shape, old: int, parts: linalg.Svd, rank: int | None) -> tuple[Delta, Line]:
     """The same of an update whose singular values and vectors are known; `old` is its rank."""
-    felt = int((parts.s.square() > _NOISE * parts.s[0].square()).sum())
+    felt = int((parts.s.square() > NOISE * parts.s[0].square()).sum())
     new = max(1, min(rank or felt, felt))
     return linalg.low_rank(parts, shape, new), Line(path, old, new, parts.s, parts.rest)
 
@@ -253,10 +200,10 @@ def check_rule(rule: str, value: float, max_rank: int | None) -> None:
         raise AdapterError(f"a rank of at most {max_rank} leaves nothing", "1 is the smallest rank")
 
 
-def _cut(path: str, delta: Delta, max_rank: int | None, width: int, floor: int) -> Cut:
-    """Singular values only: those of all modules are held until the rule has seen them all."""
+def _cut(path: str, delta: Delta, max_rank: int | None, width: int, floor: int, core: linalg.Core | None = None) -> Cut:
+    """Singular values only: those of all modules are held until the rule has seen them. `core` is a LoRA's, where it is known."""
     check_plain(path, delta)
-    values = _values(delta)
+    values = core.values() if core else _values(delta)
     top = min(len(values), max_rank or len(values))
     cost = width * (sum(linalg.sides(delta.shape)) if can_factor(delta) else math.prod(delta.shape))
     return Cut(path, values, rank_of(delta), min(floor, top), top, cost)
@@ -267,11 +214,12 @@ def _values(delta: Delta) -> Tensor:
     return linalg.singular_values(delta) if can_factor(delta) else torch.tensor([delta.norm()], dtype=torch.float64)
 
 
-def _at_rank(delta: Delta, rank: int) -> Delta:
+def _at_rank(delta: Delta, rank: int, core: linalg.Core | None = None) -> Delta:
     kept = delta.low_rank() or delta
     if not can_factor(kept) or (rank >= rank_of(kept) and isinstance(kept, LowRank | Dense)):
         return kept
-    return linalg.low_rank(linalg.svd(delta, rank if isinstance(kept, LowRank) else None), delta.shape, rank)
+    parts = core.svd(rank) if core else linalg.svd(delta, rank if isinstance(kept, LowRank) else None)
+    return linalg.low_rank(parts, delta.shape, rank)
 
 
 def can_factor(delta: Delta) -> bool:
@@ -284,11 +232,6 @@ def rank_of(delta: Delta) -> int:
     plain = delta.inner if isinstance(delta, Decomposed) else delta
     rank = plain.factor_rank if isinstance(plain, Structured) else plain.rank if isinstance(plain, LowRank) else 0
     return rank or (min(linalg.sides(delta.shape)) if can_factor(delta) else 1)
-
-
-def _tails(values: Tensor) -> Tensor:
-    """[i] = sum of squares from i on."""
-    return values.square().flip(0).cumsum(0).flip(0)
 
 
 def _pool(cuts: Iterable[Cut]) -> tuple[Tensor, Tensor]:

@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from test_adapters import SEARCH
 from torch import Tensor
 
+from personalize.adapters import files
 from personalize.adapters.adapter import Adapter, distance
 from personalize.adapters.delta import Delta, Dense, LowRank, Structured
 from personalize.adapters.ops import linalg
-from personalize.adapters.ops.resize import RULES, resize
+from personalize.adapters.ops.resize import RULES, on_demand, resize
 from personalize.errors import AdapterError
 from personalize.families.names import FAMILIES, modules
 
@@ -219,6 +220,25 @@ def test_size_buys_what_saves_most_per_byte() -> None:
 
     assert ranks(16000, (4000, 1.0), (400, 1.0)) == [1, 9]
     assert ranks(64000, (4000, 0.9), (4000, 1.0)) == [1, 5]
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_one_at_a_time_comes_out_the_same_and_is_read_once(rule: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = Adapter({"unet.conv_in": low_rank((96, 4, 3, 3), 6), "unet.conv_out": low_rank((4, 96, 3, 3), 3, 7.0, 1)})
+    file, asked, read = whole.save(tmp_path / "a"), list[str](), files.read_delta
+    monkeypatch.setattr(files, "read_delta", lambda *words: asked.append("") or read(*words))
+    value = TARGETS.get(rule, 12000.0)
+    small, lines = on_demand(Adapter.open(file), rule, value, dtype="fp32")
+    found = dict(small.deltas)
+    assert len(asked) == (4 if RULES[rule].together else 2)
+    wanted, report = resize(Adapter.load(file), rule, value, dtype="fp32")
+    assert found.keys() == wanted.deltas.keys() == lines.keys()
+    for line in report.lines:
+        mine, ours, theirs = lines[line.path], found[line.path].stored(), wanted.deltas[line.path].stored()
+        assert all(torch.equal(ours[role], theirs[role]) for role in theirs)
+        assert (mine.old, mine.new, mine.error) == (line.old, line.new, line.error)
+    with pytest.raises(AdapterError, match="no storage dtype"):
+        on_demand(whole, rule, value, dtype="fp17")
 
 
 def test_modules_are_dropped_only_on_request() -> None:
