@@ -143,7 +143,7 @@ class AdapterLayer(nn.Module):
         out: Tensor = self.base_layer(x)
         if self.kind.title in BATCHED:
             tensors = {role: factor.cast_of(who, x.dtype) for role, factor in self.factors.items()}
-            return out + BATCHED[self.kind.title](self.base_layer, x, tensors, self._scales(who, x)).reshape(out.shape)
+            return BATCHED[self.kind.title](self.base_layer, x, out, tensors, self._scales(who, x))
         changes = []
         for m, rows in zip(who, x.chunk(len(who)), strict=True):
             changes.append(self._change_of(rows, {role: factor.weight[m] for role, factor in self.factors.items()}, m))
@@ -167,8 +167,9 @@ class AdapterLayer(nn.Module):
 
     def _scales(self, who: tuple[int, ...], x: Tensor) -> Tensor | float:
         """One for all, or [m, 1, 1]."""
-        scales = [self.scale(m) for m in who]
-        return scales[0] if len(set(scales)) == 1 else x.new_tensor(scales)[:, None, None]
+        if len(set(self.alphas)) == len(set(self.strengths)) == 1:
+            return self.scale(who[0])
+        return x.new_tensor([self.scale(m) for m in who])[:, None, None]
 
     def tensors(self, number: int = 0) -> dict[str, Tensor]:
         """An adapter's tensors by role, on the device: views."""
@@ -199,21 +200,23 @@ class AdapterLayer(nn.Module):
 # whose kernel has no batching rule, and knows neither checkpointing nor quantized layers.
 
 
-def batched_lora(layer: Any, x: Tensor, tensors: Mapping[str, Tensor], scale: Tensor | float) -> Tensor:
-    """scale_m up_m down_m x on the rows of adapter m, by two batched products.
+def batched_lora(layer: Any, x: Tensor, out: Tensor, tensors: Mapping[str, Tensor], scale: Tensor | float) -> Tensor:
+    """W x + scale_m up_m down_m x on the rows of adapter m, by two batched products; the second adds to W x.
 
-    x [m * b, ..., in], down [m, r, in], up [m, out, r] => [m, rows, out]; or x [m * b, in, h, w], down [m, r, in, kh, kw],
-    up [m, out, r, 1, 1] => [m, b, out, h', w'].
+    x [m * b, ..., in], out [m * b, ..., o], down [m, r, in], up [m, o, r]; or x [m * b, in, h, w], out [m * b, o, h', w'],
+    down [m, r, in, kh, kw], up [m, o, r, 1, 1].
     """
     down, up = tensors[DOWN], tensors[UP]
     if not isinstance(layer, nn.Conv2d):
-        return _times(x.reshape(len(down), -1, x.shape[-1]) @ down.mT, scale) @ up.mT
+        low = _times(x.reshape(len(down), -1, x.shape[-1]) @ down.mT, scale)
+        return torch.baddbmm(out.view(len(down), -1, out.shape[-1]), low, up.mT).view(out.shape)
     m, r = down.shape[:2]
     side_by_side = x.unflatten(0, (m, -1)).transpose(0, 1).flatten(1, 2)  # [b, m * in, h, w]
     how: Any = {"stride": layer.stride, "padding": layer.padding, "dilation": layer.dilation}
-    low = F.conv2d(side_by_side, down.flatten(0, 1), groups=m, **how)  # [b, m * r, h', w']
-    low = low.unflatten(1, (m, r)).permute(1, 2, 0, 3, 4)  # [m, r, b, h', w']
-    return (up.flatten(2) @ _times(low.flatten(2), scale)).unflatten(2, low.shape[2:]).transpose(1, 2)
+    low = F.conv2d(side_by_side, down.flatten(0, 1), groups=m, **how).unflatten(1, (m, r))  # [b, m, r, h', w']
+    low = _times(low.transpose(0, 1).flatten(3), scale if isinstance(scale, float) else scale[..., None])  # [m, b, r, h' w']
+    each = up.flatten(2)[:, None].expand(-1, low.shape[1], -1, -1).flatten(0, 1)  # [m * b, o, r]
+    return torch.baddbmm(out.flatten(2), each, low.flatten(0, 1)).view(out.shape)
 
 
 def _times(low: Tensor, scale: Tensor | float) -> Tensor:
