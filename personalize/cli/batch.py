@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from ..lock import hold
 from ..pictures.files import SHEET, SUMMARY
 from ..recipe.fields import Recipe
 from ..text import duration, readable
-from ..training.events import Event, Failed, Finished, Started, Step, Stopped, Warned
+from ..training.events import Event, Failed, Finished, Shared, Started, Step, Stopped, Warned
 from ..training.verdict import describe
 from .messages import answer, print_warning, strict
 from .progress import doing_after, error_change
@@ -94,6 +94,7 @@ class BatchView(View):
         self.recipes, self.place = recipes, place
         self.runs = [Standing(name_of(one.data.folder), one.data.folder, one.output, steps=one.steps) for one in recipes]
         self.refused = [Standing(name_of(folder), folder, None, "failed", error=why) for folder, why in refused.items()]
+        self.fleets: list[Shared] = []
         self.warnings: set[str] = set()  # those that were shown
         self.task = self.bar.add_task(self.doing, total=sum(recipe.steps for recipe in recipes))
 
@@ -106,6 +107,9 @@ class BatchView(View):
         number, what = event
         run, recipe = self.runs[number], self.recipes[number]
         match what:
+            case Shared():
+                self.fleets.append(what)
+                self.print(memory_line(what))
             case Started():
                 run.state, run.step = "training", what.resumed
                 for warning in what.warnings:
@@ -178,10 +182,11 @@ class BatchView(View):
         for one in every:
             self.print(one.line(max(len(one.name) for one in every)))
         records = strict([vars(one) for one in every])
-        answer(runs=records, summary=None)
+        fleets = strict([asdict(one) | {"peak": one.peak} for one in self.fleets])
+        answer(runs=records, fleets=fleets, summary=None)
         if any(one.run and one.run.is_dir() for one in self.runs):
             try:
-                path = write_text(self.place / SUMMARY, json.dumps({"runs": records}, indent=1) + "\n")
+                path = write_text(self.place / SUMMARY, json.dumps({"runs": records, "fleets": fleets}, indent=1) + "\n")
             except PersonalizeError as error:  # a full disk: the adapters are what counts
                 print_warning(str(error))
                 return
@@ -211,6 +216,16 @@ class BatchView(View):
         heads = ("learned from", *(f"{i} {whose}" for i in range(1, most + 1) for whose in ("base", "adapter")))
         sheet = contact_sheet(cells, len(heads), rows=rows, heads=heads, side=SIDE)
         return save_sheet(sheet, self.place / SHEET)
+
+
+def memory_line(fleet: Shared) -> str:
+    """What members that train side by side take: the base once, and each of them."""
+    base, adapter, batch, both = map(readable, (fleet.base, fleet.adapter, fleet.batch, fleet.adapter + fleet.batch))
+    count, each = f"{fleet.members} members at once", f"{both} for each member"
+    if fleet.at_once < fleet.members:
+        count = f"{fleet.members} members, {fleet.at_once} at a time"
+        each = f"{adapter} for each member, {batch} for each at a time"
+    return f"{count}: {base} for the base, {each}; {readable(fleet.peak)} by estimate"
 
 
 def name_of(folder: Path) -> str:

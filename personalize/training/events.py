@@ -31,6 +31,22 @@ class Started:
 
 
 @dataclass(frozen=True, slots=True)
+class Shared:
+    """Runs are about to go side by side on one base; told once, of the first of them. Bytes that a step takes, by estimate."""
+
+    members: int
+    at_once: int  # so many members' batches go through the base together
+    base: int
+    adapter: int  # of each member, all the time: parameters, gradients and moments
+    batch: int  # of each member whose batch goes through the base
+
+    @property
+    def peak(self) -> int:
+        """What all of them take."""
+        return self.base + self.members * self.adapter + self.at_once * self.batch
+
+
+@dataclass(frozen=True, slots=True)
 class Step:
     """`step` steps are done. A skipped one (its loss or gradient was not finite) changed nothing, and `cause` says why."""
 
@@ -189,7 +205,7 @@ class Failed:
 
 
 Event = (
-    Started | Encoded | Step | Sample | Sweep | Scored | Judged | Fold | Chosen | Saved | SteppedDown | Warned
+    Started | Shared | Encoded | Step | Sample | Sweep | Scored | Judged | Fold | Chosen | Saved | SteppedDown | Warned
     | Stopped | Failed | Finished
 )  # fmt: skip
 
@@ -198,6 +214,7 @@ Event = (
 EVENTS: dict[str, type[Event]] = {kind.__name__.lower(): kind for kind in get_args(Event)}
 # A record that lacks one of these fields, or has it of another type, is left out; all others have defaults.
 NEEDED: dict[str, tuple[str, ...]] = {
+    "shared": ("members", "at_once", "base", "adapter", "batch"),
     "step": ("step",),
     "sample": ("step", "prompt", "seed", "path"),
     "sweep": ("strength", "prompt", "seed", "path"),

@@ -15,10 +15,10 @@ from pathlib import Path
 from ..errors import PersonalizeError, RecipeError, check_type
 from ..models.model import Base
 from ..recipe.fields import Recipe
-from .events import Failed, Finished, Step, Stopped
+from .events import Failed, Finished, Shared, Step, Stopped
 from .loop import AMONG_OTHERS, Numbered, again, train, train_plan, train_plans
 from .memory.ladder import ComputePlan
-from .memory.plan import MemoryPlan, estimate_of
+from .memory.plan import MemoryPlan, choose_memory_plan, estimate_of
 from .preflight import RunPlan, check
 from .rundir import Run
 
@@ -98,13 +98,21 @@ def train_alone(number: int, plan: RunPlan, fresh: bool) -> Iterator[Numbered]:
 
 
 def train_side_by_side(plans: Mapping[int, RunPlan], fresh: bool, together: int | None) -> Iterator[Numbered]:
-    """The members of one fleet."""
-    first = next(iter(plans.values()))
+    """The members of one fleet, and before them what each takes."""
+    number, first = next(iter(plans.items()))
 
     def at_once(memory: MemoryPlan, size: int) -> int | None:
         return together or affordable(first, memory, size)
 
+    memory = choose_memory_plan(first)
+    yield number, memory_of_members(first, memory, len(plans), at_once(memory, len(plans)))
     yield from train_plans(plans, AMONG_OTHERS, fresh=fresh, at_once=at_once)
+
+
+def memory_of_members(plan: RunPlan, memory: MemoryPlan, size: int, at_once: int | None) -> Shared:
+    """What a step of `size` members takes, from the estimate of one: each has its own adapter, and its own rows."""
+    one = memory.estimate or estimate_of(plan, memory.compute)
+    return Shared(size, min(size, at_once or size), one.weights, one.adapter, one.activations)
 
 
 def affordable(plan: RunPlan, memory: MemoryPlan, size: int) -> int | None:
@@ -112,13 +120,15 @@ def affordable(plan: RunPlan, memory: MemoryPlan, size: int) -> int | None:
     if memory.budget is None:
         return None
     count = 1
-    while count < size and peak_of(plan, memory.compute, 2 * count) <= memory.budget:
+    one = memory.estimate or estimate_of(plan, memory.compute)
+    others = (size - 1) * one.adapter  # all adapters are there all the time
+    while count < size and peak_of(plan, memory.compute, 2 * count) + others <= memory.budget:
         count *= 2
     return count
 
 
 def peak_of(plan: RunPlan, compute: ComputePlan, count: int) -> int:
-    """Bytes that a step takes with so many members' batches in one, by estimate."""
+    """Bytes that a step takes with so many members' batches in one, by estimate, and one member's adapter."""
     rows = count * plan.recipe.batch_size
     larger = replace(plan, recipe=plan.recipe.model_copy(update={"batch_size": rows}))
     return estimate_of(larger, replace(compute, micro_batch=rows)).peak

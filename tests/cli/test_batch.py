@@ -56,7 +56,10 @@ def test_every_folder_gets_its_adapter_and_the_broken_one_is_told(
         assert (runs / name / "report.html").is_file()
     with Image.open(runs / "batch.png") as sheet:
         assert sheet.height > 3 * 128 and sheet.width > 3 * 128  # a row for each: learned from, base, adapter
-    summary = {one["name"]: one for one in json.loads((runs / "summary.json").read_text(encoding="utf-8"))["runs"]}
+    written = json.loads((runs / "summary.json").read_text(encoding="utf-8"))
+    summary, (fleet,) = {one["name"]: one for one in written["runs"]}, written["fleets"]
+    assert fleet["members"] == fleet["at_once"] == 3 and fleet["peak"] > fleet["base"] > fleet["adapter"] > 0
+    assert "3 members at once: " in told.split("rex: done")[0] and " for the base, " in told and " for each member; " in told
     assert {name: one["state"] for name, one in summary.items()} == {name: "done" for name in ("rex", "tom", "vase")} | {
         "broken": "failed"
     }

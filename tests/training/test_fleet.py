@@ -16,12 +16,18 @@ from personalize.adapters.kinds.kind import DOWN
 from personalize.errors import TrainingError
 from personalize.models.model import Base
 from personalize.recipe.fields import AdapterSpec, Recipe
-from personalize.training.events import Event, Failed, Finished, Started, Step, Warned
+from personalize.training.events import Event, Failed, Finished, Shared, Started, Step, Warned
 from personalize.training.fleet import train_fleet
 from personalize.training.loop import train
+from personalize.training.memory import plan as planning
 from personalize.training.memory.apply import apply_plan
 from personalize.training.memory.ladder import ComputePlan
+from personalize.training.memory.meter import counting, tensors_of
+from personalize.training.objectives.objective import Inputs, make_objective
+from personalize.training.optimizers import Optimizer
+from personalize.training.preflight import check
 from personalize.training.rundir import Run
+from personalize.training.step import Learner, gradients
 from personalize.tuning.attach import attach
 from personalize.tuning.fleet import Fleet
 from personalize.tuning.targets import fresh
@@ -58,6 +64,11 @@ def same(a: Recipe, b: Recipe) -> bool:
         for path, delta in first.items()
         for role, tensor in delta.stored().items()
     )
+
+
+def own_events(events: list[Event]) -> list[Event]:
+    """A run's own, without what is told of its fleet."""
+    return [event for event in events if not isinstance(event, Shared)]
 
 
 def losses(events: list[Event]) -> list[float]:
@@ -184,7 +195,7 @@ def test_a_fleet_gives_what_runs_of_their_own_give(make: Make) -> None:
         events = list(train(recipe))
         assert losses(told[i]) == pytest.approx(losses(events), rel=1e-4)
         assert distance(adapter(together[i]), adapter(recipe)) < CLOSE
-        assert [type(event) for event in told[i]] == [type(event) for event in events]
+        assert [type(event) for event in own_events(told[i])] == [type(event) for event in events]
         ours, theirs = (next(e for e in side if isinstance(e, Started)) for side in (told[i], events))
         assert (ours.parameters, ours.base) == (theirs.parameters, theirs.base)
     assert distance(adapter(together[0]), adapter(together[1])) > 0.1
@@ -215,7 +226,7 @@ def test_pictures_checkpoints_and_the_choice_are_each_members_own(make: Make) ->
     together = [make(f"fleet{i}", **flags, seed=i) for i in range(2)]
     told = fleet(together)
     events = list(train(recipe := make("solo", **flags, seed=1)))
-    assert [type(event) for event in told[1]] == [type(event) for event in events]
+    assert [type(event) for event in own_events(told[1])] == [type(event) for event in events]
     assert together[1].output and recipe.output
     names = [sorted(path.name for path in folder.rglob("*") if path.is_file()) for folder in (together[1].output, recipe.output)]
     assert names[0] == names[1]
@@ -280,6 +291,33 @@ def test_where_memory_runs_out_fewer_go_at_once(make: Make, monkeypatch: pytest.
 def test_a_budget_limits_how_many_go_at_once(make: Make) -> None:
     told = fleet([make(f"{i}", seed=i, memory="400MB") for i in range(2)])
     assert all(isinstance(events[-1], Finished) for events in told.values())
+
+
+@pytest.mark.parametrize("rank", [2, 16])
+def test_what_each_member_takes_is_told_before_it_trains(
+    make: Make, narrow_base: Path, rank: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(planning, "cores", lambda: 1)  # rows are not halved
+    recipes = [make(f"{i}", seed=i, rank=rank, base=str(narrow_base), targets=EVERYTHING) for i in range(4)]
+    with closing(train_fleet(recipes)) as events:
+        number, told = next(events)
+    assert isinstance(told, Shared) and (number, told.members, told.at_once) == (0, 4, 4)
+    plans = [check(recipe) for recipe in recipes]
+    base, peaks = plans[0].base, {}
+    for size in (2, 4):
+        with Fleet(base, [plan.start for plan in plans[:size]]) as company:
+            learners = [
+                Learner(one, make_objective(plan.recipe.objective, base.noise), Optimizer(one.parameters(), plan.recipe.optim, 3))
+                for one, plan in zip(company.members, plans, strict=False)
+            ]
+            held = [p for one in learners for p in one.opt.parameters.values()]
+            moments = [torch.zeros_like(p) for p in held for _ in range(2)]
+            inputs = Inputs(torch.zeros(2, 16, 8, 8), torch.ones(2, 16, 8, 8), base.embed(["a", "b"]))
+            with counting(tensors_of([base.denoiser, base.vae, *(text.model for text in base.texts)]), held, moments) as count:
+                gradients(learners, [[(inputs, lambda _: torch.Generator().manual_seed(0), lambda i: i)] for _ in learners])
+                peaks[size] = count.peak
+    assert told.adapter + told.batch == pytest.approx((peaks[4] - peaks[2]) / 2, rel=0.15)
+    assert told.peak == pytest.approx(peaks[4], rel=0.1)
 
 
 def test_what_differs_in_shape_is_trained_all_the_same(make: Make) -> None:

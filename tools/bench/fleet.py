@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import math
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -30,7 +32,7 @@ from . import resuming
 from .resuming import Row
 from .scripts import fill
 from .step import batch_of, recipe_of
-from .throughput import TINY, time_steps, tiny, trainer, true
+from .throughput import TINY, WARM, time_steps, tiny, trainer, true
 
 HEADS = (
     "family",
@@ -45,6 +47,7 @@ HEADS = (
     "per member",
 )
 MODES = ("eager", "compiled")
+Take = Callable[[], object]  # takes the next step
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -88,6 +91,9 @@ def row_of(family: str, members: int, mode: str, options: argparse.Namespace, de
         return {"side": side, "failed": why}
     try:
         take = fleet(configs, recipe, fit, device, members) if members else trainer(configs, recipe, fit, device)
+        if not gpu:
+            alone = trainer(configs, recipe, fit, device) if members else take
+            return {"side": side, **time_in_turns(alone, take, max(1, members), options.seconds), "bytes": None}
         seconds, taken = time_steps(take, options.seconds, device)
     except torch.OutOfMemoryError:
         return {"side": side, "failed": "out of memory"}
@@ -96,7 +102,21 @@ def row_of(family: str, members: int, mode: str, options: argparse.Namespace, de
     return {"side": side, "seconds": seconds, "bytes": taken}
 
 
-def fleet(configs: Configs, recipe: Recipe, fit: ComputePlan, device: torch.device, members: int) -> Callable[[], object]:
+def time_in_turns(alone: Take, together: Take, members: int, seconds: float) -> Row:
+    """CPU seconds of a fleet's step, and of a run's alone: steps are taken in turns, the least counts. Neighbours only add."""
+    least = {one: math.inf for one in (alone, together)}
+    for _ in range(WARM):
+        alone(), together()
+    began = time.perf_counter()
+    while math.isinf(least[together]) or time.perf_counter() - began < seconds:
+        for one in (*[alone] * members, together):
+            start = time.process_time()
+            one()
+            least[one] = min(least[one], time.process_time() - start)
+    return {"seconds": least[together], "alone": least[alone]}
+
+
+def fleet(configs: Configs, recipe: Recipe, fit: ComputePlan, device: torch.device, members: int) -> Take:
     """A function that takes the next step of all members, as `train_fleet` does: the losses of all, and the gradients' norms."""
     with quiet():
         base = ghost(configs, ComputePlan(fit.precision))
@@ -129,10 +149,9 @@ def cells(row: Row, rows: Sequence[Row]) -> list[str]:
     if "failed" in row:
         return [*case, row["failed"], *["–"] * 5]
     count = members or 1
-    alone = next((one for one in rows if one["case"] == [family, 0, mode] and "seconds" in one), None)
-    beside = (
-        [f"{1e3 * count * alone['seconds']:.0f}", f"{count * alone['seconds'] / row['seconds']:.2f}x"] if alone else ["–", "–"]
-    )
+    other = next((one["seconds"] for one in rows if one["case"] == [family, 0, mode] and "seconds" in one), None)
+    alone = row.get("alone", other)
+    beside = [f"{1e3 * count * alone:.0f}", f"{count * alone / row['seconds']:.2f}x"] if alone else ["–", "–"]
     return [*case, f"{1e3 * row['seconds']:.0f}", *beside, f"{count / row['seconds']:.2f}", *memory(row, rows)]
 
 
@@ -148,6 +167,7 @@ def memory(row: Row, rows: Sequence[Row]) -> list[str]:
 
 def publish(options: argparse.Namespace, about: dict[str, Any], rows: Sequence[Row]) -> None:
     """fleet.md."""
+    flags = f"--modes {' '.join(options.modes)} --members {' '.join(map(str, options.members))} --precision {options.precision}"
     page = f"""# Fleets
 
 Training steps of adapters side by side on one frozen base, beside the same steps of runs alone, one after the other; random
@@ -155,9 +175,10 @@ weights of true shape. A step: forward, backward, each member's own clipping and
 
 - machine: {about["device"]}, torch {about["torch"]}{", one thread" if torch.get_num_threads() == 1 and options.tiny else ""}
 - members: LoRA of rank {options.rank} on attention layers; pictures a step each: {options.batch}; the base in {options.precision}
+- on a CPU: the CPU seconds of a fleet's step and of a run's alone, taken in turns, the least of each
 - runs alone: as many times the step of a run alone; per member: peak GiB beyond a fleet of one, for each further member
 - attention: scaled_dot_product_attention over the rows of all members as one batch, no vmap
-- command: python -m tools.bench fleet{" --tiny" if options.tiny else ""}
+- command: python -m tools.bench fleet{" --tiny" if options.tiny else ""} {flags}
 
 """
     write_text(options.to / "fleet.md", page + markdown(HEADS, [cells(row, rows) for row in rows]))

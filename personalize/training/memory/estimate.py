@@ -79,7 +79,7 @@ class Estimate:
 
 def estimate(configs: Configs, load: Workload, fit: ComputePlan, parts: tuple[str, ...]) -> Estimate:
     """What a run will take. A few seconds the first time, for a true base; then it is remembered on disk."""
-    asked = load.recipe.model_dump(mode="json", include={"adapter", "objective", "optim", "batch_size"})
+    asked = load.recipe.model_dump(mode="json", include={"adapter", "objective", "batch_size"})  # no rate changes a shape
     shapes = [load.height, load.width, load.windows, load.drawn, load.prompts]
     configured = json.loads(json.dumps(asdict(configs), default=str))
     name = store.key(kind="estimate", configs=configured, asked=asked, shapes=shapes, fit=asdict(fit), parts=parts, code=_code())
