@@ -1,4 +1,4 @@
-"""What a training step launches, held to a number: on a GPU at batch 1 each operation costs a launch, so none is to come unseen."""
+"""What a training step launches, held to a number: at batch 1 on a GPU each operation costs its launch, so none comes unseen."""
 
 from __future__ import annotations
 
