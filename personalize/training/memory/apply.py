@@ -6,6 +6,7 @@ import shutil
 
 import torch
 
+from ...models.divisions import write_divisions
 from ...models.model import Base
 from ...models.offload import bring_back, offload
 from ...models.quantized import quantize
@@ -29,6 +30,7 @@ def apply_plan(base: Base, compute: ComputePlan, device: torch.device) -> None:
     else:
         bring_back(base.denoiser, device)
     if compute.compile and not obstacle_to_compiling(compute, device) and not is_compiled(base):
+        write_divisions(base.denoiser)
         base.denoiser.compile_repeated_blocks()
 
 
