@@ -25,12 +25,12 @@ from ..families.noise import ZERO_SNR, Noise
 from ..families.text import Chunks, TextEncoder
 from ..formats.header import short
 from ..recipe.fields import check_device
-from .divisions import skip_divisions
 from .folder import examine, load_folder
 from .loaded import Loaded
 from .quantized import Quantized
 from .single import load_single, open_whole
 from .sources import locate
+from .useless import skip_useless_work
 from .vae import other_vae
 
 TILE = 512  # pixels
@@ -76,7 +76,7 @@ class Base:
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        skip_divisions(self.denoiser, self.vae)
+        skip_useless_work(self.denoiser, self.vae)
 
     @classmethod
     def load(

@@ -65,7 +65,7 @@ def walk(configs: Configs, load: Workload, precision: str) -> Iterator[tuple[str
 
 def rungs(batch: int, precision: str) -> Iterator[tuple[str, ComputePlan]]:
     """Every rung from the first to the last that changes anything; then the last without int8, and nf4 without the last."""
-    rung, fit = "everything at once", ComputePlan(precision, micro_batch=batch, channels_last=True)
+    rung, fit = "everything at once", ComputePlan(precision, micro_batch=batch, channels_last=True, joined=precision != "float32")
     while True:
         yield rung, fit
         below = next(((one.name, one.of(fit)) for one in LADDER if one.of(fit) != fit), None)

@@ -6,10 +6,11 @@ import shutil
 
 import torch
 
-from ...models.divisions import write_divisions
+from ...models.joined import join_projections
 from ...models.model import Base
 from ...models.offload import bring_back, offload
 from ...models.quantized import quantize
+from ...models.useless import write_divisions
 from .ladder import ComputePlan
 
 
@@ -24,6 +25,9 @@ def apply_plan(base: Base, compute: ComputePlan, device: torch.device) -> None:
         base.denoiser.disable_gradient_checkpointing()
     if compute.channels_last:
         base.denoiser.to(memory_format=torch.channels_last)
+    if compute.joined and not compute.offload:
+        base.denoiser.to(device)  # what is side by side would be taken apart on its way
+        join_projections(base.denoiser)
     if compute.offload and device.type == "cuda":
         stop_compiling(base)
         offload(base.denoiser, device)

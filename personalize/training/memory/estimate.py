@@ -21,6 +21,7 @@ from ...data import cache as store
 from ...families.cond import Cond
 from ...families.names import DENOISERS
 from ...families.recognition import detect
+from ...models.joined import join_projections
 from ...models.loaded import build, vae_dtype
 from ...models.model import Base, quiet
 from ...models.offload import offload, offload_of
@@ -108,6 +109,8 @@ def _estimate(configs: Configs, load: Workload, fit: ComputePlan, parts: tuple[s
         solidify(models)
         if fit.offload:
             offload(base.denoiser, base.device)
+        elif fit.joined:
+            join_projections(base.denoiser)
         opt = Optimizer(attached.parameters(), load.recipe.optim, load.recipe.steps, scaled=fit.precision == "float16")
         learned = list(opt.parameters.values())
         moments = [torch.zeros_like(p) for p in learned for _ in range(2)]
@@ -180,7 +183,7 @@ def ghost(configs: Configs, fit: ComputePlan) -> Base:
     for model in (denoiser, vae, *(text.model for text in texts)):
         model.requires_grad_(False).eval()
     base = Base("shapes", Path(), family, meta, dtype, dict(family.scheduler), texts, denoiser, vae, {})
-    apply_plan(base, replace(fit, compile=False, lean=False, offload=False), meta)
+    apply_plan(base, replace(fit, compile=False, lean=False, offload=False, joined=False), meta)
     return base
 
 

@@ -25,11 +25,11 @@ class ComputePlan:
     compile: bool = False
     channels_last: bool = False
     offload: bool = False  # frozen weights are in the host's memory, and come to the GPU block by block
+    joined: bool = False  # layers that read the same input are computed by one product
 
     def record(self) -> dict[str, Any]:
-        """Its fields, as files have them: what is newer than the first files is left out where it says nothing."""
-        fields = asdict(self)
-        return fields if self.offload else {name: value for name, value in fields.items() if name != "offload"}
+        """Its fields, as files have them: what is newer than the first files is left out where it is not so."""
+        return {name: value for name, value in asdict(self).items() if value or name not in ("offload", "joined")}
 
     def words(self, batch: int) -> str:
         """What was chosen, in a few words, for batches of so many pictures."""
@@ -126,7 +126,8 @@ def first(wanted: Fitting, batch: int, device: torch.device, before: ComputePlan
         "offload": False if device.type == "cpu" else chosen[wanted.offload],
     }
     gpu = device.type == "cuda" and precision != "float32"  # what tensor cores read; a CPU gains nothing
-    compute = replace(kept, precision=precision, compile=wanted.compile, channels_last=gpu)
+    joined = gpu and not wanted.compile  # a compiler joins by itself what pays
+    compute = replace(kept, precision=precision, compile=wanted.compile, channels_last=gpu, joined=joined)
     return replace(compute, **{name: value for name, value in forced.items() if value is not None})
 
 

@@ -345,7 +345,8 @@ def test_a_float16_run_that_was_stopped_ends_with_the_same_bytes(make: Make, tmp
     pytest.param(ComputePlan(quantize="nf4", micro_batch=4), marks=pytest.mark.slow),
     pytest.param(ComputePlan("bfloat16", micro_batch=4), marks=pytest.mark.slow),
     ComputePlan(checkpointing=True, micro_batch=4, offload=True),
-], ids=["plain", "checkpointing", "nf4", "bfloat16", "offload"])  # fmt: skip
+    ComputePlan("bfloat16", micro_batch=4, joined=True),
+], ids=["plain", "checkpointing", "nf4", "bfloat16", "offload", "joined"])  # fmt: skip
 def test_the_estimate_is_what_a_real_step_takes(tiny_base: Path, pictures: Path, fit: ComputePlan) -> None:
     recipe = resolve(flags={"folder": pictures, "rank": 2, "batch_size": 4})
     base = Base.load(tiny_base, dtype=getattr(torch, fit.precision))

@@ -1,4 +1,4 @@
-"""Divisions by one: left out to the bit, and only those."""
+"""Useless work: left out to the bit, and only that."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from personalize.models.divisions import FACTORS, ONE, One, skip_divisions, write_divisions
 from personalize.models.model import Base
+from personalize.models.useless import FACTORS, ONE, One, activate_once, skip_divisions, write_divisions
 from personalize.training.memory.apply import apply_plan
 from personalize.training.memory.ladder import ComputePlan
 from tools.bench.counting import Work, phases
@@ -47,6 +47,28 @@ def test_a_base_has_the_bits_of_one_that_divides(pocket: Base) -> None:
         assert many - few >= 2 * len(factors) - 1
     finally:
         skip_divisions(pocket.denoiser, pocket.vae)
+
+
+def test_the_timestep_is_activated_once_to_the_bit(pocket: Base) -> None:
+    unet, plain = pocket.denoiser, copy.deepcopy(pocket.denoiser)
+    assert unet.time_embed_act is not None
+    plain.time_embed_act = None
+    blocks = [module for module in plain.modules() if getattr(module, "skip_time_act", False)]
+    for block in blocks:
+        block.skip_time_act = False
+    counts, outs = list[int](), list[Tensor]()
+    for model in (unet, plain):
+        with phases(work := Work(), []), work, torch.no_grad():
+            outs.append(
+                model(torch.ones(1, pocket.channels, 8, 8), torch.tensor(7), torch.ones(1, 77, 192), return_dict=False)[0]
+            )
+        counts.append(work.names["silu"])
+    assert torch.equal(*outs) and counts[1] - counts[0] == len(blocks) - 1 > 3
+    activate_once(unet)
+    assert all(one.skip_time_act for one in unet.modules() if hasattr(one, "skip_time_act")), "once is enough"
+    plain.mid_block.resnets[0].skip_time_act = True  # somebody's own choice
+    activate_once(plain)
+    assert plain.time_embed_act is None
 
 
 def test_other_factors_divide(pocket: Base) -> None:
