@@ -45,9 +45,9 @@ def skip_useless_work(denoiser: Any, vae: Any) -> None:
         activate_once(denoiser)
 
 
-def skip_divisions(*models: nn.Module | None) -> None:
+def skip_divisions(*models: Any) -> None:
     """Let the layers of diffusers' models divide by nothing where they divide by 1.0: the bits are the same."""
-    for module in (module for model in models if model is not None for module in model.modules()):
+    for module in (module for model in models if isinstance(model, nn.Module) for module in model.modules()):
         for name in FACTORS:
             if getattr(module, name, None) == 1.0:
                 setattr(module, name, ONE)
