@@ -30,6 +30,7 @@ from .loaded import Loaded
 from .quantized import Quantized
 from .single import load_single, open_whole
 from .sources import locate
+from .useless import skip_useless_work
 from .vae import other_vae
 
 TILE = 512  # pixels
@@ -74,6 +75,9 @@ class Base:
             raise BaseModelError("a base is loaded", 'p.Base.load("pocket")')
         return super().__new__(cls)
 
+    def __post_init__(self) -> None:
+        skip_useless_work(self.denoiser, self.vae)
+
     @classmethod
     def load(
         cls,
@@ -105,13 +109,12 @@ class Base:
             found = load_folder(path, dtype) if path.is_dir() else load_single(path, dtype, other)
             if other and path.is_dir():
                 found = Loaded(**vars(found) | {"vae": other_vae(other, found.family, dtype)})
-        for model in (found.denoiser, found.vae, *found.texts.values()):
+        scheduler, models = override_scheduler(found.scheduler, prediction, zero_snr), (found.denoiser, found.vae)
+        for model in (*models, *found.texts.values()):
             model.requires_grad_(False).eval().to(device)
-        scheduler = override_scheduler(found.scheduler, prediction, zero_snr)
         stored = {part: dict(sizes) for part, sizes in found.stored.items()}
-        family, models = found.family, (found.denoiser, found.vae)
-        texts = tuple(row.reader(found.tokenizers[row.part], found.texts[row.part], clip_skip) for row in family.texts)
-        return cls(str(name), path, family, torch.device(device), dtype, scheduler, texts, *models, stored)
+        texts = tuple(row.reader(found.tokenizers[row.part], found.texts[row.part], clip_skip) for row in found.family.texts)
+        return cls(str(name), path, found.family, torch.device(device), dtype, scheduler, texts, *models, stored)
 
     @classmethod
     def of(cls, recipe: Reading, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Base:

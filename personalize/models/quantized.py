@@ -98,13 +98,16 @@ class Quantized(nn.Linear):
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        shape = torch.Size((self.out_features, self.in_features))
         assert isinstance(self.codes, Tensor) and isinstance(self.scales, Tensor)
-        return FORMATS[self.format].unpack(self.codes, self.scales, shape, self.dtype)
+        return self.unpack(self.codes, self.scales)
+
+    def unpack(self, codes: Tensor, scales: Tensor) -> Tensor:
+        """The weight that a packed one stands for, [out, in]."""
+        return FORMATS[self.format].unpack(codes, scales, torch.Size((self.out_features, self.in_features)), self.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] => [..., out]."""
-        result: Tensor = _Product.apply(x, self)
+        result: Tensor = _Product.apply(x, self.codes, self.scales, self)
         return result if self.bias is None else result + self.bias
 
     def extra_repr(self) -> str:
@@ -112,16 +115,17 @@ class Quantized(nn.Linear):
 
 
 class _Product(torch.autograd.Function):
-    """x W^T, whose backward pass unpacks W once more."""
+    """x W^T, whose backward pass unpacks W once more: from what the forward pass read, wherever the layer's own is by then."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layer: Quantized) -> Tensor:
+    def forward(ctx: Any, x: Tensor, codes: Tensor, scales: Tensor, layer: Quantized) -> Tensor:
         ctx.layer = layer
-        return nn.functional.linear(x, layer.weight)
+        ctx.save_for_backward(codes, scales)
+        return nn.functional.linear(x, layer.unpack(codes, scales))
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return grads[0] @ ctx.layer.weight, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        return grads[0] @ ctx.layer.unpack(*ctx.saved_tensors), None, None, None
 
 
 def quantize(model: nn.Module, name: str) -> int:

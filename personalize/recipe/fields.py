@@ -212,6 +212,11 @@ class Fitting(Part):
     micro_batch: int = Field(
         0, ge=0, description="pictures computed at once; their gradients add up to the batch's (0: what fits)"
     )
+    offload: Choice = Field(
+        "auto",
+        description="keep the UNet's frozen weights in the host's memory, and bring them to the GPU block by block",
+        exclude_if=lambda value: value == "auto",  # recipes were written before there was one
+    )
     compile: bool = Field(False, description="compile the UNet's transformer blocks: minutes at first, then faster steps")
 
     @field_validator("memory")

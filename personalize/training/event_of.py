@@ -10,7 +10,7 @@ from ..errors import PersonalizeError
 from ..recipe.settings import flatten
 from .events import Failed, Started, Step
 from .inputs import rng_of
-from .memory.apply import missing_compiler
+from .memory.apply import obstacle_to_compiling
 from .metadata import versions
 from .objectives.denoise import timesteps
 from .preflight import RunPlan
@@ -29,7 +29,7 @@ def started_event(run: ActiveRun) -> Started:
     plan, data = run.plan, run.data
     sources = (plan.dataset, plan.regularization, data.latents, data.prior)
     warnings = [*plan.recipe.remarks, *(warning for source in sources if source for warning in source.warnings)]
-    if run.compute.compile and (why := missing_compiler(plan.device)):
+    if run.compute.compile and (why := obstacle_to_compiling(run.compute, plan.device)):
         warnings.append(f"nothing is compiled: {why}")
     return Started(
         time=datetime.now(timezone.utc).isoformat(timespec="seconds"),

@@ -11,7 +11,6 @@ import hashlib
 import io
 import json
 from collections import Counter
-from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -58,7 +57,7 @@ def describe_run(
         "ss_mixed_precision": MIXED[fit.precision],
         "ss_full_fp16": "False",
         "ss_gradient_checkpointing": str(fit.checkpointing),
-        "personalize.fit": json.dumps(asdict(fit) | memory, sort_keys=True),
+        "personalize.fit": json.dumps(fit.record() | memory, sort_keys=True),
         **modelspec_keys(recipe, base, dataset, name, sample),
         "personalize.recipe": to_json(recipe),
         "personalize.step": str(step),

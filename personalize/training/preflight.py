@@ -47,7 +47,7 @@ from .sample_names import sample_name
 HARMLESS = {"preset", "output", "name", "dialect", "save_precision", "checkpoint_every", "folder", "regularization", "device"}
 HARMLESS |= {"choose", "leave_one_out"}
 # How a run fits into memory rounds its results, no more; precision and what is quantized are compared as they came out.
-HARMLESS |= {"precision", "quantize", "memory", "checkpointing", "free_encoders", "tile_vae", "micro_batch", "compile"}
+HARMLESS |= {"precision", "quantize", "memory", "checkpointing", "free_encoders", "tile_vae", "micro_batch", "compile", "offload"}
 SAMPLING = {"sample_every", "sample_prompts", "sample_seeds", "sample_steps", "guidance", "sampler"}
 MARGIN = 64 * 2**20  # bytes of disk for everything small
 

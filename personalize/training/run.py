@@ -84,7 +84,7 @@ class ActiveRun:
         """Where the run stands now."""
         changes = {"changes": self.plan.history} if self.plan.history else {}
         company = {"commit": self.commit.record(self.plan.run.folder)} if self.commit else {}
-        more = {"fit": asdict(self.compute), "failed": self.failed, **changes, **company}
+        more = {"fit": self.compute.record(), "failed": self.failed, **changes, **company}
         return State(self.done, self.plan.about, self.opt.state(), more)
 
     def write_state(self, due: bool) -> None:
@@ -112,7 +112,7 @@ class ActiveRun:
         expected = self.memory.estimate
         return {
             "words": self.compute.words(self.plan.recipe.batch_size),
-            **asdict(self.compute),
+            **self.compute.record(),
             "estimate": None if expected is None else {**asdict(expected), "peak": expected.peak},
             "probe": self.probe,
             "budget": self.memory.budget,

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..adapters.kinds.kind import DOWN, UP, Kind
+from .products import products, siblings_of
 
 Spec = tuple[Mapping[str, Tensor], float | None]  # an adapter's tensors for one layer, by role, and its alpha
 
@@ -112,6 +113,8 @@ class AdapterLayer(nn.Module):
             return self._forward_sum(x, *who)
         if x.dtype == torch.float32 or isinstance(self.base_layer, nn.Conv2d):
             return self._forward_one(x, *who)
+        if (out := products(self, x)) is not None:
+            return out
         return self._forward_one(x.flatten(0, -2), *who).unflatten(0, x.shape[:-1])  # rows: a kind can add to W x in place
 
     def _forward_one(self, x: Tensor, number: int) -> Tensor:
@@ -254,13 +257,21 @@ def sum_once(layers: Sequence[AdapterLayer]) -> Iterator[None]:
 
 
 class Cast(torch.autograd.Function):
-    """fp32 tensors => the same in another dtype, in one operation; so their gradients come back."""
+    """fp32 tensors => the same in another dtype, in one operation; so their gradients come back.
+
+    `runs` are how many of them, in turn, are neighbours in memory.
+    """
 
     @staticmethod
-    def forward(ctx: Any, dtype: torch.dtype, *full: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, dtype: torch.dtype, runs: Sequence[int], *full: Tensor) -> tuple[Tensor, ...]:
         ctx.full = full
         ctx.set_materialize_grads(False)
-        low = [torch.empty_like(one, dtype=dtype) for one in full]
+        low, each = list[Tensor](), iter(full)
+        for count in runs:
+            rows, *other = next(each).shape
+            low += full[len(low)].new_empty(count * rows, *other, dtype=dtype).chunk(count)
+            for _ in range(count - 1):
+                next(each)
         torch._foreach_copy_(low, full)
         return tuple(low)
 
@@ -268,20 +279,33 @@ class Cast(torch.autograd.Function):
     def backward(ctx: Any, *low: Tensor | None) -> tuple[Tensor | None, ...]:
         full = [None if grad is None else torch.empty_like(one) for one, grad in zip(ctx.full, low, strict=True)]
         torch._foreach_copy_([one for one in full if one is not None], [grad for grad in low if grad is not None])
-        return None, *full
+        return None, None, *full
 
 
 @contextlib.contextmanager
 def cast_once(layers: Iterable[AdapterLayer], dtype: torch.dtype) -> Iterator[None]:
     """Inside, the tensors of layers are in a base's dtype as they are at the beginning; gradients reach the parameters."""
-    factors = [factor for layer in layers if layer.kind.forward for factor in layer.factors.values()]
+    runs = runs_of([layer for layer in layers if layer.kind.forward])
+    factors = [factor for run in runs for factor in run]
     if dtype == torch.float32 or not factors:
         yield
         return
-    for factor, low in zip(factors, Cast.apply(dtype, *(factor.weight for factor in factors)), strict=True):
+    lows = Cast.apply(dtype, [len(run) for run in runs], *(factor.weight for factor in factors))
+    for factor, low in zip(factors, lows, strict=True):
         factor.low = low
     try:
         yield
     finally:
         for factor in factors:
             factor.low = None
+
+
+def runs_of(layers: Sequence[AdapterLayer]) -> list[list[Factor]]:
+    """The factors of layers, those together that are to be neighbours: of one role, of layers that are computed at once."""
+    runs, seen = list[list[Factor]](), set[int]()
+    for layer in layers:
+        if id(layer) not in seen:
+            siblings = siblings_of(layer)
+            seen |= set(map(id, siblings))
+            runs += [[one.factors[role] for one in siblings] for role in layer.factors]
+    return runs

@@ -535,6 +535,7 @@ ELSEWHERE = {
     "tile_vae",
     "micro_batch",
     "compile",
+    "offload",
     "init",
 }  # tested above or below, in test_choose.py, test_fit.py and test_changes.py, or with one value
 

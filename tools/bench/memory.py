@@ -64,15 +64,16 @@ def walk(configs: Configs, load: Workload, precision: str) -> Iterator[tuple[str
 
 
 def rungs(batch: int, precision: str) -> Iterator[tuple[str, ComputePlan]]:
-    """Every rung from the first to the last that changes anything, then nf4 instead of int8."""
-    rung, fit = "everything at once", ComputePlan(precision, micro_batch=batch, channels_last=True)
+    """Every rung from the first to the last that changes anything; then the last without int8, and nf4 without the last."""
+    rung, fit = "everything at once", ComputePlan(precision, micro_batch=batch, channels_last=True, joined=precision != "float32")
     while True:
         yield rung, fit
         below = next(((one.name, one.of(fit)) for one in LADDER if one.of(fit) != fit), None)
         if below is None:
             break
         rung, fit = below
-    yield "nf4", replace(fit, quantize="nf4")
+    yield "offload, nothing packed", replace(fit, quantize="none")
+    yield "nf4", replace(fit, quantize="nf4", offload=False)
 
 
 def configs_of(row: Family, side: int) -> Configs:

@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from personalize.errors import DataError
 from personalize.io import write_text
+from personalize.models.joined import join_projections
 from personalize.models.model import Base, quiet
 from personalize.recipe.fields import Recipe
 from personalize.recipe.resolve import resolve
@@ -81,13 +82,16 @@ def recipe_of(batch: int, rank: int) -> Recipe:
 
 def ours(configs: Configs, recipe: Recipe, side: int, precision: str) -> dict[str, Any]:
     """The second step of a run, from a batch to the update, as `loop.advance` takes it."""
-    fit = ComputePlan(precision, micro_batch=recipe.batch_size, channels_last=precision != "float32")
+    low = precision != "float32"
+    fit = ComputePlan(precision, micro_batch=recipe.batch_size, channels_last=low, joined=low)  # as on a GPU
     with quiet():
         base = ghost(configs, fit)
         attached = attach(base, recipe.adapter)
     with FakeTensorMode(), torch.random.fork_rng(devices=[]):
         base.device = torch.device("cpu")
         solidify([base.denoiser])
+        if fit.joined:
+            join_projections(base.denoiser)
         opt = Optimizer(attached.parameters(), recipe.optim, recipe.steps)
         inputs = batch_of(base, recipe, side // base.factor)
         for done in range(STEPS):

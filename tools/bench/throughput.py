@@ -101,7 +101,13 @@ def tiny(family: str) -> tuple[int, Configs]:
 def own(configs: Configs, recipe: Recipe, mode: str, seconds: float, device: torch.device) -> Row:
     """Seconds per step and bytes of ours; or why there are none."""
     gpu = device.type == "cuda"
-    fit = ComputePlan("bfloat16", micro_batch=recipe.batch_size, channels_last=gpu, compile=mode == "compiled")
+    fit = ComputePlan(
+        "bfloat16",
+        micro_batch=recipe.batch_size,
+        channels_last=gpu,
+        compile=mode == "compiled",
+        joined=gpu and mode != "compiled",
+    )
     if fit.compile and (why := missing_compiler(device)):
         return {"failed": why}
     if mode == "graphs" and not gpu:

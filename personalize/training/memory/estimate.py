@@ -21,8 +21,10 @@ from ...data import cache as store
 from ...families.cond import Cond
 from ...families.names import DENOISERS
 from ...families.recognition import detect
+from ...models.joined import join_projections
 from ...models.loaded import build, vae_dtype
 from ...models.model import Base, quiet
+from ...models.offload import offload, offload_of
 from ...models.precision import dtype_of
 from ...recipe.fields import Recipe
 from ...tuning.attach import Attached, attach
@@ -82,7 +84,7 @@ def estimate(configs: Configs, load: Workload, fit: ComputePlan, parts: tuple[st
     asked = load.recipe.model_dump(mode="json", include={"adapter", "objective", "batch_size"})  # no rate changes a shape
     shapes = [load.height, load.width, load.windows, load.drawn, load.prompts]
     configured = json.loads(json.dumps(asdict(configs), default=str))
-    name = store.key(kind="estimate", configs=configured, asked=asked, shapes=shapes, fit=asdict(fit), parts=parts, code=_code())
+    name = store.key(kind="estimate", configs=configured, asked=asked, shapes=shapes, fit=fit.record(), parts=parts, code=_code())
 
     def compute() -> dict[str, torch.Tensor]:
         return {"bytes": torch.tensor(list(asdict(_estimate(configs, load, fit, parts)).values()))}
@@ -105,11 +107,17 @@ def _estimate(configs: Configs, load: Workload, fit: ComputePlan, parts: tuple[s
         models = [base.denoiser, base.vae, *(text.model for text in base.texts)]
         base.device = torch.device("cpu")  # of shapes: kernels are chosen by device
         solidify(models)
+        if fit.offload:
+            offload(base.denoiser, base.device)
+        elif fit.joined:
+            join_projections(base.denoiser)
         opt = Optimizer(attached.parameters(), load.recipe.optim, load.recipe.steps, scaled=fit.precision == "float16")
         learned = list(opt.parameters.values())
         moments = [torch.zeros_like(p) for p in learned for _ in range(2)]
         leaving = [model for model in models[1:] if fit.lean and not any(p.requires_grad for p in model.parameters())]
         sizes = [bytes_of(tensors_of([model])) for model in leaving]
+        if held := offload_of(base.denoiser):
+            sizes.append(bytes_of(held.host))
         with counting(tensors_of(models), moments) as count:
             adapter = 4 * bytes_of(learned)  # parameters, gradients, two moments
             weights = count.now - sum(sizes) - 3 * bytes_of(learned)
@@ -175,7 +183,7 @@ def ghost(configs: Configs, fit: ComputePlan) -> Base:
     for model in (denoiser, vae, *(text.model for text in texts)):
         model.requires_grad_(False).eval()
     base = Base("shapes", Path(), family, meta, dtype, dict(family.scheduler), texts, denoiser, vae, {})
-    apply_plan(base, replace(fit, compile=False, lean=False), meta)
+    apply_plan(base, replace(fit, compile=False, lean=False, offload=False, joined=False), meta)
     return base
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -24,6 +24,12 @@ class ComputePlan:
     micro_batch: int = 1  # pictures at once
     compile: bool = False
     channels_last: bool = False
+    offload: bool = False  # frozen weights are in the host's memory, and come to the GPU block by block
+    joined: bool = False  # layers that read the same input are computed by one product
+
+    def record(self) -> dict[str, Any]:
+        """Its fields, as files have them: what is newer than the first files is left out where it is not so."""
+        return {name: value for name, value in asdict(self).items() if value or name not in ("offload", "joined")}
 
     def words(self, batch: int) -> str:
         """What was chosen, in a few words, for batches of so many pictures."""
@@ -33,7 +39,8 @@ class ComputePlan:
             "pictures in tiles": self.tiled,
             f"UNet in {self.quantize}": self.quantize != "none",
             f"{self.micro_batch} of {batch} pictures at once": self.micro_batch < batch,
-            "compiled": self.compile,
+            "UNet's weights in the host's memory": self.offload,
+            "compiled": self.compile and not self.offload,
         }
         return ", ".join([self.precision, *(word for word, true in said.items() if true)])
 
@@ -95,6 +102,14 @@ LADDER = (
         "micro_batch",
         lambda compute: -(-compute.micro_batch // 2),
     ),
+    Rung(
+        "offload",
+        "the UNet's frozen weights stay in the host's memory, and travel to the GPU twice a step, while it computes",
+        "offload",
+        "offload",
+        lambda compute: True,
+        cpu=False,
+    ),
 )
 
 
@@ -108,9 +123,11 @@ def first(wanted: Fitting, batch: int, device: torch.device, before: ComputePlan
         "tiled": chosen[wanted.tile_vae],
         "quantize": None if wanted.quantize == "auto" else wanted.quantize,
         "micro_batch": wanted.micro_batch or None,
+        "offload": False if device.type == "cpu" else chosen[wanted.offload],
     }
     gpu = device.type == "cuda" and precision != "float32"  # what tensor cores read; a CPU gains nothing
-    compute = replace(kept, precision=precision, compile=wanted.compile, channels_last=gpu)
+    joined = gpu and not wanted.compile  # a compiler joins by itself what pays
+    compute = replace(kept, precision=precision, compile=wanted.compile, channels_last=gpu, joined=joined)
     return replace(compute, **{name: value for name, value in forced.items() if value is not None})
 
 

@@ -11,7 +11,6 @@ import contextlib
 import gc
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict
 
 import torch
 
@@ -94,7 +93,7 @@ def step_down(run: ActiveRun, why: str) -> SteppedDown:
     run.failed = [step for step in run.failed if step <= run.done]
     run.plan.run.rewind(run.done)
     run.rewind()
-    return SteppedDown(run.done, what, why, asdict(run.compute))
+    return SteppedDown(run.done, what, why, run.compute.record())
 
 
 def _next_rung(run: ActiveRun, why: str) -> str:
