@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import importlib
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -50,22 +51,23 @@ def find_transformers(*_: Any) -> ModuleType:
 class Library(NamedTuple):
     """What we use of a library, and what it is imported without."""
 
-    used: tuple[str, ...]  # names in it
+    used: tuple[str, ...] = ()  # names in it
     hidden: tuple[str, ...] = ()
     late: tuple[str, ...] = ()  # imported when they are first used
     instead: Mapping[str, Mapping[str, Any]] = MappingProxyType({})  # module => name in it => what stands there meanwhile
 
 
 LIBRARIES = {
-    "torch": Library(("Generator",), late=("torch._meta_registrations", "torch.export")),
+    "torch": Library(late=("torch._meta_registrations", "torch.export")),
     "diffusers": Library(
         ("UNet2DConditionModel", "AutoencoderKL", *SCHEDULERS),
         ("peft", "transformers", "accelerate"),
-        ("scipy.stats", "scipy.integrate"),  # some samplers compute with them
+        ("scipy.stats", "scipy.integrate", "requests"),  # some samplers compute with scipy
+        {"importlib.metadata": {"packages_distributions": dict}},  # which looks at every file that is installed
     ),
     "transformers": Library(
         ("CLIPTextModel", "CLIPTokenizer"),
-        ("scipy", "sklearn", "accelerate"),
+        ("scipy", "sklearn", "accelerate", "jinja2", "psutil"),
         instead={"transformers.utils": {"auto_docstring": leave_unmarked, "direct_transformers_import": find_transformers}},
     ),
 }
@@ -118,26 +120,33 @@ class Lean(SourceFileLoader):
 
     def exec_module(self, module: ModuleType) -> None:
         before, library = dict(vars(module)), LIBRARIES[self.name]
-        own_code = HollowLoader.exec_module if self.name in HOLLOW else SourceFileLoader.exec_module
-        if self.name == "torch":
-            with imported_late(library.late):
+        with uncollected():
+            if self.name == "torch":
+                with imported_late(library.late):
+                    super().exec_module(module)
+                importlib.import_module(NEEDED)
+                return
+            try:
+                with without(library.hidden), without_compiler(), without_distributed(), imported_late(library.late):
+                    self._import_used(module, library)
+            except BROKEN:
+                for name in [name for name in sys.modules if name.startswith(f"{self.name}.")]:
+                    del sys.modules[name]
+                module.__class__ = ModuleType
+                vars(module).clear()
+                vars(module).update(before)
+                sys.modules[self.name] = module
                 super().exec_module(module)
-            importlib.import_module(NEEDED)
-            return
-        try:
-            with without(library.hidden), without_compiler(), without_distributed(), imported_late(library.late):
-                own_code(self, module)
-                with with_other_values(library.instead):
-                    for name in library.used:
-                        getattr(sys.modules[self.name], name)  # it may have put another module in its place
-        except BROKEN:
-            for name in [name for name in sys.modules if name.startswith(f"{self.name}.")]:
-                del sys.modules[name]
-            module.__class__ = ModuleType
-            vars(module).clear()
-            vars(module).update(before)
-            sys.modules[self.name] = module
-            super().exec_module(module)
+
+    def _import_used(self, module: ModuleType, library: Library) -> None:
+        """Run a library's own code, unless it is hollow, and import what we use of it."""
+        if self.name in HOLLOW:
+            module.__class__ = Hollow
+        with with_other_values(library.instead):
+            if self.name not in HOLLOW:
+                super().exec_module(module)
+            for name in library.used:
+                getattr(sys.modules[self.name], name)  # it may have put another module in its place
 
 
 class HollowLoader(SourceFileLoader):
@@ -192,6 +201,19 @@ LOADERS: dict[str, type[SourceFileLoader]] = {
     **dict.fromkeys(LIBRARIES, Lean),
     **dict.fromkeys(FIRST, Second),
 }
+
+
+@contextlib.contextmanager
+def uncollected() -> Iterator[None]:
+    """Inside, nothing is looked through for garbage; nor is what is there then, ever again: modules stay."""
+    before = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        if before:
+            gc.enable()
 
 
 @contextlib.contextmanager
