@@ -1,14 +1,14 @@
 """What the command's own process imports of torch, diffusers and transformers: less than half of what they bring unasked.
 
-They import what is installed, used or not: peft, accelerate, scipy, sklearn, every model that they have, torch's compiler with sympy,
-its sharding over machines; that takes longer than torch itself. Here they do without, in their own ways of doing without: while
-they are imported, those packages cannot be found, torch has no `distributed` (some builds have none), and marks for the compiler and
-for documentation mark nothing. Packages that only gather names do not do so until somebody asks for one that is not known here, and
-what only the compiler needs of torch waits until somebody imports it.
+They import what is installed, used or not: peft, accelerate, scipy, sklearn, every model that they have, torch's compiler with
+sympy, its sharding over machines; that takes longer than torch itself. Here they do without, in their own ways of doing without:
+while they are imported, those packages cannot be found, torch has no `distributed` (some builds have none), and marks for the
+compiler and for documentation mark nothing. Packages that only gather names do not do so until somebody asks for one that is not
+known here, and what only the compiler needs of torch waits until somebody imports it.
 
 Behind that all is as it was: whoever imports torch._dynamo, peft or scipy gets it, and a library that cannot be imported so is
-imported as ever. For processes of our own alone: notebooks and UIs see the libraries whole. (torch's optimizers import the compiler
-at their first step, in training too: two seconds of a run.)
+imported as ever. For processes of our own alone: notebooks and UIs see the libraries whole. (torch's optimizers import the
+compiler at their first step, in training too: two seconds of a run.)
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ class Lean(SourceFileLoader):
     def _import_used(self, module: ModuleType, library: Library) -> None:
         """Run a library's own code, unless it is hollow, and import what we use of it."""
         if self.name in HOLLOW:
-            module.__class__ = Hollow
+            HollowLoader.exec_module(self, module)  # type: ignore[arg-type]
         with with_other_values(library.instead):
             if self.name not in HOLLOW:
                 super().exec_module(module)
