@@ -17,17 +17,19 @@ UNUSED = [
     "scipy.integrate",
     "peft",
     "sklearn",
+    "accelerate",
 ]
+LATER = ["torch._meta_registrations", "torch._decomp", "torch.export", "transformers.models.bert"]  # no picture needs them
 COMPILER = ["torch._dynamo", "torch._inductor", "torch.distributed.tensor", "sympy"]  # which torch's optimizers import
 COMMANDS = """
 import json, sys
 from personalize.cli import run
 from personalize.cli.imports import import_only_what_is_used
 import_only_what_is_used()
-commands, compiler, unused = map(json.loads, sys.argv[1:])
+commands, compiler, unused, later = map(json.loads, sys.argv[1:])
 for command in commands:
     assert run(command) == 0
-    print(command[0], [name for name in [*unused, *compiler * (command == commands[0])] if name in sys.modules])
+    print(command[0], [name for name in [*unused, *(compiler + later) * (command == commands[0])] if name in sys.modules])
 import torch._dynamo, peft, scipy.stats
 from torch.distributed import is_available
 from scipy.integrate import quad
@@ -53,7 +55,7 @@ def commands(base: Path, folder: Path, out: Path) -> list[list[str]]:
 def test_a_run_imports_what_it_uses_and_does_the_same(narrow_base: Path, pictures: Path, tmp_path: Path) -> None:
     lean, whole = tmp_path / "lean", tmp_path / "whole"
     lines = commands(narrow_base, pictures, lean)
-    call = [sys.executable, "-c", COMMANDS, *map(json.dumps, (lines, COMPILER, UNUSED))]
+    call = [sys.executable, "-c", COMMANDS, *map(json.dumps, (lines, COMPILER, UNUSED, LATER))]
     done = subprocess.run(call, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     said = dict(line.split(" ", 1) for line in done.stdout.splitlines() if line.split(" ", 1)[0] in ANSWERS)
@@ -76,6 +78,40 @@ def weights_or_picture(file: Path) -> bytes:
     """A file's bytes; of an adapter without its header, in which the time of its run is."""
     data = file.read_bytes()
     return data[8 + int.from_bytes(data[:8], "little") :] if file.suffix == ".safetensors" else data
+
+
+AFTER = {
+    "torch._decomp": ("import torch._decomp; print(len(torch._decomp.decomposition_table) > 500)", "True"),
+    "torch._refs": ("import torch._refs; print(torch._refs.add(torch.ones(1), 1).item())", "2.0"),
+    "torch.export": ("print(torch.export.export(torch.nn.Linear(2, 3), (torch.ones(1, 2),)).module()(torch.ones(1, 2)).shape[1])", "3"),
+    "fake tensors": (
+        "from torch._subclasses.fake_tensor import FakeTensorMode\n"
+        "with FakeTensorMode(): print(torch.nn.Conv2d(3, 8, 3)(torch.ones(1, 3, 9, 9)).std().shape)",
+        "torch.Size([])",
+    ),
+    "a generator": ("print(torch.rand(1, generator=torch.Generator().manual_seed(0)).item() > 0)", "True"),
+    "another model": ("from transformers import BertConfig; print(BertConfig(vocab_size=7).vocab_size)", "7"),
+    "other names": ("import transformers; print(transformers.__version__ == __import__('importlib.metadata').metadata.version("
+                    "'transformers'), hasattr(transformers, 'nothing'), transformers.CLIPModel.__name__)", "True False CLIPModel"),
+    "every name": ("from diffusers.models.transformers import *; print(Transformer2DModel.__name__)", "Transformer2DModel"),
+    "another UNet": ("import diffusers; print(diffusers.UNet2DModel.__name__, diffusers.SD3Transformer2DModel.__name__)",
+                     "UNet2DModel SD3Transformer2DModel"),
+    "a gathering package": ("from diffusers.models.autoencoders import AutoencoderTiny; print(AutoencoderTiny.__name__)",
+                            "AutoencoderTiny"),
+    "requests": ("import requests; print(requests.Session.__name__)", "Session"),
+}  # fmt: skip
+LEAN = """
+from personalize.cli.imports import import_only_what_is_used
+import_only_what_is_used()
+import torch, diffusers
+from transformers import CLIPTextModel, CLIPTokenizer
+"""
+
+
+def test_what_nobody_needed_is_there_for_who_does(tmp_path: Path) -> None:
+    running = [subprocess.run([sys.executable, "-c", LEAN + code], capture_output=True, text=True) for code, _ in AFTER.values()]
+    said = {name: one.stdout.strip() or one.stderr for name, one in zip(AFTER, running, strict=True)}
+    assert said == {name: expected for name, (_, expected) in AFTER.items()}
 
 
 def test_a_library_that_needs_more_is_imported_as_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
