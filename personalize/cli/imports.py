@@ -174,7 +174,7 @@ class Hollow(ModuleType):
         return getattr(run_own_code(self), name)
 
 
-def run_own_code(package: Hollow) -> ModuleType:
+def run_own_code(package: ModuleType) -> ModuleType:
     """A hollow package as it is without us."""
     name, loader = package.__name__, package.__loader__
     assert isinstance(loader, SourceFileLoader)
