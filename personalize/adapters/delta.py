@@ -10,9 +10,8 @@ How dW comes from tensors stands in kinds/, one file per kind; here is what can 
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Protocol
@@ -80,16 +79,6 @@ def add(a: Delta, b: Delta) -> Delta:
         p, q = x.with_alpha(x.rank), y.with_alpha(y.rank)
         return LowRank.of(torch.cat([p.up, q.up], 1), torch.cat([p.down, q.down], 0), p.rank + q.rank)
     return Dense(a.delta() + b.delta())
-
-
-def total(deltas: Sequence[Delta]) -> Delta:
-    """The exact sum of some updates of one weight, at least one: what `add` makes of them in order, factors joined at once."""
-    first, *others = deltas
-    if not others or not all(isinstance(delta, LowRank) and delta.shape == first.shape for delta in deltas):
-        return functools.reduce(add, deltas)
-    pairs = [delta.with_alpha(delta.rank) for delta in deltas if isinstance(delta, LowRank)]
-    up, down = torch.cat([pair.up for pair in pairs], 1), torch.cat([pair.down for pair in pairs], 0)
-    return LowRank.of(up, down, down.shape[0])
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -7,13 +7,14 @@ although transformers' CLIPTextModel has lost its `text_model` level.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from ..adapters.adapter import Adapter
-from ..adapters.delta import Delta, Dense, total
+from ..adapters.delta import Delta, Dense, LowRank, add
 from ..adapters.fit import check_fit as check_shapes
 from ..adapters.kinds import DOWN
 from ..adapters.kinds.lora import LORA
@@ -190,6 +191,16 @@ def mix(base: Base, pairs: Iterable[tuple[Adapter, Weighting]]) -> tuple[Mapping
     others = [(adapter.weighted(weighting.shape).deltas, weighting) for adapter, weighting in plain if weighting.moves]
     paths = dict.fromkeys(path for deltas in fixed for path in deltas)
     return side_by_side({path: total([deltas[path] for deltas in fixed if path in deltas]) for path in paths}, others)
+
+
+def total(deltas: Sequence[Delta]) -> Delta:
+    """The exact sum of some updates of one weight, at least one: what `add` makes of them in order, factors joined at once."""
+    first, *others = deltas
+    if not others or not all(isinstance(delta, LowRank) and delta.shape == first.shape for delta in deltas):
+        return functools.reduce(add, deltas)
+    pairs = [delta.with_alpha(delta.rank) for delta in deltas if isinstance(delta, LowRank)]
+    up, down = torch.cat([pair.up for pair in pairs], 1), torch.cat([pair.down for pair in pairs], 0)
+    return LowRank.of(up, down, down.shape[0])
 
 
 def without_base(base: Base, adapter: Adapter) -> Adapter:

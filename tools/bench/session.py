@@ -1,4 +1,4 @@
-"""How soon a loaded session draws: CPU seconds of the thread from a request to its first step, and of a step, by stack of adapters.
+"""How soon a loaded session draws: CPU seconds from a request to its first step, and of a step, by stack of adapters.
 
 The first time a session draws with a stack, later times, and what a step costs then. Of all rounds the least counts.
 """
@@ -6,6 +6,7 @@ The first time a session draws with a stack, later times, and what a step costs 
 from __future__ import annotations
 
 import argparse
+import itertools
 import time
 from collections.abc import Sequence
 
@@ -71,7 +72,7 @@ def laps_of(session: Session, prompt: str) -> Laps:
     for event in session.draw([Request.parse(prompt.strip(), steps=STEPS)]):
         if isinstance(event, Progress):
             times.append(time.thread_time())
-    first, *others = (end - start for start, end in zip(times, times[1:], strict=False))
+    first, *others = (end - start for start, end in itertools.pairwise(times))
     step = min(others)
     return max(0.0, first - step), step
 
