@@ -120,7 +120,7 @@ class Lean(SourceFileLoader):
 
     def exec_module(self, module: ModuleType) -> None:
         before, library = dict(vars(module)), LIBRARIES[self.name]
-        with uncollected():
+        with pause_collection():
             if self.name == "torch":
                 with imported_late(library.late):
                     super().exec_module(module)
@@ -204,7 +204,7 @@ LOADERS: dict[str, type[SourceFileLoader]] = {
 
 
 @contextlib.contextmanager
-def uncollected() -> Iterator[None]:
+def pause_collection() -> Iterator[None]:
     """Inside, nothing is looked through for garbage; nor is what is there then, ever again: modules stay."""
     before = gc.isenabled()
     gc.disable()

@@ -49,7 +49,7 @@ def draw_batch(
     is as it was.
     """
     words = {word: vectors for adapter, _ in reversed(stack) for word, vectors in vectors_of(adapter.words).items()}
-    on = (stacks or Stacks(base, most=0)).attached(stack) if stack else contextlib.nullcontext()
+    on = (stacks or Stacks(base, most=0)).use(stack) if stack else contextlib.nullcontext()
     with on, base.knowing(words), eval_mode(base):
         latents = yield from denoise_steps(base, requests, start)
         return base.decode(latents)

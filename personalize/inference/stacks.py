@@ -45,7 +45,7 @@ class Stacks:
     _kept: dict[Any, Kept] = field(default_factory=dict, repr=False)  # the last one used stands last
 
     @contextlib.contextmanager
-    def attached(self, stack: Stack) -> Iterator[None]:
+    def use(self, stack: Stack) -> Iterator[None]:
         """Inside, a stack is on the base, exactly as `attach` puts it there. Raises what `attach` raises."""
         key = (self.base.device, self.base.dtype, *((id(adapter), str(weighting)) for adapter, weighting in stack))
         kept = self._kept.pop(key, None)

@@ -40,7 +40,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def main(options: argparse.Namespace) -> None:
     """Time and print."""
     base = Base.load(options.base)
-    adapters = {f"a{i}": filled(base, options.rank, i) for i in range(options.many)}
+    adapters = {f"a{i}": random_lora(base, options.rank, i) for i in range(options.many)}
     every = " ".join(f"<lora:{name}:{1 / options.many:.2f}>" for name in adapters)
     stacks = {"none": "", "one": "<lora:a0:0.8>", f"{options.many}": every, "one that moves": "<lora:a0:0@0,1@1>"}
     with few_threads(base):
@@ -55,7 +55,7 @@ def main(options: argparse.Namespace) -> None:
     print("\n" + markdown(HEADS, rows))
 
 
-def filled(base: Base, rank: int, seed: int) -> Adapter:
+def random_lora(base: Base, rank: int, seed: int) -> Adapter:
     """A LoRA of the denoiser with values."""
     draw = torch.Generator().manual_seed(seed)
     with attach(base, AdapterSpec(rank=rank), seed=seed) as attached, torch.no_grad():
