@@ -79,6 +79,10 @@ class Denoiser(Network, Protocol):
     def sized(self) -> bool:
         """Whether it is told how large an image was and how it was cropped."""
 
+    @property
+    def text_layers(self) -> str:
+        """A pattern of the layers that read the text encoders' states alone, the same at every step; "" for none."""
+
     def names_in(self, style: str) -> Mapping[str, str]:
         """A layer's path => the path that another tool gives it: "diffusers", or "ldm" for single files."""
 

@@ -71,6 +71,7 @@ class Mmdit:
     part: ClassVar[str] = "transformer"
     sized: ClassVar[bool] = False
     prefixes: ClassVar[tuple[str, ...]] = ("lora_transformer", "lora_unet", "lycoris")
+    text_layers: ClassVar[str] = ""  # the text changes from block to block
     targets: ClassVar[Mapping[str, str]] = {
         "attention": r".*\.attn2?\.(to_(q|k|v|out\.0|add_out)|add_(q|k|v)_proj)",
         "self-attention": r".*\.attn2\.to_(q|k|v|out\.0)",

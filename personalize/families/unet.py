@@ -51,6 +51,8 @@ class UNet:
         "conv": r".*\.(resnets\.\d+\.(conv1|conv2|conv_shortcut|time_emb_proj)|(down|up)samplers\.0\.conv)",
     }
 
+    text_layers: ClassVar[str] = r".*\.attn2\.to_[kv]"
+
     @property
     def multiple(self) -> int:
         """It halves the latents once between any two of its levels."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import re
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -20,9 +21,10 @@ from ..adapters.embedding import vectors_of
 from ..adapters.strengths.grammar import Weighting
 from ..families.cond import Cond
 from ..families.notation import at_step
-from ..tuning.attach import attach, attached_to
+from ..tuning.attach import attached_to
 from ..tuning.layers import AdapterLayer, sum_once
 from .schedulers import latent_shape, make_sampler
+from .stacks import Stacks
 
 if TYPE_CHECKING:
     from ..models.model import Base
@@ -34,15 +36,21 @@ Steps = Generator[tuple[int, int], None, Tensor]  # (steps done, steps in all) a
 
 @torch.no_grad()
 def draw_batch(
-    base: Base, requests: Sequence[Request], stack: Sequence[tuple[Adapter, Weighting]] = (), start: InitLatents | None = None
+    base: Base,
+    requests: Sequence[Request],
+    stack: Sequence[tuple[Adapter, Weighting]] = (),
+    start: InitLatents | None = None,
+    stacks: Stacks | None = None,
 ) -> Steps:
     """Draw requests that differ in prompt and seed only: yields (steps done, steps in all), returns pixels [b, 3, h, w].
 
     The adapters of `stack` are attached for as long as it takes, and their words known, those of the first that brings them;
-    without any, what is attached to the base counts. However it ends, also by `close()`, the base is as it was.
+    without any, what is attached to the base counts. Those of `stacks` are ready. However it ends, also by `close()`, the base
+    is as it was.
     """
     words = {word: vectors for adapter, _ in reversed(stack) for word, vectors in vectors_of(adapter.words).items()}
-    with attach(base, stack) if stack else contextlib.nullcontext(), base.knowing(words), eval_mode(base):
+    on = (stacks or Stacks(base, most=0)).use(stack) if stack else contextlib.nullcontext()
+    with on, base.knowing(words), eval_mode(base):
         latents = yield from denoise_steps(base, requests, start)
         return base.decode(latents)
 
@@ -76,9 +84,10 @@ def denoise_steps(base: Base, requests: Sequence[Request], start: InitLatents | 
         timesteps, latents = start.enter(scheduler, one.steps, noise)
     cond, order = None, scheduler.order  # how many timesteps, and calls of the model, make a step
     count = -(-len(timesteps) // order)
-    with adapter_schedule(base) as turn:
+    with adapter_schedule(base) as turn, reading_text_once(base) as forget:
         for i, t in enumerate(timesteps):
-            changed = turn(i // order, count)
+            if changed := turn(i // order, count):
+                forget()
             now = [at_step(text, i // order + 1, count) for text in (one.negative, *prompts)]
             if cond is None or now != said or any(part.startswith("text_encoder") for part in changed):
                 said = now
@@ -102,6 +111,49 @@ def adapter_schedule(base: Base) -> Iterator[Callable[[int, int], Iterable[str]]
     finally:
         if attached:
             attached.turn(0, 1)
+
+
+class Once:
+    """What a layer makes of its input, computed when the input is another one than before."""
+
+    def __init__(self, forward: Callable[[Tensor], Tensor]) -> None:
+        self.forward = forward
+        self.forget()
+
+    def forget(self) -> None:
+        """Compute anew, whatever the input."""
+        self.seen: Tensor | None = None
+        self.made: Tensor | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            return self.forward(x)
+        if self.made is None or x is not self.seen:
+            self.seen, self.made = x, self.forward(x)
+        return self.made
+
+
+@contextlib.contextmanager
+def reading_text_once(base: Base) -> Iterator[Callable[[], None]]:
+    """Inside, keys and values of the text are computed once for a conditioning. The function given makes them be computed anew:
+    for layers that have changed."""
+    pattern = base.family.denoiser.text_layers
+    layers = [layer for path, layer in base.denoiser.named_modules() if pattern and re.fullmatch(pattern, path)]
+    before = [vars(layer).get("forward") for layer in layers]
+    for layer in layers:
+        layer.forward = Once(layer.forward)
+
+    def forget() -> None:
+        for layer in layers:
+            layer.forward.forget()
+
+    try:
+        yield forget
+    finally:
+        for layer, forward in zip(layers, before, strict=True):
+            del layer.forward
+            if forward is not None:
+                layer.forward = forward
 
 
 @contextlib.contextmanager

@@ -29,6 +29,7 @@ from .library import Library
 from .request import InitImage, Request
 from .sampling import Steps, draw_batch, to_images
 from .schedulers import latent_shape
+from .stacks import Stacks
 
 MANY, FEW = 8, 4  # images at once: a small base gains nothing by more, and two of its batches are drawn by two cores
 Numbered = tuple[int, Request]
@@ -43,14 +44,15 @@ class Session:
     """Draws requests with one base, and with adapters of a library: by name from memory, from files or from a folder.
 
     Adapters are attached batch by batch and detached after each: the base is never loaded again, and between two batches it is
-    as it was, whether drawing ended well, failed or was cancelled. One thread draws at a time; any thread may cancel. Batches of
-    a small base are shared among CPU cores.
+    as it was, whether drawing ended well, failed or was cancelled. Stacks that were drawn with are kept ready. One thread draws
+    at a time; any thread may cancel. Batches of a small base are shared among CPU cores.
     """
 
     def __init__(self, base: Base, library: Library | None = None, *, batch_size: int | None = None) -> None:
         self.base, self.library = base, library or Library()
         most = FEW if is_small(base) else MANY
         self.batch_size = 1 if base.tiled else batch_size or most  # tiled: memory is short
+        self._stacks = Stacks(base)
         self._busy, self._stop = threading.Lock(), threading.Event()
 
     def draw(self, requests: Iterable[Request]) -> Iterator[Event]:
@@ -118,7 +120,8 @@ class Session:
         """Draw requests that are drawn alike, at once."""
         numbers, requests = tuple(number for number, _ in batch), [request for _, request in batch]
         uses = requests[0].adapters
-        steps = draw_batch(self.base, requests, [(adapters[use.name], use.weighting) for use in uses], start)
+        stack = [(adapters[use.name], use.weighting) for use in uses]
+        steps = draw_batch(self.base, requests, stack, start, self._stacks)
         pixels = yield from self._progress(steps, numbers)
         if not pixels.isfinite().all():
             yield Notice(not_finite(self.base))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Container, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import BaseModelError
@@ -19,6 +20,10 @@ from ..formats.header import PICKLES, read_header
 from ..text import first_line
 from .loaded import Loaded, Unfilled, check_family, vae_dtype
 from .sources import CONFIG, SCHEDULER, TEXTS, denoiser_in, missing, read_json
+
+BROKEN = (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError)  # what reading a model may end in
+STEMS = ("diffusion_pytorch_model", "model")  # of files with weights
+LOST = "text_model."  # a level of CLIPTextModel that files have and transformers has lost
 
 
 def load_folder(folder: Path, dtype: torch.dtype) -> Loaded:
@@ -74,19 +79,77 @@ def check_weights(part: Path) -> None:
 
 def load_model(kind: Any, part: Path, dtype: torch.dtype, lent: Mapping[str, Tensor] = MappingProxyType({})) -> Any:
     """One model of a folder, every weight of it accounted for: what the files lack may be `lent`. Raises BaseModelError."""
-    precision = "dtype" if kind.__module__.startswith("transformers") else "torch_dtype"
+    with contextlib.suppress(*BROKEN, BaseModelError):
+        if model := fill_model(kind, part, dtype, lent):
+            return model
+    precision = "dtype" if of_transformers(kind) else "torch_dtype"
     options = {precision: dtype, "use_safetensors": True, "local_files_only": True, "output_loading_info": True}
     if not whole(part) and half(part):
         options["variant"] = "fp16"
     try:
         with Unfilled():
             model, info = kind.from_pretrained(part, **options)
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
+    except BROKEN as error:
         raise BaseModelError(f"{part} cannot be loaded: {first_line(error)}", "is the download complete?") from error
     model.load_state_dict({key: lent[key] for key in info["missing_keys"] if key in lent}, strict=False)
     if absent := sorted(key for key in info["missing_keys"] if key not in lent):
         raise BaseModelError(f"{part} lacks {len(absent)} weights, {absent[0]} for one", "is the download complete?")
     return model
+
+
+def fill_model(kind: Any, part: Path, dtype: torch.dtype, lent: Mapping[str, Tensor]) -> Any | None:
+    """A model whose files have every weight of it in its shape, and no other; None for what only its library knows to read.
+
+    Tensors are mapped from the files and, where they have the dtype that is asked for already, never copied.
+    """
+    config = read_json(part / CONFIG)
+    if "quantization_config" in config or getattr(kind, "_keep_in_fp32_modules", None):
+        return None
+    with torch.device("meta"), Unfilled():
+        if of_transformers(kind):
+            model = kind(kind.config_class.from_pretrained(part, local_files_only=True, dtype=dtype))
+        else:
+            model = kind.from_config(config)
+    want = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    found = dict(lent) | read_weights(part, want)
+    state = {name: tensor.to(dtype) for name, tensor in found.items()}
+    if {name: tensor.shape for name, tensor in state.items()} != want:
+        return None
+    model.load_state_dict(state, assign=True)
+    beside = [tensor for name, tensor in model.named_buffers() if name not in want]
+    return None if any(tensor.is_meta or tensor.is_floating_point() for tensor in beside) else model.eval()
+
+
+def read_weights(part: Path, names: Container[str]) -> dict[str, Tensor]:
+    """The tensors of a part by the model's own names; positions, which older files count for it, are left out."""
+    found: dict[str, Tensor] = {}
+    for path in weight_files(part):
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118 (it is no mapping)
+                own = name if name in names else name.removeprefix(LOST)
+                if not own.endswith(".position_ids"):
+                    found[own] = file.get_tensor(name)
+    return found
+
+
+def weight_files(part: Path) -> list[Path]:
+    """A part's files, in shards or not, as both libraries choose them; none where they would not choose the same."""
+    for dotted in ("", ".fp16"):
+        single = [file for stem in STEMS if (file := part / f"{stem}{dotted}.safetensors").is_file()]
+        lists = [file for stem in STEMS if (file := part / f"{stem}.safetensors.index{dotted}.json").is_file()]
+        if single or lists:
+            return single if not lists else shards(lists[0]) if not single else []
+    return []
+
+
+def shards(index: Path) -> list[Path]:
+    """The files that an index lists."""
+    return [index.parent / name for name in sorted(set(read_json(index)["weight_map"].values()))]
+
+
+def of_transformers(kind: Any) -> bool:
+    """Whether a class is one of transformers; else it is one of diffusers."""
+    return bool(kind.__module__.startswith("transformers"))
 
 
 def whole(part: Path) -> list[Path]:

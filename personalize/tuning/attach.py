@@ -8,24 +8,24 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import operator
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from ..adapters.adapter import Adapter
-from ..adapters.delta import Delta, Dense
+from ..adapters.delta import Delta, Dense, LowRank, add
 from ..adapters.fit import check_fit as check_shapes
 from ..adapters.kinds import DOWN
 from ..adapters.kinds.lora import LORA
+from ..adapters.lazy import OnDemand
 from ..adapters.strengths.grammar import Weighting, every_part, read
 from ..errors import AdapterError, check_type
 from ..families.names import PARTS, native
 from ..models.model import Base
 from ..recipe.fields import AdapterSpec
 from .layers import ActiveRows, AdapterLayer
-from .placement import check_free, place_of, put_layers, restore_layers
+from .placement import check_free, find_layer, place_of, put_layers, restore_layers
 from .scheduled import Moving, Vector, side_by_side
 from .targets import fresh
 from .tunable import LayerAdapter, lora_of, of_base
@@ -63,6 +63,27 @@ class Attached(LayerAdapter):
         self._remove()
         return adapter
 
+    def take_off(self) -> None:
+        """Leave the base as it was before, and be ready to be put back."""
+        self._shift(0.0)
+        restore_layers(self.base, self.layers)
+        vars(self.base).pop(REGISTERED, None)
+
+    def put_back(self) -> bool:
+        """What was taken off is on the base again; False, and nothing happened, if the base has other layers by now.
+
+        Raises AdapterError if something else is on the base.
+        """
+        check_free(self.base)
+        if any(find_layer(self.base, path) is not layer.base_layer for path, layer in self.layers.items()):
+            return False
+        vars(self.base)[REGISTERED] = self
+        put_layers(self.base, self.layers)
+        for vector in self.vectors.values():
+            vector.before = vector.parameter.detach().clone()
+        self._shift(1.0)
+        return True
+
     def turn(self, step: int, steps: int) -> set[str]:
         """Bring every schedule to a step of 0 .. steps - 1; the parts in which anything changed. At first it is step 0 of 1."""
         changed = self.moving.turn(step, steps, self.vectors) if self.moving.weightings else set()
@@ -78,8 +99,7 @@ class Attached(LayerAdapter):
         if attached_to(self.base) is not self:
             raise AdapterError(f"nothing of this is on {self.base.name} any more", "attach() it anew")
         pairs = stack_of(what)
-        for adapter, _ in pairs:
-            check_fit(self.base, adapter)
+        check_fit(self.base, *(adapter for adapter, _ in pairs))
         deltas, moving = mix(self.base, pairs)
         self._remove(keep=deltas)
         self.moving = moving
@@ -143,8 +163,7 @@ def attach(
     if isinstance(what, AdapterSpec):
         return inject(Attached(base), fresh(base, what, parts or [base.family.denoiser.part], seed), what.dropout)
     pairs = stack_of(what)
-    for adapter, _ in pairs:
-        check_fit(base, adapter)
+    check_fit(base, *(adapter for adapter, _ in pairs))
     deltas, moving = mix(base, pairs)
     return inject(Attached(base, moving), deltas, 0.0)
 
@@ -167,11 +186,29 @@ def stack_of(what: Adapter | Iterable[tuple[Adapter, Strengths]]) -> list[tuple[
 
 def mix(base: Base, pairs: Iterable[tuple[Adapter, Weighting]]) -> tuple[Mapping[str, Delta], Moving]:
     """What a stack adds to the base: the exact sum of all whose strength stays, and each that moves, at 1, by itself."""
-    own = [(Adapter(adapter.deltas, adapter.metadata), weighting) for adapter, weighting in pairs]  # words change no layer
-    plain = [(adapter.resolve(lambda path: weight_named(base, path)), weighting) for adapter, weighting in own]
-    fixed = [adapter.weighted(weighting) for adapter, weighting in plain if not weighting.moves]
+    plain = [(without_base(base, adapter), weighting) for adapter, weighting in pairs]
+    fixed = [adapter.weighted(weighting).deltas for adapter, weighting in plain if not weighting.moves]
     others = [(adapter.weighted(weighting.shape).deltas, weighting) for adapter, weighting in plain if weighting.moves]
-    return side_by_side(functools.reduce(operator.add, fixed).deltas if fixed else {}, others)
+    paths = dict.fromkeys(path for deltas in fixed for path in deltas)
+    return side_by_side({path: total([deltas[path] for deltas in fixed if path in deltas]) for path in paths}, others)
+
+
+def total(deltas: Sequence[Delta]) -> Delta:
+    """The exact sum of some updates of one weight, at least one: what `add` makes of them in order, factors joined at once."""
+    first, *others = deltas
+    if not others or not all(isinstance(delta, LowRank) and delta.shape == first.shape for delta in deltas):
+        return functools.reduce(add, deltas)
+    pairs = [delta.with_alpha(delta.rank) for delta in deltas if isinstance(delta, LowRank)]
+    up, down = torch.cat([pair.up for pair in pairs], 1), torch.cat([pair.down for pair in pairs], 0)
+    return LowRank.of(up, down, down.shape[0])
+
+
+def without_base(base: Base, adapter: Adapter) -> Adapter:
+    """The same update without what depends on the base's weights: itself, where nothing does."""
+    deltas = adapter.deltas
+    if not isinstance(deltas, OnDemand) and not any(delta.needs_base for delta in deltas.values()):
+        return adapter
+    return adapter.resolve(lambda path: weight_named(base, path))
 
 
 def weighting_of(strengths: Strengths) -> Weighting:
@@ -182,10 +219,12 @@ def weighting_of(strengths: Strengths) -> Weighting:
     return Weighting(every_part(named))
 
 
-def check_fit(base: Base, adapter: Adapter) -> None:
+def check_fit(base: Base, *adapters: Adapter) -> None:
     """Raise FamilyMismatchError (AdapterError within the base's own family) unless every delta has its module, in its shape."""
-    shapes = {path: tuple(weight.shape) for path in adapter.deltas if (weight := find_weight(base, path)) is not None}
-    check_shapes(adapter, shapes, base.name, base.family.name)
+    paths = dict.fromkeys(path for adapter in adapters for path in adapter.deltas)
+    shapes = {path: tuple(weight.shape) for path in paths if (weight := find_weight(base, path)) is not None}
+    for adapter in adapters:
+        check_shapes(adapter, shapes, base.name, base.family.name)
 
 
 def find_weight(base: Base, path: str) -> Tensor | None:

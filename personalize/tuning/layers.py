@@ -132,7 +132,8 @@ class AdapterLayer(nn.Module):
     def _forward_sum(self, x: Tensor, number: int) -> Tensor:
         """(W + strength * dW) x. The sum is made anew where a value or a strength has changed."""
         weight, strength, alpha = self.weight, self.strengths[number], self.alphas[number]
-        made_of = number, strength, alpha, *((id(f.weight), f.weight._version) for f in self.factors.values())
+        values = (weight, *(factor.weight for factor in self.factors.values()))
+        made_of = number, strength, alpha, weight.device, *((id(value), value._version) for value in values)
         assert self.sums is not None
         if made_of not in self.sums:
             delta = self.kind.delta(self.tensors(number), weight, alpha).reshape(weight.shape)
@@ -241,9 +242,7 @@ def sum_once(layers: Sequence[AdapterLayer]) -> Iterator[None]:
 
     In lower precision a sum would round the update away; a big base has no room for a second copy of its weights.
     """
-    fits = sum(layer.weight.nbytes for layer in layers) <= MOST_SUMS
-    plain = [one for one in layers if type(one.base_layer) in (nn.Linear, nn.Conv2d) and one.weight.dtype == torch.float32]
-    chosen = [one for one in plain if fits and one.sums is None]  # another block may be around this one: its sums stay
+    chosen = [one for one in summable(layers) if one.sums is None]  # another block may be around this one: its sums stay
     for layer in chosen:
         layer.sums = {}
     try:
@@ -251,6 +250,13 @@ def sum_once(layers: Sequence[AdapterLayer]) -> Iterator[None]:
     finally:
         for layer in chosen:
             layer.sums = None
+
+
+def summable(layers: Sequence[AdapterLayer]) -> list[AdapterLayer]:
+    """The layers that `sum_once` is for."""
+    if sum(layer.weight.nbytes for layer in layers) > MOST_SUMS:
+        return []
+    return [one for one in layers if type(one.base_layer) in (nn.Linear, nn.Conv2d) and one.weight.dtype == torch.float32]
 
 
 # ---------------------------------------------------------------- casting

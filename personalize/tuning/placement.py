@@ -20,6 +20,12 @@ def place_of(base: Base, path: str) -> tuple[nn.Module, str]:
     return base.parts[part].get_submodule(parent), leaf
 
 
+def find_layer(base: Base, path: str) -> nn.Module:
+    """The layer at a canonical path: the base's own, or an adapter's in its place."""
+    parent, leaf = place_of(base, path)
+    return parent.get_submodule(leaf)
+
+
 def put_layers(base: Base, layers: Mapping[str, AdapterLayer]) -> None:
     """Let adapter layers, by canonical path, compute in the place of the layers that they hold."""
     known_to_diffusers()

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from transformers import CLIPTextModel
 
 from personalize.errors import BaseModelError, HostileFileError
 from personalize.families.noise import VP
+from personalize.models import folder as models_folder
 from personalize.models.model import Base
 from personalize.models.sources import CONFIG, NAMED, SCHEDULER
 
@@ -39,6 +41,103 @@ def test_loads_the_real_classes_frozen(base: Base) -> None:
         assert not any(p.requires_grad for p in model.parameters())
         assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert (base.family.name, base.resolution, base.factor) == ("pocket", 64, 8)
+
+
+def by_library(folder: Path, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> Base:
+    """A base as the libraries' own loaders read it."""
+    with monkeypatch.context() as without:
+        without.setattr(models_folder, "fill_model", lambda *_: None)
+        return Base.load(folder, dtype=dtype)
+
+
+def assert_equal(a: Base, b: Base) -> None:
+    """The same classes, settings, parameters and buffers, to the bit."""
+    for one, two in zip(a.models.values(), b.models.values(), strict=True):
+        assert type(one) is type(two) and one.training == two.training
+        assert [name for name, _ in one.named_modules()] == [name for name, _ in two.named_modules()]
+        for mine, theirs in ((one.named_parameters(), two.named_parameters()), (one.named_buffers(), two.named_buffers())):
+            for (name, x), (other, y) in zip(mine, theirs, strict=True):
+                assert name == other and x.dtype == y.dtype and x.requires_grad == y.requires_grad and torch.equal(x, y), name
+    for text, theirs_too in zip(a.texts, b.texts, strict=True):
+        assert text.model.config._attn_implementation == theirs_too.model.config._attn_implementation
+
+
+@pytest.fixture
+def filled(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, bool]]:
+    """Parts that were read, and whether without their library's loader."""
+    found: list[tuple[str, bool]] = []
+    fill = models_folder.fill_model
+
+    def seen(kind: Any, part: Path, *options: Any) -> Any:
+        model = fill(kind, part, *options)
+        found.append((part.name, model is not None))
+        return model
+
+    monkeypatch.setattr(models_folder, "fill_model", seen)
+    return found
+
+
+def half_precision(folder: Path) -> None:
+    for path in folder.rglob("*model.safetensors"):
+        save_file({name: tensor.half() for name, tensor in load_file(path).items()}, path.with_suffix(".fp16.safetensors"))
+        path.unlink()
+
+
+def in_shards(folder: Path) -> None:
+    model = UNet2DConditionModel.from_pretrained(folder / "unet")
+    shutil.rmtree(folder / "unet")
+    model.save_pretrained(folder / "unet", max_shard_size="1MB")
+
+
+def with_positions(folder: Path) -> None:
+    path = folder / "text_encoder" / "model.safetensors"
+    save_file(load_file(path) | {"text_model.embeddings.position_ids": torch.arange(77)[None]}, path)
+
+
+def without_inner_level(folder: Path) -> None:
+    path = folder / "text_encoder" / "model.safetensors"
+    save_file({name.removeprefix("text_model."): tensor for name, tensor in load_file(path).items()}, path)
+
+
+def beside_another_file(folder: Path) -> None:
+    shutil.copy(
+        folder / "unet" / "diffusion_pytorch_model.safetensors", folder / "unet" / "diffusion_pytorch_model.non_ema.safetensors"
+    )
+
+
+DAMAGES = (half_precision, in_shards, with_positions, without_inner_level, beside_another_file)
+
+
+@pytest.mark.parametrize("change", DAMAGES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_folder_is_filled_as_its_libraries_would_fill_it(
+    narrow_base: Path, tmp_path: Path, change: Callable[[Path], None], dtype: torch.dtype,
+    filled: list[tuple[str, bool]], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    copy = Path(shutil.copytree(narrow_base, tmp_path / "base"))
+    change(copy)
+    mine = Base.load(copy, dtype=dtype)
+    assert dict(filled) == dict.fromkeys(("unet", "vae", "text_encoder"), True)
+    assert_equal(mine, by_library(copy, dtype, monkeypatch))
+
+
+def with_old_attention(folder: Path) -> None:
+    """A VAE as diffusers named its attention until 0.13."""
+    path = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    tensors = load_file(path)
+    for new, name in old.items():
+        tensors = {key.replace(f"attentions.0.{new}.", f"attentions.0.{name}."): tensor for key, tensor in tensors.items()}
+    save_file(tensors, path)
+
+
+def test_a_folder_with_names_of_old_is_read_by_its_library(
+    narrow_base: Path, tmp_path: Path, filled: list[tuple[str, bool]]
+) -> None:
+    copy = Path(shutil.copytree(narrow_base, tmp_path / "base"))
+    with_old_attention(copy)
+    assert_equal(Base.load(copy), Base.load(narrow_base))
+    assert dict(filled[:3]) == {"unet": True, "vae": False, "text_encoder": True}
 
 
 def test_verbs_have_their_shapes(base: Base) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 import re
 from pathlib import Path
 from typing import Any
@@ -11,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from personalize.adapters.adapter import Adapter
-from personalize.adapters.delta import LowRank
+from personalize.adapters.delta import Dense, LowRank
 from personalize.errors import AdapterError, FamilyMismatchError, RecipeError
 from personalize.families.names import FAMILIES, modules
 from personalize.models.model import Base
 from personalize.recipe.fields import AdapterSpec
-from personalize.tuning.attach import attach
+from personalize.tuning.attach import attach, total
 from personalize.tuning.targets import adaptable
 
 BOTH = ("unet", "text_encoder")
@@ -328,3 +330,14 @@ def test_a_linear_adapter_fits_a_one_by_one_convolution(base: Base, latents: Ten
     with attach(base, Adapter({path: LowRank(up[..., None, None], down[..., None, None], 2)})):
         assert torch.equal(predict(base, latents), linear)
     assert not torch.equal(predict(base, latents), linear)
+
+
+def test_a_stack_is_the_sum_of_its_adapters_one_after_the_other() -> None:
+    draw = torch.Generator().manual_seed(0)
+    ranks = ((1, 3.0), (4, 4.0), (2, 0.5))
+    pairs = [LowRank(torch.randn(6, r, generator=draw), torch.randn(r, 5, generator=draw), alpha) for r, alpha in ranks]
+    for deltas in (pairs[:1], pairs, [*pairs, Dense(torch.ones(6, 5))]):
+        together, apart = total(deltas), functools.reduce(operator.add, deltas)
+        assert type(together) is type(apart) and torch.equal(together.delta(), apart.delta())
+    with pytest.raises(AdapterError, match="cannot be added"):
+        total([pairs[0], LowRank(torch.ones(5, 1), torch.ones(1, 5), 1.0)])

@@ -7,7 +7,7 @@ import sys
 
 from personalize.errors import PersonalizeError
 
-from . import algebra, fleet, fuzz, ladder, memory, quick, step, svd, throughput
+from . import algebra, fleet, fuzz, ladder, memory, quick, session, step, svd, throughput
 
 BENCHMARKS = {
     "algebra": algebra,
@@ -16,6 +16,7 @@ BENCHMARKS = {
     "ladder": ladder,
     "memory": memory,
     "quick": quick,
+    "session": session,
     "step": step,
     "svd": svd,
     "throughput": throughput,
