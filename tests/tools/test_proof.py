@@ -7,11 +7,13 @@ import json
 import os
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
 
 from personalize.errors import RecipeError
+from personalize.recipe.resolve import resolve
 from tools.pocket import samples
 from tools.pocket.judge import Judge, truth
 from tools.pocket.proof import base, choice, peer, personalization
@@ -184,7 +186,44 @@ def test_peer_commands_name_the_same_training(tiny_base: Path, tmp_path: Path) -
     pairs = dict(zip(told_theirs[::2], told_theirs[1::2], strict=True))
     assert pairs["--rank"] == str(recipe.adapter.rank) and pairs["--max_train_steps"] == str(recipe.steps)
     assert pairs["--instance_prompt"] == f"a {task.trigger} fish" and pairs["--pretrained_model_name_or_path"] == str(tiny_base)
-    assert os.path.basename(peer.our_command(recipe, tmp_path)[-2]) == "recipe.toml"
+    assert os.path.basename(peer.our_command(recipe)[-2]) == "run.toml"
+
+
+def test_peer_runs_both_at_other_lengths_and_ours_at_equal_work(tiny_base: Path, tmp_path: Path) -> None:
+    told = options("peer", "--script", "x.py", "--base", str(tiny_base), "--work", str(tmp_path), "--lengths", "0.5", "2")
+    told.side = 64
+    task = tasks("king fish", 2)[0]
+    recipe = personalization.recipe_of(task, told, tmp_path)
+    jobs = peer.jobs_of(task, told, recipe, tmp_path)
+    half, twice = recipe.steps // 2, 2 * recipe.steps
+    assert [name for name in jobs if name.startswith("personalize")] == [
+        "personalize", "personalize, equal work", f"personalize, {half} steps", f"personalize, {twice} steps"
+    ]  # fmt: skip
+    assert sum(name.startswith("diffusers") for name in jobs) == 6 and len({path for _, path in jobs.values()}) == len(jobs)
+    assert str(twice) in jobs[f"diffusers, lr 0.0005, {twice} steps"][0]
+    equal = resolve(tmp_path / "run-equal.toml")
+    assert (equal.adapter.targets, equal.objective.prior, equal.steps) == (("attention",), "none", recipe.steps)
+
+
+def test_peer_time_to_quality_is_the_fastest_good_run() -> None:
+    def run(value: float, seconds: float, leak: float = 0.0, fidelity: float = 1.0) -> dict[str, Any]:
+        identity = {"floor": 0.0, "value": value, "ceiling": 1.0}
+        return {"identity": identity, "fidelity": {"value": fidelity, "base": 1.0}, "leak": {"value": leak}, "seconds": seconds}
+
+    runs = {"personalize": run(0.9, 60), "personalize, 9 steps": run(0.85, 30), "personalize, equal work": run(1.0, 1)}
+    never = {
+        "diffusers, lr 1": run(0.7, 50),
+        "diffusers, lr 2": run(0.9, 50, leak=0.1),
+        "diffusers, lr 1, 9 steps": run(1, 120, 0, 0.9),
+    }
+    record = {"name": "king fish", "runs": runs | never}
+    told = peer.time_to_quality(record)
+    assert (told.floor, told.value, told.met) == (None, 30, True) and "none of 3 of theirs, the longest took 4.0x" in told.goal
+    record["runs"]["diffusers, lr 3"] = run(0.9, 80)
+    told = peer.time_to_quality(record)
+    assert (told.floor, told.value, told.met) == (80, 30, False) and "2.7x" in told.goal
+    assert peer.equal_work(record).met is True
+    assert peer.time_to_quality({"name": "a", "runs": never | {"personalize": run(0.1, 9)}}).met is False
 
 
 def test_peer_tables_hold_the_rates_of_their_kind() -> None:
@@ -196,10 +235,19 @@ def test_peer_tables_hold_the_rates_of_their_kind() -> None:
         "seconds": 10.0,
     }
     rates = {"subject": ("5e-4", "4e-3"), "style": ("5e-4", "3e-3")}
-    records = [{"kind": kind, "runs": {"personalize": run, **{f"lr {lr}": run for lr in lrs}}} for kind, lrs in rates.items()]
-    named = [f"{kind.capitalize()}s (1), beside lr {lr}" for kind, lrs in rates.items() for lr in lrs]
-    assert list(peer.tables(records)) == named
-    assert list(peer.tables(records[:1])) == named[:2]
+    run["fidelity"]["base"] = 1.0
+    records = [
+        {
+            "name": kind,
+            "kind": kind,
+            "runs": {"personalize": run, "personalize, equal work": run} | {f"diffusers, lr {lr}": run for lr in lrs},
+        }
+        for kind, lrs in rates.items()
+    ]
+    named = [f"{kind.capitalize()}s (1), beside diffusers, lr {lr}" for kind, lrs in rates.items() for lr in lrs]
+    more = list(peer.tables(records))[-2:]
+    assert list(peer.tables(records)) == named + more and more == [peer.EQUAL_WORK, peer.QUALITY]
+    assert list(peer.tables(records[:1])) == named[:2] + more
 
 
 @pytest.mark.slow

@@ -23,7 +23,7 @@ from personalize.models.clip import Clip
 from personalize.models.model import Base
 from personalize.models.sources import locate
 from personalize.recipe.fields import Recipe
-from personalize.recipe.resolve import to_toml
+from personalize.recipe.resolve import resolve, to_toml
 
 from ..judge import Judge
 from . import personalization
@@ -90,6 +90,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     personalization.add_options(parser)
     parser.add_argument("--script", type=Path, required=True, help="path of train_dreambooth_lora.py")
     parser.add_argument("--peer-lr", type=float, action="append", default=[], help="its learning rates (default: 5e-4, and ours)")
+    parser.add_argument("--lengths", type=float, nargs="*", default=[], help="further runs of both, of so many times our steps")
     parser.set_defaults(only=SIX)
 
 
@@ -123,7 +124,7 @@ def their_command(options: argparse.Namespace, recipe: Recipe, task: Task, lr: f
         "pretrained_model_name_or_path": locate(options.base).resolve(),
         "instance_data_dir": (folder / "plain").resolve(),
         "instance_prompt": prompt_of(task),
-        "output_dir": (folder / f"peer-{lr:g}").resolve(),
+        "output_dir": their_folder(folder, recipe, lr).resolve(),
         "resolution": recipe.data.resolution or options.side,
         "train_batch_size": recipe.batch_size,
         "max_train_steps": recipe.steps,
@@ -136,9 +137,15 @@ def their_command(options: argparse.Namespace, recipe: Recipe, task: Task, lr: f
     return [*launcher(folder.parent / "stand-in"), str(options.script.resolve()), *flags]
 
 
-def our_command(recipe: Recipe, folder: Path) -> list[str]:
+def their_folder(folder: Path, recipe: Recipe, lr: float) -> Path:
+    """Where the script leaves its adapter."""
+    return folder / f"peer-{lr:g}-{recipe.steps}"
+
+
+def our_command(recipe: Recipe) -> list[str]:
     """Our command line for a recipe."""
-    preset = write_text(folder / "recipe.toml", to_toml(recipe))
+    assert recipe.output
+    preset = write_text(recipe.output.with_suffix(".toml"), to_toml(recipe))
     return [sys.executable, "-m", "personalize", "train", str(recipe.data.folder), "--preset", str(preset), "--fresh"]
 
 
@@ -153,6 +160,38 @@ def time_command(command: Sequence[str], adapter: Path, log: Path) -> dict[str, 
     return {"seconds": seconds, "adapter": str(adapter)}
 
 
+EQUAL = {"targets": ["attention"], "prior": "none"}  # what the script does
+Job = tuple[list[str], Path]  # a command, and the adapter that it leaves
+
+
+def jobs_of(task: Task, options: argparse.Namespace, recipe: Recipe, folder: Path) -> dict[str, Job]:
+    """All runs of a task: ours and theirs at our length, ours at equal work, and both at further lengths."""
+    jobs: dict[str, Job] = {}
+    for length in (1.0, *options.lengths):
+        steps = round(length * recipe.steps)
+        more = "" if length == 1 else f", {steps} steps"
+        one = ours(recipe, folder / f"run-{steps}", steps=steps)
+        jobs[f"personalize{more}"] = our_command(one), adapter_of(one)
+        if not more:
+            equal = ours(recipe, folder / "run-equal", **EQUAL)
+            jobs["personalize, equal work"] = our_command(equal), adapter_of(equal)
+        for lr in dict.fromkeys(options.peer_lr or (5e-4, recipe.optim.lr)):
+            left = their_folder(folder, one, lr) / "pytorch_lora_weights.safetensors"
+            jobs[f"diffusers, lr {lr:g}{more}"] = their_command(options, one, task, lr, folder), left
+    return jobs
+
+
+def ours(recipe: Recipe, output: Path, **flags: Any) -> Recipe:
+    """The recipe with other settings, in a run folder of its own."""
+    return resolve(start=recipe, flags={"output": output, **flags})
+
+
+def adapter_of(recipe: Recipe) -> Path:
+    """Where a run of ours leaves its adapter."""
+    assert recipe.output
+    return recipe.output / f"{recipe.data.trigger}.safetensors"
+
+
 def compare_trainers(task: Task, options: argparse.Namespace, judge: Judge, clip: Clip | None, artist: Artist) -> dict[str, Any]:
     """Both trainers on one task: read, or run and measured now, one after the other."""
     folder = personalization.place_of(task, options, artist)
@@ -163,15 +202,10 @@ def compare_trainers(task: Task, options: argparse.Namespace, judge: Judge, clip
         found = before["runs"]
     task.write(folder / "pictures", artist.base.resolution, not options.no_captions)
     task.write(folder / "plain", artist.base.resolution, captions=False)
-    assert recipe.output
-    ours = recipe.output / f"{task.trigger}.safetensors"
-    jobs = {"personalize": (our_command(recipe, folder), ours)}
-    for lr in dict.fromkeys(options.peer_lr or (5e-4, recipe.optim.lr)):
-        left = folder / f"peer-{lr:g}" / "pytorch_lora_weights.safetensors"
-        jobs[f"diffusers, lr {lr:g}"] = (their_command(options, recipe, task, lr, folder), left)
+    jobs = jobs_of(task, options, recipe, folder)
     for name, (command, adapter) in jobs.items():
         if name not in found:
-            about = time_command(command, adapter, folder / f"{name.split(',')[0]}.log") | {"machine": machine()}
+            about = time_command(command, adapter, folder / f"{name}.log") | {"machine": machine()}
             found[name] = about | measure(judge, clip, task, draw(artist, task, Adapter.load(adapter)))
             write_text(file, json.dumps({"key": key, "runs": found}, indent=1) + "\n")
         print(f"{task.name}, {name}: {brief(found[name])}", flush=True)
@@ -206,9 +240,50 @@ def tables(records: Sequence[dict[str, Any]]) -> dict[str, list[Figure]]:
     found = {}
     for kind in ("subject", "style"):
         rows = [record for record in records if record["kind"] == kind]
-        for theirs in [name for name in (rows[0]["runs"] if rows else ()) if name != "personalize"]:
+        for theirs in [
+            name for name in (rows[0]["runs"] if rows else ()) if name.startswith("diffusers") and "steps" not in name
+        ]:
             found[f"{kind.capitalize()}s ({len(rows)}), beside {theirs}"] = table(rows, "personalize", theirs)
-    return found
+    return found | {
+        EQUAL_WORK: [equal_work(one) for one in records],
+        QUALITY: [time_to_quality(one) for one in records],
+    }
+
+
+def equal_work(record: dict[str, Any]) -> Figure:
+    """Seconds of both where they do the same."""
+    them = min(run["seconds"] for name, run in record["runs"].items() if name.startswith("diffusers") and "steps" not in name)
+    us = record["runs"]["personalize, equal work"]["seconds"]
+    return Figure(record["name"], them, us, None, f"{them / us:.1f}x faster; >= 1.5x", them >= 1.5 * us, "s")
+
+
+EQUAL_WORK = "Seconds of as many steps on attention layers, without prior"
+GAP, LOST, LEAK = 0.8, 0.05, 0.05  # at least this share of the gap; at most so much less fidelity than the base's; less leak
+QUALITY = (
+    f"Seconds until an adapter has {GAP:.0%} of the gap, its fidelity within {LOST:.0%} of the base's, under {LEAK:.0%} of leak"
+)
+
+
+def time_to_quality(record: dict[str, Any]) -> Figure:
+    """The fastest run of each that is good; where none of theirs is, their longest tells how long at least."""
+    runs = {
+        tool: {name: run for name, run in record["runs"].items() if name.startswith(tool) and "equal" not in name}
+        for tool in ("diffusers", "personalize")
+    }
+    them, us = (min((run["seconds"] for run in own.values() if is_good(run)), default=None) for own in runs.values())
+    tried = max(run["seconds"] for run in runs["diffusers"].values())
+    if us is None:
+        return Figure(record["name"], them, float("nan"), None, "ours never; >= 3x", False, "s")
+    ratio = (them or tried) / us
+    words = f"{ratio:.1f}x" if them else f"none of {len(runs['diffusers'])} of theirs, the longest took {ratio:.1f}x"
+    return Figure(record["name"], them, us, None, f"{words}; >= 3x", ratio >= 3, "s")
+
+
+def is_good(run: dict[str, Any]) -> bool:
+    """Whether a run's adapter is as good as is asked for."""
+    identity, fidelity = run["identity"], run["fidelity"]
+    gap = gap_closed(identity["floor"], identity["value"], identity["ceiling"])
+    return gap >= GAP and fidelity["value"] >= fidelity["base"] - LOST and run["leak"]["value"] < LEAK
 
 
 def main(options: argparse.Namespace) -> None:
