@@ -26,6 +26,7 @@ from ..errors import PersonalizeError, TrainingError, nearest
 from ..models.threads import few_threads
 from ..recipe.fields import Choosing, Recipe
 from ..tuning.fleet import Fleet
+from .ahead import Ahead
 from .control import WORDS, take_words
 from .event_of import failed_event, started_event, step_event
 from .events import Event, Finished, Fold, Stopped, Warned
@@ -46,7 +47,7 @@ from .milestones import finish, make_what_is_due, probe_run, sample_images, save
 from .preflight import RunPlan, check, names_of, recipe_text, with_defaults
 from .run import ActiveRun, peak_bytes, put_states, start_run
 from .rundir import Commit, Run
-from .step import gradients
+from .step import gradients, in_order
 
 Numbered = tuple[int, Event]  # number of the recipe, and an event of its run
 
@@ -120,6 +121,7 @@ class Group:
     runs: list[ActiveRun]
     policy: Policy
     halves: Halves
+    ahead: Ahead
     at_once: int | None = None  # so many runs' batches go through the base in one pass; None: all
 
     @property
@@ -173,8 +175,8 @@ def train_plans(
             run.began = began - run.plan.run.open(recipe_text(run.plan.recipe, run.plan.history), run.done)
             runs.append(run)
         try:
-            halves = stack.enter_context(Halves(runs))
-            yield from run_group(Group(runs, policy, halves, at_once(memory[first], len(runs))))
+            halves, ahead = stack.enter_context(Halves(runs)), stack.enter_context(Ahead())
+            yield from run_group(Group(runs, policy, halves, ahead, at_once(memory[first], len(runs))))
         except (KeyboardInterrupt, GeneratorExit):
             left = [run for run in runs if not run.ended]
             for run in left:
@@ -203,6 +205,7 @@ def run_group(group: Group) -> Iterator[Numbered]:
         except torch.OutOfMemoryError as error:
             why = first_sentence(error)
         group.halves.end_copy()
+        group.ahead.end_copy()
         yield from group.policy.make_room(group, why)  # out here, where the step's tensors are gone
 
 
@@ -215,8 +218,11 @@ def advance(group: Group) -> Iterator[Numbered]:
     if not (active := group.active):
         return
     clock, learners = time.perf_counter(), [run.learner for run in active]
-    take = group.halves.backward(active, group.at_once)
-    values = gradients(learners, [run.next_batches() for run in active], group.at_once, take)
+    at_once = group.halves.at_once(len(active), group.at_once)
+    take = group.halves.backward(active, at_once)
+    if take is in_order and len(group.runs) == 1:
+        group.ahead.begin(active[0])
+    values = gradients(learners, [run.next_batches() for run in active], at_once, take)
     numbers = torch.cat(values).tolist()  # the step's one wait for the device
     events: list[Numbered] = []
     with defer_interrupts():  # all take this step, or none: runs that go on meet the same company

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..tuning.tunable import Tunable
-from .objectives.objective import Asking, Inputs, Objective, Rng, answer
+from .objectives.objective import Asking, Inputs, Objective, Rng, answer, answer_from
 from .optimizers import Optimizer
 
 Seeds = Callable[[int], int]  # piece -> seed of its dropout
@@ -31,6 +31,7 @@ class Learner:
     objective: Objective
     opt: Optimizer
     pieces: int = 1  # in so many passes a batch is computed
+    kept: Iterator[Tensor] | None = None  # what the base alone says of one batch after the other, computed elsewhere
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,8 @@ class Piece:
     def loss(self) -> Asking:
         """Its losses; the whole batch is drawn, and only the coroutine holds it: it is gone before the backward pass."""
         objective = self.learner.objective
-        return objective.loss(objective.draw(self.inputs, self.rng).split(self.n)[self.i])
+        asking = objective.loss(objective.draw(self.inputs, self.rng).split(self.n)[self.i])
+        return answer_from(self.learner.kept, asking) if self.learner.kept else asking
 
 
 Pass = Sequence[Piece]  # what goes through the base at once

@@ -19,7 +19,6 @@ from personalize.recipe.fields import AdapterSpec, Recipe
 from personalize.training.events import Event, Failed, Finished, Shared, Started, Step, Warned
 from personalize.training.fleet import train_fleet
 from personalize.training.loop import train
-from personalize.training.memory import plan as planning
 from personalize.training.memory.apply import apply_plan
 from personalize.training.memory.ladder import ComputePlan
 from personalize.training.memory.meter import counting, tensors_of
@@ -294,10 +293,7 @@ def test_a_budget_limits_how_many_go_at_once(make: Make) -> None:
 
 
 @pytest.mark.parametrize("rank", [2, 16])
-def test_what_each_member_takes_is_told_before_it_trains(
-    make: Make, narrow_base: Path, rank: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(planning, "cores", lambda: 1)  # rows are not halved
+def test_what_each_member_takes_is_told_before_it_trains(make: Make, narrow_base: Path, rank: int) -> None:
     recipes = [make(f"{i}", seed=i, rank=rank, base=str(narrow_base), targets=EVERYTHING) for i in range(4)]
     with closing(train_fleet(recipes)) as events:
         number, told = next(events)

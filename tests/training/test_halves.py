@@ -23,8 +23,6 @@ from personalize.training import halves, loop
 from personalize.training.events import Event, Step, SteppedDown, Stopped
 from personalize.training.fleet import train_fleet
 from personalize.training.loop import train
-from personalize.training.memory import plan as planning
-from personalize.training.preflight import check
 
 pytestmark = [
     pytest.mark.usefixtures("short_exam"),
@@ -47,7 +45,7 @@ def one_thread() -> Iterator[None]:
 def copies(monkeypatch: pytest.MonkeyPatch) -> list[Copy]:
     """Every copy that is made from now on; two processes share the work, as on a machine with two cores."""
     monkeypatch.setenv(VARIABLE, "2")
-    monkeypatch.setattr(planning, "cores", lambda: 2)
+    monkeypatch.setattr(halves, "cores", lambda: 2)
     made: list[Copy] = []
     real = Copy.__enter__
     monkeypatch.setattr(Copy, "__enter__", lambda self: (made.append(self), real(self))[1])
@@ -83,7 +81,10 @@ EVERYTHING = {
 }
 
 
-@pytest.mark.parametrize("flags", [{}, {"text_encoder_lr": 1e-4, "dropout": 0.1, "accumulate": 2, "prior": "images"}], ids=str)
+MORE = {"text_encoder_lr": 1e-4, "dropout": 0.1, "accumulate": 2, "prior": "images"}
+
+
+@pytest.mark.parametrize("flags", [{"prior": "output", "accumulate": 1}, {"prior": "output", "micro_batch": 2}, MORE], ids=str)
 def test_one_process_and_two_leave_the_same(make: Make, tmp_path: Path, copies: list[Copy], flags: dict[str, Any]) -> None:
     two = make(**EVERYTHING | flags)
     assert two.output
@@ -95,17 +96,6 @@ def test_one_process_and_two_leave_the_same(make: Make, tmp_path: Path, copies: 
         made = len(copies)
         list(train(one))
     assert len(copies) == made and contents(two.output) == contents(tmp_path / "one")
-
-
-def test_the_machine_and_not_the_number_of_processes_says_whether_rows_are_halved(
-    make: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    plan = check(make(batch_size=3))
-    for cores, rows in ((1, 3), (2, 2), (64, 2)):
-        monkeypatch.setattr(planning, "cores", lambda cores=cores: cores)
-        assert planning.choose_memory_plan(plan).compute.micro_batch == rows
-    monkeypatch.setattr(planning, "is_small", lambda *_: False)
-    assert planning.choose_memory_plan(plan).compute.micro_batch == 3
 
 
 def test_a_fleet_too(make: Make, tmp_path: Path, copies: list[Copy]) -> None:
@@ -154,14 +144,17 @@ def test_ctrl_c_while_the_other_half_is_waited_for_saves_the_state(
     monkeypatch.setattr(halves, "take_gradients", lambda leaves: (interrupt(), real(leaves))[1])
     events: list[Event] = []
     with pytest.raises(KeyboardInterrupt):
-        events.extend(train(make(steps=4, choose="none", sample_every=0)))
-    recipe = make(steps=4, choose="none", sample_every=0)
+        events.extend(train(make(steps=4, accumulate=2)))
+    recipe = make(steps=4, accumulate=2)
     monkeypatch.setattr(halves, "take_gradients", real)
     started, *_ = list(train(recipe))
     assert started.resumed == 2  # type: ignore[attr-defined]
 
 
-def test_a_run_that_gives_way_begins_with_a_new_copy(make: Make, copies: list[Copy], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("flags", [{"accumulate": 2}, {"prior": "output"}], ids=str)
+def test_a_run_that_gives_way_begins_with_a_new_copy(
+    make: Make, copies: list[Copy], monkeypatch: pytest.MonkeyPatch, flags: dict[str, Any]
+) -> None:
     real, failed = loop.gradients, False
 
     def once(*args: Any, **options: Any) -> Any:
@@ -173,9 +166,9 @@ def test_a_run_that_gives_way_begins_with_a_new_copy(make: Make, copies: list[Co
         return values
 
     monkeypatch.setattr(loop, "gradients", once)
-    events = list(train(make(steps=2, choose="none", sample_every=0, sample_seeds=[], batch_size=4)))
+    events = list(train(make(**{"steps": 2, **flags})))
     assert any(isinstance(event, SteppedDown) for event in events)
-    assert sum(isinstance(getattr(copy.main, "__self__", None), halves.Halves) for copy in copies) == 2
+    assert sum("share" not in copy.main.__qualname__ and "of_all" not in copy.main.__qualname__ for copy in copies) == 2
     assert not any(isinstance(event, Stopped) for event in events)
 
 

@@ -7,8 +7,6 @@ from dataclasses import dataclass, replace
 import torch
 
 from ...errors import TrainingError
-from ...models.processes import cores
-from ...models.threads import is_small
 from ...text import readable
 from ..preflight import RunPlan, parts
 from .estimate import Configs, Estimate, Workload, estimate
@@ -30,9 +28,7 @@ class MemoryPlan:
 def choose_memory_plan(plan: RunPlan) -> MemoryPlan:
     """The first rung that fits by its shapes. Raises TrainingError if none does: nothing was loaded onto the GPU yet."""
     wanted, device, before = plan.recipe.fitting, plan.device, (plan.state.more.get("fit") if plan.state else None)
-    batch = plan.recipe.batch_size
-    rows = -(-batch // 2) if is_small(plan.base, device) and cores() > 1 else batch  # see halves.py
-    compute = first(wanted, rows, device, ComputePlan(**before) if before else None)
+    compute = first(wanted, plan.recipe.batch_size, device, ComputePlan(**before) if before else None)
     budget = budget_of(plan)
     if budget is None:
         return MemoryPlan(compute)

@@ -7,7 +7,7 @@ schedule. It draws everything random for a whole batch at once; the loop splits 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -30,6 +30,7 @@ class Needs:
 
     class_images: bool = False  # images of the class, drawn by the base or brought; they are rows of every batch
     class_captions: bool = False  # the captions without the trigger, as the adapter and as the base alone read them
+    base_first: bool = False  # its first question, and no later one, is to the base alone: that can be answered ahead of the step
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,18 @@ def answer(losses: Sequence[Asking], denoise: Denoise, off: Off = contextlib.nul
             for context in (torch.no_grad(), off()) if asked[0].off else ():
                 without.enter_context(context)
             answers = denoise(latents, t, cond).chunk(len(asked))
+
+
+def answer_from(kept: Iterator[Tensor], asking: Asking) -> Asking:
+    """The same loss, its questions to the base alone answered by what is `kept` for them."""
+    told: Any = None
+    while True:
+        try:
+            ask = asking.send(told)
+        except StopIteration as end:
+            losses: Tensor = end.value
+            return losses
+        told = next(kept) if ask.off else (yield ask)
 
 
 def join_cond(asked: Sequence[Ask]) -> Cond:

@@ -32,7 +32,7 @@ class ClassImages(Denoising):
 class ClassOutput(Denoising):
     """On the caption without the trigger, stay with what the base itself predicts from the same noisy latents."""
 
-    needs: ClassVar[Needs] = Needs(class_captions=True)
+    needs: ClassVar[Needs] = Needs(class_captions=True, base_first=True)
 
     def draw(self, inputs: Inputs, rng: Rng) -> NoisyRows:
         assert inputs.class_cond is not None

@@ -60,12 +60,6 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda")
 Make = Callable[..., Recipe]
 
 
-@pytest.fixture
-def one_core(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The ladder begins with whole batches, as on a machine with one core; test_halves.py has the other one."""
-    monkeypatch.setattr(planning, "cores", lambda: 1)
-
-
 @pytest.fixture(scope="module")
 def pocket() -> Base:
     return Base.load("pocket")
@@ -482,7 +476,7 @@ BUDGETS = {
 }
 
 
-@pytest.mark.usefixtures("guessed", "one_core")
+@pytest.mark.usefixtures("guessed")
 @pytest.mark.parametrize("budget", BUDGETS)
 def test_the_ladder_is_walked_until_it_fits(make: Make, budget: int) -> None:
     choice = choose_memory_plan(check(make(batch_size=4, memory=str(budget))))
@@ -633,7 +627,6 @@ def spoiled(monkeypatch: pytest.MonkeyPatch, at: set[int]) -> None:
     monkeypatch.setattr(Denoising, "loss", spoil)
 
 
-@pytest.mark.usefixtures("one_core")
 def test_a_loss_that_is_not_finite_goes_back_to_the_last_checkpoint(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = make(steps=5)
     spoiled(monkeypatch, {4})
@@ -651,7 +644,6 @@ def test_a_loss_that_is_not_finite_goes_back_to_the_last_checkpoint(make: Make, 
     assert {float(value) for name, value in taken.items() if name.endswith(".step")} == {3.0}  # and one step from there
 
 
-@pytest.mark.usefixtures("one_core")
 def test_stopped_before_or_after_a_rollback_it_ends_with_the_same_bytes(
     make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
