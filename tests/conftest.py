@@ -36,7 +36,7 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def narrow_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same layers in narrow, for tests of how things are trained: a step takes half the time, and in bf16 a sixth."""
+    """One level of it in narrow, for tests of how things are trained: a step takes a third of the time."""
     from tiny import build_base
 
     return build_base(tmp_path_factory.mktemp("narrow_base"), narrow=True)

@@ -13,7 +13,13 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from tools.pocket import autoencoder, diffusion
 
 POCKET_UNET = diffusion.CONFIG | {"sample_size": 8, "block_out_channels": (96, 192)}
-NARROW = {"block_out_channels": (32, 64), "cross_attention_dim": 64, "attention_head_dim": (2, 4)}  # a sixth of the work
+NARROW = {  # of one level; a fraction of the work
+    "block_out_channels": (64,),
+    "down_block_types": ("CrossAttnDownBlock2D",),
+    "up_block_types": ("CrossAttnUpBlock2D",),
+    "cross_attention_dim": 64,
+    "attention_head_dim": (4,),
+}
 POCKET_VAE = autoencoder.CONFIG | {"sample_size": 64, "block_out_channels": (16, 32, 32, 32), "scaling_factor": 0.8}
 SCHEDULER = diffusion.SCHEDULE | {
     "prediction_type": "v_prediction",
@@ -33,7 +39,8 @@ def byte_tokenizer() -> CLIPTokenizer:
 def build_base(folder: Path, *, seed: int = 0, scheduler: dict[str, object] | None = None, narrow: bool = False) -> Path:
     """Write an ordinary diffusers folder of pocket's structure with random weights and return it.
 
-    A narrow one has all of its layers, in other widths: it is read as a Stable Diffusion of strange sizes.
+    A narrow one has all kinds of its layers but those that change the size, in other widths: it is read as a Stable Diffusion of
+    strange sizes.
     """
     torch.manual_seed(seed)
     tokenizer, unet = byte_tokenizer(), POCKET_UNET | (NARROW if narrow else {})

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
+import weakref
 from collections.abc import Iterator
 
 import torch
@@ -16,6 +17,7 @@ import torch
 from .model import Base, numel
 
 SMALL = 100_000_000  # values of all models of a base; the embedded base has 15 million, Stable Diffusion 1.5 a billion
+_sizes: weakref.WeakKeyDictionary[Base, int] = weakref.WeakKeyDictionary()
 _inside = threading.local()  # torch's number of threads is each thread's own
 
 
@@ -46,5 +48,7 @@ def is_small(base: Base, device: torch.device | None = None) -> bool:
 
 
 def size(base: Base) -> int:
-    """Values of all models of a base."""
-    return sum(numel(module) for model in base.models.values() for module in model.modules())
+    """Values of all models of a base; counted once, for adapters are none of them."""
+    if base not in _sizes:
+        _sizes[base] = sum(numel(module) for model in base.models.values() for module in model.modules())
+    return _sizes[base]

@@ -112,6 +112,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 """
 
 
+@pytest.mark.slow
 def test_what_nobody_needed_is_there_for_who_does() -> None:
     for answers in AFTER:
         code = "\n".join(f"{lines};print({value})" for lines, _, value in (f"0;{line}".rpartition(";") for line in answers))

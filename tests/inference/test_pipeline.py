@@ -49,7 +49,7 @@ def adapter_of(base: Base, seed: int, rank: int = 2, every: int = 3) -> Adapter:
         out, *fan_in = module.weight.shape  # type: ignore[union-attr, misc]
         up = torch.randn(out, rank, *[1] * (len(fan_in) - 1), generator=generator)
         deltas[path] = LowRank(up, 0.03 * torch.randn(rank, *fan_in, generator=generator), 1.5)
-    outer, inner = base.denoiser.config["block_out_channels"]
+    outer, *_, inner = 2 * base.denoiser.config["block_out_channels"]
     deltas["unet.mid_block.attentions.0.proj_in"] = Dense(0.02 * torch.randn(inner, inner, 1, 1, generator=generator))
     deltas[NORM] = Dense(0.3 * torch.randn(outer, generator=generator))
     deltas[BIAS] = Dense(0.3 * torch.randn(inner, generator=generator))
