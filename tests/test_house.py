@@ -39,7 +39,6 @@ IRREGULAR = """
 PARTICIPLES_ALLOWED = {
     "personalize/adapters/adapter.py": {"scaled", "weighted"},  # public; a value's changed copy, as Python's `sorted`
     "personalize/adapters/delta.py": {"stored"},  # public; the tensors as a file holds them
-    "tools/golden.py": None,  # a recording's keys are the code of its cases: old recordings would be no use
 }
 
 
