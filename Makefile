@@ -1,5 +1,5 @@
 # make demo   train on five pictures, offline, and leave a report to look at
-# make test   what must hold, in six to seven minutes on two cores      make test-all   all that needs no GPU, the laboratory too
+# make test   what must hold, in six to eight minutes on two cores      make test-all   all that needs no GPU, the laboratory too
 # make lint / types / format / docs / bench / bench-quick / bench-gpu / wheel / clean
 #
 # The first call makes .venv and installs into it; later calls find it ready. Without an NVIDIA card, a CPU build of

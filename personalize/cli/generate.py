@@ -53,7 +53,12 @@ REQUEST = ("negative", "steps", "guidance", "sampler", "size", "denoise")  # opt
 @click.option("--xy", "axes", type=Axis(), multiple=True, metavar="NAME=VALUES",
               help="also write a sheet along an axis, or two (across, down): strength=0,0.5,1 or seed, steps, guidance, denoise, "
                    "sampler, adapter=none,A,A+B or an adapter's name for its strength: A=0,1,0@0;1@1")  # fmt: skip
-@click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True, help="pictures drawn at once")
+@click.option(
+    "--batch-size",
+    type=click.IntRange(1),
+    show_default="8; 4 on a small base, whose batches CPU cores share",
+    help="pictures drawn at once",
+)
 @click.option("--device", metavar="auto|cpu|cuda", default="auto", show_default=True, help="where to draw")
 @click.option(
     "--output", "-o", type=PATH, default=Path("pictures"), show_default=True, help="folder, or a .png for a single picture"

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from personalize.cli.app import run
 from personalize.inference.events import Cancelled, Picture, Progress
 from personalize.inference.request import Request
 from personalize.inference.session import Session
@@ -191,3 +192,8 @@ def test_two_processes_draw_what_one_does_and_can_be_stopped(narrow_base: Path, 
             session.cancel()
     assert isinstance(events[-1], Cancelled) and events[-1].numbers == (4, 5, 6, 7, 8)
     assert not multiprocessing.active_children()
+
+
+def test_the_command_shares_what_it_draws(narrow_base: Path, copies: list[Copy], tmp_path: Path) -> None:
+    words = ["generate", "a cat", "--base", str(narrow_base), "--steps", "1", "--seeds", "0,1,2,3,4", "--output", str(tmp_path)]
+    assert run(words) == 0 and len(copies) == 1 and len(list(tmp_path.glob("*.png"))) == 5
