@@ -95,6 +95,17 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Sums in one order; and what lets processes share the work."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def short_exam() -> Iterator[None]:
     """Checkpoints are asked fewer questions: what is asked does not matter to what is done with the answers."""

@@ -1,8 +1,8 @@
 """Work on a small base that CPU cores share: copies of this process, each with its part of it.
 
-One thread is fastest for a small base (threads.py), so another core is given whole pieces of work: half of a step's rows, every
-other batch of images, every other checkpoint. A copy is forked where its work begins: it has the models, adapters and images of
-that moment without loading anything. How work is cut does not depend on how many processes share it, so neither do the values.
+One thread is fastest for a small base (threads.py), so another core is given whole pieces of work: half of a fleet's members, or
+every other batch of images, or checkpoint. A copy is forked where its work begins: it has the models, adapters and images of that
+moment without loading anything. How work is cut does not depend on how many processes share it, so neither do the values.
 """
 
 from __future__ import annotations

@@ -13,34 +13,21 @@ from ..models.processes import YIELDED, Copy, processes
 from .run import ActiveRun
 
 
-class Ahead:
-    """Lets a second process answer a run's questions to the base alone, until the end of the `with` block.
+class Ahead(contextlib.ExitStack):
+    """Lets a second process answer a run's questions to the base alone, until it is closed or the `with` block ends.
 
     For a run alone, whose batches go through the base whole, and whose text encoder does not learn: embedding would take longer
     than is gained. Answers are the same to the bit: the copy asks the same base about the same rows.
     """
-
-    def __init__(self) -> None:
-        self._stack = contextlib.ExitStack()
-
-    def __enter__(self) -> Ahead:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.end_copy()
-
-    def end_copy(self) -> None:
-        """End the second process, if there is one."""
-        self._stack.close()
 
     def begin(self, run: ActiveRun) -> None:
         """Have the answers of the steps from where the run stands, if it has none yet, computed from now on."""
         learner, recipe = run.learner, run.plan.recipe
         asks = learner.objective.needs.base_first and learner.pieces == 1 and not recipe.optim.text_encoder_steps(recipe.steps)
         if learner.kept is None and asks and processes(run.plan.base) > 1:
-            copy = self._stack.enter_context(Copy(lambda here: send_answers(here, run)))
+            copy = self.enter_context(Copy(lambda here: send_answers(here, run)))
             learner.kept = (torch.from_numpy(copy.receive()[1]) for _ in range(recipe.steps * recipe.optim.accumulate))
-            self._stack.callback(setattr, learner, "kept", None)
+            self.callback(setattr, learner, "kept", None)
 
 
 def send_answers(here: Copy, run: ActiveRun) -> None:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from ..models.model import Base
 from ..models.processes import YIELDED, Copy, cores, processes
 from ..models.threads import is_small
 from .run import ActiveRun
@@ -22,26 +23,17 @@ from .step import Losses, Pass, in_order, passes
 Gradients = list[Tensor | None]
 
 
-class Halves:
-    """How the steps of runs that share a base are computed until the end of the `with` block; see `backward`."""
+class Halves(contextlib.ExitStack):
+    """How the steps of runs that share a base are computed until the end of the `with` block; see `backward`.
 
-    def __init__(self, runs: Sequence[ActiveRun]) -> None:
-        self.runs = {run.number: run for run in runs}
-        self.base = runs[0].plan.base
-        self.leaves = runs[0].tunable.leaves()
-        self._stack = contextlib.ExitStack()
+    `close` ends the second process, if there is one; the next step that needs one makes it from what is there then.
+    """
+
+    def __init__(self, base: Base, runs: Sequence[ActiveRun]) -> None:
+        super().__init__()
+        self.base, self.runs = base, {run.number: run for run in runs}
+        self.leaves = runs[0].tunable.leaves() if runs else []  # none: no member could begin
         self._copy: Copy | None = None
-
-    def __enter__(self) -> Halves:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.end_copy()
-
-    def end_copy(self) -> None:
-        """End the second process, if there is one; the next step that needs one makes it from what is there then."""
-        self._stack.close()
-        self._copy = None
 
     def at_once(self, count: int, at_once: int | None) -> int | None:
         """How many of `count` runs go through the base in one pass, where `at_once` may in all processes (None: all)."""
@@ -59,7 +51,8 @@ class Halves:
             return self._in_halves
         if self._copy is None:
             self._values, self._gradients = (shared_tensors(self.leaves) for _ in range(2))
-            self._copy = self._stack.enter_context(Copy(self._take_second_halves))
+            self._copy = self.enter_context(Copy(self._take_second_halves))
+            self.callback(setattr, self, "_copy", None)
         torch._foreach_copy_(self._values, [leaf.detach() for leaf in self.leaves])
         self._copy.send(YIELDED, ({run.number: run.done for run in active}, at_once))
         return self._beside_copy

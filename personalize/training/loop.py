@@ -175,7 +175,7 @@ def train_plans(
             run.began = began - run.plan.run.open(recipe_text(run.plan.recipe, run.plan.history), run.done)
             runs.append(run)
         try:
-            halves, ahead = stack.enter_context(Halves(runs)), stack.enter_context(Ahead())
+            halves, ahead = stack.enter_context(Halves(plans[first].base, runs)), stack.enter_context(Ahead())
             yield from run_group(Group(runs, policy, halves, ahead, at_once(memory[first], len(runs))))
         except (KeyboardInterrupt, GeneratorExit):
             left = [run for run in runs if not run.ended]
@@ -204,8 +204,8 @@ def run_group(group: Group) -> Iterator[Numbered]:
             continue
         except torch.OutOfMemoryError as error:
             why = first_sentence(error)
-        group.halves.end_copy()
-        group.ahead.end_copy()
+        group.halves.close()
+        group.ahead.close()
         yield from group.policy.make_room(group, why)  # out here, where the step's tensors are gone
 
 

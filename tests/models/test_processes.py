@@ -25,12 +25,9 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux copi
 
 
 @pytest.fixture(autouse=True)
-def two(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def two(monkeypatch: pytest.MonkeyPatch, one_thread: None) -> Iterator[None]:
     monkeypatch.setenv(VARIABLE, "2")
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
     yield
-    torch.set_num_threads(before)
     assert not multiprocessing.active_children()
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,10 @@ import torch
 
 from personalize.adapters.adapter import Adapter, distance
 from personalize.adapters.kinds.kind import DOWN
-from personalize.errors import TrainingError
+from personalize.errors import DataError, TrainingError
 from personalize.models.model import Base
 from personalize.recipe.fields import AdapterSpec, Recipe
+from personalize.training import loop
 from personalize.training.events import Event, Failed, Finished, Shared, Started, Step, Warned
 from personalize.training.fleet import train_fleet
 from personalize.training.loop import train
@@ -31,7 +32,7 @@ from personalize.tuning.attach import attach
 from personalize.tuning.fleet import Fleet
 from personalize.tuning.targets import fresh
 
-pytestmark = pytest.mark.usefixtures("short_exam")
+pytestmark = pytest.mark.usefixtures("short_exam", "one_thread")
 Make = Callable[..., Recipe]
 EVERYTHING = ("attention", "feedforward", "conv")
 CLOSE = 2e-4  # of dW: sums in another order, through a few steps of AdamW, whose first ones go by the gradient's sign
@@ -353,10 +354,11 @@ def test_what_is_wrong_with_a_recipe_is_told_before_any_is_trained(make: Make, t
     assert told[-1][0] == 0 and isinstance(told[-1][1], Finished)
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Sums in one order."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+def test_where_no_member_can_begin_each_says_why(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(plan: Any) -> Any:
+        raise DataError(f"{plan.run.folder.name} cannot be encoded")
+
+    monkeypatch.setattr(loop, "prepare_data", fail)
+    told = fleet([make("a"), make("b", seed=1)])
+    for i, name in enumerate("ab"):
+        assert isinstance(told[i][-1], Failed) and f"{name} cannot be encoded" in told[i][-1].message

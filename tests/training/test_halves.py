@@ -34,11 +34,8 @@ TIMES = {"time", "seconds", "peak_bytes", "versions", "output"}
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
+def all_copies_end(one_thread: None) -> Iterator[None]:
     yield
-    torch.set_num_threads(before)
     assert not multiprocessing.active_children()
 
 
