@@ -29,6 +29,7 @@ from .store import Store
 from .worker import kinds_of
 from .workspace import Workspace
 
+WORKER = "personalize.cli.lane"  # the worker's process: jobs are commands
 PAUSE = 0.05  # seconds between two looks at the workers
 STUCK = 120.0  # seconds without a sign of life, after which a worker is killed
 GRACE = 30.0  # seconds that a job may take to stop, after which its worker is killed
@@ -142,7 +143,7 @@ class Engine:
 
     def _spawn(self, lane: Lane) -> None:
         lane.worker, lane.kills = secrets.token_hex(8), out_of_memory_kills()
-        command = [sys.executable, "-m", "personalize", "work", str(self.workspace.root), lane.name, lane.worker]
+        command = [sys.executable, "-m", WORKER, str(self.workspace.root), lane.name, lane.worker]
         log = self.workspace.log(f"lane-{self.workspace.lane(lane.name).name}")
         try:
             with log.open("wb") as errors:
@@ -183,6 +184,13 @@ class Engine:
             if job.lane and job.lane not in own and not is_held(self.workspace.lane(job.lane)):
                 for one, worker in self.store.running(job.lane):
                     self.store.lose(one.id, worker, "the program was killed", fault=False)
+
+
+def devices_here() -> tuple[str, ...]:
+    """Every GPU of this machine, or its CPU."""
+    import torch
+
+    return tuple(f"cuda:{index}" for index in range(torch.cuda.device_count())) or ("cpu",)
 
 
 def is_served(place: Path) -> bool:
