@@ -21,6 +21,7 @@ from .messages import answer, answer_in_json, echo, print_error, show_in_any_cod
 from .presets import presets
 from .train import batch, finish, report, tell, train
 
+
 def main() -> None:
     """The console script."""
     prepare_process()

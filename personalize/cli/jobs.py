@@ -42,7 +42,8 @@ def jobs(ctx: click.Context, workspace: Path | None, states: tuple[str, ...], ki
       personalize jobs pause 1f3a
       personalize jobs run
 
-    A server runs the queue for as long as it lives; without one, `personalize jobs run` works it off. JOB is an id, or how it begins.
+    A server runs the queue for as long as it lives; without one, `personalize jobs run` works it off. JOB is an id, or the first
+    letters of one.
     """
     ctx.obj = workspace
     return list_jobs(open_store(None), states, kinds, limit) if ctx.invoked_subcommand is None else 0
@@ -165,8 +166,8 @@ def events(id: str, after: int, workspace: Path | None) -> int:
 def add(kind: str, words: tuple[str, ...], workspace: Path | None, job_name: str, priority: int, after: str | None) -> int:
     """Queue what a command does: `personalize jobs add merge A.safetensors B.safetensors --rank 16`.
 
-    KIND is train, batch, generate, dataset, merge, resize, convert, extract, bake, interpolate or doctor; the arguments are those of
-    that command. Without --output, a job writes into the workspace.
+    KIND is train, batch, generate, dataset, merge, resize, convert, extract, bake, interpolate or doctor; the arguments are those
+    of that command. Without --output, a job writes into the workspace.
     """
     from .work import settings_of
 
@@ -279,10 +280,12 @@ def follow(id: str, workspace: Path | None) -> int:
 
 
 @jobs.command()
-@click.option("--device", "devices", multiple=True, metavar="cpu|cuda:N", help="where; can be repeated [default: all GPUs, or cpu]")
+@click.option(
+    "--device", "devices", multiple=True, metavar="cpu|cuda:N", help="where; can be repeated [default: all GPUs, or cpu]"
+)
 @workspace_option
 def run(devices: tuple[str, ...], workspace: Path | None) -> int:
-    """Work off the queue here, without a server, until nothing waits. Ctrl-C lets jobs save their state, and leaves them queued."""
+    """Work off the queue here, without a server, until nothing waits. Ctrl-C leaves what runs in the queue, its state saved."""
     from ..jobs import Engine
     from ..jobs.engine import devices_here
 
@@ -297,7 +300,7 @@ def run(devices: tuple[str, ...], workspace: Path | None) -> int:
                     if (now := line_of(job)) != said.get(job.id):
                         said[job.id] = now
                         echo(now)
-                if not any(job.state == "running" or job.state == "queued" and can_run(store, job) for job in found):
+                if not any(job.state == "running" or (job.state == "queued" and can_run(store, job)) for job in found):
                     break
                 time.sleep(PAUSE)
     except KeyboardInterrupt:

@@ -1,4 +1,4 @@
-"""The process of a lane's worker: `python -m personalize.cli.lane WORKSPACE LANE NAME`, which the engine starts and nobody else."""
+"""The process of a lane's worker, which the engine starts: `python -m personalize.cli.lane WORKSPACE LANE NAME`."""
 
 from __future__ import annotations
 

@@ -45,13 +45,13 @@ class CommandKind:
 
     def draft(self, settings: Mapping[str, Any], workspace: Workspace) -> Draft:
         """Check settings. Raises PersonalizeError."""
-        settings = strict(dict(settings))
-        given = settings.get("output")
-        _, values = parameters(self.command, {"output": str(workspace.adapters / "adapter.safetensors"), **settings})
+        plain: dict[str, Any] = strict(dict(settings))
+        given = plain.get("output")
+        _, values = parameters(self.command, {"output": str(workspace.adapters / "adapter.safetensors"), **plain})
         values["output"] = Path(given) if given else None
         self.check(values)
         name, folder = self.place(workspace, values)
-        return Draft(settings, name, Path(given) if given else folder, is_own=not given)
+        return Draft(plain, name, Path(given) if given else folder, is_own=not given)
 
     def run(self, task: Task) -> dict[str, Any]:
         """Run the command; its answer is the result."""
@@ -100,7 +100,11 @@ def settings_of(name: str, words: Sequence[str]) -> dict[str, Any]:
     if rest:
         raise RecipeError(f"{name} cannot make sense of {rest[0]!r}", f"personalize {name} --help")
     known = {one.name for one in command.get_params(context) if one.expose_value}
-    return {key: value for key, value in typed.items() if key in known and isinstance(value, str | bool | list | tuple) and value != ()}
+    return {
+        key: value
+        for key, value in typed.items()
+        if key in known and isinstance(value, str | bool | list | tuple) and value != ()
+    }
 
 
 def words_of(option: click.Option, value: Any) -> list[str]:

@@ -71,7 +71,9 @@ def generate(
     pages = [replace(page, requests=tuple(fill_placeholders(page.requests, adapters))) for page in pages]
     everything = [request for page in pages for request in page.requests]
     yield from map(Notice, check_adapters(adapters, everything))
-    session = Session(RESIDENT.open(base_recipe(list(adapters.values()), base or {}), device, dtype), library, batch_size=batch_size)
+    session = Session(
+        RESIDENT.open(base_recipe(list(adapters.values()), base or {}), device, dtype), library, batch_size=batch_size
+    )
     start = settings.image
     if start and start.picture:  # once for all pages
         picture, notice = fit_image(session.base, start.picture, settings.size)
