@@ -105,8 +105,8 @@ def test_a_running_training_is_stopped_and_kept(running: Engine, store: Store, s
 def test_trainings_end_once_with_the_same_bytes_whoever_is_killed(
     store: Store, settings: dict[str, Any], plain: dict[str, bytes], wait: Wait, points: int, together: int
 ) -> None:
-    """The server, the worker or both are killed, so many events after the last time as is drawn and a moment later; `together` jobs
-    are queued, and others as soon as they are over, until that has happened at so many points."""
+    """The server, the worker or both are killed, so many events after the last time as is drawn and a moment later; `together`
+    jobs are queued, and others as soon as they are over, until that has happened at so many points."""
     draw, kills, jobs = random.Random(points), 0, list[Job]()
     with contextlib.ExitStack() as stack:
         server = stack.enter_context(serving.Server(store.workspace))
