@@ -240,13 +240,19 @@ def test_every_command_is_in_the_readme() -> None:
 def test_code_in_the_extending_page_is_that_of_the_files() -> None:
     page = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
     found = re.findall(r"<!-- (\S+) -->\n```python\n(.*?)```", page, re.DOTALL)
-    assert len(found) == 5
+    assert len(found) == 6
     for name, code in found:
         assert code in (ROOT / name).read_text(encoding="utf-8"), name
 
 
 def test_every_table_is_in_the_extending_page() -> None:
     page = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
-    words = {"kinds": "adapter kind", "families": "model family", "objectives": "objective", "optimizers": "optimizer"}
+    words = {
+        "kinds": "adapter kind",
+        "families": "model family",
+        "objectives": "objective",
+        "optimizers": "optimizer",
+        "jobs": "kind of job",
+    }
     for name in BUILT_IN:
         assert f"## A {words.get(name, 'backend')}\n" in page or f"## An {words.get(name, 'backend')}\n" in page, name

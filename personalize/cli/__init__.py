@@ -7,6 +7,9 @@ merge.py      merge, and how it is repeated             dataset.py      the chec
 presets.py    the presets, explained                    view.py         what a long command shows while it works
 progress.py   one run seen from a terminal              batch.py        many runs seen from a terminal
 live.py       reports while runs go on                  values.py       what people type, as values
+jobs.py       the queue of a workspace               queueing.py     train and batch, where a server does them
+work.py       commands as kinds of jobs               lane.py         the process of a lane's worker
+listening.py  what long commands tell to such a job   group.py        what every command has: --json, -h
 imports.py    what train and generate import of diffusers and transformers
 
 Only click is imported with these; torch, pydantic and rich come with the command that needs them, so that help is instant.

@@ -40,7 +40,7 @@ class Rows:
         if len(found) > 1:
             raise NoSuchJobError(f"{len(found)} jobs begin with {id}", "give more of it")
         if not found:
-            raise NoSuchJobError(f"there is no job {id!r} in {self.workspace.root}", "personalize jobs lists them")
+            raise NoSuchJobError(f"there is no job {id!r} in {self.workspace.root}", "see: personalize jobs")
         return found[0]
 
     def job(self, row: sqlite3.Row) -> Job:

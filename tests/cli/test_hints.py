@@ -31,28 +31,37 @@ def texts() -> Iterator[tuple[str, str]]:
                 yield path.name, "".join(str(one.value) if isinstance(one, ast.Constant) else "X" for one in node.values)
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):
                 yield path.name, node.value
-    yield "README.md", (ROOT / "README.md").read_text(encoding="utf-8")
+    for name in ("README.md", "docs/jobs.md"):
+        yield name, (ROOT / name).read_text(encoding="utf-8")
 
 
-def proposals() -> list[tuple[str, str, tuple[str, ...]]]:
-    """(file, command, its flags) of every command that a text proposes."""
+def proposals() -> list[tuple[str, str, list[str], tuple[str, ...]]]:
+    """(file, command, words behind it, its flags) of every command that a text proposes."""
     found = []
     for file, text in texts():
         for match in COMMAND.finditer(text):
             if match[1] not in PROSE:
                 words = match[2].partition("#")[0]
-                found.append((file, match[1], tuple(re.findall(r"(?<=\s)--?[a-z][\w-]*", words))))
+                found.append((file, match[1], words.split(), tuple(re.findall(r"(?<=\s)--?[a-z][\w-]*", words))))
     return found
+
+
+def flags_of(command: click.Command) -> set[str]:
+    with click.Context(command, info_name=command.name) as context:
+        return {flag for one in command.get_params(context) for flag in (*one.opts, *one.secondary_opts)}
 
 
 def test_proposed_commands_and_their_options_exist() -> None:
     found = proposals()
     assert len(found) > 20
-    for file, name, flags in found:
+    for file, name, words, flags in found:
         assert name in cli.commands, f"{file}: personalize {name}"
-        command = cli.commands[name]
-        with click.Context(command, info_name=name) as context:
-            known = {flag for one in command.get_params(context) for flag in (*one.opts, *one.secondary_opts)}
+        command, known = cli.commands[name], flags_of(cli.commands[name])
+        if isinstance(command, click.Group) and words and words[0].isalpha() and words[0].islower():
+            assert words[0] in command.commands, f"{file}: personalize {name} {words[0]}"
+            known |= flags_of(command.commands[words[0]])
+            for inner in words[1:2] if words[0] == "add" else ["train"] if words[0] == "edit" else []:
+                known |= flags_of(cli.commands[inner])  # whose arguments these two take
         assert set(flags) <= known, f"{file}: personalize {name} has no {set(flags) - known}"
 
 
