@@ -11,9 +11,10 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..training.events import read_events
 from .database import Database
 from .job import Job
-from .rows import Rows, error_record, log_tail, to_json
+from .rows import Record, Rows, error_record, log_tail, to_json
 
 FAULTS = 3  # crashes of a job in a row, without any progress between them, that end it
 LOSSES = 100  # the same for workers that were killed from outside, which says little about their jobs
@@ -89,12 +90,14 @@ class Leases:
     def lose(self, id: str, worker: str, cause: str, *, fault: bool) -> str:
         """A worker died with this job: queue it again in its place, or let it fail if it kills its workers. Returns its state.
 
-        A `fault` is the job's own: it crashed, or took all memory.
+        A `fault` is the job's own: it crashed, or took all memory. What its run folder tells and it had not written down yet is.
         """
+        unwritten = self._unwritten_events(id)
         with self.database.write() as rows:
             row = rows.find(id)
             if row["worker"] != worker:
                 return str(row["state"])
+            rows.append(id, unwritten)
             done = int(json.loads(row["progress"]).get("done") or 0)
             further = done > row["furthest"]
             faults, losses = (0 if further else row["faults"]) + fault, (0 if further else row["losses"]) + 1
@@ -109,11 +112,22 @@ class Leases:
             rows.move_to(id, "queued", lost=cause)
             return "queued"
 
+    def _unwritten_events(self, id: str) -> list[Record]:
+        with self.database.read() as rows:
+            folder = rows.get(id).folder
+            known = {content(json.loads(row["record"])) for row in rows.query("SELECT record FROM events WHERE job = ?", (id,))}
+        return [record for record in read_events(folder / "events.jsonl") if content(record) not in known]
+
     def _give_up(self, rows: Rows, id: str, message: str) -> str:
         log = log_tail(rows.workspace.log(id))
         rows.set(id, asked="", error=to_json(error_record("WorkerLost", message, "personalize jobs requeue tries again", log)))
         rows.move_to(id, "failed", error=message)
         return "failed"
+
+
+def content(record: Mapping[str, Any]) -> str:
+    """What an event tells, whenever that was written down."""
+    return json.dumps({key: value for key, value in record.items() if key != "at"}, sort_keys=True)
 
 
 AT_LAST = {"pause": "paused", "cancel": "cancelled"}  # what a job is that was asked for this and does not run any more

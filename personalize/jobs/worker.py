@@ -10,7 +10,6 @@ from __future__ import annotations
 import collections
 import contextlib
 import faulthandler
-import json
 import os
 import signal
 import sys
@@ -25,7 +24,6 @@ from typing import Any
 from ..errors import DataError, OutputError, PersonalizeError
 from ..lock import hold, holder_process, is_held
 from ..training.control import tell
-from ..training.events import read_events
 from .job import Job
 from .kind import LONG, Kind
 from .rows import Record, error_record, log_tail
@@ -112,8 +110,6 @@ class Worker:
         """Run a job, and say what became of it."""
         task = RunningTask(job)
         with self._log_of(job), _Crash(self):
-            if job.attempts > 1:
-                task.records.extend(self._unwritten_events(job))
             self.task = task
             state, about = self._outcome(task, kind_of(job.kind), keep=job.asked == "keep")
             self._end(state, **about)
@@ -154,11 +150,6 @@ class Worker:
                 print(f"personalize: {error}", file=sys.stderr, flush=True)
                 if self.leaving.wait(RETRY):  # the next worker finds out what became of it
                     raise
-
-    def _unwritten_events(self, job: Job) -> list[Record]:
-        """What the run folder tells of attempts that were killed before they had written it down."""
-        known = {_content(record) for _, record in self.store.events(job.id)}
-        return [record for record in read_events(job.folder / "events.jsonl") if _content(record) not in known]
 
     def _is_memory_wanted(self) -> bool:
         """Whether a training on the same GPU could use what is kept here."""
@@ -267,11 +258,6 @@ class _Crash:
             sys.stderr.flush()
             told = self.worker._error(type(error).__name__, f"{type(error).__name__}: {error}", "the end of its log says where")
             self.worker._end("failed", **told)
-
-
-def _content(record: Mapping[str, Any]) -> str:
-    """What an event tells, whenever that was written down."""
-    return json.dumps({key: value for key, value in record.items() if key != "at"}, sort_keys=True)
 
 
 def _go_to(folder: Path) -> None:

@@ -126,6 +126,7 @@ def test_trainings_end_once_with_the_same_bytes_whoever_is_killed(
                 server.kill()
                 server = stack.enter_context(serving.Server(store.workspace))
             kills += 1
+            print(f"{kills}: {' and '.join(who)}, after {count} events of {first.id}", flush=True)
         for job in jobs:
             whole(store, wait(store, job.id), plain)
         server.end()
