@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sqlite3
 import subprocess
@@ -193,6 +194,19 @@ def test_who_lost_a_job_changes_nothing_of_it(store: Store, three: list[Job]) ->
     before = store.events(job.id)
     assert not store.leases.record(job.id, "old", [{"event": "step"}], {}) and not store.leases.end(job.id, "old", "succeeded")
     assert store.leases.lose(job.id, "old", "killed", fault=True) == "running" and store.events(job.id) == before
+
+
+def test_what_a_killed_worker_had_not_written_down_is_read_from_its_run_folder(store: Store, three: list[Job]) -> None:
+    job = claim(store)
+    job.folder.mkdir(parents=True)
+    steps = [{"event": "step", "step": n, "loss": 0.5} for n in (1, 2, 3)]
+    (job.folder / "events.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps) + '{"event": "st')
+    store.leases.record(job.id, "w", steps[:1], {"done": 1, "total": 9})
+    for _ in range(2):
+        store.leases.lose(job.id, "w", "killed", fault=False)
+        told = [record["step"] for _, record in store.events(job.id) if record["event"] == "step"]
+        assert told == [1, 2, 3] and store.events(job.id)[-1][1]["lost"] == "killed"
+        assert claim(store).id == job.id
 
 
 @pytest.mark.parametrize(("fault", "most"), [(True, FAULTS), (False, LOSSES)])
