@@ -88,15 +88,15 @@ class Worker:
             return 0
         for name in self.kinds:
             kind_of(name).warm()
-        busy = time.monotonic()
+        busy, keeps = time.monotonic(), False
         while not self.leaving.is_set():
             if self._take():
-                busy = time.monotonic()
-            elif time.monotonic() - busy > IDLE or self._is_memory_wanted():
+                busy, keeps = time.monotonic(), True
+                continue
+            if keeps and (time.monotonic() - busy > IDLE or self._is_memory_wanted()):
                 self._cool()
-                busy = time.monotonic()
-            else:
-                self.leaving.wait(PAUSE)
+                keeps = False
+            self.leaving.wait(PAUSE)
         return 0
 
     def _take(self) -> bool:
@@ -168,8 +168,7 @@ class Worker:
         while True:
             if time.monotonic() - beat >= BEAT:
                 beat = time.monotonic()
-                with contextlib.suppress(OSError):  # the engine is gone or busy
-                    os.write(self.beats, b".")
+                give_sign(self.beats)
             try:
                 if task := self.task:
                     self._write(task)
@@ -268,6 +267,12 @@ def _go_to(folder: Path) -> None:
         raise DataError(f"the job was asked for in {folder}, which is not there: {error.strerror}", "queue it anew") from error
 
 
+def give_sign(beats: int) -> None:
+    """A sign of life, for the engine."""
+    with contextlib.suppress(OSError):  # which is gone or busy
+        os.write(beats, b".")
+
+
 def work(place: Path, lane: str, name: str) -> int:
     """The life of a worker. Returns its exit code."""
     beats = os.dup(1)
@@ -280,6 +285,7 @@ def work(place: Path, lane: str, name: str) -> int:
     while is_held(folder):  # by a worker of an engine that was killed, which is saving its state
         if time.monotonic() > end and (process := holder_process(folder)):
             os.kill(process, signal.SIGKILL)
+        give_sign(beats)
         time.sleep(PAUSE)
     with hold(folder, "it belongs to another worker"):
         for job, other in worker.leases.running(lane):
