@@ -9,7 +9,9 @@
     │   ├── UnmatchedKeysError       keys that belong to no known module
     │   └── FamilyMismatchError      an adapter of another model family
     ├── OutputError                  a path that cannot be written, a full disk
-    └── TrainingError                the run itself went wrong (non-finite loss, ...)
+    ├── TrainingError                the run itself went wrong (non-finite loss, ...)
+    └── JobError                     a job that cannot do what was asked of it now
+        └── NoSuchJobError           a job that there is not
 
 Each message says what happened, where, and (in ``hint``) what to try.
 """
@@ -66,6 +68,14 @@ class OutputError(PersonalizeError):
 
 class TrainingError(PersonalizeError):
     """The run itself went wrong."""
+
+
+class JobError(PersonalizeError):
+    """A job cannot do what was asked of it in the state that it is in."""
+
+
+class NoSuchJobError(JobError):
+    """There is no job of this id."""
 
 
 def check_type(

@@ -1,4 +1,4 @@
-"""Tables of what varies, name => row: adapter kinds, model families, objectives, optimizers, backends.
+"""Tables of what varies, name => row: adapter kinds, model families, objectives, optimizers, backends, kinds of jobs.
 
 A built-in row and one from another package come in by the same door: "module:attribute", imported when it is first used.
 Packages declare theirs as entry points of the group `personalize.TABLE`:
@@ -47,6 +47,19 @@ BUILT_IN: dict[str, dict[str, str]] = {
     },
     "optimizers": {"adamw": "personalize.training.optimizers:adamw"},
     "backends": {"local": "personalize.backends.local:LOCAL"},
+    "jobs": {  # each does what the command of its name does
+        "train": "personalize.cli.work:TRAIN",
+        "batch": "personalize.cli.work:BATCH",
+        "generate": "personalize.cli.work:GENERATE",
+        "dataset": "personalize.cli.work:DATASET",
+        "merge": "personalize.cli.work:MERGE",
+        "resize": "personalize.cli.work:RESIZE",
+        "convert": "personalize.cli.work:CONVERT",
+        "extract": "personalize.cli.work:EXTRACT",
+        "bake": "personalize.cli.work:BAKE",
+        "interpolate": "personalize.cli.work:INTERPOLATE",
+        "doctor": "personalize.cli.work:DOCTOR",
+    },
 }
 
 
@@ -93,7 +106,7 @@ class Table(Mapping[str, Any]):
 
 @functools.cache
 def table(name: str) -> Table:
-    """A table by its name: kinds, families, objectives, optimizers or backends.
+    """A table by its name: kinds, families, objectives, optimizers, backends or jobs.
 
     >>> sorted(table("optimizers"))[:1]
     ['adamw']

@@ -14,6 +14,7 @@ from . import adapters, checkpoints
 from .dataset import dataset
 from .generate import generate
 from .imports import import_only_what_is_used
+from .jobs import work
 from .merge import merge
 from .messages import answer, answer_in_json, echo, print_error, show_in_any_code_page, warnings_as_lines
 from .presets import presets
@@ -101,6 +102,6 @@ def version() -> int:
     return 0
 
 
-COMMANDS = (train, batch, finish, tell, generate, dataset, report, presets, version, merge)
+COMMANDS = (train, batch, finish, tell, generate, dataset, report, presets, version, merge, work)
 for command in (*COMMANDS, *adapters.COMMANDS, *checkpoints.COMMANDS):
     cli.add_command(command)

@@ -132,7 +132,7 @@ class BatchView(View):
         doing = doing_after(what, recipe)
         active = sum(one.state == "training" and one.step < one.steps for one in self.runs)
         self.begin(f"training {active}" if doing == "training" and active else f"{run.name}: {doing}" if doing else self.doing)
-        self.bar.update(self.task, completed=sum(one.steps if one.state == "failed" else one.step for one in self.runs))
+        self.bar.update(self.task, completed=self.progress()[0])
 
     def _show_end(self, run: Standing, recipe: Recipe, event: Finished) -> None:
         from ..api.runs import write_reports
@@ -153,6 +153,10 @@ class BatchView(View):
         chosen = f", step {run.chosen['step']} chosen" if run.chosen else ""
         facts = f"{run.adapter} ({readable(run.adapter.stat().st_size)}), {event.step} steps{chosen}"
         self.print(f"{run.name}: done: {facts}, {duration(event.seconds)} after the start")
+
+    def progress(self) -> tuple[int, int]:
+        done = sum(one.steps if one.state == "failed" else one.step for one in self.runs)
+        return done, sum(one.steps for one in self.runs)
 
     def folders_to_finish(self) -> list[Path]:
         begun = [run.run for run in self.runs if run.run and run.step and run.state in ("training", "stopped")]

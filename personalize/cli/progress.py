@@ -171,6 +171,9 @@ class RunView(View):
             for reason in words.reasons:
                 self.print(f"         {reason}")
 
+    def progress(self) -> tuple[int, int]:
+        return self.step, self.recipe.steps
+
     def standing(self) -> str:
         return f"stopped after step {self.step} of {self.recipe.steps}."
 

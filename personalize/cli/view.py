@@ -16,6 +16,8 @@ from rich.table import Column
 from rich.text import Text
 
 from ..text import command_line, duration, pace, plain
+from ..training.events import event_record
+from .listening import report
 from .live import LiveReports
 from .messages import LINE, answer
 
@@ -30,6 +32,9 @@ def follow(view: View, start: Callable[[], Iterator[Any]]) -> int:
             with contextlib.closing(events):
                 for event in events:
                     view.show(event)
+                    number, one = event if isinstance(event, tuple) else (None, event)
+                    record = event_record(one) if number is None else {"number": number} | event_record(one)
+                    report(record, *view.progress(), view.doing)
     except KeyboardInterrupt:
         view.stopped = True
     if not view.stopped:
@@ -99,6 +104,10 @@ class View:
 
     def show(self, event: Any) -> None:
         """Show what happened."""
+        raise NotImplementedError
+
+    def progress(self) -> tuple[int, int]:
+        """Steps that are done, and of how many."""
         raise NotImplementedError
 
     def folders_to_finish(self) -> list[Path]:

@@ -1,0 +1,184 @@
+"""Commands as jobs: rows of the table `jobs`. A job is what its command does, with the same settings, checks and answer.
+
+Settings are a command's parameters by their names, as JSON has them: {"folder": "photos/rex", "class": "dog", "steps": 300}.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..errors import PersonalizeError, RecipeError, nearest
+from ..jobs.kind import LONG, QUICK, Draft, Task
+from ..jobs.workspace import Workspace
+from ..text import slug
+from .listening import listen
+from .messages import answer_in_json, strict
+from .train import SettingsCommand
+
+Parameters = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class CommandKind:
+    """A command as a kind of job. `place` proposes a name and where the job writes; `check` is what its command would refuse."""
+
+    command: str
+    lane: str
+    place: Callable[[Workspace, Parameters], tuple[str, Path]]
+    check: Callable[[Parameters], None] = lambda _: None
+    again: Callable[[Path], None] = lambda _: None  # what is done before it begins anew
+    load: Callable[[], None] = lambda: None
+
+    def warm(self) -> None:
+        """Load what every job of the kind needs."""
+        self.load()
+
+    def draft(self, settings: Mapping[str, Any], workspace: Workspace) -> Draft:
+        """Check settings. Raises PersonalizeError."""
+        settings = strict(dict(settings))
+        given = settings.get("output")
+        _, values = parameters(self.command, {"output": str(workspace.adapters / "adapter.safetensors"), **settings})
+        values["output"] = Path(given) if given else None
+        self.check(values)
+        name, folder = self.place(workspace, values)
+        return Draft(settings, name, Path(given) if given else folder, is_own=not given)
+
+    def run(self, task: Task) -> dict[str, Any]:
+        """Run the command; its answer is the result."""
+        self.again(task.folder)
+        return run_command(self.command, {**task.job.settings, "output": str(task.folder)}, task)
+
+    def keep(self, task: Task) -> dict[str, Any]:
+        """An adapter of where the training stands."""
+        return run_command("finish", {"folders": [str(task.folder)]}, task)
+
+
+def parameters(name: str, settings: Mapping[str, Any]) -> tuple[click.Context, Parameters]:
+    """A command's context, and its parameters from settings, checked as those of the command line are; those that are left out
+    have their defaults. Recipe settings stay as they are: the recipe checks them. Raises RecipeError."""
+    from .app import cli
+
+    command = cli.commands[name]
+    settings = {key.replace("-", "_"): value for key, value in settings.items() if value is not None}
+    known = {one.name: one for one in command.get_params(click.Context(command)) if one.expose_value and one.name}
+    if unknown := settings.keys() - known.keys() - {"output"}:
+        first = min(unknown)
+        raise RecipeError(f"{name} has no setting {first!r}", nearest(first, known))
+    raw = recipe_settings() if isinstance(command, SettingsCommand) else set()
+    typed = [(one, settings[key]) for key, one in known.items() if key in settings and key not in raw]
+    options = [word for one, value in typed if isinstance(one, click.Option) for word in words_of(one, value)]
+    arguments = [word for one, value in typed if isinstance(one, click.Argument) for word in map(str, list_of(value))]
+    try:
+        context = command.make_context(name, [*options, "--", *arguments])
+    except click.ClickException as error:
+        raise RecipeError(error.format_message()) from error
+    context.params |= {key: value for key, value in settings.items() if key in raw}
+    return context, context.params
+
+
+def words_of(option: click.Option, value: Any) -> list[str]:
+    """An option with a value as it is typed."""
+    if option.is_flag:
+        return [option.opts[0]] if value else option.secondary_opts[:1]
+    return [f"{max(option.opts, key=len)}={one}" for one in (list_of(value) if option.multiple else [value])]
+
+
+def list_of(value: Any) -> list[Any]:
+    """A list, also of a single value."""
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def recipe_settings() -> set[str]:
+    """The names of all settings of a recipe, but for the folder, which is an argument."""
+    from ..recipe.settings import settings
+
+    return set(settings()) - {"folder"}
+
+
+def run_command(name: str, settings: Mapping[str, Any], task: Task) -> dict[str, Any]:
+    """Run a command as a job, and return its answer. Raises PersonalizeError, and KeyboardInterrupt where it was stopped."""
+    context, values = parameters(name, settings)
+    assert context.command.callback
+    with listen(task.report), answer_in_json(name) as (found, _):
+        code = context.invoke(context.command.callback, **values) or 0
+    if code == 130:
+        raise KeyboardInterrupt
+    result: dict[str, Any] = strict(found.values) | {"warnings": found.warnings}
+    if code:
+        error = found.error or {"what": f"{name} ended with exit code {code}", "hint": "its log says why"}
+        raise PersonalizeError(error["what"], error["hint"])
+    return result
+
+
+# ---------------------------------------------------------------- the rows
+
+
+def place_of_run(workspace: Workspace, values: Parameters) -> tuple[str, Path]:
+    """runs/TRIGGER, as the command has it. Raises what the recipe and the folder of pictures raise."""
+    from ..data.folder import read_folder
+    from .train import resolve_recipe
+
+    flags = {key: value for key, value in values.items() if key in recipe_settings()}
+    recipe, _ = resolve_recipe(values["folder"], values["origin"], flags)
+    trigger = read_folder(recipe.data).trigger
+    return recipe.name or trigger, workspace.runs / (slug(trigger) or "run")
+
+
+def place_of_batch(workspace: Workspace, values: Parameters) -> tuple[str, Path]:
+    names = [Path(folder).resolve().name for folder in values["folders"]]
+    return ", ".join(names), workspace.runs / (slug(names[0]) + ("-and-others" if len(names) > 1 else ""))
+
+
+def place_of_file(workspace: Workspace, values: Parameters) -> tuple[str, Path]:
+    files = values.get("files") or [values["file"]]
+    name = "+".join(Path(path).stem for path, _ in files)
+    return name, workspace.adapters / f"{slug(name) or 'adapter'}.safetensors"
+
+
+def place_of_pictures(workspace: Workspace, values: Parameters) -> tuple[str, Path]:
+    prompt = (values["prompts"] or ("pictures",))[0]
+    return prompt, workspace.outputs / (slug(prompt) or "pictures")
+
+
+def place_of_checkpoint(workspace: Workspace, values: Parameters) -> tuple[str, Path]:
+    name = f"{Path(values['base']).stem}-baked" if "files" in values else f"{Path(values['tuned']).stem}-between"
+    return name, workspace.adapters / f"{slug(name)}.safetensors"
+
+
+def place_of_extract(workspace: Workspace, values: Parameters) -> tuple[str, Path]:
+    name = Path(values["tuned"]).stem
+    return name, workspace.adapters / f"{slug(name)}-extracted.safetensors"
+
+
+def place_of_dataset(workspace: Workspace, values: Parameters) -> tuple[str, Path]:
+    name = Path(values["folder"]).resolve().name
+    return name, workspace.outputs / f"dataset-{slug(name)}"
+
+
+def place_of_doctor(workspace: Workspace, values: Parameters) -> tuple[str, Path]:
+    name = "+".join(Path(path).stem for path, _ in values["files"])
+    return name, workspace.outputs / f"doctor-{slug(name)}"
+
+
+def remove_pictures(folder: Path) -> None:
+    """What an attempt that was killed has drawn is drawn anew; the folder is the job's own."""
+    for path in folder.glob("*.png"):
+        path.unlink(missing_ok=True)
+
+
+TRAIN = CommandKind("train", LONG, place_of_run)
+BATCH = CommandKind("batch", LONG, place_of_batch)
+EXTRACT = CommandKind("extract", LONG, place_of_extract)
+BAKE = CommandKind("bake", LONG, place_of_checkpoint)
+INTERPOLATE = CommandKind("interpolate", LONG, place_of_checkpoint)
+GENERATE = CommandKind("generate", QUICK, place_of_pictures, again=remove_pictures)
+DATASET = CommandKind("dataset", QUICK, place_of_dataset)
+MERGE = CommandKind("merge", QUICK, place_of_file)
+RESIZE = CommandKind("resize", QUICK, place_of_file)
+CONVERT = CommandKind("convert", QUICK, place_of_file)
+DOCTOR = CommandKind("doctor", QUICK, place_of_doctor)
