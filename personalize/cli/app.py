@@ -18,6 +18,7 @@ from .jobs import work
 from .merge import merge
 from .messages import answer, answer_in_json, echo, print_error, show_in_any_code_page, warnings_as_lines
 from .presets import presets
+from .serve import serve
 from .train import batch, finish, report, tell, train
 
 HELP = ("-h", "--help")
@@ -102,6 +103,6 @@ def version() -> int:
     return 0
 
 
-COMMANDS = (train, batch, finish, tell, generate, dataset, report, presets, version, merge, work)
+COMMANDS = (train, batch, finish, tell, generate, dataset, report, presets, version, merge, serve, work)
 for command in (*COMMANDS, *adapters.COMMANDS, *checkpoints.COMMANDS):
     cli.add_command(command)

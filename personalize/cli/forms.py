@@ -14,6 +14,7 @@ import click
 
 from ..recipe.fields import Recipe
 from ..recipe.settings import settings
+from .train import SettingsCommand
 from .values import AdapterFile, Axis, FileSize, Side
 
 Schema = dict[str, Any]
@@ -39,16 +40,17 @@ def command_schema(name: str) -> Schema:
 
     command = cli.commands[name]
     parameters = [one for one in command.get_params(click.Context(command)) if one.expose_value and one.name]
-    properties = {one.name: parameter_schema(one) for one in parameters if one.name}
+    of_recipe = recipe_schema() if isinstance(command, SettingsCommand) else {}
+    properties = {one.name: parameter_schema(one, of_recipe) for one in parameters if one.name}
     required = [one.name for one in parameters if one.name and (one.required or one.name in ("folder", "prompts"))]
     return {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
 
 
-def parameter_schema(parameter: click.Parameter) -> Schema:
-    """A parameter's schema."""
+def parameter_schema(parameter: click.Parameter, of_recipe: Mapping[str, Schema]) -> Schema:
+    """A parameter's schema: the recipe's where it is one of its settings."""
     name = parameter.name or ""
-    if name in settings() and name != "folder":
-        return with_format(name, recipe_schema()[name])
+    if name in of_recipe and name != "folder":
+        return with_format(name, of_recipe[name])
     one = type_schema(parameter.type) if not getattr(parameter, "is_bool_flag", False) else {"type": "boolean"}
     found = with_format(name, one)
     if parameter.multiple or parameter.nargs != 1:

@@ -38,6 +38,12 @@ class CommandKind:
         """Load what every job of the kind needs."""
         self.load()
 
+    def schema(self) -> dict[str, Any]:
+        """What the settings may be, as the JSON schema of an object."""
+        from .forms import command_schema
+
+        return command_schema(self.command)
+
     def draft(self, settings: Mapping[str, Any], workspace: Workspace) -> Draft:
         """Check settings. Raises PersonalizeError."""
         settings = strict(dict(settings))

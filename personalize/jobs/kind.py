@@ -44,6 +44,9 @@ class Kind(Protocol):
     def warm(self) -> None:
         """Import and load what every job of the kind needs, while its worker waits for one."""
 
+    def schema(self) -> dict[str, Any]:
+        """What the settings may be, as the JSON schema of an object; `format` says which texts are paths."""
+
     def draft(self, settings: Mapping[str, Any], workspace: Workspace) -> Draft:
         """Check everything that can be checked before a job is queued. Raises PersonalizeError."""
 

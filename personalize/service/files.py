@@ -8,12 +8,10 @@ import re
 import secrets
 import shutil
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ..errors import OutputError
 from ..io import disk_error, write_text
 from ..text import plain, readable
 from .errors import Refusal, not_found
@@ -158,5 +156,3 @@ def download_name(name: str) -> str:
     'a_b.zip'
     """
     return re.sub(r"[^\w.() -]", "_", plain(name, 150), flags=re.ASCII) or "file"
-
-

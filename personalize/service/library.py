@@ -16,7 +16,7 @@ from ..formats.header import PICKLES
 from ..io import atomic
 from ..jobs.workspace import Workspace
 from ..reports.adapter.summary import as_json
-from ..text import plain, readable
+from ..text import plain
 from .errors import Refusal, not_found
 from .files import copy
 from .options import Limits
@@ -76,7 +76,11 @@ class Library:
         found = []
         for place in (self.workspace.adapters, self.workspace.runs):
             for path in place.rglob(f"*{ENDING}"):
-                if (checkpoints or path.parent.name != CHECKPOINTS) and not path.name.startswith(".") and (one := self._adapter(path)):
+                if (
+                    (checkpoints or path.parent.name != CHECKPOINTS)
+                    and not path.name.startswith(".")
+                    and (one := self._adapter(path))
+                ):
                     found.append(one)
         return sorted(found, key=lambda one: (-one.changed, one.id))
 
@@ -107,7 +111,9 @@ class Library:
             except AdapterError as error:
                 raise type(error)(error.what.replace(f"{aside}/", ""), error.hint) from None
             if found.kind == "unknown" or not found.dialect:
-                raise AdapterError(f"{plain(name, 80)} holds no adapter", "send a LoRA or another kind that `personalize show` knows")
+                raise AdapterError(
+                    f"{plain(name, 80)} holds no adapter", "send a LoRA or another kind that `personalize show` knows"
+                )
             path = self.workspace.adapters / name
             if path.exists():
                 raise Refusal(409, "exists", f"there is an adapter called {path.stem}", "give it another name")
@@ -174,5 +180,3 @@ def made_by(metadata: dict[str, str] | Any) -> str:
     if "personalize.merge" in metadata:
         return "merge"
     return "training" if "personalize.recipe" in metadata else ""
-
-

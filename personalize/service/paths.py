@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from ..models.sources import NAMED, is_hub_id
-from ..recipe.lines import file_named
 from ..text import plain
 from .errors import Refusal
 
@@ -17,8 +15,6 @@ LONGEST = 200  # bytes of a file's name: every disk has room for a temporary end
 DEEPEST = 4  # folders within folders
 FORBIDDEN = set('<>:"|?*\\/')  # letters that some system reads as something else
 RESERVED = re.compile(r"(con|prn|aux|nul|com[0-9¹²³]|lpt[0-9¹²³]|conin\$|conout\$)", re.IGNORECASE)  # devices of Windows
-PATHS = ("folder", "regularization", "init", "vae", "output", "files", "file", "image", "run", "reference", "lora_dir")
-PROMPTS = ("sample_prompts", "prior_prompts", "prompts", "prompt")  # lists whose lines may name a file
 
 
 def file_name(name: str) -> str:
@@ -90,26 +86,3 @@ class Places:
         if base in NAMED or (is_hub_id(base) and ".." not in base.split("/")):
             return base
         return str(self.confine(base, "base"))
-
-    def confine_settings(self, settings: Mapping[str, Any]) -> dict[str, Any]:
-        """Settings whose paths are true places inside. Raises Refusal for those that are not."""
-        found = dict(settings)
-        for name in PATHS:
-            if isinstance(value := found.get(name), str):
-                found[name] = str(self.confine(value, name))
-            elif isinstance(value, list):
-                found[name] = [str(self.confine(one, name)) if isinstance(one, str) else one for one in value]
-        if isinstance(base := found.get("base"), str):
-            found["base"] = self.confine_base(base)
-        if isinstance(preset := found.get("preset"), str) and preset.lower().endswith(".toml"):
-            raise Refusal(400, "bad_preset", "a preset is given by its name here", "GET /api/presets lists them", "preset")
-        for name in PROMPTS:
-            check_prompts(found.get(name), name)
-        return found
-
-
-def check_prompts(prompts: Any, name: str) -> None:
-    """Raise Refusal for a prompt that names a file: whatever lies there would come out again."""
-    for prompt in prompts if isinstance(prompts, list | tuple) else [prompts]:
-        if isinstance(prompt, str) and file_named(prompt):
-            raise Refusal(400, "file_prompt", f"{plain(prompt, 80)} names a file", "send the prompts themselves", name)

@@ -77,7 +77,7 @@ class Guard:
         name = host_name(hosts[0]) if len(hosts) == 1 else ""
         known = is_local(name) or name in self.names or (not is_local(self.options.host) and address_of(name) is not None)
         if not name or not known:
-            raise Refusal(421, "unknown_host", "this service does not go by the host name of the request", "--name HOST allows it")
+            raise Refusal(421, "unknown_host", "this service does not go by that host name", "--name HOST allows one")
 
     def check_token(self, path: str, headers: Headers) -> None:
         """Raise Refusal for a request without the token, where there is one."""

@@ -88,7 +88,9 @@ def stage(folder: Path, incoming: Iterable[Incoming], limits: Limits) -> Staged:
     _rename_masks(staged)
     if not staged.files:
         name, why = staged.left_out[0] if staged.left_out else ("", "")
-        raise Refusal(400, "nothing_to_use", f"{plain(name, 80)}: {why}" if name else "no files were sent", "" if name else WANTED)
+        raise Refusal(
+            400, "nothing_to_use", f"{plain(name, 80)}: {why}" if name else "no files were sent", "" if name else WANTED
+        )
     return staged
 
 
@@ -232,7 +234,7 @@ def write_mask(folder: Path, picture: Path, file: BinaryIO, limits: Limits) -> P
 
 
 def thumbnail(path: Path, side: int, target: BinaryIO) -> None:
-    """Write a picture as a small WebP, upright. Raises DataError where it cannot be read, OutputError where it cannot be written."""
+    """Write a picture as a small WebP, upright. Raises DataError where it cannot be read."""
     from ..data.images import load_whole
 
     image = load_whole(path)

@@ -1,0 +1,104 @@
+"""The FastAPI app of a workspace.
+
+app = create_app(Studio.open(Options(Path("studio")), lanes=("cpu",)))    # uvicorn serves it; serve.py does so
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator
+from typing import Any
+
+from anyio import to_thread
+from fastapi import APIRouter, FastAPI
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.staticfiles import StaticFiles
+
+from ..errors import PersonalizeError
+from ..version import __version__
+from . import openapi, page
+from .errors import error_body, error_response
+from .openai import files, images, jobs, models, uploads
+from .routes import datasets, library, recipes
+from .routes import jobs as queue
+from .routes.common import ERRORS
+from .routes.datasets import UPLOADS
+from .security import Guard
+from .studio import Studio
+
+PARTS = 1000  # files of one form; more come in another one
+
+
+def create_app(studio: Studio) -> FastAPI:
+    """The app of a studio. While it lives, its engine, if it has one, runs the jobs."""
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        async with studio.live.running():
+            if studio.engine:
+                await to_thread.run_sync(studio.engine.start)
+            try:
+                yield
+            finally:
+                studio.live.close()
+                if studio.engine:
+                    await to_thread.run_sync(studio.engine.stop)
+
+    app = FastAPI(title="personalize", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None,
+                  openapi_url="/api/openapi.json", max_body_size=studio.options.limits.upload)  # fmt: skip
+    app.state.studio = studio
+    for parent, routers in {
+        "/api": (queue.router, datasets.router, library.router, recipes.router),
+        "/v1": (files.router, uploads.router, jobs.router, models.router, images.router),
+    }.items():
+        for router in routers:
+            include(app, router, parent, studio)
+    app.include_router(page.router)
+    app.mount("/static", StaticFiles(directory=page.STATIC), name="static")
+    app.add_api_route("/health", health, methods=["GET"], tags=["service"])
+    app.add_exception_handler(PersonalizeError, on_error)
+    app.add_exception_handler(RequestValidationError, on_invalid)
+    app.add_exception_handler(HTTPException, on_http)
+    app.add_middleware(Guard, options=studio.options)
+    app.openapi = lambda: openapi.document(app)  # type: ignore[method-assign]
+    return app
+
+
+def include(app: FastAPI, router: APIRouter, prefix: str, studio: Studio) -> None:
+    """Add routes to the app; only those that take uploads take large bodies."""
+    limits = studio.options.limits
+    for route in router.routes:
+        large = UPLOADS in getattr(route, "tags", ())
+        route.max_body_size = limits.upload if large else limits.body  # type: ignore[attr-defined]
+    app.include_router(router, prefix=prefix, responses=ERRORS)
+
+
+async def health(request: Request) -> dict[str, Any]:
+    """Whether the service answers."""
+    return {"status": "ok", "version": __version__}
+
+
+async def on_error(_: Request, error: Exception) -> Response:
+    """What a person can mend, or stands in the way."""
+    assert isinstance(error, PersonalizeError)
+    return error_response(error)
+
+
+async def on_invalid(_: Request, error: Exception) -> Response:
+    """A body, query or path that is not as the document says."""
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    where = [str(part) for part in first["loc"] if part not in ("body", "query", "path", "header")]
+    param = ".".join(where) or None
+    what = f"{param}: {first['msg']}" if param else first["msg"]
+    return JSONResponse(error_body(400, "invalid_value", what, "GET /api/openapi.json says what is taken", param), 400)
+
+
+async def on_http(_: Request, error: Exception) -> Response:
+    """No such route, another method, too large a body."""
+    assert isinstance(error, HTTPException)
+    code = {404: "not_found", 405: "method_not_allowed", 413: "too_large"}.get(error.status_code, "http_error")
+    return JSONResponse(error_body(error.status_code, code, str(error.detail)), error.status_code, headers=error.headers)
