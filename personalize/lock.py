@@ -83,6 +83,15 @@ def holder_of(folder: Path) -> str:
     return _who(folder / LOCK)
 
 
+def holder_process(folder: Path) -> int | None:
+    """The process of this machine that wrote into a folder's lock file; None for another machine's, and where it says nothing."""
+    try:
+        about = json.loads((folder / LOCK).read_text(encoding="utf-8"))
+        return int(about["pid"]) if about["host"] == socket.gethostname() else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 def _who(path: Path) -> str:
     try:
         about = json.loads(path.read_text(encoding="utf-8"))

@@ -13,24 +13,28 @@ from ..version import __version__
 from . import adapters, checkpoints
 from .dataset import dataset
 from .generate import generate
+from .group import HELP, Commands, json_option
 from .imports import import_only_what_is_used
-from .jobs import work
+from .jobs import jobs
 from .merge import merge
 from .messages import answer, answer_in_json, echo, print_error, show_in_any_code_page, warnings_as_lines
 from .presets import presets
 from .serve import serve
 from .train import batch, finish, report, tell, train
 
-HELP = ("-h", "--help")
-
 
 def main() -> None:
     """The console script."""
+    prepare_process()
+    sys.exit(run(sys.argv[1:]))
+
+
+def prepare_process() -> None:
+    """What a process of our own is given before anything heavy is imported."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch comes: threads that wait sleep, the core may be needed
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before NumPy comes: on thin matrices two take ten times as long as one
     show_in_any_code_page()
     import_only_what_is_used()
-    sys.exit(run(sys.argv[1:]))
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -64,16 +68,6 @@ def run_command(arguments: Sequence[str]) -> int:
             return 130
 
 
-json_option = click.option("--json", is_flag=True, expose_value=False, help="one line of JSON for programs; see docs/json.md")
-
-
-class Commands(click.Group):
-    """Commands that each have --json, and their own -h: click adds its automatic one only in the first context that asks."""
-
-    def add_command(self, cmd: click.Command, name: str | None = None) -> None:
-        super().add_command(click.help_option(*HELP)(json_option(cmd)), name)
-
-
 @click.group(cls=Commands, context_settings={"help_option_names": HELP, "max_content_width": 120}, invoke_without_command=True)
 @json_option
 @click.version_option(__version__, message="%(prog)s %(version)s")
@@ -103,6 +97,6 @@ def version() -> int:
     return 0
 
 
-COMMANDS = (train, batch, finish, tell, generate, dataset, report, presets, version, merge, serve, work)
+COMMANDS = (train, batch, finish, tell, generate, dataset, report, presets, version, merge, jobs, serve)
 for command in (*COMMANDS, *adapters.COMMANDS, *checkpoints.COMMANDS):
     cli.add_command(command)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import click
 
 from ..errors import RecipeError
 from ..recipe.samplers import AUTO, SAMPLERS
+from .listening import report
 from .messages import answer, echo, print_warning
 from .values import PATH, Axis, NamedAdapter, Side
 
@@ -82,17 +84,24 @@ def generate(prompts: tuple[str, ...], listed: Path | None, seeds: tuple[str, ..
     library, image = Library(folder=options.pop("lora_dir")), options.pop("image")
     settings = {name: options.pop(name) for name in REQUEST} | {"image": InitImage.open(image) if image else None}
     request = Request.parse("", adapters=library.add(options.pop("stack")), **settings)
-    pictures, spoke = list[dict[str, Any]](), time.monotonic()
-    for event in draw_files(wanted, seed_list(seeds, count), request, library, base=base, **options):
+    pictures, spoke, own_seeds = list[dict[str, Any]](), time.monotonic(), seed_list(seeds, count)
+    whole = len(wanted) * len(own_seeds) * prod(len(axis.values) for axis in options["axes"])
+    report({}, 0, whole, "loading")
+    for event in draw_files(wanted, own_seeds, request, library, base=base, **options):
         if isinstance(event, Notice):
             print_warning(event.text)
-        elif isinstance(event, Progress) and time.monotonic() - spoke >= SILENCE:
-            echo(f"... drawing, step {event.step} of {event.steps}", err=True)
-            spoke = time.monotonic()
+        elif isinstance(event, Progress):
+            doing = f"drawing, step {event.step} of {event.steps}"
+            report({}, sum(one["number"] is not None for one in pictures), whole, doing)
+            if time.monotonic() - spoke >= SILENCE:
+                echo(f"... {doing}", err=True)
+                spoke = time.monotonic()
         elif isinstance(event, Saved):
             spoke = time.monotonic()
             echo(event.path)
             pictures.append({"path": event.path, "number": event.number})
+            done = sum(one["number"] is not None for one in pictures)
+            report({"event": "picture", "path": str(event.path), "number": event.number}, done, whole, "drawing")
             answer(pictures=pictures)
     return 0
 

@@ -5,7 +5,7 @@ Settings are a command's parameters by their names, as JSON has them: {"folder":
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import click
 from ..errors import PersonalizeError, RecipeError, nearest
 from ..jobs.kind import LONG, QUICK, Draft, Task
 from ..jobs.workspace import Workspace
+from ..registry import table
 from ..text import slug
 from .listening import listen
 from .messages import answer_in_json, strict
@@ -32,11 +33,15 @@ class CommandKind:
     place: Callable[[Workspace, Parameters], tuple[str, Path]]
     check: Callable[[Parameters], None] = lambda _: None
     again: Callable[[Path], None] = lambda _: None  # what is done before it begins anew
-    load: Callable[[], None] = lambda: None
+    resident: Callable[[bool], None] = lambda _: None  # keep what was loaded for the next job; or let go of it
 
     def warm(self) -> None:
-        """Load what every job of the kind needs."""
-        self.load()
+        """Import what every job of the kind needs, and keep from now on what it loads."""
+        self.resident(True)
+
+    def cool(self) -> None:
+        """Let go of what was kept."""
+        self.resident(False)
 
     def schema(self) -> dict[str, Any]:
         """What the settings may be, as the JSON schema of an object."""
@@ -46,13 +51,13 @@ class CommandKind:
 
     def draft(self, settings: Mapping[str, Any], workspace: Workspace) -> Draft:
         """Check settings. Raises PersonalizeError."""
-        settings = strict(dict(settings))
-        given = settings.get("output")
-        _, values = parameters(self.command, {"output": str(workspace.adapters / "adapter.safetensors"), **settings})
+        plain: dict[str, Any] = strict(dict(settings))
+        given = plain.get("output")
+        _, values = parameters(self.command, {"output": str(workspace.adapters / "adapter.safetensors"), **plain})
         values["output"] = Path(given) if given else None
         self.check(values)
         name, folder = self.place(workspace, values)
-        return Draft(settings, name, Path(given) if given else folder, is_own=not given)
+        return Draft(plain, name, Path(given) if given else folder, is_own=not given)
 
     def run(self, task: Task) -> dict[str, Any]:
         """Run the command; its answer is the result."""
@@ -85,6 +90,27 @@ def parameters(name: str, settings: Mapping[str, Any]) -> tuple[click.Context, P
         raise RecipeError(error.format_message()) from error
     context.params |= {key: value for key, value in settings.items() if key in raw}
     return context, context.params
+
+
+def settings_of(name: str, words: Sequence[str]) -> dict[str, Any]:
+    """What somebody typed behind a command's name, as settings. Raises RecipeError."""
+    from .app import cli
+
+    table("jobs").check(name)
+    command = cli.commands[name]
+    try:
+        context = click.Context(command, info_name=name)
+        typed, rest, _ = command.make_parser(context).parse_args([*words])
+    except click.ClickException as error:
+        raise RecipeError(error.format_message()) from error
+    if rest:
+        raise RecipeError(f"{name} cannot make sense of {rest[0]!r}", f"personalize {name} --help")
+    known = {one.name for one in command.get_params(context) if one.expose_value}
+    return {
+        key: value
+        for key, value in typed.items()
+        if key in known and isinstance(value, str | bool | list | tuple) and value != ()
+    }
 
 
 def words_of(option: click.Option, value: Any) -> list[str]:
@@ -177,12 +203,23 @@ def remove_pictures(folder: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def keep_base(keep: bool) -> None:
+    """Keep the base that was drawn with, or let go of it."""
+    from ..inference import generate  # with all that drawing needs
+    from ..models.resident import RESIDENT
+
+    assert generate
+    RESIDENT.keeps = True
+    if not keep:
+        RESIDENT.forget()
+
+
 TRAIN = CommandKind("train", LONG, place_of_run)
 BATCH = CommandKind("batch", LONG, place_of_batch)
 EXTRACT = CommandKind("extract", LONG, place_of_extract)
 BAKE = CommandKind("bake", LONG, place_of_checkpoint)
 INTERPOLATE = CommandKind("interpolate", LONG, place_of_checkpoint)
-GENERATE = CommandKind("generate", QUICK, place_of_pictures, again=remove_pictures)
+GENERATE = CommandKind("generate", QUICK, place_of_pictures, again=remove_pictures, resident=keep_base)
 DATASET = CommandKind("dataset", QUICK, place_of_dataset)
 MERGE = CommandKind("merge", QUICK, place_of_file)
 RESIZE = CommandKind("resize", QUICK, place_of_file)

@@ -19,8 +19,9 @@ from ..errors import AdapterError, OutputError, RecipeError
 from ..families.notation import choose_by_seed, unescape
 from ..families.words import words_pattern
 from ..formats.header import short
-from ..models.model import Base, device_of
+from ..models.model import device_of
 from ..models.precision import dtype_of, precision_of
+from ..models.resident import RESIDENT
 from ..recipe.fields import Fitting, Recipe
 from ..recipe.lines import parse_line
 from ..recipe.resolve import from_json, resolve
@@ -70,7 +71,9 @@ def generate(
     pages = [replace(page, requests=tuple(fill_placeholders(page.requests, adapters))) for page in pages]
     everything = [request for page in pages for request in page.requests]
     yield from map(Notice, check_adapters(adapters, everything))
-    session = Session(Base.of(base_recipe(list(adapters.values()), base or {}), device, dtype), library, batch_size=batch_size)
+    session = Session(
+        RESIDENT.open(base_recipe(list(adapters.values()), base or {}), device, dtype), library, batch_size=batch_size
+    )
     start = settings.image
     if start and start.picture:  # once for all pages
         picture, notice = fit_image(session.base, start.picture, settings.size)

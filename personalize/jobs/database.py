@@ -7,9 +7,10 @@ import os
 import sqlite3
 import threading
 from collections.abc import Iterator
-from pathlib import Path
 
 from ..errors import OutputError
+from .rows import Rows
+from .workspace import Workspace
 
 VERSION = 1  # of the schema: PRAGMA user_version
 PATIENCE = 30.0  # seconds that a transaction waits for another one
@@ -58,8 +59,8 @@ INSERT INTO changes VALUES (0);
 class Database:
     """Transactions on one file, from any thread and process. Raises OutputError for a disk that refuses and another version."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, workspace: Workspace) -> None:
+        self.workspace, self.path = workspace, workspace.database
         self._own = threading.local()
         with self._as_one_line():
             self._create()
@@ -80,13 +81,13 @@ class Database:
             raise OutputError(what, "name another one with --workspace, or use the program that made it")
 
     @contextlib.contextmanager
-    def write(self) -> Iterator[sqlite3.Connection]:
+    def write(self) -> Iterator[Rows]:
         """A transaction that holds whole or not at all, and counts as a change."""
         with self._as_one_line():
             connection = self._connection()
             connection.execute("BEGIN IMMEDIATE")
             try:
-                yield connection
+                yield Rows(connection, self.workspace)
                 connection.execute("UPDATE changes SET count = count + 1")
                 connection.execute("COMMIT")
             finally:
@@ -94,17 +95,19 @@ class Database:
                     connection.execute("ROLLBACK")
 
     @contextlib.contextmanager
-    def read(self) -> Iterator[sqlite3.Connection]:
-        """A connection to read with."""
+    def read(self) -> Iterator[Rows]:
+        """A look at what there is."""
         with self._as_one_line():
-            yield self._connection()
+            yield Rows(self._connection(), self.workspace)
 
     def _connection(self) -> sqlite3.Connection:
         """This thread's own, of this process: one that was carried over a fork must not be used."""
         if getattr(self._own, "process", None) != os.getpid():
             connection = sqlite3.connect(self.path, timeout=PATIENCE, isolation_level=None)
             connection.row_factory = sqlite3.Row
-            connection.execute("PRAGMA synchronous = NORMAL")  # with WAL, a power cut may take the last changes, never half of one
+            connection.execute(
+                "PRAGMA synchronous = NORMAL"
+            )  # with WAL, a power cut may take the last changes, never half of one
             connection.execute("PRAGMA foreign_keys = ON")
             self._own.connection, self._own.process = connection, os.getpid()
         found: sqlite3.Connection = self._own.connection

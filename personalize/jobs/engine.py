@@ -25,13 +25,14 @@ from pathlib import Path
 from ..errors import OutputError, PersonalizeError
 from ..lock import hold, is_held
 from .kind import LONG, QUICK
-from .store import Store
-from .worker import kinds_of
+from .store import Store, kinds_of
 from .workspace import Workspace
 
+WORKER = "personalize.cli.lane"  # the worker's process: jobs are commands
 PAUSE = 0.05  # seconds between two looks at the workers
 STUCK = 120.0  # seconds without a sign of life, after which a worker is killed
 GRACE = 30.0  # seconds that a job may take to stop, after which its worker is killed
+OUTSIDE = {signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP}  # signals by which somebody ends a worker
 SLOWEST = 30.0  # seconds between two starts of a worker that does not even start
 
 
@@ -59,6 +60,7 @@ class Engine:
 
     def __init__(self, workspace: Workspace, lanes: Sequence[str] = ("cpu",)) -> None:
         self.workspace, self.store = workspace, Store(workspace)
+        self.leases = self.store.leases
         self.lanes = [Lane(f"{device}/{sort}") for device in lanes for sort in (LONG, QUICK)]
         self._locks = contextlib.ExitStack()
         self._over = threading.Event()
@@ -84,18 +86,19 @@ class Engine:
         self._thread.join()
         self._thread = None
         end = time.monotonic() + grace
-        for lane in self.lanes:
-            if lane.process and lane.process.stdin:
+        with self._locks:
+            alive = [lane for lane in self.lanes if lane.process]
+            for lane in alive:
+                assert lane.process and lane.process.stdin
                 lane.process.stdin.close()
-        for lane in self.lanes:
-            if lane.process:
+            for lane in alive:
+                assert lane.process
                 try:
                     lane.process.wait(max(0.0, end - time.monotonic()))
                 except subprocess.TimeoutExpired:
                     lane.process.kill()
                     lane.process.wait()
                 self._bury(lane)
-        self._locks.close()
 
     def __enter__(self) -> Engine:
         self.start()
@@ -122,7 +125,7 @@ class Engine:
     def _look_after(self, lane: Lane) -> None:
         now = time.monotonic()
         if lane.process is None:
-            if now >= lane.next_start and (lane.name.endswith(QUICK) or self.store.waiting(lane.kinds)):
+            if now >= lane.next_start and (lane.name.endswith(QUICK) or self.leases.waiting(lane.kinds)):
                 self._spawn(lane)
             return
         assert lane.process.stdout
@@ -136,13 +139,13 @@ class Engine:
 
     def _is_overdue(self, lane: Lane, now: float) -> bool:
         """Whether a job that is to be cancelled has not stopped in time."""
-        asked = {job.id for job, _ in self.store.running(lane.name) if job.asked == "cancel"}
+        asked = {job.id for job, _ in self.leases.running(lane.name) if job.asked == "cancel"}
         lane.asked = {id: lane.asked.get(id, now) for id in asked}
         return any(now - since > GRACE for since in lane.asked.values())
 
     def _spawn(self, lane: Lane) -> None:
         lane.worker, lane.kills = secrets.token_hex(8), out_of_memory_kills()
-        command = [sys.executable, "-m", "personalize", "work", str(self.workspace.root), lane.name, lane.worker]
+        command = [sys.executable, "-m", WORKER, str(self.workspace.root), lane.name, lane.worker]
         log = self.workspace.log(f"lane-{self.workspace.lane(lane.name).name}")
         try:
             with log.open("wb") as errors:
@@ -169,9 +172,9 @@ class Engine:
                 with contextlib.suppress(OSError):
                     pipe.close()
         cause, fault = death_of(process.returncode, out_of_memory_kills() > lane.kills)
-        for job, worker in self.store.running(lane.name):
+        for job, worker in self.leases.running(lane.name):
             if worker == lane.worker:
-                self.store.lose(job.id, worker, cause, fault=fault)
+                self.leases.lose(job.id, worker, cause, fault=fault)
         if process.returncode:
             lane.failures += 1
             lane.next_start = time.monotonic() + min(SLOWEST, 0.1 * 2**lane.failures)
@@ -181,8 +184,15 @@ class Engine:
         own = {lane.name for lane in self.lanes}
         for job in self.store.list(states=["running"]):
             if job.lane and job.lane not in own and not is_held(self.workspace.lane(job.lane)):
-                for one, worker in self.store.running(job.lane):
-                    self.store.lose(one.id, worker, "the program was killed", fault=False)
+                for one, worker in self.leases.running(job.lane):
+                    self.leases.lose(one.id, worker, "the program was killed", fault=False)
+
+
+def devices_here() -> tuple[str, ...]:
+    """Every GPU of this machine, or its CPU."""
+    import torch
+
+    return tuple(f"cuda:{index}" for index in range(torch.cuda.device_count())) or ("cpu",)
 
 
 def is_served(place: Path) -> bool:
@@ -201,7 +211,7 @@ def death_of(code: int, memory: bool) -> tuple[str, bool]:
     """How a process ended, in words, and whether its job is to blame. `memory`: the kernel has killed some for want of it."""
     if code == -signal.SIGKILL and memory:
         return "its worker was ended by the kernel, because the machine ran out of memory", True
-    if code == -signal.SIGKILL:
+    if -code in OUTSIDE:
         return "its worker was killed", False
     if code < 0:
         with contextlib.suppress(ValueError):

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 STATES = ("queued", "running", "paused", "succeeded", "failed", "cancelled")
+ACTIVE = ("queued", "running", "paused")
 ENDED = ("succeeded", "failed", "cancelled")
 WORDS = {  # what can be told to a job that is running
     "sample": "draw the sample pictures now",
@@ -20,9 +21,9 @@ WORDS = {  # what can be told to a job that is running
 class Job:
     """One job of a workspace, as it was when it was read. Times are seconds since 1970; None: not yet.
 
-    `progress` is {done, total, doing, eta}: eta in seconds, None where it is not known. `error` is {kind, message, hint, log}: its
-    log is the end of what the job printed. `result` is what the command's --json answers, with its paths absolute. `asked` is
-    what a running job was asked for and has not done yet: "pause", "cancel" or "keep".
+    `progress` is {done, total, doing, eta}: eta in seconds, None where it is not known. `error` is {kind, message, hint, log}:
+    its log is the end of what the job printed. `result` is what the command's --json answers. `asked` is what a running job was
+    asked for and has not done yet: "pause", "cancel" or "keep".
     """
 
     id: str

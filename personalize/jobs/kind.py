@@ -44,6 +44,9 @@ class Kind(Protocol):
     def warm(self) -> None:
         """Import and load what every job of the kind needs, while its worker waits for one."""
 
+    def cool(self) -> None:
+        """Let go of what is kept between two jobs."""
+
     def schema(self) -> dict[str, Any]:
         """What the settings may be, as the JSON schema of an object; `format` says which texts are paths."""
 

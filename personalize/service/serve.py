@@ -45,18 +45,30 @@ def serve(options: Options, lanes: tuple[str, ...], on_ready: Callable[[str], No
         if studio.engine:
             studio.engine.start()  # now, so that a workspace that is in use is an error in one line
         tempfile.tempdir = str(make_folder(studio.workspace.uploads / "spool"))  # large forms are kept on the workspace's disk
-        config = uvicorn.Config(
-            create_app(studio), log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=GRACE,
-            backlog=QUEUE, lifespan="on", proxy_headers=False, ws="none",
-        )  # fmt: skip
         address = f"http://{shown_host(options.host)}:{sock.getsockname()[1]}"
-        server = Server(config, studio, lambda: on_ready(address))
+        server = make_server(studio, lambda: on_ready(address))
         try:
             server.run(sockets=[sock])
         finally:
             if studio.engine:
                 studio.engine.stop()
     return 0
+
+
+def make_server(studio: Studio, on_ready: Callable[[], None]) -> Server:
+    """A server of a studio. It writes no log of who asked for what: addresses and headers hold what is nobody's business."""
+    config = uvicorn.Config(
+        create_app(studio),
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=GRACE,
+        backlog=QUEUE,
+        lifespan="on",
+        proxy_headers=False,
+        ws="none",
+    )
+    return Server(config, studio, on_ready)
 
 
 def listen(host: str, port: int) -> socket.socket:
