@@ -6,15 +6,18 @@ app = create_app(Studio.open(Options(Path("studio")), lanes=("cpu",)))    # uvic
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import AsyncIterator
 from typing import Any
 
 from anyio import to_thread
-from fastapi import APIRouter, FastAPI
+from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
+from starlette.routing import compile_path
 from starlette.staticfiles import StaticFiles
 
 from ..errors import PersonalizeError
@@ -26,10 +29,21 @@ from .routes import datasets, library, recipes
 from .routes import jobs as queue
 from .routes.common import ERRORS
 from .routes.datasets import UPLOADS
-from .security import Guard
+from .security import TOO_LARGE, Guard
 from .studio import Studio
 
-PARTS = 1000  # files of one form; more come in another one
+ROUTERS = (
+    (queue.router, "/api"),
+    (datasets.router, "/api"),
+    (library.router, "/api"),
+    (recipes.router, "/api"),
+    (files.router, "/v1"),
+    (uploads.router, "/v1"),
+    (jobs.router, "/v1"),
+    (models.router, "/v1"),
+    (images.router, "/v1"),
+    (page.router, ""),
+)
 
 
 def create_app(studio: Studio) -> FastAPI:
@@ -48,32 +62,24 @@ def create_app(studio: Studio) -> FastAPI:
                     await to_thread.run_sync(studio.engine.stop)
 
     app = FastAPI(title="personalize", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None,
-                  openapi_url="/api/openapi.json", max_body_size=studio.options.limits.upload)  # fmt: skip
+                  openapi_url="/api/openapi.json")  # fmt: skip
     app.state.studio = studio
-    for parent, routers in {
-        "/api": (queue.router, datasets.router, library.router, recipes.router),
-        "/v1": (files.router, uploads.router, jobs.router, models.router, images.router),
-    }.items():
-        for router in routers:
-            include(app, router, parent, studio)
-    app.include_router(page.router)
+    for router, prefix in ROUTERS:
+        app.include_router(router, prefix=prefix, responses=ERRORS)
     app.mount("/static", StaticFiles(directory=page.STATIC), name="static")
     app.add_api_route("/health", health, methods=["GET"], tags=["service"])
     app.add_exception_handler(PersonalizeError, on_error)
     app.add_exception_handler(RequestValidationError, on_invalid)
     app.add_exception_handler(HTTPException, on_http)
-    app.add_middleware(Guard, options=studio.options)
+    app.add_middleware(Guard, options=studio.options, large=large_paths())
     app.openapi = lambda: openapi.document(app)  # type: ignore[method-assign]
     return app
 
 
-def include(app: FastAPI, router: APIRouter, prefix: str, studio: Studio) -> None:
-    """Add routes to the app; only those that take uploads take large bodies."""
-    limits = studio.options.limits
-    for route in router.routes:
-        large = UPLOADS in getattr(route, "tags", ())
-        route.max_body_size = limits.upload if large else limits.body  # type: ignore[attr-defined]
-    app.include_router(router, prefix=prefix, responses=ERRORS)
+def large_paths() -> list[re.Pattern[str]]:
+    """The paths of routes that take uploads: to all others, large bodies are refused before they are read."""
+    routes = [(prefix, route) for router, prefix in ROUTERS for route in router.routes if isinstance(route, APIRoute)]
+    return [compile_path(prefix + route.path)[0] for prefix, route in routes if UPLOADS in route.tags]
 
 
 async def health(request: Request) -> dict[str, Any]:
@@ -101,4 +107,6 @@ async def on_http(_: Request, error: Exception) -> Response:
     """No such route, another method, too large a body."""
     assert isinstance(error, HTTPException)
     code = {404: "not_found", 405: "method_not_allowed", 413: "too_large"}.get(error.status_code, "http_error")
+    if code == "too_large":
+        return error_response(TOO_LARGE)
     return JSONResponse(error_body(error.status_code, code, str(error.detail)), error.status_code, headers=error.headers)

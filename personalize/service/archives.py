@@ -25,6 +25,7 @@ END, END_SIZE, COMMENT = b"PK\x05\x06", 22, 65535  # the record at an archive's 
 ENTRY = 1024  # bytes of the directory that an entry may take
 SMALL = 1 << 20  # bytes up to which a file may grow as it likes
 BLOCK = 1 << 18
+DAMAGE = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, NotImplementedError, RuntimeError, ValueError, OverflowError)
 TAKEN = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # the others need memory in proportion to what the file claims
 
 Entry = tuple[zipfile.ZipInfo, tuple[str, ...]]
@@ -41,7 +42,7 @@ def read_archive(file: BinaryIO, limits: Limits) -> tuple[zipfile.ZipFile, list[
     try:
         archive = zipfile.ZipFile(file)
         infos = archive.infolist()
-    except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error, OSError) as error:
+    except (*DAMAGE, OSError) as error:
         raise hostile(f"this is no zip archive that can be read: {plain(str(error), 200)}") from error
     _check_overlap(infos)
     entries = [(info, _parts(info)) for info in infos if not info.is_dir() and not _is_systems(info.filename)]
@@ -61,21 +62,22 @@ def read_archive(file: BinaryIO, limits: Limits) -> tuple[zipfile.ZipFile, list[
 def unpack_entry(archive: zipfile.ZipFile, info: zipfile.ZipInfo, path: Path) -> None:
     """Write one file of an archive. Raises Refusal for one that is damaged, or larger than it says."""
     count = 0
+    with path.open("xb") as target:
+        for block in _blocks(archive, info):
+            count += len(block)
+            if count > info.file_size:
+                raise hostile(f"{plain(info.filename, 80)} is larger than it says")
+            target.write(block)
+
+
+def _blocks(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Iterator[bytes]:
+    """The bytes of a file in an archive. Raises Refusal for what is damaged."""
     try:
-        with archive.open(info) as source, path.open("xb") as target:
+        with archive.open(info) as source:
             while block := source.read(BLOCK):
-                count += len(block)
-                if count > info.file_size:
-                    raise hostile(f"{plain(info.filename, 80)} is larger than it says")
-                target.write(block)
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+                yield block
+    except DAMAGE as error:
         raise hostile(f"{plain(info.filename, 80)} is damaged: {plain(str(error), 200)}") from error
-
-
-def common_folder(entries: list[Entry]) -> str:
-    """The one folder that all files of an archive lie in; "" without one."""
-    tops = {parts[0] if len(parts) > 1 else "" for _, parts in entries}
-    return tops.pop() if len(tops) == 1 else ""
 
 
 def _check_directory(file: BinaryIO, limits: Limits) -> None:
@@ -122,9 +124,5 @@ def _parts(info: zipfile.ZipInfo) -> tuple[str, ...]:
 def _is_systems(name: str) -> bool:
     """Whether a file was put there by a system: `__MACOSX/._1.png`, `.DS_Store`. One that leads out is none."""
     parts = name.split("/")
-    return ".." not in parts and not name.startswith("/") and any(is_hidden(Path(part)) for part in parts if part)
-
-
-def names_of(entries: list[Entry]) -> Iterator[str]:
-    """Paths of files as people read them."""
-    return ("/".join(parts) for _, parts in entries)
+    leads_out = ".." in parts or name.startswith("/") or "\\" in name
+    return not leads_out and any(is_hidden(Path(part)) for part in parts if part)

@@ -11,6 +11,8 @@ from ..errors import (
     AdapterError,
     BaseModelError,
     DataError,
+    JobError,
+    NoSuchJobError,
     OutputError,
     PersonalizeError,
     RecipeError,
@@ -25,6 +27,8 @@ STATUSES: dict[type[PersonalizeError], int] = {  # the first that an error is of
     DataError: 400,
     BaseModelError: 400,
     AdapterError: 400,
+    NoSuchJobError: 404,
+    JobError: 409,
     OutputError: 409,
     TrainingError: 409,
 }

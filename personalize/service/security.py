@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import re
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from http.cookies import CookieError, SimpleCookie
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.middleware.body_limit import RequestBodyLimitMiddleware
 from starlette.responses import RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -41,12 +43,16 @@ HEADERS = {
     "Cache-Control": "no-store",
 }
 
+TOO_LARGE = Refusal(413, "too_large", "the body of the request is too large", "send less at a time")
+
 
 class Guard:
     """ASGI middleware in front of everything: refuses what must not come in, and sets the headers of what goes out."""
 
-    def __init__(self, app: ASGIApp, options: Options) -> None:
-        self.app, self.options = app, options
+    def __init__(self, app: ASGIApp, options: Options, large: Sequence[re.Pattern[str]] = ()) -> None:
+        self.app, self.options, self.large = app, options, large
+        limits = options.limits
+        self.limited = {size: RequestBodyLimitMiddleware(app, max_body_size=size) for size in (limits.body, limits.upload)}
         own = () if is_local(options.host) else (options.host.lower(), socket.gethostname().lower())
         self.names = {name.lower() for name in (*options.names, *own)}
 
@@ -57,7 +63,9 @@ class Guard:
             return
         headers = Headers(scope=scope)
         answer = self.answer(scope["method"], scope["path"], headers)
-        await (answer or self.app)(scope, receive, _with_headers(send))
+        limits, is_large = self.options.limits, any(pattern.match(scope["path"]) for pattern in self.large)
+        app = self.limited[limits.upload if is_large else limits.body]
+        await (answer or app)(scope, receive, _with_headers(scope, receive, send))
 
     def answer(self, method: str, path: str, headers: Headers) -> Response | None:
         """What a request that may not come in is told; None for one that may."""
@@ -136,14 +144,25 @@ def has_cookie(headers: Mapping[str, str], token: str) -> bool:
     return morsel is not None and same(morsel.value, cookie_of(token))
 
 
-def _with_headers(send: Send) -> Send:
-    """Sending, with the headers that every answer has unless it sets them itself."""
+def _with_headers(scope: Scope, receive: Receive, send: Send) -> Send:
+    """Sending, with the headers that every answer has unless it sets them itself; what is refused as too large, as JSON."""
+    replaced = False
 
     async def send_with_headers(message: Message) -> None:
+        nonlocal replaced
         if message["type"] == "http.response.start":
             headers = MutableHeaders(scope=message)
+            if message["status"] == 413 and "json" not in headers.get("content-type", ""):  # by the limit of bodies itself
+                replaced = True
+                await error_response(TOO_LARGE)(scope, receive, send_with_headers_of_json)
             for name, value in HEADERS.items():
                 headers.setdefault(name, value)
+        if not replaced:
+            await send(message)
+
+    async def send_with_headers_of_json(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            MutableHeaders(scope=message).update(HEADERS)
         await send(message)
 
     return send_with_headers

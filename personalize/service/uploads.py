@@ -12,10 +12,11 @@ from typing import BinaryIO, NamedTuple
 
 from PIL import Image
 
-from ..data.images import DAMAGE, Unreadable, open_image
-from ..errors import OutputError
+from ..data.images import DAMAGE, Unreadable, load_whole, open_image, probe
+from ..data.masks import mask_of
+from ..errors import DataError, OutputError
 from ..io import disk_error
-from ..pictures.files import ADVICE, MARK, SIDECARS, format_of, is_mask, is_picture, look_into, same_name
+from ..pictures.files import ADVICE, MARK, SIDECARS, format_of, is_picture, same_name
 from ..pictures.galleries import KOHYA
 from ..pictures.metadata import FILES
 from ..text import plain, readable
@@ -80,11 +81,14 @@ def stage(folder: Path, incoming: Iterable[Incoming], limits: Limits) -> Staged:
     and where nothing is left.
     """
     staged = Staged(folder)
-    for name, file in incoming:
-        if name.lower().endswith(ARCHIVE):
+    sent = [(name, None if name.lower().endswith(ARCHIVE) else relative_path(name), file) for name, file in incoming]
+    top = common_folder([parts for _, parts, _ in sent if parts])
+    for name, parts, file in sent:
+        if parts is None:
             _unpack(staged, name, file, limits)
         else:
-            _put(staged, relative_path(name), limits, file)
+            _put(staged, without_top(parts, top), limits, file)
+    staged.title = staged.title or top
     _rename_masks(staged)
     if not staged.files:
         name, why = staged.left_out[0] if staged.left_out else ("", "")
@@ -108,14 +112,29 @@ def move_into(staged: Staged, folder: Path, replace: bool = False) -> None:
         raise disk_error(folder, error) from error
 
 
+def common_folder(paths: list[tuple[str, ...]]) -> str:
+    """The one folder that all files lie in; "" without one.
+
+    >>> common_folder([("rex", "1.png"), ("rex", "more", "2.png")]), common_folder([("1.png",), ("rex", "2.png")])
+    ('rex', '')
+    """
+    tops = {parts[0] if len(parts) > 1 else "" for parts in paths}
+    return tops.pop() if len(tops) == 1 else ""
+
+
+def without_top(parts: tuple[str, ...], top: str) -> tuple[str, ...]:
+    """A path without the folder around all, unless its name says what the pictures show: `10_rex dog`."""
+    return parts[1:] if top and not KOHYA.fullmatch(top) else parts
+
+
 def _unpack(staged: Staged, name: str, file: BinaryIO, limits: Limits) -> None:
     """The files of an archive; one folder around them all is left out, unless its name says what they show."""
     archive, entries = archives.read_archive(file, limits)
-    top = archives.common_folder(entries)
+    top = common_folder([parts for _, parts in entries])
     staged.title = staged.title or top or Path(name).stem
     with archive:
         for info, parts in entries:
-            inside = parts[1:] if top and not KOHYA.fullmatch(top) else parts
+            inside = without_top(parts, top)
             if why := fault_of_kind(Path(inside[-1])):
                 staged.left_out.append(("/".join(inside), why))
             else:
@@ -224,27 +243,21 @@ def write_mask(folder: Path, picture: Path, file: BinaryIO, limits: Limits) -> P
         (aside / mask.name).write_bytes(file.read(limits.upload))
         if why := fault_of_picture(aside / mask.name, limits):
             raise Refusal(400, "bad_mask", f"the mask is of no use: {why}", "send a PNG, white where the picture is learned")
-        from ..data.masks import mask_of
-
-        with open_image(picture) as (sha256, image):
-            size = image.size
-        mask_of(picture, aside / mask.name, sha256, size, alpha=False)
+        try:
+            mask_of(picture, aside / mask.name, *probe(picture), alpha=False)
+        except Unreadable as error:
+            raise DataError(f"{picture.name}: {error}", "send another picture") from error
+        except DataError as error:
+            raise DataError(error.what.replace(f"{aside}/", ""), error.hint) from None
         (aside / mask.name).replace(mask)
     return mask
 
 
 def thumbnail(path: Path, side: int, target: BinaryIO) -> None:
     """Write a picture as a small WebP, upright. Raises DataError where it cannot be read."""
-    from ..data.images import load_whole
-
     image = load_whole(path)
     image.thumbnail((side, side), Image.Resampling.LANCZOS)
     try:
         image.save(target, format="WEBP", quality=80)
     except OSError as error:
         raise OutputError(f"cannot show {path.name}: {error}") from error
-
-
-def masks_in(folder: Path) -> set[str]:
-    """Names of the masks right inside a folder."""
-    return {path.name for path in look_into(folder).masks if is_mask(path)}

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from ...api.recipes import explain
 from ...data.captions import safe_trigger
+from ...errors import NoSuchJobError
 from ...pictures.galleries import count_pictures
 from ..errors import Refusal, not_found
 from ..library import id_of
@@ -110,8 +111,7 @@ def base_of(studio: Studio, model: str) -> dict[str, Any]:
         if model.startswith("ft:"):
             raise not_found("model", model)
         return {"base": model}
-    job = studio.store.get(found.job)
-    path = adapter_of(studio, model)
+    path, job = adapter_of(studio, model), studio.store.get(found.job)
     return {"base": str(job.settings.get("base") or "pocket"), "init": id_of(studio.workspace, path)}
 
 
@@ -122,7 +122,10 @@ def adapter_of(studio: Studio, model: str) -> Any:
     found = parse_model(model)
     if found is None:
         raise not_found("model", model)
-    job = studio.store.get(job_id(found.job))
+    try:
+        job = studio.store.get(job_id(found.job))
+    except NoSuchJobError:
+        raise not_found("model", model, "GET /v1/models lists them") from None
     if found.step is None:
         path = (job.result or {}).get("adapter")
         there = file_inside(job.folder, path) if isinstance(path, str) else None
