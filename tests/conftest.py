@@ -89,9 +89,10 @@ def finished(make: Callable[..., Recipe], plain_run: Recipe) -> Recipe:
 
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Tests and their fixtures of any scope never touch the user's cache; they share one of their own."""
+    """Tests and their fixtures of any scope never touch the user's cache and workspace; they share some of their own."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PERSONALIZE_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+        patch.setenv("PERSONALIZE_WORKSPACE", str(tmp_path_factory.getbasetemp() / "workspace"))  # and not their server's
         yield
 
 

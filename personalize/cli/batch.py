@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
@@ -16,11 +16,15 @@ from ..lock import hold
 from ..pictures.files import SHEET, SUMMARY
 from ..recipe.fields import Recipe
 from ..text import duration, readable
-from ..training.events import Event, Failed, Finished, Shared, Started, Step, Stopped, Warned
+from ..training.events import Event, Failed, Finished, Shared, Started, Step, Stopped, Warned, parse
 from ..training.verdict import describe
 from .messages import answer, print_warning, strict
 from .progress import doing_after, error_change
+from .queueing import events_of
 from .view import View, follow, terminal
+
+if TYPE_CHECKING:
+    from ..jobs import Job, Store
 
 SHEET_PROMPTS = 3  # sample prompts on the sheet
 SIDE = 128  # pixels of a picture on it
@@ -48,6 +52,21 @@ def train_many(
 
     with hold(place, "wait for it, or choose another --output"):
         return follow(BatchView(terminal(), recipes, place, refused or {}), events)
+
+
+def follow_job(store: Store, job: Job, recipes: Sequence[Recipe], place: Path, refused: Mapping[Path, str]) -> int:
+    """The same of a batch that a server does."""
+
+    def read(record: Mapping[str, Any]) -> tuple[int, Event] | None:
+        event = parse(dict(record))
+        return None if event is None or "number" not in record else (record["number"], event)
+
+    def events() -> Iterator[tuple[int, Event]]:
+        state = yield from events_of(store, job, read)
+        view.stopped = state != "succeeded"
+
+    view = BatchView(terminal(), recipes, place, refused, writes=False)
+    return follow(view, events)
 
 
 @dataclass
@@ -89,8 +108,10 @@ class Standing:
 class BatchView(View):
     """Many runs: one bar for all of their steps, a line for each run that ends, a summary and one sheet of pictures."""
 
-    def __init__(self, console: Console, recipes: Sequence[Recipe], place: Path, refused: Mapping[Path, str]) -> None:
-        super().__init__(console, "steps", "loading")
+    def __init__(
+        self, console: Console, recipes: Sequence[Recipe], place: Path, refused: Mapping[Path, str], writes: bool = True
+    ) -> None:
+        super().__init__(console, "steps", "loading", writes)
         self.recipes, self.place = recipes, place
         self.runs = [Standing(name_of(one.data.folder), one.data.folder, one.output, steps=one.steps) for one in recipes]
         self.refused = [Standing(name_of(folder), folder, None, "failed", error=why) for folder, why in refused.items()]
@@ -142,7 +163,7 @@ class BatchView(View):
         assert run.run
         run.state, run.step, run.adapter = "done before" if event.again else "done", run.steps, run.run / event.path
         run.report = run.run / "report.html"
-        if not (event.again and run.report.is_file()):
+        if self.reports.writes and not (event.again and run.report.is_file()):
             self.begin(f"{run.name}: writing the report")
             write_reports(run.run, recipe.base)
         read = read_run(run.run)

@@ -17,15 +17,15 @@ if TYPE_CHECKING:
 class LiveReports:
     """A report for each run folder; where one cannot be written, its run goes on without, and `warn` is told once."""
 
-    def __init__(self, warn: Callable[[str], None]) -> None:
-        self.warn = warn
+    def __init__(self, warn: Callable[[str], None], writes: bool = True) -> None:
+        self.warn, self.writes = warn, writes
         self.reports: dict[Path, LiveReport | None] = {}
 
     def show(self, folder: Path, event: Event) -> None:
         """Keep the report of a run up to date with an event."""
         from ..reports.run.live import LiveReport
 
-        report = self.reports.setdefault(folder, LiveReport(folder))
+        report = self.reports.setdefault(folder, LiveReport(folder) if self.writes else None)
         try:
             if report:
                 report.show(event)

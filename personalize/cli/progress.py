@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
@@ -30,10 +30,15 @@ from ..training.events import (
     Stopped,
     Sweep,
     Warned,
+    parse,
 )
 from ..training.verdict import describe
 from .messages import answer
+from .queueing import events_of
 from .view import SILENCE, View, follow, terminal
+
+if TYPE_CHECKING:
+    from ..jobs import Job, Store
 
 SMOOTHING = 0.9  # of the loss that is shown: single steps are mostly noise
 LINES = 10  # of progress, where there is no terminal
@@ -50,14 +55,26 @@ def train_one(recipe: Recipe, fresh: bool = False) -> int:
     return follow(RunView(terminal(), recipe), events)
 
 
+def follow_job(store: Store, job: Job, recipe: Recipe) -> int:
+    """The same of a training that a server does."""
+
+    def events() -> Iterator[Event]:
+        state = yield from events_of(store, job, parse)
+        if state != "succeeded":
+            yield Stopped(view.step)
+
+    view = RunView(terminal(), recipe, writes=False)
+    return follow(view, events)
+
+
 # ---------------------------------------------------------------- one run
 
 
 class RunView(View):
     """A single run. `step` is the last one that is done, `settings` the recipe by flat names with every default filled in."""
 
-    def __init__(self, console: Console, recipe: Recipe) -> None:
-        super().__init__(console, "loss {task.fields[loss]}", f"loading {recipe.base} and the pictures")
+    def __init__(self, console: Console, recipe: Recipe, writes: bool = True) -> None:
+        super().__init__(console, "loss {task.fields[loss]}", f"loading {recipe.base} and the pictures", writes)
         self.recipe = recipe
         self.step, self.loss = 0, math.nan
         self.settings: dict[str, Any] = {}

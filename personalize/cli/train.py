@@ -15,10 +15,12 @@ from ..pictures.galleries import CLASSES, check_folder, check_output, count_pict
 from ..registry import table
 from ..text import in_ascii, plain
 from .messages import answer, echo, print_error, print_warning
+from .queueing import enqueue, queue_of, queue_options
 from .values import PATH
 
 if TYPE_CHECKING:
     from ..api.showing import Showing
+    from ..jobs import Store
     from ..recipe.fields import Recipe
     from ..recipe.settings import Setting
 
@@ -75,7 +77,16 @@ def option(setting: Setting) -> click.Option:
 @click.option("--from", "origin", type=PATH, metavar="ADAPTER", help="repeat the run that made this adapter")
 @click.option("--dry-run", is_flag=True, help="print the resolved recipe and what is in the folder, and stop")
 @click.option("--fresh", is_flag=True, help="start over instead of resuming what --output already holds")
-def train(folder: Path | None, origin: Path | None, dry_run: bool, fresh: bool, **flags: Any) -> int:
+@queue_options
+def train(
+    folder: Path | None,
+    origin: Path | None,
+    dry_run: bool,
+    fresh: bool,
+    queue: bool | None,
+    workspace: Path | None,
+    **flags: Any,
+) -> int:
     """Train an adapter on the pictures in FOLDER; adapter and report go to runs/TRIGGER.
 
     Without --preset, that of the base's family is used: for subjects (sd15-subject, ...), or for styles, where there is no
@@ -92,9 +103,24 @@ def train(folder: Path | None, origin: Path | None, dry_run: bool, fresh: bool, 
         check_output(recipe.data.folder, recipe.output)
     if dry_run:
         return print_recipe(recipe)
+    if store := queue_of(queue, workspace):
+        return queue_train(store, recipe, {"folder": folder, "origin": origin, "fresh": fresh, **flags}, stay=not queue)
     from .progress import train_one
 
     return train_one(recipe, fresh=fresh)
+
+
+def queue_train(store: Store, recipe: Recipe, settings: dict[str, Any], stay: bool) -> int:
+    """Leave a training to the server of a workspace, and follow it if this command is to `stay`."""
+    from ..data.captions import safe_trigger
+    from ..data.folder import read_folder
+    from .progress import follow_job
+
+    output = recipe.output or Path("runs") / (recipe.name or safe_trigger(read_folder(recipe.data).trigger))
+    if settings["class"] is None and recipe.data.class_name:  # somebody was asked, here
+        settings["class"] = recipe.data.class_name
+    job = enqueue(store, "train", settings | {"preset": recipe.preset}, output, stay)
+    return follow_job(store, job, recipe.model_copy(update={"output": job.folder})) if stay else 0
 
 
 def resolve_recipe(
@@ -166,7 +192,17 @@ def print_recipe(recipe: Recipe) -> int:
 )
 @click.option("--dry-run", is_flag=True, help="print what would be trained, and stop")
 @click.option("--fresh", is_flag=True, help="start over instead of resuming what is there")
-def batch(folders: tuple[Path, ...], together: int | None, backend: str, dry_run: bool, fresh: bool, **flags: Any) -> int:
+@queue_options
+def batch(
+    folders: tuple[Path, ...],
+    together: int | None,
+    backend: str,
+    dry_run: bool,
+    fresh: bool,
+    queue: bool | None,
+    workspace: Path | None,
+    **flags: Any,
+) -> int:
     """Train an adapter on each of FOLDERS, or on each folder inside one that has no pictures of its own.
 
     All options are those of `train` and hold for all folders; a folder's own personalize.toml says what is different there, such
@@ -186,9 +222,13 @@ def batch(folders: tuple[Path, ...], together: int | None, backend: str, dry_run
         for recipe in recipes:
             echo(f"{recipe.data.folder} => {recipe.output}  ({_outline(recipe)})")
         return 2 if wrong else 0
-    from .batch import train_many
+    from .batch import follow_job, train_many
 
     place = Path(flags["output"] or "runs")
+    if store := queue_of(queue, workspace):
+        settings = {"folders": folders, "together": together, "backend": backend, "fresh": fresh, **flags}
+        job = enqueue(store, "batch", settings, place, stay=not queue)
+        return 0 if queue else follow_job(store, job, recipes, place, wrong)
     return train_many(recipes, backend, place=place, fresh=fresh, together=together, refused=wrong)
 
 

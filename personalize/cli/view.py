@@ -63,10 +63,10 @@ class Speed(ProgressColumn):
 class View:
     """Lines on a console, and a bar below them where that is a terminal. `doing` is what takes its time now."""
 
-    def __init__(self, console: Console, detail: str, doing: str) -> None:
+    def __init__(self, console: Console, detail: str, doing: str, writes: bool = True) -> None:
         self.console, self.doing, self.began = console, doing, time.monotonic()
         self.stopped = False  # before its end, by Ctrl-C or because somebody asked
-        self.reports = LiveReports(self.print)
+        self.reports = LiveReports(self.print, writes)  # who only looks on writes none
         columns = (
             MofNCompleteColumn(),
             TextColumn(detail),

@@ -17,18 +17,24 @@ from ..jobs.kind import LONG, QUICK, Draft, Task
 from ..jobs.workspace import Workspace
 from ..registry import table
 from ..text import slug
+from .adapters import convert, doctor, resize
+from .checkpoints import bake, extract, interpolate
+from .dataset import dataset
+from .generate import generate
 from .listening import listen
+from .merge import merge
 from .messages import answer_in_json, strict
-from .train import SettingsCommand
+from .train import SettingsCommand, batch, finish, train
 
 Parameters = dict[str, Any]
+HERE: Parameters = {"queue": False, "workspace": None, "dry_run": False}  # a job is done where it runs, and wholly
 
 
 @dataclass(frozen=True)
 class CommandKind:
     """A command as a kind of job. `place` proposes a name and where the job writes; `check` is what its command would refuse."""
 
-    command: str
+    command: click.Command
     lane: str
     place: Callable[[Workspace, Parameters], tuple[str, Path]]
     check: Callable[[Parameters], None] = lambda _: None
@@ -66,15 +72,13 @@ class CommandKind:
 
     def keep(self, task: Task) -> dict[str, Any]:
         """An adapter of where the training stands."""
-        return run_command("finish", {"folders": [str(task.folder)]}, task)
+        return run_command(finish, {"folders": [str(task.folder)]}, task)
 
 
-def parameters(name: str, settings: Mapping[str, Any]) -> tuple[click.Context, Parameters]:
+def parameters(command: click.Command, settings: Mapping[str, Any]) -> tuple[click.Context, Parameters]:
     """A command's context, and its parameters from settings, checked as those of the command line are; those that are left out
     have their defaults. Recipe settings stay as they are: the recipe checks them. Raises RecipeError."""
-    from .app import cli
-
-    command = cli.commands[name]
+    name = command.name or ""
     settings = {key.replace("-", "_"): value for key, value in settings.items() if value is not None}
     known = {one.name: one for one in command.get_params(click.Context(command)) if one.expose_value and one.name}
     if unknown := settings.keys() - known.keys() - {"output"}:
@@ -94,10 +98,7 @@ def parameters(name: str, settings: Mapping[str, Any]) -> tuple[click.Context, P
 
 def settings_of(name: str, words: Sequence[str]) -> dict[str, Any]:
     """What somebody typed behind a command's name, as settings. Raises RecipeError."""
-    from .app import cli
-
-    table("jobs").check(name)
-    command = cli.commands[name]
+    command = table("jobs")[name].command
     try:
         context = click.Context(command, info_name=name)
         typed, rest, _ = command.make_parser(context).parse_args([*words])
@@ -132,12 +133,13 @@ def recipe_settings() -> set[str]:
     return set(settings()) - {"folder"}
 
 
-def run_command(name: str, settings: Mapping[str, Any], task: Task) -> dict[str, Any]:
+def run_command(command: click.Command, settings: Mapping[str, Any], task: Task) -> dict[str, Any]:
     """Run a command as a job, and return its answer. Raises PersonalizeError, and KeyboardInterrupt where it was stopped."""
-    context, values = parameters(name, settings)
-    assert context.command.callback
+    context, values = parameters(command, settings)
+    name = command.name or ""
+    assert command.callback
     with listen(task.report), answer_in_json(name) as (found, _):
-        code = context.invoke(context.command.callback, **values) or 0
+        code = context.invoke(command.callback, **{key: HERE.get(key, value) for key, value in values.items()}) or 0
     if code == 130:
         raise KeyboardInterrupt
     result: dict[str, Any] = strict(found.values) | {"warnings": found.warnings}
@@ -214,14 +216,14 @@ def keep_base(keep: bool) -> None:
         RESIDENT.forget()
 
 
-TRAIN = CommandKind("train", LONG, place_of_run)
-BATCH = CommandKind("batch", LONG, place_of_batch)
-EXTRACT = CommandKind("extract", LONG, place_of_extract)
-BAKE = CommandKind("bake", LONG, place_of_checkpoint)
-INTERPOLATE = CommandKind("interpolate", LONG, place_of_checkpoint)
-GENERATE = CommandKind("generate", QUICK, place_of_pictures, again=remove_pictures, resident=keep_base)
-DATASET = CommandKind("dataset", QUICK, place_of_dataset)
-MERGE = CommandKind("merge", QUICK, place_of_file)
-RESIZE = CommandKind("resize", QUICK, place_of_file)
-CONVERT = CommandKind("convert", QUICK, place_of_file)
-DOCTOR = CommandKind("doctor", QUICK, place_of_doctor)
+TRAIN = CommandKind(train, LONG, place_of_run)
+BATCH = CommandKind(batch, LONG, place_of_batch)
+EXTRACT = CommandKind(extract, LONG, place_of_extract)
+BAKE = CommandKind(bake, LONG, place_of_checkpoint)
+INTERPOLATE = CommandKind(interpolate, LONG, place_of_checkpoint)
+GENERATE = CommandKind(generate, QUICK, place_of_pictures, again=remove_pictures, resident=keep_base)
+DATASET = CommandKind(dataset, QUICK, place_of_dataset)
+MERGE = CommandKind(merge, QUICK, place_of_file)
+RESIZE = CommandKind(resize, QUICK, place_of_file)
+CONVERT = CommandKind(convert, QUICK, place_of_file)
+DOCTOR = CommandKind(doctor, QUICK, place_of_doctor)

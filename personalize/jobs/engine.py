@@ -30,6 +30,7 @@ from .workspace import Workspace
 
 WORKER = "personalize.cli.lane"  # the worker's process: jobs are commands
 PAUSE = 0.05  # seconds between two looks at the workers
+LOOKS = 5  # so many tries to take the workspace
 STUCK = 120.0  # seconds without a sign of life, after which a worker is killed
 GRACE = 30.0  # seconds that a job may take to stop, after which its worker is killed
 OUTSIDE = {signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP}  # signals by which somebody ends a worker
@@ -70,13 +71,24 @@ class Engine:
         """Take the workspace and begin. Raises OutputError where another engine has it."""
         if self._thread:
             return
-        hint = "it runs the jobs of this workspace; another --workspace gets an engine of its own"
-        self._locks.enter_context(hold(self.workspace.root, hint))
+        self._take_workspace()
         for lane in self.lanes:
             lane.kinds = kinds_of(lane.name)
         self._over.clear()
         self._thread = threading.Thread(target=self._supervise, name="personalize-engine", daemon=True)
         self._thread.start()
+
+    def _take_workspace(self) -> None:
+        """Hold the workspace. Others that only look whether somebody does have its lock for a moment."""
+        hint = "it runs the jobs of this workspace; another --workspace gets an engine of its own"
+        for last in (False,) * LOOKS + (True,):
+            try:
+                self._locks.enter_context(hold(self.workspace.root, hint))
+                return
+            except OutputError:
+                if last:
+                    raise
+                time.sleep(PAUSE)
 
     def stop(self, grace: float = GRACE) -> None:
         """End: jobs that run save their state within so many seconds, and wait in the queue for the next start."""

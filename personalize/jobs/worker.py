@@ -48,18 +48,20 @@ class RunningTask:
         self.records: collections.deque[Record] = collections.deque()
         self.progress: Record = dict(job.progress)
         self.written = self.progress
-        self._first: tuple[float, int] | None = None  # when this attempt's first step was done, and which it was
+        self._begin: int | None = None  # steps that were done when this attempt began
+        self._first: tuple[float, int] | None = None  # when its first step was done, and which that was
 
     def report(self, record: Mapping[str, Any], done: int = 0, total: int = 0, doing: str = "") -> None:
         """Tell an event of the job, or none with {}, and how far it is."""
         if record:
             self.records.append({"at": time.time(), **record})
         now = time.monotonic()
-        if self._first is None or done < self._first[1]:
+        if self._begin is None or done < self._begin:
+            self._begin, self._first = done, None
+        if self._first is None and done > self._begin:  # behind the first step: what comes before it is no measure of steps
             self._first = now, done
-        since, first = self._first
-        pace = (now - since) / (done - first) if done > first else None
-        eta = None if pace is None or done >= total else round(pace * (total - done), 1)
+        since, first = self._first or (now, done)
+        eta = round((now - since) / (done - first) * (total - done), 1) if first < done < total else None
         self.progress = {"done": done, "total": total, "doing": doing, "eta": eta}
 
 

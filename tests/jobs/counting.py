@@ -1,0 +1,88 @@
+"""Kinds of jobs that need no base: for what is true of every kind, without the seconds that a training takes."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from personalize import registry
+from personalize.errors import RecipeError
+from personalize.jobs.kind import LONG, QUICK, Draft, Task
+from personalize.jobs.workspace import Workspace
+
+
+@dataclass(frozen=True)
+class Counting:
+    """Takes steps, a line of a file each, and goes on behind the last line. `crash_at` a step, it kills its worker by a signal;
+    `wait_at` a step, it waits to be interrupted; `fail_at` and `break_at`, it raises an error that is expected, or one that is not.
+    """
+
+    lane: str
+
+    def warm(self) -> None:
+        pass
+
+    def cool(self) -> None:
+        pass
+
+    def draft(self, settings: Mapping[str, Any], workspace: Workspace) -> Draft:
+        if unknown := settings.keys() - {"steps", "name", "crash_at", "signal", "wait_at", "fail_at", "break_at", "output"}:
+            raise RecipeError(f"there is no setting {min(unknown)}")
+        name = settings.get("name", "count")
+        own = "output" not in settings
+        return Draft(dict(settings), name, workspace.outputs / name if own else Path(settings["output"]), own)
+
+    def run(self, task: Task) -> dict[str, Any]:
+        path, settings = task.folder / "lines", task.job.settings
+        task.folder.mkdir(parents=True, exist_ok=True)
+        done = len(path.read_text().splitlines()) if path.exists() else 0
+        total = settings.get("steps", 3)
+        task.report({"event": "started", "resumed": done}, done, total, "counting")
+        print("counting from", done, flush=True)
+        for step in range(done + 1, total + 1):
+            self.step(step, settings)
+            with path.open("a") as lines:
+                lines.write(f"{step} {task.job.id} {task.job.attempts}\n")
+            task.report({"event": "step", "step": step}, step, total, "counting")
+        return {"lines": str(path), "steps": total}
+
+    def step(self, step: int, settings: Mapping[str, Any]) -> None:
+        if step == settings.get("wait_at"):
+            threading.Event().wait()
+        if step == settings.get("crash_at"):
+            os.kill(os.getpid(), getattr(signal, settings.get("signal", "SIGSEGV")))
+        if step == settings.get("fail_at"):
+            raise RecipeError("this cannot be counted", "count something else")
+        if step == settings.get("break_at"):
+            raise ZeroDivisionError("nobody expected this")
+
+    def keep(self, task: Task) -> dict[str, Any]:
+        lines = (task.folder / "lines").read_text().splitlines()
+        (task.folder / "kept").write_text(str(len(lines)))
+        return {"kept": len(lines)}
+
+
+COUNT, GLANCE = Counting(LONG), Counting(QUICK)
+
+
+def add_rows() -> None:
+    """Into the table of this process."""
+    registry.table("jobs").add("count", COUNT)
+    registry.table("jobs").add("glance", GLANCE)
+
+
+@contextlib.contextmanager
+def rows() -> Iterator[None]:
+    """Inside, these kinds are in the table."""
+    add_rows()
+    try:
+        yield
+    finally:
+        registry.table("jobs").remove("count")
+        registry.table("jobs").remove("glance")
