@@ -31,14 +31,8 @@ FORMATS = {  # what texts of these names are, wherever they stand
 
 
 @cache
-def command_schema(name: str) -> Schema:
-    """A command's parameters as the schema of an object, by the names that jobs have for them.
-
-    Raises KeyError for no command.
-    """
-    from .app import cli
-
-    command = cli.commands[name]
+def command_schema(command: click.Command) -> Schema:
+    """A command's parameters as the schema of an object, by the names that jobs have for them."""
     parameters = [one for one in command.get_params(click.Context(command)) if one.expose_value and one.name]
     of_recipe = recipe_schema() if isinstance(command, SettingsCommand) else {}
     properties = {one.name: parameter_schema(one, of_recipe) for one in parameters if one.name}

@@ -20,14 +20,13 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import compile_path
 from starlette.staticfiles import StaticFiles
 
-from ..errors import PersonalizeError
+from ..errors import NoSuchJobError, PersonalizeError
 from ..version import __version__
 from . import openapi, page
 from .errors import error_body, error_response
 from .openai import files, images, jobs, models, uploads
 from .routes import datasets, library, recipes
 from .routes import jobs as queue
-from .routes.common import ERRORS
 from .routes.datasets import UPLOADS
 from .security import TOO_LARGE, Guard
 from .studio import Studio
@@ -65,12 +64,13 @@ def create_app(studio: Studio) -> FastAPI:
                   openapi_url="/api/openapi.json")  # fmt: skip
     app.state.studio = studio
     for router, prefix in ROUTERS:
-        app.include_router(router, prefix=prefix, responses=ERRORS)
+        app.include_router(router, prefix=prefix)
     app.mount("/static", StaticFiles(directory=page.STATIC), name="static")
     app.add_api_route("/health", health, methods=["GET"], tags=["service"])
     app.add_exception_handler(PersonalizeError, on_error)
     app.add_exception_handler(RequestValidationError, on_invalid)
     app.add_exception_handler(HTTPException, on_http)
+    app.add_exception_handler(Exception, on_fault)
     app.add_middleware(Guard, options=studio.options, large=large_paths())
     app.openapi = lambda: openapi.document(app)  # type: ignore[method-assign]
     return app
@@ -87,9 +87,17 @@ async def health(request: Request) -> dict[str, Any]:
     return {"status": "ok", "version": __version__}
 
 
+async def on_fault(_: Request, error: Exception) -> Response:
+    """A mistake of ours: it is told as every error is, and the server's log has the rest."""
+    what = f"something went wrong in the service: {type(error).__name__}"
+    return JSONResponse(error_body(500, "fault", what, "its log says where; please report it"), 500)
+
+
 async def on_error(_: Request, error: Exception) -> Response:
     """What a person can mend, or stands in the way."""
     assert isinstance(error, PersonalizeError)
+    if isinstance(error, NoSuchJobError):  # which speaks of the workspace's place, and of a command
+        error = NoSuchJobError(error.what.partition(" in ")[0], "GET /api/jobs lists them")
     return error_response(error)
 
 

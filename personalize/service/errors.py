@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from pydantic import BaseModel
 from starlette.responses import JSONResponse
 
 from ..errors import (
@@ -34,6 +35,22 @@ STATUSES: dict[type[PersonalizeError], int] = {  # the first that an error is of
 }
 LINE = 2000  # letters of a message
 NAMED = re.compile(r"--([a-z][a-z-]*)|unknown setting '([^']+)'")
+
+
+class ErrorDetail(BaseModel):
+    """What went wrong. `message` holds the hint too; `param` is the setting that is to blame, `code` a word for programs."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str
+    hint: str
+
+
+class ErrorBody(BaseModel):
+    """How every error is answered."""
+
+    error: ErrorDetail
 
 
 class Refusal(PersonalizeError):

@@ -8,6 +8,7 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
+from .errors import ErrorBody
 from .requests import job_schema, kinds
 
 ABOUT = """Trains adapters and draws pictures: jobs that survive, datasets, adapters.
@@ -15,6 +16,21 @@ ABOUT = """Trains adapters and draws pictures: jobs that survive, datasets, adap
 Under /api lie the service's own routes, under /v1 OpenAI's, as far as they are about training and drawing. Every error has
 OpenAI's shape, with a `hint` beside the message."""
 FREE = ("CheckSettings", "Settings")  # bodies whose settings are those of a training
+
+ERROR = {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorBody"}}}
+ERRORS = {
+    status: {"description": text, "content": ERROR}
+    for status, text in {
+        "400": "what was sent cannot be used",
+        "401": "a token is needed",
+        "403": "not allowed, or outside of the workspace",
+        "404": "there is no such thing",
+        "405": "the route has no such method",
+        "409": "not now, or it is there already",
+        "413": "too large",
+        "421": "another host was meant",
+    }.items()
+}
 
 
 def document(app: FastAPI) -> dict[str, Any]:
@@ -35,6 +51,9 @@ def document(app: FastAPI) -> dict[str, Any]:
         for path in found["paths"].values():
             for operation in path.values():
                 operation["responses"].pop("422", None)  # 400 here, like everything that a client can mend
+                operation["responses"] |= ERRORS
+        schemas["ErrorBody"] = ErrorBody.model_json_schema(ref_template="#/components/schemas/{model}")
+        schemas |= schemas["ErrorBody"].pop("$defs")
         app.openapi_schema = found
     return app.openapi_schema
 

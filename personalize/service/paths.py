@@ -7,10 +7,11 @@ import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..models.sources import NAMED, is_hub_id
+from ..models.sources import NAMED, is_hub_id, locate
 from ..text import plain
 from .errors import Refusal
 
+LONGEST_PART = 255  # letters between two slashes that a disk takes
 LONGEST = 200  # bytes of a file's name: every disk has room for a temporary ending behind it
 DEEPEST = 4  # folders within folders
 FORBIDDEN = set('<>:"|?*\\/')  # letters that some system reads as something else
@@ -72,6 +73,8 @@ class Places:
 
     def confine(self, path: str | Path, param: str | None = None) -> Path:
         """The true place of a path, links followed; a relative one counts from the workspace. Raises Refusal for any other."""
+        if any(len(part) > LONGEST_PART for part in Path(path).parts):
+            raise Refusal(400, "bad_path", f"{plain(str(path), 80)} is no path", "it is too long", param)
         try:
             true = (self.roots[0] / path).resolve()
         except (OSError, ValueError, RuntimeError):  # a NUL in it, a loop of links
@@ -82,7 +85,7 @@ class Places:
         return true
 
     def confine_base(self, base: str) -> str:
-        """A base's name, a hub id, or a path inside. Raises Refusal for any other."""
+        """A base's name, a hub id, or a path inside. Raises Refusal for any other, BaseModelError for what is no base."""
         if base in NAMED or (is_hub_id(base) and ".." not in base.split("/")):
             return base
-        return str(self.confine(base, "base"))
+        return str(locate(self.confine(base, "base"), download=False))

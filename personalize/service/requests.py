@@ -18,7 +18,7 @@ from ..recipe.lines import file_named
 from ..recipe.resolve import from_json, presets
 from ..registry import table
 from ..text import plain
-from .errors import Refusal
+from .errors import Refusal, not_found
 from .library import Adapter
 from .paths import file_name
 from .studio import Studio
@@ -26,7 +26,9 @@ from .studio import Studio
 Schema = dict[str, Any]
 
 # What names a place to write, or a file that names others: jobs write where the workspace has room for them
-LEFT_OUT = {"origin", "dry_run", "replay", "listed", "lora_dir", "sheet_path", "html_path", "words", "picture", "output"}
+LEFT_OUT = {
+    "origin", "dry_run", "replay", "listed", "lora_dir", "sheet_path", "html_path", "words", "picture", "output", "queue", "workspace",
+}  # fmt: skip
 FILES = ("merge", "resize", "convert", "extract")  # kinds whose `output` is the name of an adapter
 STEPS, SIDE, COUNT = 1000, 4096, 64  # most steps and pixels of a picture, and pictures of a request
 
@@ -110,7 +112,10 @@ def find_path(studio: Studio, value: str, name: str) -> Path:
         return studio.datasets.folder(file.dataset) if file.dataset else studio.files.content(value)
     if adapter := adapter_by_id(studio, value):
         return adapter.path
-    return studio.places.confine(value, name)
+    path = studio.places.confine(value, name)
+    if not path.exists():
+        raise not_found("file or folder", value)
+    return path
 
 
 def adapter_text(studio: Studio, value: str, name: str) -> str:

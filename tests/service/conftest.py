@@ -1,5 +1,5 @@
-"""Fixtures of the service's tests: servers live as long as the session."""
+"""Fixtures of the service's tests: servers, a client and a training, which live as long as the session."""
 
-from servers import busy, idle
+from servers import archive, busy, client, idle, trained
 
-__all__ = ["busy", "idle"]
+__all__ = ["archive", "busy", "client", "idle", "trained"]

@@ -5,11 +5,14 @@ from __future__ import annotations
 import contextlib
 import io
 import threading
+import time
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
+import openai
 import pytest
 from PIL import Image
 
@@ -93,3 +96,45 @@ def pictures(count: int = 3) -> dict[str, bytes | str]:
     for number in range(count):
         found |= {f"{number}.png": png(64, (40 * number, 200, 90)), f"{number}.txt": f"zwx cat, number {number}"}
     return found
+
+
+# The least of everything
+SHORT = {"steps": 3, "batch_size": 1, "rank": 2, "resolution": 32, "checkpoint_every": 2, "choose": "none", "sample_every": 0,
+         "sample_prompts": ["{trigger}"], "sample_seeds": [0], "sample_steps": 1, "class": "cat", "trigger": "zwx"}  # fmt: skip
+
+
+def wait(look: Callable[[], Any], good: Callable[[Any], bool], seconds: float = 120) -> Any:
+    """What `look` sees as soon as it is good."""
+    end = time.monotonic() + seconds
+    while not good(found := look()):
+        assert time.monotonic() < end, found
+        time.sleep(0.1)
+    return found
+
+
+def ended(client: openai.OpenAI, job: str) -> Any:
+    return wait(lambda: client.fine_tuning.jobs.retrieve(job), lambda one: one.status in ("succeeded", "failed", "cancelled"))
+
+
+@pytest.fixture(scope="session")
+def client(busy: Service) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{busy.address}/v1", api_key="none is needed", max_retries=0, timeout=120) as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def archive(client: openai.OpenAI) -> Any:
+    return client.files.create(file=("rex.zip", zipped(pictures())), purpose="fine-tune")
+
+
+@pytest.fixture(scope="session")
+def trained(client: openai.OpenAI, archive: Any) -> Any:
+    """A training from its creation to its end."""
+    job = client.fine_tuning.jobs.create(
+        model="pocket", training_file=archive.id, suffix="Rex", seed=7, metadata={"team": "red"}, extra_body=SHORT
+    )
+    assert job.status in ("queued", "running") and job.seed == 7 and job.fine_tuned_model is None
+    assert job.training_file == archive.id and job.metadata == {"team": "red"}
+    done = ended(client, job.id)
+    assert done.status == "succeeded", done.error
+    return done

@@ -4,56 +4,13 @@ from __future__ import annotations
 
 import base64
 import io
-import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
 from PIL import Image
-from servers import Service, pictures, png, zipped
-
-SHORT = {"steps": 3, "batch_size": 1, "rank": 2, "resolution": 32, "checkpoint_every": 2, "choose": "none", "sample_every": 0,
-         "sample_prompts": ["{trigger}"], "sample_seeds": [0], "sample_steps": 1, "class": "cat", "trigger": "zwx"}  # fmt: skip
-"""The least of everything."""
-
-
-@pytest.fixture(scope="module")
-def client(busy: Service) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{busy.address}/v1", api_key="none is needed", max_retries=0, timeout=120) as client:
-        yield client
-
-
-@pytest.fixture(scope="module")
-def archive(client: openai.OpenAI) -> Any:
-    return client.files.create(file=("rex.zip", zipped(pictures())), purpose="fine-tune")
-
-
-def wait(look: Callable[[], Any], good: Callable[[Any], bool], seconds: float = 120) -> Any:
-    """What `look` sees as soon as it is good."""
-    end = time.monotonic() + seconds
-    while not good(found := look()):
-        assert time.monotonic() < end, found
-        time.sleep(0.1)
-    return found
-
-
-def ended(client: openai.OpenAI, job: str) -> Any:
-    return wait(lambda: client.fine_tuning.jobs.retrieve(job), lambda one: one.status in ("succeeded", "failed", "cancelled"))
-
-
-@pytest.fixture(scope="module")
-def trained(client: openai.OpenAI, archive: Any) -> Any:
-    """A training from its creation to its end."""
-    job = client.fine_tuning.jobs.create(
-        model="pocket", training_file=archive.id, suffix="Rex", seed=7, metadata={"team": "red"}, extra_body=SHORT
-    )
-    assert job.status in ("queued", "running") and job.seed == 7 and job.fine_tuned_model is None
-    assert job.training_file == archive.id and job.metadata == {"team": "red"}
-    done = ended(client, job.id)
-    assert done.status == "succeeded", done.error
-    return done
+from servers import SHORT, Service, ended, pictures, png, wait, zipped
 
 
 def test_files(client: openai.OpenAI, archive: Any) -> None:

@@ -19,22 +19,6 @@ class Body(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
-class ErrorDetail(BaseModel):
-    """What went wrong. `message` holds the hint too; `param` is the setting that is to blame, `code` a word for programs."""
-
-    message: str
-    type: str
-    param: str | None
-    code: str
-    hint: str
-
-
-class ErrorBody(BaseModel):
-    """How every error is answered."""
-
-    error: ErrorDetail
-
-
 def studio_of(request: Request) -> Studio:
     """The studio that a request is for."""
     found: Studio = request.app.state.studio
@@ -44,18 +28,6 @@ def studio_of(request: Request) -> Studio:
 Here = Annotated[Studio, Depends(studio_of)]
 Name = Annotated[str, StringConstraints(max_length=200)]
 Flag = Annotated[bool, Form()]
-ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorBody, "description": text}
-    for status, text in {
-        400: "what was sent cannot be used",
-        401: "a token is needed",
-        403: "not allowed, or outside of the workspace",
-        404: "there is no such thing",
-        409: "not now, or it is there already",
-        413: "too large",
-        421: "another host was meant",
-    }.items()
-}
 
 
 def incoming(files: Iterable[UploadFile]) -> list[Incoming]:
