@@ -164,7 +164,8 @@ def test_names_twice(upload: Upload) -> None:
 
 def test_pictures_alone_that_are_none(upload: Upload) -> None:
     for name, data in [("a.png", b"no picture"), ("a.png", b""), ("a.svg", b"<svg onload='x'/>"), ("a.sh", b"#!/bin/sh"),
-                       ("a", png()), ("a.safetensors", b"x"), ("a.png", b"GIF89a"), ("a.zip.exe", zipped(pictures(1)))]:  # fmt: skip
+                       ("a", png()), ("a.safetensors", b"x"), ("a.png", b"GIF89a"),
+                       ("a.zip.exe", zipped(pictures(1)))]:  # fmt: skip
         check_refused(upload(name, data), "nothing_to_use", "no_archive", "bad_name", "no_pictures", "invalid_value")
 
 

@@ -50,7 +50,7 @@ def list_datasets(here: Here) -> dict[str, Any]:
 def add_dataset(here: Here, files: Files, name: Annotated[Name, Form()] = "") -> dict[str, Any]:
     """A new dataset of pictures, a folder or an archive. Its name gives the trigger, unless a setting says another one."""
     dataset, staged = here.datasets.create(name, incoming(files))
-    return here.datasets.record(dataset) | kept(staged)
+    return here.datasets.record(dataset) | outcome(staged)
 
 
 @router.get("/datasets/{dataset}")
@@ -75,7 +75,7 @@ def add_files(here: Here, dataset: Name, files: Files, replace: Annotated[bool, 
     if replace:
         here.check_unused(str(here.datasets.folder(dataset)))
     staged = here.datasets.add(dataset, incoming(files), replace)
-    return here.datasets.record(dataset) | kept(staged)
+    return here.datasets.record(dataset) | outcome(staged)
 
 
 @router.post("/datasets/{dataset}/check")
@@ -145,6 +145,6 @@ def remove_picture(here: Here, dataset: Name, name: str) -> dict[str, Any]:
     return {"id": name, "object": "picture", "deleted": True}
 
 
-def kept(staged: Staged) -> dict[str, Any]:
+def outcome(staged: Staged) -> dict[str, Any]:
     """What became of files that were sent."""
     return {"files": staged.files, "left_out": [{"name": name, "why": why} for name, why in staged.left_out]}
