@@ -51,3 +51,16 @@ def test_without_the_extra_it_says_what_to_install(
     monkeypatch.setitem(modules, "uvicorn", None)
     assert run(["serve", "--workspace", str(tmp_path / "w")]) == 2
     assert "pip install 'personalize[serve]'" in capsys.readouterr().err
+
+
+def test_a_second_service_leaves_the_first_ones_uploads_alone(tmp_path: Path) -> None:
+    from personalize.service.options import Options
+    from personalize.service.studio import Studio
+
+    workspace = Workspace(tmp_path / "w")
+    (half := workspace.uploads / ".incoming-1").mkdir()
+    with Engine(workspace, ()):
+        assert run(["serve", "--workspace", str(tmp_path / "w"), "--port", "0", "--device", "cpu"]) == 2
+    assert half.is_dir()  # somebody is sending it
+    Studio.open(Options(tmp_path / "w")).remove_leftovers()
+    assert not half.exists()

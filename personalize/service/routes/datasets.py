@@ -64,7 +64,7 @@ def get_dataset(here: Here, dataset: Name) -> dict[str, Any]:
 @router.delete("/datasets/{dataset}")
 def remove_dataset(here: Here, dataset: Name) -> dict[str, Any]:
     """Remove a dataset; not while a job needs it."""
-    here.check_unused(str(here.datasets.folder(dataset)))
+    here.check_unused(here.datasets.folder(dataset))
     here.datasets.remove(dataset)
     return {"id": dataset, "object": "dataset", "deleted": True}
 
@@ -73,7 +73,7 @@ def remove_dataset(here: Here, dataset: Name) -> dict[str, Any]:
 def add_files(here: Here, dataset: Name, files: Files, replace: Annotated[bool, Form()] = False) -> dict[str, Any]:
     """Put more files into a dataset."""
     if replace:
-        here.check_unused(str(here.datasets.folder(dataset)))
+        here.check_unused(here.datasets.folder(dataset))
     staged = here.datasets.add(dataset, incoming(files), replace)
     return here.datasets.record(dataset) | outcome(staged)
 
@@ -140,7 +140,7 @@ def get_picture(here: Here, dataset: Name, name: str, side: Annotated[int | None
 @router.delete("/datasets/{dataset}/pictures/{name:path}")
 def remove_picture(here: Here, dataset: Name, name: str) -> dict[str, Any]:
     """Remove a picture with its caption and mask; not while a job needs it."""
-    here.check_unused(str(here.datasets.folder(dataset)))
+    here.check_unused(here.datasets.folder(dataset))
     here.datasets.remove_picture(dataset, name)
     return {"id": name, "object": "picture", "deleted": True}
 
