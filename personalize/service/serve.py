@@ -17,7 +17,7 @@ from .app import create_app
 from .options import Options
 from .studio import Studio
 
-GRACE = 3  # seconds that open connections get at the end
+GRACE = 10  # seconds that open connections get at the end: hundreds of streams take a while on a busy machine
 QUEUE = 512  # connections that may wait to be taken
 
 
