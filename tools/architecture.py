@@ -36,6 +36,7 @@ FLOORS = {
     "reports": "what a run, an adapter file or a dataset is like: pages, tables, pictures",
     "api": "what Python and the command share: a recipe from a folder, a run and its report",
     "jobs": "jobs that survive: a queue in one SQLite file, worked off by child processes",
+    "service": "the jobs, datasets and adapters of a workspace over HTTP: its own routes, OpenAI's, and the page",
     "cli": "the `personalize` command",
     "__init__": "the public names",
     "__main__": "`python -m personalize`",

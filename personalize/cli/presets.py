@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
-
 import click
 
 from .messages import answer, echo
@@ -17,6 +14,7 @@ def presets(name: str | None) -> int:
 
     A path to a .toml file of your own works too, here and with --preset.
     """
+    from ..recipe.about import about, settings_of
     from ..recipe.resolve import find_preset
     from ..recipe.resolve import presets as every_preset
 
@@ -34,25 +32,3 @@ def presets(name: str | None) -> int:
         echo(f"{key} = {value}")
     answer(presets=[{"name": name, "about": "\n\n".join(about(path)), "settings": settings}])
     return 0
-
-
-def about(path: Path) -> list[str]:
-    """The paragraphs of the comment that a preset begins with; at least one, perhaps empty."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    comment: list[str] = []
-    for line in lines:
-        if not line.startswith("#"):
-            break
-        comment.append(line.removeprefix("#").strip())
-    return [" ".join(paragraph.split("\n")) for paragraph in "\n".join(comment).split("\n\n")]
-
-
-def settings_of(path: Path) -> dict[str, Any]:
-    """What a preset sets, with what the presets behind it set; for folders of many pictures too, under [pictures.N]."""
-    from ..recipe.resolve import load_preset
-
-    found: dict[str, Any] = {}
-    for origin, layer in load_preset(path, pictures=10**9):
-        number = origin.partition(" [")[2].rstrip("]")
-        found |= {f"{number}.{key}" if number else key: value for key, value in layer.items()}
-    return found

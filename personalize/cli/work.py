@@ -50,6 +50,12 @@ class CommandKind:
         """Let go of what was kept."""
         self.resident(False)
 
+    def schema(self) -> dict[str, Any]:
+        """What the settings may be, as the JSON schema of an object."""
+        from .forms import command_schema
+
+        return command_schema(self.command)
+
     def draft(self, settings: Mapping[str, Any], workspace: Workspace) -> Draft:
         """Check settings. Raises PersonalizeError."""
         plain: dict[str, Any] = strict(dict(settings))

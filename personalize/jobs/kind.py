@@ -47,6 +47,9 @@ class Kind(Protocol):
     def cool(self) -> None:
         """Let go of what is kept between two jobs."""
 
+    def schema(self) -> dict[str, Any]:
+        """What the settings may be, as the JSON schema of an object; `format` says which texts are paths."""
+
     def draft(self, settings: Mapping[str, Any], workspace: Workspace) -> Draft:
         """Check everything that can be checked before a job is queued. Raises PersonalizeError."""
 
