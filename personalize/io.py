@@ -68,7 +68,12 @@ def weights_hash(path: Path) -> str:
 
 def sha256_of(file: BinaryIO) -> str:
     """sha256 of what is left of an open file."""
-    digest, block = hashlib.sha256(), memoryview(bytearray(1 << 18))
+    return digest_of(file, "sha256")
+
+
+def digest_of(file: BinaryIO, algorithm: str) -> str:
+    """A hash of what is left of an open file, in hex: hashlib.file_digest, which Python 3.10 has not."""
+    digest, block = hashlib.new(algorithm, usedforsecurity=False), memoryview(bytearray(1 << 18))
     while count := file.readinto(block):  # type: ignore[attr-defined]
         digest.update(block[:count])
     return digest.hexdigest()

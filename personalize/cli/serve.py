@@ -50,7 +50,7 @@ def serve(
     options = Options(place, host, port, token, tuple(folder.absolute() for folder in folders), names)
 
     def on_ready(address: str) -> None:
-        echo(f"personalize serves {place} on {address}")
+        echo(f"{place} is served on {address}")
         if token:
             echo(f"it needs the token {f'in {file}' if file else 'of PERSONALIZE_TOKEN'}")
         answer(address=address, workspace=place)

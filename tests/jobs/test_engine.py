@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import random
 import signal
@@ -220,8 +221,12 @@ def test_a_worker_of_a_killed_engine_saves_and_leaves(workspace: Workspace, stor
 
 
 def test_processes_leave_nothing_open(workspace: Workspace, store: Store, wait: Wait) -> None:
-    before = len(os.listdir("/proc/self/fd")) if Path("/proc/self/fd").exists() else 0
-    with Engine(workspace):
-        wait(store, store.add("count", {}).id)
-    after = len(os.listdir("/proc/self/fd")) if before else 0
-    assert after <= before + 3  # this thread's own connection to the file
+    if not Path("/proc/self/fd").exists():
+        pytest.skip("this system does not list what a process has open")
+    left = []
+    for _ in range(2):  # the first one opens this thread's own connection to the file, for good
+        with Engine(workspace):
+            wait(store, store.add("count", {}).id)
+        gc.collect()
+        left.append(len(os.listdir("/proc/self/fd")))
+    assert left[1] <= left[0]

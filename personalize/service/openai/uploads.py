@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import replace
 from typing import Annotated, Any
 
 from fastapi import APIRouter, UploadFile
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
+from ...io import digest_of
 from ..errors import Refusal
 from ..files import StoredFile
 from ..routes.common import Here, Name
@@ -59,7 +59,7 @@ def complete_upload(here: Here, upload_id: Name, body: Completion) -> dict[str, 
     """Put the parts together."""
     upload = pending(here, upload_id)
     with here.files.join_parts(upload, body.part_ids).open("rb") as file:
-        if body.md5 and hashlib.file_digest(file, "md5").hexdigest() != body.md5.lower():
+        if body.md5 and digest_of(file, "md5") != body.md5.lower():
             raise Refusal(400, "wrong_md5", "the bytes are not those that the checksum is of", "send them again", "md5")
         file.seek(0)
         kept = keep_file(here, upload.filename, file, upload.purpose)
