@@ -14,6 +14,7 @@ from .live import Live
 from .options import Options
 from .paths import Places
 from .uploads import remove_leftovers
+from .watch import Watch
 
 DAY = 86_400  # seconds
 
@@ -26,6 +27,7 @@ class Studio:
     workspace: Workspace
     store: Store
     live: Live
+    watch: Watch
     datasets: Datasets
     files: Files
     library: Library
@@ -45,6 +47,7 @@ class Studio:
             workspace,
             store,
             Live(store),
+            Watch(store),
             Datasets(workspace, options.folders, options.limits),
             files,
             Library(workspace),
