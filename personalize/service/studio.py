@@ -9,6 +9,7 @@ from ..jobs import Engine, Job, Store, Workspace
 from .datasets import Datasets
 from .errors import Refusal
 from .files import Files
+from .hosts import Host, hosts_in
 from .library import Library
 from .live import Live
 from .options import Options
@@ -54,6 +55,16 @@ class Studio:
             Places(workspace.root, options.folders),
             Engine(workspace, lanes) if lanes else None,
         )
+
+    @property
+    def hosts(self) -> list[Host]:
+        """The image UIs that an adapter can be sent to."""
+        return hosts_in((*self.options.folders, *self.options.hosts))
+
+    @property
+    def targets(self) -> Places:
+        """The folders that adapters may be copied to."""
+        return Places(self.workspace.root, (*self.options.folders, *self.options.hosts))
 
     def check_unused(self, path: str) -> None:
         """Raise Refusal where a job that is not over reads a folder or file, which must not go away then."""
