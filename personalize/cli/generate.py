@@ -72,22 +72,12 @@ def generate(prompts: tuple[str, ...], listed: Path | None, seeds: tuple[str, ..
     """
     from ..inference.events import Notice, Progress, Saved
     from ..inference.generate import generate as draw_files
-    from ..inference.library import Library
-    from ..inference.request import InitImage, Request
-    from ..recipe.lines import expand, read_prompts
     from .view import SILENCE
 
-    wanted = [*expand(list(prompts)), *(read_prompts(listed) if listed else ())]
-    if not wanted:
-        raise RecipeError("what should be drawn?", 'personalize generate "a cat", or --prompts FILE')
-    base = {name: value for name in BASE if (value := options.pop(name)) is not None}
-    library, image = Library(folder=options.pop("lora_dir")), options.pop("image")
-    settings = {name: options.pop(name) for name in REQUEST} | {"image": InitImage.open(image) if image else None}
-    request = Request.parse("", adapters=library.add(options.pop("stack")), **settings)
-    pictures, spoke, own_seeds = list[dict[str, Any]](), time.monotonic(), seed_list(seeds, count)
-    whole = len(wanted) * len(own_seeds) * prod(len(axis.values) for axis in options["axes"])
+    order = order_of(prompts, listed, seeds, count, **options)
+    pictures, spoke, whole = list[dict[str, Any]](), time.monotonic(), order.pop("whole")
     report({}, 0, whole, "loading")
-    for event in draw_files(wanted, own_seeds, request, library, base=base, **options):
+    for event in draw_files(**order):
         if isinstance(event, Notice):
             print_warning(event.text)
         elif isinstance(event, Progress):
@@ -104,6 +94,34 @@ def generate(prompts: tuple[str, ...], listed: Path | None, seeds: tuple[str, ..
             report({"event": "picture", "path": str(event.path), "number": event.number}, done, whole, "drawing")
             answer(pictures=pictures)
     return 0
+
+
+def order_of(
+    prompts: Sequence[str], listed: Path | None, seeds: Sequence[str], count: int | None, **options: Any
+) -> dict[str, Any]:
+    """What the command asks of `inference.generate`, and how many pictures that are as `whole`. Raises RecipeError for prompts,
+    seeds and samplers that are none, AdapterError and DataError for files."""
+    from ..inference.library import Library
+    from ..inference.request import InitImage, Request
+    from ..recipe.lines import expand, read_prompts
+
+    wanted = [*expand(list(prompts)), *(read_prompts(listed) if listed else ())]
+    if not wanted:
+        raise RecipeError("what should be drawn?", 'personalize generate "a cat", or --prompts FILE')
+    base = {name: value for name in BASE if (value := options.pop(name)) is not None}
+    library, image = Library(folder=options.pop("lora_dir")), options.pop("image")
+    settings = {name: options.pop(name) for name in REQUEST} | {"image": InitImage.open(image) if image else None}
+    request, own_seeds = Request.parse("", adapters=library.add(options.pop("stack")), **settings), seed_list(seeds, count)
+    whole = len(wanted) * len(own_seeds) * prod(len(axis.values) for axis in options["axes"])
+    return {
+        "prompts": wanted,
+        "seeds": own_seeds,
+        "settings": request,
+        "library": library,
+        "base": base,
+        "whole": whole,
+        **options,
+    }
 
 
 def seed_list(seeds: Sequence[str], count: int | None) -> list[int]:

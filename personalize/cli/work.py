@@ -15,12 +15,13 @@ import click
 from ..errors import PersonalizeError, RecipeError, nearest
 from ..jobs.kind import LONG, QUICK, Draft, Task
 from ..jobs.workspace import Workspace
+from ..pictures.galleries import check_output
 from ..registry import table
 from ..text import slug
-from .adapters import convert, doctor, resize
+from .adapters import convert, doctor, output_path, resize, rule_of
 from .checkpoints import bake, extract, interpolate
 from .dataset import dataset
-from .generate import generate
+from .generate import generate, order_of
 from .listening import listen
 from .merge import merge
 from .messages import answer_in_json, strict
@@ -159,8 +160,61 @@ def place_of_run(workspace: Workspace, values: Parameters) -> tuple[str, Path]:
 
     flags = {key: value for key, value in values.items() if key in recipe_settings()}
     recipe, _ = resolve_recipe(values["folder"], values["origin"], flags)
+    check_base(recipe.base)
+    if recipe.output:
+        check_output(recipe.data.folder, recipe.output)
     trigger = read_folder(recipe.data).trigger
     return recipe.name or trigger, workspace.runs / (slug(trigger) or "run")
+
+
+def check_base(base: str) -> None:
+    """Raise BaseModelError for what is no base on this machine; one of the hub may be downloaded when its job begins."""
+    from ..models.sources import is_hub_id, locate
+
+    if not is_hub_id(base):
+        locate(base, download=False)
+
+
+def check_batch(values: Parameters) -> None:
+    """Raise what is wrong with all of the folders: a batch does those that it can."""
+    from ..data.folder import read_folder
+    from .train import picture_folders, resolve_recipe
+
+    flags, errors = {key: value for key, value in values.items() if key in recipe_settings()}, list[PersonalizeError]()
+    folders = [folder for given in values["folders"] for folder in picture_folders(given)]
+    for folder in folders:
+        try:
+            recipe, _ = resolve_recipe(folder, None, flags)
+            check_base(recipe.base)
+            read_folder(recipe.data)
+        except PersonalizeError as error:
+            errors.append(error)
+    if len(errors) == len(folders):
+        raise errors[0]
+
+
+def check_merge(values: Parameters) -> None:
+    if not (values["files"] or values["replay"]):
+        raise RecipeError("which adapters?", "personalize merge A.safetensors:0.7 B.safetensors:-0.3 -o C.safetensors")
+    check_files(values)
+
+
+def check_files(values: Parameters) -> None:
+    """Raise what is wrong with the name of what is to be written."""
+    read = values.get("files") or ([values["file"]] if "file" in values else [])
+    if values["output"]:
+        output_path(values["output"], *(path for path, _ in read))
+
+
+def check_resize(values: Parameters) -> None:
+    check_files(values)
+    rule_of(values)
+
+
+def check_drawing(values: Parameters) -> None:
+    if values["output"]:
+        raise RecipeError("a job draws into a folder of its own", "leave output out")
+    order_of(**values)
 
 
 def place_of_batch(workspace: Workspace, values: Parameters) -> tuple[str, Path]:
@@ -217,13 +271,13 @@ def keep_base(keep: bool) -> None:
 
 
 TRAIN = CommandKind(train, LONG, place_of_run)
-BATCH = CommandKind(batch, LONG, place_of_batch)
-EXTRACT = CommandKind(extract, LONG, place_of_extract)
+BATCH = CommandKind(batch, LONG, place_of_batch, check_batch)
+EXTRACT = CommandKind(extract, LONG, place_of_extract, check_files)
 BAKE = CommandKind(bake, LONG, place_of_checkpoint)
 INTERPOLATE = CommandKind(interpolate, LONG, place_of_checkpoint)
-GENERATE = CommandKind(generate, QUICK, place_of_pictures, again=remove_pictures, resident=keep_base)
+GENERATE = CommandKind(generate, QUICK, place_of_pictures, check_drawing, again=remove_pictures, resident=keep_base)
 DATASET = CommandKind(dataset, QUICK, place_of_dataset)
-MERGE = CommandKind(merge, QUICK, place_of_file)
-RESIZE = CommandKind(resize, QUICK, place_of_file)
-CONVERT = CommandKind(convert, QUICK, place_of_file)
+MERGE = CommandKind(merge, QUICK, place_of_file, check_merge)
+RESIZE = CommandKind(resize, QUICK, place_of_file, check_resize)
+CONVERT = CommandKind(convert, QUICK, place_of_file, check_files)
 DOCTOR = CommandKind(doctor, QUICK, place_of_doctor)

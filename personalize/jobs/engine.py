@@ -137,7 +137,7 @@ class Engine:
     def _look_after(self, lane: Lane) -> None:
         now = time.monotonic()
         if lane.process is None:
-            if now >= lane.next_start and (lane.name.endswith(QUICK) or self.leases.waiting(lane.kinds)):
+            if now >= lane.next_start and self._is_needed(lane):
                 self._spawn(lane)
             return
         assert lane.process.stdout
@@ -148,6 +148,10 @@ class Engine:
             self._bury(lane)
         elif now - lane.beat > STUCK or self._is_overdue(lane, now):
             lane.process.kill()
+
+    def _is_needed(self, lane: Lane) -> bool:
+        """Whether a lane has work for a worker, or a job that lost its own with an engine that was killed."""
+        return lane.name.endswith(QUICK) or self.leases.waiting(lane.kinds) or bool(self.leases.running(lane.name))
 
     def _is_overdue(self, lane: Lane, now: float) -> bool:
         """Whether a job that is to be cancelled has not stopped in time."""

@@ -76,7 +76,7 @@ class Worker:
         self.task: RunningTask | None = None
         self.leaving = threading.Event()  # the engine is gone, or wants this worker to go
         self.asked = ""  # why the job was interrupted
-        self.interruptible = False
+        self.interruptible = self.keeping = False
         self.writing = threading.Lock()
 
     def run(self) -> int:
@@ -120,6 +120,7 @@ class Worker:
 
     def _outcome(self, task: RunningTask, kind: Kind, keep: bool) -> tuple[str, Record]:
         """The state in which a job ends, and what is to be said of it."""
+        self.keeping = keep
         try:
             with self._let_interrupt():
                 _go_to(task.job.cwd)
@@ -207,7 +208,7 @@ class Worker:
         asked, words = self.leases.wishes(task.job.id)
         if self.leaving.is_set():
             self._interrupt("leave")
-        elif asked and not (asked == "keep" and task.job.asked == "keep"):
+        elif asked and not (asked == "keep" and self.keeping):
             self._interrupt(asked)
         for word in words:
             with contextlib.suppress(PersonalizeError):  # it has not begun yet

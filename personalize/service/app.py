@@ -53,6 +53,7 @@ def create_app(studio: Studio) -> FastAPI:
         async with studio.live.running():
             if studio.engine:
                 await to_thread.run_sync(studio.engine.start)
+                await to_thread.run_sync(studio.remove_leftovers)
             try:
                 yield
             finally:

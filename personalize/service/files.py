@@ -90,7 +90,7 @@ class Files:
             (aside / id).replace(folder / id)
         return id
 
-    def joined(self, upload: StoredFile, parts: list[str]) -> Path:
+    def join_parts(self, upload: StoredFile, parts: list[str]) -> Path:
         """The parts of an upload as one file, in this order, in its folder. Raises Refusal for parts that are missing."""
         folder = self.place / upload.id
         paths = [folder / part for part in parts]

@@ -9,8 +9,8 @@ from pathlib import Path
 # Where each keeps its adapters, below its own folder
 PLACES = {"models/Lora": "A1111 or Forge", "models/loras": "ComfyUI", "Models/Lora": "Stability Matrix"}
 # What people's installations are called, below their home folder
-USUAL = ("stable-diffusion-webui", "stable-diffusion-webui-forge", "stable-diffusion-webui-reForge", "webui_forge_cu121_torch231/webui",
-         "ComfyUI", "Documents/ComfyUI", "ComfyUI_windows_portable/ComfyUI", "StabilityMatrix")  # fmt: skip
+USUAL = ("stable-diffusion-webui", "stable-diffusion-webui-forge", "stable-diffusion-webui-reForge",
+         "webui_forge_cu121_torch231/webui", "ComfyUI", "Documents/ComfyUI", "ComfyUI_windows_portable/ComfyUI", "StabilityMatrix")  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -27,8 +27,10 @@ Schema = dict[str, Any]
 
 # What names a place to write, or a file that names others: jobs write where the workspace has room for them
 LEFT_OUT = {
-    "origin", "dry_run", "replay", "listed", "lora_dir", "sheet_path", "html_path", "words", "picture", "output", "queue", "workspace",
+    "origin", "dry_run", "replay", "listed", "lora_dir", "sheet_path", "html_path", "words", "picture", "output",
+    "queue", "workspace",
 }  # fmt: skip
+NEEDED = ("files", "folder", "prompts")  # which a command may get in another way
 FILES = ("merge", "resize", "convert", "extract")  # kinds whose `output` is the name of an adapter
 STEPS, SIDE, COUNT = 1000, 4096, 64  # most steps and pixels of a picture, and pictures of a request
 
@@ -43,7 +45,7 @@ def job_schema(kind: str) -> Schema:
             "type": "string",
             "description": "name of the adapter [default: of what it is made]",
         }
-    required = [name for name in schema["required"] if name in properties]
+    required = [name for name in properties if name in schema["required"] or name in NEEDED]
     return schema | {"properties": properties, "required": required}
 
 
@@ -63,6 +65,8 @@ def job_settings(studio: Studio, kind: str, given: Mapping[str, Any]) -> dict[st
         if name not in properties:
             raise RecipeError(f"unknown setting {plain(name, 80)!r}", nearest(name, properties))
         settings[name] = inside(studio, name, value, properties[name])
+    if missing := next((name for name in job_schema(kind)["required"] if settings.get(name) in (None, [], "")), ""):
+        raise Refusal(400, "missing", f"{missing} is missing", properties[missing].get("description", ""), missing)
     if kind in FILES and isinstance(output := settings.get("output"), str):
         settings["output"] = str(new_adapter(studio, output))
     if kind == "generate":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 from ..jobs import Engine, Job, Store, Workspace
 from .datasets import Datasets
@@ -40,9 +41,6 @@ class Studio:
         """The studio of a workspace, whose jobs run on the devices `lanes`. Raises OutputError where the disk refuses."""
         workspace = Workspace(options.workspace)
         store = Store(workspace)
-        remove_leftovers(workspace.uploads)
-        files = Files(workspace.uploads)
-        files.remove_old_uploads(time.time() - options.limits.days * DAY)
         return cls(
             options,
             workspace,
@@ -50,7 +48,7 @@ class Studio:
             Live(store),
             Watch(store),
             Datasets(workspace, options.folders, options.limits),
-            files,
+            Files(workspace.uploads),
             Library(workspace),
             Places(workspace.root, options.folders),
             Engine(workspace, lanes) if lanes else None,
@@ -66,10 +64,15 @@ class Studio:
         """The folders that adapters may be copied to."""
         return Places(self.workspace.root, (*self.options.folders, *self.options.hosts))
 
-    def check_unused(self, path: str) -> None:
+    def remove_leftovers(self) -> None:
+        """Remove what crashes and clients left half done: only while no other service has the workspace."""
+        remove_leftovers(self.workspace.uploads)
+        self.files.remove_old_uploads(time.time() - self.options.limits.days * DAY)
+
+    def check_unused(self, path: Path) -> None:
         """Raise Refusal where a job that is not over reads a folder or file, which must not go away then."""
         for job in self.store.list(states=("queued", "running", "paused")):
-            if path in texts_in(job):
+            if {str(path), str(path.resolve())} & texts_in(job):
                 hint = f"wait for job {job.id}, or cancel it"
                 raise Refusal(409, "in_use", f"job {job.id} needs it and is {job.state}", hint)
 

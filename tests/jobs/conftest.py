@@ -12,7 +12,7 @@ import pytest
 
 from personalize.jobs import Job, Store, Workspace, engine
 
-LIMIT = 120.0  # seconds after which something will never happen
+LIMIT = 60.0  # seconds after which something will never happen
 
 
 @pytest.fixture

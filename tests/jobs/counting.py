@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +17,14 @@ from personalize.errors import RecipeError
 from personalize.jobs.kind import LONG, QUICK, Draft, Task
 from personalize.jobs.workspace import Workspace
 
+PLACES = ("crash_at", "wait_at", "deaf_at", "fail_at", "break_at")
+
 
 @dataclass(frozen=True)
 class Counting:
-    """Takes steps, a line of a file each, and goes on behind the last line. `crash_at` a step, it kills its worker by a signal;
-    `wait_at` a step, it waits to be interrupted; `fail_at` and `break_at`, it raises an error that is expected, or one that is not.
+    """Takes steps, a line of a file each, and goes on behind the last line. At the step of a setting it kills its worker by a
+    signal (`crash_at`), waits to be interrupted (`wait_at`) or to be killed (`deaf_at`), or raises an error that is expected
+    (`fail_at`) or not (`break_at`).
     """
 
     lane: str
@@ -32,7 +36,7 @@ class Counting:
         pass
 
     def draft(self, settings: Mapping[str, Any], workspace: Workspace) -> Draft:
-        if unknown := settings.keys() - {"steps", "name", "crash_at", "signal", "wait_at", "fail_at", "break_at", "output"}:
+        if unknown := settings.keys() - {"steps", "name", "output", "signal", "pace", *PLACES}:
             raise RecipeError(f"there is no setting {min(unknown)}")
         name = settings.get("name", "count")
         own = "output" not in settings
@@ -53,8 +57,12 @@ class Counting:
         return {"lines": str(path), "steps": total}
 
     def step(self, step: int, settings: Mapping[str, Any]) -> None:
+        time.sleep(settings.get("pace", 0))  # its work
         if step == settings.get("wait_at"):
             threading.Event().wait()
+        while step == settings.get("deaf_at"):
+            with contextlib.suppress(KeyboardInterrupt):
+                threading.Event().wait()
         if step == settings.get("crash_at"):
             os.kill(os.getpid(), getattr(signal, settings.get("signal", "SIGSEGV")))
         if step == settings.get("fail_at"):

@@ -1,4 +1,4 @@
-"""The store: what can be asked of jobs in which state, their order, and a file that many use at once and that outlives everything."""
+"""The store: what can be asked of jobs in which state, their order, and a file that many use at once."""
 
 from __future__ import annotations
 

@@ -76,7 +76,9 @@ def test_nothing_is_queued_that_would_fail(idle: Service, dataset: str) -> None:
         ("train", {"folder": "nothing-there"}, (404, "not_found", None)),
         ("train", {"folder": dataset, "preset": "pocket-sytle"}, (400, "recipe_error", None)),
         ("train", {"folder": dataset, "class": "cat", "base": "pokcet"}, (400, "base_model_error", None)),
-        ("train", {}, (400, "recipe_error", None)),
+        ("train", {}, (400, "missing", "folder")),
+        ("merge", {"output": "x"}, (400, "missing", "files")),
+        ("generate", {"prompts": []}, (400, "missing", "prompts")),
         ("merge", {"files": ["0123456789abcdef"]}, (404, "not_found", None)),
         ("generate", {"prompts": ["a cat"], "steps": 10**6}, (400, "too_many", "steps")),
         ("generate", {"prompts": ["a cat"], "size": "99999x2"}, (400, "too_large", "size")),
@@ -156,9 +158,9 @@ def test_no_setting_names_a_place_to_write_or_a_file_of_names(idle: Service, dat
 def test_every_text_that_names_something_is_known_to_be_one() -> None:
     """A new parameter of a command that is a plain text must be looked at: does it name a file?"""
     harmless = {
-        "class", "trigger", "caption", "caption_prefix", "name", "memory", "sampler", "negative", "seeds", "axes", "targets", "parts",
-        "text_targets", "holdout", "method", "dialect", "dtype", "family", "size", "output", "precision", "device", "kind", "together",
-        "backend", "optimizer", "prior",
+        "class", "trigger", "caption", "caption_prefix", "name", "memory", "sampler", "negative", "seeds", "axes", "targets",
+        "parts", "text_targets", "holdout", "method", "dialect", "dtype", "family", "size", "output", "precision", "device",
+        "backend",
     }  # fmt: skip
     for kind in table("jobs"):
         for name, schema in job_schema(kind)["properties"].items():
@@ -296,7 +298,8 @@ def test_the_library(busy: Service, done: Any, tmp_path: Path) -> None:
     assert again.status_code == 201 and again.json()["trigger"] == "zwx"
     assert refusal(busy.client.post("/api/adapters", files={"file": ("sent.safetensors", data)}))[:2] == (409, "exists")
     for name, bad in [("x.pt", data), ("x.ckpt", b"\x80"), ("x.safetensors", b"\x80pickle"), ("../x.safetensors", data),
-                      ("x.safetensors", data[:100]), ("x.bin", data), ("NUL.safetensors", data), ("x.safetensors", png())]:  # fmt: skip
+                      ("x.safetensors", data[:100]), ("x.bin", data), ("NUL.safetensors", data),
+                      ("x.safetensors", png())]:  # fmt: skip
         assert busy.client.post("/api/adapters", files={"file": (name, bad)}).status_code == 400, name
     assert refusal(busy.client.post(f"/api/adapters/{own['id']}/send", json={"folder": str(tmp_path)}))[:2] == (403, "outside")
     target = busy.root / "webui"

@@ -73,7 +73,8 @@ def test_the_document_names_every_route(service: Service) -> None:
 
     paths = document(create_app(service.studio))["paths"]
     for path in ["/v1/files", "/v1/uploads/{upload_id}/parts", "/v1/fine_tuning/jobs/{job}/checkpoints", "/v1/models/{model}",
-                 "/v1/images/edits", "/api/jobs/{id}/events", "/api/datasets/{dataset}/captions", "/api/adapters/{id}/send", "/health"]:  # fmt: skip
+                 "/v1/images/edits", "/api/jobs/{id}/events", "/api/datasets/{dataset}/captions",
+                 "/api/adapters/{id}/send", "/health"]:  # fmt: skip
         assert path in paths, path
     for operations in paths.values():
         for operation in operations.values():

@@ -175,3 +175,27 @@ def test_deleted_files_and_models_are_gone(client: openai.OpenAI, busy: Service)
     assert folder.is_dir() and client.files.delete(sent.id).deleted and not folder.exists()
     with pytest.raises(openai.NotFoundError):
         client.files.retrieve(sent.id)
+
+
+def test_the_session_in_the_docs(
+    busy: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = Path(__file__).parents[2]
+    code = (root / "docs" / "service.md").read_text().partition("<!-- session -->\n```python\n")[2].partition("```")[0]
+    asked = '"class": "cat", "trigger": "zwx", "steps": 60, "checkpoint_every": 30'
+    assert asked in code and "127.0.0.1:8765" in code
+    code = (
+        code.replace("http://127.0.0.1:8765", busy.address)
+        .replace(f"{{{asked}}}", repr(SHORT))
+        .replace('"seed": 3', '"steps": 1')
+    )
+    (tmp_path / "sample_data").symlink_to(root / "sample_data")
+    monkeypatch.chdir(tmp_path)
+    values: dict[str, Any] = {}
+    try:
+        exec(code, values)
+    finally:
+        values["client"].close()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].endswith("processed cat") and lines[2].startswith("succeeded ft:pocket:personalize:scarf:")
+    assert (tmp_path / "scarf.safetensors").stat().st_size > 1000 and "'pocket'" in lines[-1]

@@ -84,7 +84,8 @@ def test_the_own_page_and_links_to_it_work(idle: Service) -> None:
 
 def test_without_the_token_nothing_is_told(closed: Service) -> None:
     for method, path in [("GET", "/api/jobs"), ("POST", "/v1/files"), ("GET", "/api/openapi.json"), ("GET", "/nowhere"),
-                         ("GET", "/health/"), ("GET", "//health"), ("GET", "/static/../api/jobs"), ("GET", "/api/events")]:  # fmt: skip
+                         ("GET", "/health/"), ("GET", "//health"), ("GET", "/static/../api/jobs"),
+                         ("GET", "/api/events")]:  # fmt: skip
         answer = closed.client.request(method, path)
         assert answer.status_code == 401 or (path == "/static/../api/jobs" and answer.status_code == 404), (path, answer.text)
         if answer.status_code == 401:

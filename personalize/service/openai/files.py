@@ -93,9 +93,9 @@ def delete_file(here: Here, file_id: Name) -> dict[str, Any]:
     if file_id.startswith(RESULT):
         raise Refusal(400, "a_result", "it is the adapter of a training", "DELETE /v1/models/MODEL removes it", "file_id")
     found = here.files.get(file_id)
-    here.check_unused(str(here.files.content(file_id)))
+    here.check_unused(here.files.content(file_id))
     if found.dataset and found.dataset in here.datasets.ids():
-        here.check_unused(str(here.datasets.folder(found.dataset)))
+        here.check_unused(here.datasets.folder(found.dataset))
         here.datasets.remove(found.dataset)
     here.files.remove(file_id)
     return {"id": file_id, "object": "file", "deleted": True}

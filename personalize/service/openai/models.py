@@ -45,7 +45,7 @@ def delete_model(here: Here, model: str) -> dict[str, Any]:
     if parse_model(model) is None:
         raise not_found("model", model, "GET /v1/models lists them")
     path = adapter_of(here, model)
-    here.check_unused(str(path))
+    here.check_unused(path)
     path.unlink(missing_ok=True)
     return {"id": model, "object": "model", "deleted": True}
 

@@ -202,13 +202,13 @@ def form_values(form: Mapping[str, Any]) -> dict[str, Any]:
     """Fields of a form as JSON has them: numbers where the settings of drawing are numbers."""
     kinds = {name: one.get("type") for name, one in job_schema("generate")["properties"].items()}
     kinds |= {"n": "integer", "seed": "integer", "stream": "boolean"}
-    return {name: typed(value, kinds.get(name, "string")) for name, value in form.items()}
+    return {name: typed_value(value, kinds.get(name, "string")) for name, value in form.items()}
 
 
-def typed(value: Any, kind: str) -> Any:
+def typed_value(value: Any, kind: str) -> Any:
     """A text as a number or truth value where it is one; else as it is, and the check of the setting says what is wrong.
 
-    >>> typed("3", "integer"), typed("0.5", "number"), typed("true", "boolean"), typed("x", "number")
+    >>> typed_value("3", "integer"), typed_value("0.5", "number"), typed_value("true", "boolean"), typed_value("x", "number")
     (3, 0.5, True, 'x')
     """
     if not isinstance(value, str):

@@ -100,6 +100,8 @@ MESSAGES = {
     "started": "The training has started",
     "step": "Step {step}: training loss={loss:.4f}",
     "sample": "Step {step}: drawn '{prompt}' with seed {seed}",
+    "sweep": "Drawn at strength {strength:g}: '{prompt}' with seed {seed}",
+    "encoded": "What the base's autoencoder makes of the pictures: {path}",
     "saved": "Step {step}: saved {path}",
     "scored": "Step {step}: examined, score {score:.3f}",
     "judged": "Step {step}: images judged, {value:.0%} come out right",
@@ -153,7 +155,7 @@ def checkpoint(
     job: Job, step: int, path: str, at: float, loss: float | None, scores: Mapping[str, float | None]
 ) -> dict[str, Any]:
     """One of them."""
-    validation = scores.get("validation")
+    validation = scores.get("validation") if job.settings.get("holdout") else None  # else it is that of the training pictures
     metrics = {"step": step, "train_loss": loss, "valid_loss": None}
     metrics["full_valid_loss"] = 1 - validation if validation is not None else None
     return {

@@ -58,7 +58,7 @@ def add_part(here: Here, upload_id: Name, data: UploadFile) -> dict[str, Any]:
 def complete_upload(here: Here, upload_id: Name, body: Completion) -> dict[str, Any]:
     """Put the parts together."""
     upload = pending(here, upload_id)
-    with here.files.joined(upload, body.part_ids).open("rb") as file:
+    with here.files.join_parts(upload, body.part_ids).open("rb") as file:
         if body.md5 and hashlib.file_digest(file, "md5").hexdigest() != body.md5.lower():
             raise Refusal(400, "wrong_md5", "the bytes are not those that the checksum is of", "send them again", "md5")
         file.seek(0)

@@ -20,7 +20,7 @@ from ...recipe.about import about
 from ...recipe.resolve import presets
 from ...recipe.settings import flatten, settings
 from ..errors import not_found
-from ..requests import job_settings
+from ..requests import job_schema, job_settings
 from ..routes.common import Here, Name, incoming
 from ..routes.datasets import UPLOADS, examine
 from ..studio import Studio
@@ -76,8 +76,6 @@ class Plan:
 
     def first(self, name: str) -> Field:
         """One of the settings that are asked for first."""
-        from ..requests import job_schema
-
         return field_of(name, job_schema("train")["properties"][name], self.given, self.recipe)
 
 
@@ -118,7 +116,9 @@ def take_sample(request: Request, here: Here, name: Name) -> Response:
 
 
 @router.post("/train", tags=[UPLOADS])
-def upload(request: Request, here: Here, files: Annotated[list[UploadFile], File()], name: Annotated[Name, Form()] = "") -> Response:
+def upload(
+    request: Request, here: Here, files: Annotated[list[UploadFile], File()], name: Annotated[Name, Form()] = ""
+) -> Response:
     """Begin with pictures that are sent; what was left out of them is told there."""
     dataset, staged = here.datasets.create(name, incoming(files))
     left = [("left", f"{one}: {why}") for one, why in staged.left_out[:5]]
@@ -249,7 +249,8 @@ def purposes_of(plan: Plan) -> list[Purpose]:
     from ...api.recipes import preset_prefix
 
     prefix = preset_prefix(str(plan.recipe["base"]), needed=False)
-    found = {name.removeprefix(f"{prefix}-"): path for name, path in presets().items() if prefix and name.startswith(f"{prefix}-")}
+    own = {name: path for name, path in presets().items() if prefix and name.startswith(f"{prefix}-")}
+    found = {name.removeprefix(f"{prefix}-"): path for name, path in own.items()}
     order = sorted(found, key=lambda kind: (ORDER.index(kind) if kind in ORDER else len(ORDER), kind))
     return [Purpose(f"{prefix}-{kind}", kind.replace("-", " "), about(found[kind])[0]) for kind in order]
 

@@ -50,7 +50,7 @@ def list_datasets(here: Here) -> dict[str, Any]:
 def add_dataset(here: Here, files: Files, name: Annotated[Name, Form()] = "") -> dict[str, Any]:
     """A new dataset of pictures, a folder or an archive. Its name gives the trigger, unless a setting says another one."""
     dataset, staged = here.datasets.create(name, incoming(files))
-    return here.datasets.record(dataset) | kept(staged)
+    return here.datasets.record(dataset) | outcome(staged)
 
 
 @router.get("/datasets/{dataset}")
@@ -64,7 +64,7 @@ def get_dataset(here: Here, dataset: Name) -> dict[str, Any]:
 @router.delete("/datasets/{dataset}")
 def remove_dataset(here: Here, dataset: Name) -> dict[str, Any]:
     """Remove a dataset; not while a job needs it."""
-    here.check_unused(str(here.datasets.folder(dataset)))
+    here.check_unused(here.datasets.folder(dataset))
     here.datasets.remove(dataset)
     return {"id": dataset, "object": "dataset", "deleted": True}
 
@@ -73,9 +73,9 @@ def remove_dataset(here: Here, dataset: Name) -> dict[str, Any]:
 def add_files(here: Here, dataset: Name, files: Files, replace: Annotated[bool, Form()] = False) -> dict[str, Any]:
     """Put more files into a dataset."""
     if replace:
-        here.check_unused(str(here.datasets.folder(dataset)))
+        here.check_unused(here.datasets.folder(dataset))
     staged = here.datasets.add(dataset, incoming(files), replace)
-    return here.datasets.record(dataset) | kept(staged)
+    return here.datasets.record(dataset) | outcome(staged)
 
 
 @router.post("/datasets/{dataset}/check")
@@ -140,11 +140,11 @@ def get_picture(here: Here, dataset: Name, name: str, side: Annotated[int | None
 @router.delete("/datasets/{dataset}/pictures/{name:path}")
 def remove_picture(here: Here, dataset: Name, name: str) -> dict[str, Any]:
     """Remove a picture with its caption and mask; not while a job needs it."""
-    here.check_unused(str(here.datasets.folder(dataset)))
+    here.check_unused(here.datasets.folder(dataset))
     here.datasets.remove_picture(dataset, name)
     return {"id": name, "object": "picture", "deleted": True}
 
 
-def kept(staged: Staged) -> dict[str, Any]:
+def outcome(staged: Staged) -> dict[str, Any]:
     """What became of files that were sent."""
     return {"files": staged.files, "left_out": [{"name": name, "why": why} for name, why in staged.left_out]}

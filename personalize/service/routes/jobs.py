@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -14,7 +15,7 @@ from ...jobs import Job
 from ..errors import Refusal, not_found
 from ..openai.shapes import checkpoints
 from ..records import SHOWN, file_of, job_record, sample_records
-from ..requests import job_settings
+from ..requests import check_text, job_settings
 from ..security import REPORT_POLICY
 from ..studio import Studio
 from .common import Body, Here, Name, many
@@ -72,6 +73,7 @@ def _page(here: Studio, state: list[State] | None, kind: list[str] | None, limit
 def add_job(here: Here, body: NewJob) -> dict[str, Any]:
     """Queue a job. Its settings are checked now: what would fail is told before anything waits."""
     settings = job_settings(here, body.kind, body.settings)
+    check_text(json.dumps(body.metadata, ensure_ascii=False), "metadata")
     job = here.store.add(body.kind, settings, name=body.name, priority=body.priority, after=body.after, metadata=body.metadata)
     return job_record(job)
 

@@ -59,7 +59,7 @@ def get_preview(here: Here, id: Name) -> Response:
 @router.delete("/adapters/{id}")
 def remove_adapter(here: Here, id: Name) -> dict[str, Any]:
     """Remove an adapter; not while a job needs it."""
-    here.check_unused(str(here.library.get(id).path))
+    here.check_unused(here.library.get(id).path)
     here.library.remove(id)
     return {"id": id, "object": "adapter", "deleted": True}
 
