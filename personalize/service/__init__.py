@@ -9,6 +9,7 @@ datasets.py   folders of pictures and their captions   library.py    adapters, t
 requests.py   settings of jobs from requests           live.py       events as they happen, encoded once for everybody
 records.py    jobs as JSON                             openapi.py    the document, with the schema of each kind of job
 watch.py      what jobs have told, read once            hosts.py      image UIs on this machine, and their folders
+votes.py      which of two pictures people like better
 routes/       our own routes, under /api               openai/       OpenAI's, under /v1
 page/         the page
 """

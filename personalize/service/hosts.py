@@ -10,7 +10,8 @@ from pathlib import Path
 PLACES = {"models/Lora": "A1111 or Forge", "models/loras": "ComfyUI", "Models/Lora": "Stability Matrix"}
 # What people's installations are called, below their home folder
 USUAL = ("stable-diffusion-webui", "stable-diffusion-webui-forge", "stable-diffusion-webui-reForge",
-         "webui_forge_cu121_torch231/webui", "ComfyUI", "Documents/ComfyUI", "ComfyUI_windows_portable/ComfyUI", "StabilityMatrix")  # fmt: skip
+         "webui_forge_cu121_torch231/webui", "ComfyUI", "Documents/ComfyUI",
+         "ComfyUI_windows_portable/ComfyUI", "StabilityMatrix")  # fmt: skip
 
 
 @dataclass(frozen=True)

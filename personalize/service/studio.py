@@ -16,6 +16,7 @@ from .live import Live
 from .options import Options
 from .paths import Places
 from .uploads import remove_leftovers
+from .votes import Votes
 from .watch import Watch
 
 DAY = 86_400  # seconds
@@ -33,6 +34,7 @@ class Studio:
     datasets: Datasets
     files: Files
     library: Library
+    votes: Votes
     places: Places
     engine: Engine | None = None
 
@@ -50,6 +52,7 @@ class Studio:
             Datasets(workspace, options.folders, options.limits),
             Files(workspace.uploads),
             Library(workspace),
+            Votes(workspace),
             Places(workspace.root, options.folders),
             Engine(workspace, lanes) if lanes else None,
         )

@@ -14,13 +14,13 @@ from fastapi import APIRouter
 from starlette.responses import FileResponse
 
 from ...reports.kit.page import PALETTE
-from . import enter, jobs, run, train
+from . import compare, dataset, enter, jobs, library, run, train
 from .render import STATIC, Room
 
 __all__ = ["STATIC", "router"]
 
 router = APIRouter(include_in_schema=False, route_class=Room)
-for room in (enter, train, run, jobs):
+for room in (enter, train, run, jobs, library, compare, dataset):
     router.include_router(room.router)
 
 

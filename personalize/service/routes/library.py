@@ -74,3 +74,9 @@ def list_hosts(here: Here) -> dict[str, Any]:
 def send_adapter(here: Here, id: Name, body: Target) -> dict[str, Any]:
     """Copy an adapter with what image UIs read beside it into a folder of theirs."""
     return {"files": [str(path) for path in here.library.send(id, body.folder, here.targets, body.replace)]}
+
+
+@router.get("/votes")
+def list_votes(here: Here, run: Name | None = None) -> dict[str, Any]:
+    """Which of two pictures people liked better in blind comparisons, the oldest first: what tuning by preference learns from."""
+    return many(here.votes.all(run))

@@ -154,3 +154,130 @@ for (const kind of ["dragenter", "dragover", "dragleave", "drop"]) {
     send(form, lists.flat());
   });
 }
+
+// ---------------------------------------------------------------- keys that press what they stand for
+
+document.addEventListener("keydown", (event) => {
+  if (event.target.matches("input, textarea, select") || $("#viewer").open) return;
+  const button = $(`[data-key="${event.key}"]`);
+  if (button) {
+    event.preventDefault();
+    button.click();
+  }
+});
+
+// ---------------------------------------------------------------- the brush: white is learned, black is not
+
+const brush = { erase: false, at: null, name: "" };
+
+function openBrush(button) {
+  const dialog = $("#brush");
+  const image = $("img", dialog);
+  const canvas = $("canvas", dialog);
+  brush.name = button.dataset.name;
+  setErase(false);
+  image.onload = () => {
+    canvas.width = image.naturalWidth;
+    canvas.height = image.naturalHeight;
+    fillMask("rgba(0,0,0,0)");
+    if (button.dataset.before) {
+      const before = new Image();
+      before.onload = () => paintMask(before);
+      before.src = button.dataset.before;
+    }
+    dialog.showModal();
+  };
+  image.src = button.dataset.brush;
+}
+
+function paintMask(picture) {  // a mask as it was saved: what is dark in it is not painted here
+  const canvas = $("#brush canvas");
+  const context = canvas.getContext("2d");
+  context.drawImage(picture, 0, 0, canvas.width, canvas.height);
+  const pixels = context.getImageData(0, 0, canvas.width, canvas.height);
+  for (let i = 0; i < pixels.data.length; i += 4) {
+    const learned = pixels.data[i] > 127;
+    pixels.data.set([255, 90, 40, learned ? 255 : 0], i);
+  }
+  context.putImageData(pixels, 0, 0);
+}
+
+function fillMask(colour) {
+  const canvas = $("#brush canvas");
+  const context = canvas.getContext("2d");
+  context.globalCompositeOperation = "source-over";
+  context.clearRect(0, 0, canvas.width, canvas.height);
+  context.fillStyle = colour;
+  context.fillRect(0, 0, canvas.width, canvas.height);
+}
+
+function setErase(on) {
+  brush.erase = on;
+  $("#brush [data-mask=erase]").setAttribute("aria-pressed", String(on));
+}
+
+function stroke(event) {
+  const canvas = $("#brush canvas");
+  const box = canvas.getBoundingClientRect();
+  const scale = canvas.width / box.width;
+  const to = [(event.clientX - box.left) * scale, (event.clientY - box.top) * scale];
+  const context = canvas.getContext("2d");
+  context.globalCompositeOperation = brush.erase ? "destination-out" : "source-over";
+  context.strokeStyle = "rgb(255,90,40)";
+  context.lineCap = context.lineJoin = "round";
+  context.lineWidth = ($("#brush-size").value / 100) * Math.max(canvas.width, canvas.height);
+  context.beginPath();
+  context.moveTo(...(brush.at || to));
+  context.lineTo(to[0] + 0.01, to[1]);
+  context.stroke();
+  brush.at = to;
+}
+
+async function saveMask() {
+  const canvas = $("#brush canvas");
+  const whole = document.createElement("canvas");
+  [whole.width, whole.height] = [canvas.width, canvas.height];
+  const context = whole.getContext("2d");
+  const pixels = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
+  for (let i = 0; i < pixels.data.length; i += 4) pixels.data.set(Array(3).fill(pixels.data[i + 3] > 127 ? 255 : 0).concat(255), i);
+  context.putImageData(pixels, 0, 0);
+  const blob = await new Promise((resolve) => whole.toBlob(resolve, "image/png"));
+  const data = new FormData();
+  data.append("file", blob, "mask.png");
+  try {
+    const answer = await fetch(`/api/datasets/${$("#brush").dataset.dataset}/masks/${brush.name}`, { method: "PUT", body: data });
+    if (!answer.ok) return sayError(answer.status, await answer.text());
+  } catch {
+    return say("The studio does not answer.", "Is it still running?");
+  }
+  $("#brush").close();
+  htmx.trigger(document.body, "changed");
+}
+
+document.addEventListener("click", (event) => {
+  const button = event.target.closest("[data-brush]");
+  if (button) openBrush(button);
+  const word = event.target.closest("[data-mask]")?.dataset.mask;
+  if (word === "erase") setErase(!brush.erase);
+  if (word === "all") fillMask("rgb(255,90,40)");
+  if (word === "none") fillMask("rgba(0,0,0,0)");
+  if (word === "save") saveMask();
+  if (word === "close") $("#brush").close();
+});
+document.addEventListener("pointerdown", (event) => {
+  if (!event.target.matches("#brush canvas")) return;
+  event.target.setPointerCapture(event.pointerId);
+  brush.at = null;
+  stroke(event);
+});
+document.addEventListener("pointermove", (event) => {
+  if (brush.at && event.buttons && event.target.matches("#brush canvas")) stroke(event);
+});
+document.addEventListener("pointerup", () => { brush.at = null; });
+document.addEventListener("keydown", (event) => {
+  if (!$("#brush")?.open) return;
+  const size = $("#brush-size");
+  if (event.key === "[") size.value -= 2;
+  if (event.key === "]") size.value = Number(size.value) + 2;
+  if (event.key === "e" || event.key === "E") setErase(!brush.erase);
+});
