@@ -14,13 +14,13 @@ from fastapi import APIRouter
 from starlette.responses import FileResponse
 
 from ...reports.kit.page import PALETTE
-from . import compare, dataset, enter, jobs, library, run, train
+from . import compare, dataset, enter, jobs, library, mix, run, train
 from .render import STATIC, Room
 
 __all__ = ["STATIC", "router"]
 
 router = APIRouter(include_in_schema=False, route_class=Room)
-for room in (enter, train, run, jobs, library, compare, dataset):
+for room in (enter, train, run, jobs, library, compare, dataset, mix):
     router.include_router(room.router)
 
 

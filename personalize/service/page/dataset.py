@@ -20,6 +20,7 @@ from .render import Room, go, nothing, show
 from .train import fix_of
 
 router = APIRouter(route_class=Room)
+OF_A_TRAINING = ("without-trigger",)  # findings that depend on what a training is told
 TWINS = ("duplicates", "near-duplicates", "mirror-images")
 
 
@@ -87,7 +88,7 @@ def frames_of(pictures: list[Picture], report: Mapping[str, Any]) -> list[Frame]
     seen = {one["path"]: one for one in report.get("pictures", [])}
     marks: dict[str, list[tuple[str, str]]] = {}
     for one in report.get("findings", []):
-        for name in one["pictures"] if one["mark"] else ():
+        for name in one["pictures"] if one["mark"] and one["code"] not in OF_A_TRAINING else ():
             marks.setdefault(name, []).append((one["level"], one["mark"]))
     return [
         Frame(

@@ -281,3 +281,11 @@ document.addEventListener("keydown", (event) => {
   if (event.key === "]") size.value = Number(size.value) + 2;
   if (event.key === "e" || event.key === "E") setErase(!brush.erase);
 });
+
+// ---------------------------------------------------------------- sliders say their value, and choose what they move
+
+document.addEventListener("input", (event) => {
+  if (event.target.type !== "range" || !event.target.closest(".desk")) return;
+  $("output", event.target.parentElement).value = event.target.value;
+  $("[type=checkbox]", event.target.closest("li")).checked = true;
+});
