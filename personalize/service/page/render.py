@@ -102,5 +102,5 @@ def tell(request: Request, status: int, what: str, hint: str) -> Response:
     if not is_fragment(request):
         return show(request, "error", status, what=what, hint=hint, room="")
     answer = show(request, "_toast", status, what=what, hint=hint)
-    answer.headers |= {"HX-Retarget": "#toast", "HX-Reswap": "innerHTML"}
+    answer.headers.update({"HX-Retarget": "#toast", "HX-Reswap": "innerHTML"})
     return answer

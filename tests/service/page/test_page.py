@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from servers import Service, wait
 
-LEAST = {"rank": "2", "resolution": "32", "batch_size": "1", "checkpoint_every": "2", "choose": "none", "sample_every": "0", "prior": "none",
+LEAST = {"rank": "2", "resolution": "32", "batch_size": "1", "checkpoint_every": "0", "choose": "none", "sample_every": "0", "prior": "none",
          "sample_prompts": "{trigger} cat", "sample_seeds": "0", "sample_steps": "1", "targets": "self-attention"}  # fmt: skip
 ROOMS = ("/", "/dataset", "/compare", "/library", "/mix", "/jobs")
 
@@ -36,23 +36,29 @@ def trained(chromium: Any, studio: Service) -> str:
     for name, value in LEAST.items():
         field = f"#f-{name}"
         page.select_option(field, value) if page.eval_on_selector(field, "one => one.tagName") == "SELECT" else page.fill(field, value)
-    page.evaluate("document.querySelector('#f-steps').value = 3")
+    page.evaluate("document.querySelector('#f-steps').value = 5000")
     click(".train")
     page.wait_for_url("**/jobs/*")
     assert clicks <= 3
-    page.wait_for_selector("#finished", timeout=180_000)  # it came by itself, while it was looked at
-    assert page.inner_text(".live .state") == "succeeded" and page.locator("#growth img").count() == 2
-    page.wait_for_function("[...document.querySelectorAll('#growth img')].every(one => one.naturalWidth > 0)")
-    assert page.locator(".curve path.line").count() == 1
+    until(page, "/of 5000/.test(document.querySelector('.figures').innerText)")
+    assert page.locator("#growth img").count() <= 1
+    page.click("button:has-text('Sample now')")
+    until(page, "document.querySelectorAll('#growth img').length === 2")  # the base's, and that of a step
+    until(page, "[...document.querySelectorAll('#growth img')].every(one => one.naturalWidth > 0)")
+    until(page, "document.querySelectorAll('.curve path.line').length === 1")
+    page.click("button:has-text('Stop and keep')")
+    page.wait_for_selector("#finished", timeout=180_000)  # it comes by itself, while it is looked at
+    assert page.inner_text(".live .state") == "succeeded" and "It knows zwx now" in page.inner_text("#finished")
     id = page.url.rpartition("/")[2]
     page.context.close()
     settings = studio.studio.store.get(id).settings
-    assert settings["rank"] == 2 and settings["steps"] == 3 and settings["sample_prompts"] == ["{trigger} cat"]
+    assert settings["rank"] == 2 and settings["steps"] == 5000 and settings["sample_prompts"] == ["{trigger} cat"]
     return str(id)
 
 
-def jobs_ended(studio: Service) -> None:
-    wait(lambda: studio.studio.store.list(states=("queued", "running")), lambda jobs: not jobs)
+def until(page: Any, truth: str) -> None:
+    """Wait for what JavaScript says; the browser's own way to wait is refused by the policy."""
+    wait(lambda: page.evaluate(truth), bool, 60)
 
 
 def test_from_sample_pictures_into_the_folder_of_an_image_ui(page: Any, studio: Service, trained: str) -> None:
@@ -82,7 +88,7 @@ def test_compare_vote_and_keep(page: Any, studio: Service, trained: str) -> None
     page.locator("[name=strengths][value='0.6']").uncheck(force=True)
     page.fill("#prompts", "zwx cat")
     page.click("#draw")
-    page.wait_for_function("document.querySelectorAll('.plotted img').length === 2")
+    until(page, "document.querySelectorAll('.plotted img').length === 2")
     page.click("text=Vote blindly")
     page.wait_for_selector(".pick img")
     sources = [image.get_attribute("src") for image in page.locator(".pick img").all()]
@@ -144,8 +150,9 @@ def test_captions_masks_and_twins(page: Any, studio: Service, tmp_path: Path) ->
     page.fill("#put", "cat")
     page.click("text=Show what would change")
     page.click("text=Change 1 caption")
-    page.wait_for_function("document.querySelector('#caption-1').value === 'a rex cat'")
+    until(page, "document.querySelector('#caption-1').value === 'a rex cat'")
     page.locator("[data-brush]").first.click()
+    page.wait_for_selector("#brush canvas")
     box = page.locator("#brush canvas").bounding_box()
     page.mouse.move(box["x"] + box["width"] / 4, box["y"] + box["height"] / 2)
     page.mouse.down()
@@ -156,15 +163,15 @@ def test_captions_masks_and_twins(page: Any, studio: Service, tmp_path: Path) ->
     with Image.open(folder / "0-masklabel.png") as mask:
         assert mask.size == (96, 64) and mask.convert("L").getextrema() == (0, 255) and mask.convert("L").getpixel((90, 5)) == 0
     page.click("text=Set 1 picture aside")
-    page.wait_for_function("document.querySelectorAll('.frame').length === 3")
+    until(page, "document.querySelectorAll('.frame').length === 3")
     assert (folder / "_aside").is_dir() and len(list(folder.glob("*2.png"))) == 1
 
 
 def test_the_coach_mends_with_one_click(page: Any, studio: Service, trained: str) -> None:
     page.goto("/train/scarf-cat")
     page.click("text=Set trigger = zwx")
-    page.wait_for_function("document.querySelector('#f-trigger').value === 'zwx'")
-    page.click("text=Style")
+    until(page, "document.querySelector('#f-trigger').value === 'zwx'")
+    page.check("[value=pocket-style]")
     page.wait_for_selector("#f-class", state="detached")
     assert page.is_checked("[value=pocket-style]")
     page.fill("#f-steps", "7")
@@ -173,25 +180,21 @@ def test_the_coach_mends_with_one_click(page: Any, studio: Service, trained: str
     assert page.input_value("#f-trigger") == "zwx"
 
 
-def test_jobs_are_moved_paused_and_cancelled(page: Any, studio: Service, trained: str) -> None:
-    jobs_ended(studio)
-    store = studio.studio.store
-    long = {**store.get(trained).settings, "steps": 5000}
-    job = store.add("train", long, name="a long one")
-    waiting = store.add("train", long, name="the next one")
-    page.goto("/jobs")
-    page.wait_for_selector(".queue .running")
-    page.click(f"#ask-pause-{waiting.id}")
-    page.click(f"#ask-resume-{waiting.id}")
-    page.click(f"#ask-cancel-{waiting.id}")
-    page.wait_for_selector(f"#ask-requeue-{waiting.id}")
-    page.goto(f"/jobs/{job.id}")
-    page.wait_for_function("/of 5000/.test(document.querySelector('.figures').innerText)")
-    page.click(f"#ask-sample-{job.id}")
-    page.wait_for_function("document.querySelectorAll('#growth img').length >= 2")
-    page.click(f"#ask-cancel-{job.id}")
-    page.wait_for_selector(f"#ask-requeue-{job.id}")
-    assert store.get(job.id).state == "cancelled"
+def test_jobs_are_moved_paused_and_cancelled(page: Any, studio: Service, idle: Service, trained: str) -> None:
+    settings = studio.studio.store.get(trained).settings
+    first, second, third = (idle.studio.store.add("train", settings, name=name) for name in ("one", "two", "three"))
+    page.goto(f"{idle.address}/jobs")
+    page.click(f"#ask-first-{third.id}")
+    until(page, "document.querySelector('.queue li').innerText.startsWith('three')")
+    page.click(f"#ask-pause-{first.id}")
+    page.click(f"#ask-resume-{first.id}")
+    page.click(f"#ask-cancel-{second.id}")
+    page.click(f"#ask-requeue-{second.id}")
+    page.wait_for_selector(f"#ask-pause-{second.id}")
+    for job in (first, second, third):
+        page.click(f"#ask-cancel-{job.id}")
+        page.wait_for_selector(f"#ask-requeue-{job.id}")
+        assert idle.studio.store.get(job.id).state == "cancelled"
 
 
 def test_what_goes_wrong_is_told_with_what_to_do(page: Any, studio: Service, trained: str) -> None:
@@ -200,10 +203,10 @@ def test_what_goes_wrong_is_told_with_what_to_do(page: Any, studio: Service, tra
     assert page.goto("/jobs/zzzz").status == 404
     page.goto("/train/scarf-cat?trigger=zwx")
     page.wait_for_selector("#f-steps")
-    page.evaluate("document.querySelector('#f-lr').closest('details').open = true")
-    page.fill("#f-targets", "nonsense-everywhere")
+    page.evaluate("document.querySelector('#others').open = true")
+    page.fill("#f-lr", "-1")
     page.click(".train")
-    assert "nonsense-everywhere" in page.inner_text("#toast .note")
+    page.wait_for_selector("#toast .note:has-text('lr')")
     page.evaluate("document.querySelector('#f-steps').type = 'text'")
     page.fill("#f-steps", "many")
     page.click(".train")
@@ -216,7 +219,7 @@ def test_every_room_fits_a_phone_and_is_walked_by_keys(page: Any, trained: str) 
     for address in (*ROOMS, f"/jobs/{trained}", f"/compare?run={trained}", "/dataset/scarf-cat", "/train/scarf-cat"):
         page.goto(address)
         page.wait_for_load_state("load")
-        page.wait_for_function("!document.querySelector('.wait')")
+        until(page, "!document.querySelector('.wait')")
         assert page.evaluate("document.documentElement.scrollWidth") <= 390, address
         page.keyboard.press("Tab")
         assert page.evaluate("document.activeElement.className") == "skip"

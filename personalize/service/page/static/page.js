@@ -43,17 +43,10 @@ document.addEventListener("keydown", (event) => {
   if (event.key === "Escape") $("#toast").replaceChildren();
 });
 
-// ---------------------------------------------------------------- what a swap must not lose: opened details
+// ---------------------------------------------------------------- what an update must not undo: opened details, crisp pictures
 
-let opened = [];
-document.addEventListener("htmx:beforeSwap", (event) => {
-  opened = $$("details[open] > summary", event.detail.target).map((one) => one.textContent);
-});
-document.addEventListener("htmx:afterSwap", (event) => {
-  for (const one of $$("details > summary", event.detail.target)) {
-    if (opened.includes(one.textContent)) one.parentElement.open = true;
-  }
-});
+Idiomorph.defaults.callbacks.beforeAttributeUpdated = (name, node) =>
+  !(name === "open" && node.tagName === "DETAILS") && !(name === "class" && node.tagName === "IMG");
 
 // ---------------------------------------------------------------- pictures: small ones keep their pixels; a press shows them large
 
