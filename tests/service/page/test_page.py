@@ -41,11 +41,10 @@ def trained(chromium: Any, studio: Service) -> str:
     page.wait_for_url("**/jobs/*")
     assert clicks <= 3
     until(page, "/of 5000/.test(document.querySelector('.figures').innerText)")
-    assert page.locator("#growth img").count() <= 1
+    until(page, "document.querySelectorAll('.curve path.line').length === 1")
     page.click("button:has-text('Sample now')")
     until(page, "document.querySelectorAll('#growth img').length === 2")  # the base's, and that of a step
     until(page, "[...document.querySelectorAll('#growth img')].every(one => one.naturalWidth > 0)")
-    until(page, "document.querySelectorAll('.curve path.line').length === 1")
     page.click("button:has-text('Stop and keep')")
     page.wait_for_selector("#finished", timeout=180_000)  # it comes by itself, while it is looked at
     assert page.inner_text(".live .state") == "succeeded" and "It knows zwx now" in page.inner_text("#finished")
@@ -109,9 +108,9 @@ def test_mix_follows_the_sliders_warns_and_merges(page: Any, studio: Service, tr
     adapter = next((studio.root / "runs").rglob("zwx.safetensors"))
     shutil.copy(adapter, studio.root / "adapters" / "twin.safetensors")
     page.goto("/mix")
-    twin = page.locator(".desk li", has_text="twin")
+    twin = page.locator(".desk li:has(b:text-is('twin'))")
     twin.locator("[type=checkbox]").check()
-    page.locator(".desk li", has_text="zwx").first.locator("[type=checkbox]").check()
+    page.locator(".desk li:has(b:text-is('zwx')) [type=checkbox]").check()
     page.fill("#prompt", "zwx cat")
     twin.locator("[type=range]").focus()
     page.keyboard.press("ArrowRight")
