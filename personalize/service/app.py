@@ -21,6 +21,7 @@ from starlette.routing import compile_path
 from starlette.staticfiles import StaticFiles
 
 from ..errors import NoSuchJobError, PersonalizeError
+from ..text import plain
 from ..version import __version__
 from . import openapi, page
 from .errors import error_body, error_response
@@ -106,16 +107,22 @@ async def on_invalid(_: Request, error: Exception) -> Response:
     """A body, query or path that is not as the document says."""
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
+    if first["type"] == "model_attributes_type" and first["loc"] == ("body",):
+        what, hint = "the body is no JSON object", "send one, with Content-Type: application/json"
+        return JSONResponse(error_body(400, "invalid_value", what, hint), 400)
     where = [str(part) for part in first["loc"] if part not in ("body", "query", "path", "header")]
     param = ".".join(where) or None
     what = f"{param}: {first['msg']}" if param else first["msg"]
     return JSONResponse(error_body(400, "invalid_value", what, "GET /api/openapi.json says what is taken", param), 400)
 
 
-async def on_http(_: Request, error: Exception) -> Response:
+async def on_http(request: Request, error: Exception) -> Response:
     """No such route, another method, too large a body."""
     assert isinstance(error, HTTPException)
     code = {404: "not_found", 405: "method_not_allowed", 413: "too_large"}.get(error.status_code, "http_error")
     if code == "too_large":
         return error_response(TOO_LARGE)
-    return JSONResponse(error_body(error.status_code, code, str(error.detail)), error.status_code, headers=error.headers)
+    what, hint = str(error.detail), ""
+    if error.status_code in (404, 405) and what in ("Not Found", "Method Not Allowed"):
+        what, hint = f"there is no route {request.method} {plain(request.url.path, 200)}", "GET /api/openapi.json lists them"
+    return JSONResponse(error_body(error.status_code, code, what, hint), error.status_code, headers=error.headers)

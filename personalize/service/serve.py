@@ -22,7 +22,7 @@ from .options import Options
 from .studio import Studio
 
 ANSWER = 2.0  # seconds that a service that is there takes to say so
-GRACE = 3  # seconds that open connections get at the end
+GRACE = 10  # seconds that open connections get at the end: hundreds of streams take a while on a busy machine
 QUEUE = 512  # connections that may wait to be taken
 
 

@@ -95,6 +95,13 @@ def test_nothing_is_queued_that_would_fail(idle: Service, dataset: str) -> None:
     assert len(idle.client.get("/api/jobs").json()["data"]) == before
 
 
+def test_what_is_wrong_with_a_request_is_told(idle: Service) -> None:
+    message = idle.client.post("/v1/chat/completions", json={}).json()["error"]["message"]
+    assert message.startswith("there is no route POST /v1/chat/completions")
+    assert "Content-Type" in idle.client.post("/api/jobs", content=b'{"settings": {}}').json()["error"]["message"]
+    assert idle.client.delete("/api/jobs").status_code == 405
+
+
 def test_what_a_job_needs_is_not_removed(idle: Service, dataset: str) -> None:
     job = add(idle, "train", {"folder": dataset, **SHORT}).json()
     for path in (f"/api/datasets/{dataset}", f"/api/datasets/{dataset}/pictures/0.png"):

@@ -114,14 +114,11 @@ MESSAGES = {
 
 
 def with_times(job: Job, events: Iterable[Numbered]) -> Iterator[tuple[int, Mapping[str, Any], float]]:
-    """Events with when they happened: as they say it, else when the last one did that says it, and the steps' own time since."""
+    """Events with when they happened, as they say it; one that does not, with the last that did."""
     at = job.created_at
     for number, record in events:
-        told, seconds = record.get("time"), record.get("seconds")
-        if isinstance(told, int | float):
-            at = float(told)
-        elif record.get("event") == "step" and isinstance(seconds, int | float):
-            at += seconds
+        told = record.get("at")
+        at = float(told) if isinstance(told, int | float) else at
         yield number, record, at
 
 

@@ -152,5 +152,3 @@ def parts_in(here: Studio, form: Mapping[str, str]) -> list[Part]:
                 raise Refusal(400, "no_number", f"the strength of {one.path.stem} is no number", "e.g. 0.8") from None
             found.append(Part(one, strength, form.get(f"blocks-{one.id}", "")))
     return found
-
-

@@ -26,7 +26,13 @@ def test_every_setting_of_a_recipe_is_in_the_form() -> None:
 
 @pytest.mark.parametrize(
     ("name", "text", "value"),
-    [("rank", " 4 ", 4), ("lr", "1e-3", 0.001), ("flip", "false", False), ("sample_seeds", "0\r\n3", [0, 3]), ("trigger", "rex", "rex")],
+    [
+        ("rank", " 4 ", 4),
+        ("lr", "1e-3", 0.001),
+        ("flip", "false", False),
+        ("sample_seeds", "0\r\n3", [0, 3]),
+        ("name", "rex", "rex"),
+    ],
 )
 def test_fields_are_read_as_their_settings(name: str, text: str, value: Any) -> None:
     assert forms.read_form({name: text, "unknown": "x", "class": ""}) == {name: value}
@@ -57,7 +63,9 @@ def test_pictures_are_set_aside_by_the_api(idle: Service) -> None:
     assert gone.status_code == 404 and (folder / "0.png").exists()
 
 
-def test_ui_opens_the_studio_that_runs(busy: Service, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ui_opens_the_studio_that_runs(
+    busy: Service, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen: list[str] = []
     monkeypatch.setattr("webbrowser.open", seen.append)
     address_file(busy.studio.workspace).write_text(busy.address + "\n")

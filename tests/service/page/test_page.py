@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 from servers import Service, wait
 
-LEAST = {"rank": "2", "resolution": "32", "batch_size": "1", "checkpoint_every": "0", "choose": "none", "sample_every": "0", "prior": "none",
-         "sample_prompts": "{trigger} cat", "sample_seeds": "0", "sample_steps": "1", "targets": "self-attention"}  # fmt: skip
+LEAST = {"rank": "2", "resolution": "32", "batch_size": "1", "checkpoint_every": "0", "choose": "none", "sample_every": "0", 
+         "prior": "none", "sample_prompts": "{trigger} cat", "sample_seeds": "0", "sample_steps": "1", "targets": "self-attention"}  # fmt: skip
 ROOMS = ("/", "/dataset", "/compare", "/library", "/mix", "/jobs")
 
 
@@ -35,7 +35,8 @@ def trained(chromium: Any, studio: Service) -> str:
     page.evaluate("document.querySelector('#others').open = true")  # to be quick; nobody has to
     for name, value in LEAST.items():
         field = f"#f-{name}"
-        page.select_option(field, value) if page.eval_on_selector(field, "one => one.tagName") == "SELECT" else page.fill(field, value)
+        is_choice = page.eval_on_selector(field, "one => one.tagName") == "SELECT"
+        page.select_option(field, value) if is_choice else page.fill(field, value)
     page.evaluate("document.querySelector('#f-steps').value = 5000")
     click(".train")
     page.wait_for_url("**/jobs/*")
