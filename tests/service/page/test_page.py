@@ -11,8 +11,9 @@ import pytest
 from PIL import Image
 from servers import Service, wait
 
-LEAST = {"rank": "2", "resolution": "32", "batch_size": "1", "checkpoint_every": "0", "choose": "none", "sample_every": "0", 
-         "prior": "none", "sample_prompts": "{trigger} cat", "sample_seeds": "0", "sample_steps": "1", "targets": "self-attention"}  # fmt: skip
+LEAST = {"rank": "2", "resolution": "32", "batch_size": "1", "checkpoint_every": "0", "choose": "none", "prior": "none",
+         "targets": "self-attention", "sample_every": "0", "sample_prompts": "{trigger} cat", "sample_seeds": "0",
+         "sample_steps": "1"}  # fmt: skip
 ROOMS = ("/", "/dataset", "/compare", "/library", "/mix", "/jobs")
 
 
