@@ -282,3 +282,9 @@ document.addEventListener("input", (event) => {
   $("output", event.target.parentElement).value = event.target.value;
   $("[type=checkbox]", event.target.closest("li")).checked = true;
 });
+
+// ---------------------------------------------------------------- a new try makes an old message out of date
+
+document.addEventListener("htmx:beforeRequest", (event) => {
+  if (event.detail.requestConfig.verb !== "get") $("#toast").replaceChildren();
+});
