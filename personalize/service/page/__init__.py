@@ -15,9 +15,9 @@ from starlette.responses import FileResponse
 
 from ...reports.kit.page import PALETTE
 from . import compare, dataset, enter, jobs, library, mix, run, train
-from .render import STATIC, Room
+from .render import STATIC, Room, is_wanted, tell
 
-__all__ = ["STATIC", "router"]
+__all__ = ["STATIC", "is_wanted", "router", "tell"]
 
 router = APIRouter(include_in_schema=False, route_class=Room)
 for room in (enter, train, run, jobs, library, compare, dataset, mix):

@@ -58,6 +58,12 @@ def is_fragment(request: Request) -> bool:
     return "hx-request" in request.headers
 
 
+def is_wanted(request: Request) -> bool:
+    """Whether a person looks for a page, and not a program for an answer."""
+    asks = "text/html" in request.headers.get("accept", "")
+    return asks and not request.url.path.startswith(("/api/", "/v1/", "/static/"))
+
+
 def show(request: Request, name: str, status: int = 200, **values: Any) -> HTMLResponse:
     """A page, or a part of one, from a template."""
     return TEMPLATES.TemplateResponse(request, f"{name}.html.j2", values, status_code=status)

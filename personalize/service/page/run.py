@@ -10,7 +10,7 @@ from starlette.responses import Response
 
 from ...jobs import Job
 from ...reports.kit.curves import Panel, plot, smooth
-from ..records import address, sample_records
+from ..records import address, addresses, sample_records
 from ..routes.common import Here, Name
 from ..studio import Studio
 from .render import Room, show
@@ -67,6 +67,7 @@ def view_of(here: Studio, job: Job) -> dict[str, Any]:
         "report": address(job, "report.html") if (job.folder / "report.html").is_file() else "",
         "adapter": adapter_of(here, job),
         "pictures": pictures_of(job, told.kind("picture")),
+        "files": {key: at for key, at in addresses(job).items() if isinstance(at, str)},
         "log": here.store.log(job.id, 6000) if job.state == "failed" else "",
     }
 

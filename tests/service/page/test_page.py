@@ -202,6 +202,7 @@ def test_what_goes_wrong_is_told_with_what_to_do(page: Any, studio: Service, tra
     answer = page.goto("/train/nowhere")
     assert answer.status == 404 and "nowhere" in page.inner_text("h1")
     assert page.goto("/jobs/zzzz").status == 404
+    assert page.goto("/nothing/here").status == 404 and page.inner_text("h1") == "There is nothing here"
     page.goto("/train/scarf-cat?trigger=zwx")
     page.wait_for_selector("#f-steps")
     page.evaluate("document.querySelector('#others').open = true")
