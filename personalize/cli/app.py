@@ -19,7 +19,7 @@ from .jobs import jobs
 from .merge import merge
 from .messages import answer, answer_in_json, echo, print_error, show_in_any_code_page, warnings_as_lines
 from .presets import presets
-from .serve import serve
+from .serve import serve, ui
 from .train import batch, finish, report, tell, train
 
 
@@ -97,6 +97,6 @@ def version() -> int:
     return 0
 
 
-COMMANDS = (train, batch, finish, tell, generate, dataset, report, presets, version, merge, jobs, serve)
+COMMANDS = (train, batch, finish, tell, generate, dataset, report, presets, version, merge, jobs, serve, ui)
 for command in (*COMMANDS, *adapters.COMMANDS, *checkpoints.COMMANDS):
     cli.add_command(command)

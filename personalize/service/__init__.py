@@ -8,6 +8,8 @@ uploads.py    files that are sent, looked at aside     files.py      files as th
 datasets.py   folders of pictures and their captions   library.py    adapters, told from their headers
 requests.py   settings of jobs from requests           live.py       events as they happen, encoded once for everybody
 records.py    jobs as JSON                             openapi.py    the document, with the schema of each kind of job
+watch.py      what jobs have told, read once            hosts.py      image UIs on this machine, and their folders
+votes.py      which of two pictures people like better
 routes/       our own routes, under /api               openai/       OpenAI's, under /v1
 page/         the page
 """

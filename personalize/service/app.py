@@ -122,6 +122,8 @@ async def on_http(request: Request, error: Exception) -> Response:
     code = {404: "not_found", 405: "method_not_allowed", 413: "too_large"}.get(error.status_code, "http_error")
     if code == "too_large":
         return error_response(TOO_LARGE)
+    if error.status_code == 404 and request.method == "GET" and page.is_wanted(request):
+        return page.tell(request, 404, "There is nothing here", "The rooms are above.")
     what, hint = str(error.detail), ""
     if error.status_code in (404, 405) and what in ("Not Found", "Method Not Allowed"):
         what, hint = f"there is no route {request.method} {plain(request.url.path, 200)}", "GET /api/openapi.json lists them"

@@ -11,7 +11,7 @@ from ..data.captions import read_caption, safe_trigger
 from ..errors import DataError
 from ..io import disk_error, write_text
 from ..jobs.workspace import Workspace
-from ..pictures.files import all_files, format_of, is_picture
+from ..pictures.files import ASIDE, all_files, format_of, is_picture
 from ..pictures.galleries import Gallery, galleries
 from .errors import Refusal, not_found
 from .options import Limits
@@ -126,6 +126,30 @@ class Datasets:
         beside = (contents.caption_of(path), contents.mask_of(path)) if contents else ()
         for file in (path, *filter(None, beside)):
             file.unlink(missing_ok=True)
+
+    def set_aside(self, dataset: str, names: Iterable[str]) -> int:
+        """Move pictures with their captions and masks into a folder of the dataset that nothing reads; returns how many moved.
+
+        Raises Refusal for a picture that there is not, and where one of that name lies there already; nothing has moved then.
+        """
+        folder, moves = self.folder(dataset), list[tuple[Path, Path]]()
+        known = {path: gallery.contents for gallery in _galleries(folder) for path in gallery.pictures}
+        for name in names:
+            path = self.picture(dataset, name)
+            contents = known.get(path)
+            beside = (contents.caption_of(path), contents.mask_of(path)) if contents else ()
+            for file in (path, *filter(None, beside)):
+                target = file.parent / ASIDE / file.name
+                if target.exists():
+                    raise Refusal(409, "exists", f"{target} is there already", "rename one of them")
+                moves.append((file, target))
+        for file, target in moves:
+            try:
+                target.parent.mkdir(exist_ok=True)
+                file.rename(target)
+            except OSError as error:
+                raise disk_error(target, error) from error
+        return sum(is_picture(file) for file, _ in moves)
 
     def write_captions(self, dataset: str, captions: Mapping[str, str]) -> int:
         """Write captions beside their pictures, after all of them were checked; returns how many changed."""

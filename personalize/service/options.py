@@ -43,6 +43,7 @@ class Options:
     token: str = field(default="", repr=False)  # "": everybody who reaches it may use it
     folders: tuple[Path, ...] = ()  # outside of the workspace, that requests may name
     names: tuple[str, ...] = ()  # further host names by which it is called
+    hosts: tuple[Path, ...] = ()  # where image UIs keep their adapters: requests may copy some there, and nothing else
     limits: Limits = Limits()
 
     def __post_init__(self) -> None:

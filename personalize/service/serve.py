@@ -7,16 +7,21 @@ import signal
 import socket
 import tempfile
 import threading
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import uvicorn
 
 from ..errors import OutputError
+from ..io import write_text
+from ..jobs.workspace import Workspace
+from ..lock import is_held
 from .app import create_app
 from .options import Options
 from .studio import Studio
 
+ANSWER = 2.0  # seconds that a service that is there takes to say so
 GRACE = 10  # seconds that open connections get at the end: hundreds of streams take a while on a busy machine
 QUEUE = 512  # connections that may wait to be taken
 
@@ -62,13 +67,35 @@ def serve(options: Options, lanes: tuple[str, ...], on_ready: Callable[[str], No
             studio.engine.start()  # now, so that a workspace that is in use is an error in one line
         tempfile.tempdir = str(make_folder(studio.workspace.uploads / "spool"))  # large forms are kept on the workspace's disk
         address = f"http://{shown_host(options.host)}:{sock.getsockname()[1]}"
-        server = make_server(studio, lambda: on_ready(address))
+        place = address_file(studio.workspace)
+
+        def tell() -> None:
+            write_text(place, address + "\n")
+            on_ready(address)
+
+        server = make_server(studio, tell)
         try:
             server.run(sockets=[sock])
         finally:
+            place.unlink(missing_ok=True)
             if studio.engine:
                 studio.engine.stop()
     return 0
+
+
+def address_file(workspace: Workspace) -> Path:
+    """Where a running service of a workspace says how it is reached."""
+    return workspace.root / "address"
+
+
+def address_of_running(workspace: Workspace) -> str:
+    """The address of the service that runs a workspace; "" where none does."""
+    try:
+        address = address_file(workspace).read_text(encoding="utf-8").strip()
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(f"{address}/health", timeout=ANSWER) as answer:
+            return address if answer.status == 200 and is_held(workspace.root) else ""
+    except (OSError, ValueError):
+        return ""
 
 
 def make_server(studio: Studio, on_ready: Callable[[], None]) -> Server:
@@ -98,6 +125,15 @@ def listen(host: str, port: int) -> socket.socket:
         sock.close()
         raise OutputError(f"cannot listen on {host} port {port}: {error.strerror or error}", "choose another --port") from error
     return sock
+
+
+def is_free(host: str, port: int) -> bool:
+    """Whether a port can be listened on."""
+    try:
+        listen(host, port).close()
+    except OutputError:
+        return False
+    return True
 
 
 def shown_host(host: str) -> str:

@@ -10,11 +10,14 @@ from ..jobs import Engine, Job, Store, Workspace
 from .datasets import Datasets
 from .errors import Refusal
 from .files import Files
+from .hosts import Host, hosts_in
 from .library import Library
 from .live import Live
 from .options import Options
 from .paths import Places
 from .uploads import remove_leftovers
+from .votes import Votes
+from .watch import Watch
 
 DAY = 86_400  # seconds
 
@@ -27,9 +30,11 @@ class Studio:
     workspace: Workspace
     store: Store
     live: Live
+    watch: Watch
     datasets: Datasets
     files: Files
     library: Library
+    votes: Votes
     places: Places
     engine: Engine | None = None
 
@@ -43,12 +48,24 @@ class Studio:
             workspace,
             store,
             Live(store),
+            Watch(store),
             Datasets(workspace, options.folders, options.limits),
             Files(workspace.uploads),
             Library(workspace),
+            Votes(workspace),
             Places(workspace.root, options.folders),
             Engine(workspace, lanes) if lanes else None,
         )
+
+    @property
+    def hosts(self) -> list[Host]:
+        """The image UIs that an adapter can be sent to."""
+        return hosts_in((*self.options.folders, *self.options.hosts))
+
+    @property
+    def targets(self) -> Places:
+        """The folders that adapters may be copied to."""
+        return Places(self.workspace.root, (*self.options.folders, *self.options.hosts))
 
     def remove_leftovers(self) -> None:
         """Remove what crashes and clients left half done: only while no other service has the workspace."""

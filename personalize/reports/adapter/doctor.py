@@ -186,7 +186,7 @@ def as_json(checkups: Sequence[Checkup], collision: Collision | None = None, pre
     values: dict[str, object] = {"files": [_as_values(checkup) for checkup in checkups]}
     if collision:
         suggestions, reliefs = suggest(collision)
-        values |= {"collision": asdict(collision)}
+        values |= {"collision": asdict(collision), "twins": collision.twins}
         values |= {"suggestions": [asdict(one) for one in suggestions], "relief": [asdict(one) for one in reliefs]}
     values |= {"predictions": [asdict(one) for one in predictions]}
     return json.dumps(values, default=str, ensure_ascii=True)

@@ -13,6 +13,7 @@ from markupsafe import Markup
 from ...io import write_text
 from ...text import compact, duration, readable
 
+PALETTE = Path(__file__).parent / "palette.css"
 BUDGET = 3_000_000  # bytes of a page that still travels by mail
 
 T = TypeVar("T")
@@ -20,16 +21,16 @@ T = TypeVar("T")
 
 @cache
 def template(folder: Path) -> Template:
-    """`page.html.j2` in a folder. Its `page.css` and `page.js`, if they exist, are the variables `css` and `js`.
+    """`page.html.j2` in a folder. Its `page.css`, behind the palette, and `page.js`, if they exist, are `css` and `js`.
 
     All values are escaped, and an undefined one is an error. Filters: `figure`, `duration` (of seconds), `size` (of bytes).
     """
     env = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     env.loader = FileSystemLoader([folder, Path(__file__).parent])
     env.filters |= {"figure": compact, "duration": duration, "size": file_size}
-    for part in ("css", "js"):
+    for part, before in (("css", PALETTE.read_text(encoding="utf-8")), ("js", "")):
         if (path := folder / f"page.{part}").is_file():
-            env.globals[part] = Markup(path.read_text(encoding="utf-8"))
+            env.globals[part] = Markup(before + path.read_text(encoding="utf-8"))
     return env.get_template("page.html.j2")
 
 

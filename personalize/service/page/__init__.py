@@ -1,72 +1,30 @@
-"""The page. Templates lie in templates/, style and scripts in static/: nothing inline, for the browser would refuse it."""
+"""The page: rooms for people, with the functions that the API has. Nothing inline, for the browser would refuse it.
+
+render.py   templates, and errors as people read them     forms.py    forms of jobs, made of the recipe
+enter.py    the token asked for                           train.py    pictures -> coach -> settings -> a training
+run.py      a training as it happens                      jobs.py     the queue
+library.py  adapters                                      compare.py  checkpoints x strengths, drawn and voted on
+dataset.py  pictures, captions, masks                     mix.py      adapters together, then as one
+templates/  what they look like                           static/     style and scripts; vendor/ holds htmx, as npm has it
+"""
 
 from __future__ import annotations
 
-from pathlib import Path
+from fastapi import APIRouter
+from starlette.responses import FileResponse
 
-from fastapi import APIRouter, Request
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from starlette.responses import HTMLResponse, RedirectResponse, Response
-from starlette.templating import Jinja2Templates
+from ...reports.kit.page import PALETTE
+from . import compare, dataset, enter, jobs, library, mix, run, train
+from .render import STATIC, Room, is_wanted, tell
 
-from ...version import __version__
-from ..security import COOKIE, LOGIN, cookie_of, same
-from ..studio import Studio
+__all__ = ["STATIC", "is_wanted", "router", "tell"]
 
-HERE = Path(__file__).parent
-STATIC = HERE / "static"
-TEMPLATES = Jinja2Templates(
-    env=Environment(
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        loader=FileSystemLoader(HERE / "templates"),
-    )
-)
-TEMPLATES.env.globals["version"] = __version__
-YEAR = 365 * 86_400  # seconds
-
-router = APIRouter(include_in_schema=False)
+router = APIRouter(include_in_schema=False, route_class=Room)
+for room in (enter, train, run, jobs, library, compare, dataset, mix):
+    router.include_router(room.router)
 
 
-def show(request: Request, name: str, status: int = 200, **values: object) -> HTMLResponse:
-    """A page from a template."""
-    return TEMPLATES.TemplateResponse(request, name, values, status_code=status)
-
-
-@router.get("/")
-def home(request: Request) -> Response:
-    """The studio."""
-    studio: Studio = request.app.state.studio
-    return show(request, "home.html.j2", workspace=str(studio.workspace.root))
-
-
-@router.get(LOGIN)
-def login_page(request: Request) -> Response:
-    """The form that asks for the token."""
-    return show(request, "login.html.j2", wrong=False)
-
-
-@router.post(LOGIN)
-async def log_in(request: Request) -> Response:
-    """A cookie for the token, which scripts cannot read and which no other site's request carries."""
-    studio: Studio = request.app.state.studio
-    async with request.form(max_files=0, max_fields=2) as form:
-        token = form.get("token")
-    known = studio.options.token
-    if known and not (isinstance(token, str) and same(token.strip(), known)):
-        return show(request, "login.html.j2", 401, wrong=True)
-    answer = RedirectResponse("/", 303)
-    if known:
-        secure = request.url.scheme == "https"
-        answer.set_cookie(COOKIE, cookie_of(known), max_age=YEAR, httponly=True, samesite="strict", secure=secure)
-    return answer
-
-
-@router.post("/logout")
-def log_out() -> Response:
-    """Forget the cookie."""
-    answer = RedirectResponse(LOGIN, 303)
-    answer.delete_cookie(COOKIE, httponly=True, samesite="strict")
-    return answer
+@router.get("/static/palette.css")
+def palette() -> FileResponse:
+    """The colours of the reports, which are the studio's too."""
+    return FileResponse(PALETTE, media_type="text/css")

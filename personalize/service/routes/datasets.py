@@ -34,6 +34,12 @@ class Captions(Body):
     captions: dict[Name, Caption]
 
 
+class Pictures(Body):
+    """Pictures of a dataset, by their names."""
+
+    pictures: list[Name]
+
+
 class CheckSettings(Body):
     """Settings that change how pictures are judged: those of a training."""
 
@@ -101,6 +107,13 @@ def examine(here: Studio, dataset: str, given: dict[str, Any]) -> dict[str, Any]
     stats = report.measure_dataset(recipe, flags)
     found: dict[str, Any] = json.loads(report.as_json(stats, worst_first(report.find_problems(stats))))
     return found | {"id": dataset, "taken_for": told}
+
+
+@router.post("/datasets/{dataset}/aside")
+def set_aside(here: Here, dataset: Name, body: Pictures) -> dict[str, Any]:
+    """Move pictures with their captions and masks out of the way, into a folder of the dataset that nothing reads."""
+    here.check_unused(here.datasets.folder(dataset))
+    return {"moved": here.datasets.set_aside(dataset, body.pictures)}
 
 
 @router.get("/datasets/{dataset}/captions")

@@ -64,7 +64,19 @@ def remove_adapter(here: Here, id: Name) -> dict[str, Any]:
     return {"id": id, "object": "adapter", "deleted": True}
 
 
+@router.get("/hosts")
+def list_hosts(here: Here) -> dict[str, Any]:
+    """The image UIs that adapters can be sent to: in folders that were named, and where `personalize ui` found them."""
+    return many([{"name": one.name, "folder": str(one.folder)} for one in here.hosts])
+
+
 @router.post("/adapters/{id}/send")
 def send_adapter(here: Here, id: Name, body: Target) -> dict[str, Any]:
     """Copy an adapter with what image UIs read beside it into a folder of theirs."""
-    return {"files": [str(path) for path in here.library.send(id, body.folder, here.places, body.replace)]}
+    return {"files": [str(path) for path in here.library.send(id, body.folder, here.targets, body.replace)]}
+
+
+@router.get("/votes")
+def list_votes(here: Here, run: Name | None = None) -> dict[str, Any]:
+    """Which of two pictures people liked better in blind comparisons, the oldest first: what tuning by preference learns from."""
+    return many(here.votes.all(run))

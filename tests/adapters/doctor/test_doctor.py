@@ -425,7 +425,7 @@ def test_the_table_names_findings(file: Path) -> None:
 def test_json(tmp_path: Path) -> None:
     checkups, adapters = shown(tmp_path)
     told = json.loads(checkup.as_json(checkups, collide(adapters), predict(adapters, [1, 1])))
-    assert told.keys() == {"files", "collision", "suggestions", "relief", "predictions"}
+    assert told.keys() == {"files", "collision", "twins", "suggestions", "relief", "predictions"}
     assert told["files"][0]["blocks"]["MID"] == pytest.approx(checkups[0].blocks["MID"])
     assert told["collision"]["meetings"][-1]["block"] == "all"
     assert json.loads(checkup.as_json(checkups)).keys() == {"files", "predictions"}
