@@ -61,7 +61,6 @@ def view_of(here: Studio, job: Job) -> dict[str, Any]:
         "loss": smooth(sorted(told.losses.items()))[-1][1] if told.losses else None,
         "strips": strips,
         "count": sum(len(one.frames) for one in strips),
-        "recipe": started.get("recipe", {}),
         "warnings": list(dict.fromkeys([*started.get("warnings", []), *(one["text"] for one in told.kind("warned"))])),
         "chosen": next(reversed(told.kind("chosen")), None),
         "report": address(job, "report.html") if (job.folder / "report.html").is_file() else "",
