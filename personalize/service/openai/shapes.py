@@ -7,7 +7,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from ...jobs import Job
-from ...training.events import EVENTS, parse
+from ...training.events import EVENTS, Judged, parse
+from ...training.verdict import describe
 from .names import JOB, RESULT, model_name
 
 # Where there is no such state at OpenAI: a paused job waits, and the event says for what.
@@ -87,6 +88,8 @@ def level_of(kind: str) -> str:
 def message_of(record: Mapping[str, Any]) -> str:
     """An event as a sentence."""
     kind = str(record.get("event"))
+    if kind == "judged" and isinstance(judged := parse(record), Judged):
+        return f"Step {judged.step}: {describe(judged).headline}"
     written = MESSAGES.get(kind)
     if written is None:
         return str(record.get("text") or record.get("message") or record.get("error") or record.get("state") or kind)
@@ -104,7 +107,6 @@ MESSAGES = {
     "encoded": "What the base's autoencoder makes of the pictures: {path}",
     "saved": "Step {step}: saved {path}",
     "scored": "Step {step}: examined, score {score:.3f}",
-    "judged": "Step {step}: images judged, {value:.0%} come out right",
     "chosen": "Step {step} is chosen among {among} checkpoints, good at strengths {low:.2g} to {high:.2g}",
     "steppeddown": "Memory ran out after step {step}: {what} gave way",
     "stopped": "Stopped after step {step}, the state is saved",

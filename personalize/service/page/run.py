@@ -10,6 +10,9 @@ from starlette.responses import Response
 
 from ...jobs import Job
 from ...reports.kit.curves import Panel, plot, smooth
+from ...reports.run.read import read_run
+from ...reports.run.verdict import judgement
+from ...training.verdict import Words, describe
 from ..records import address, addresses, sample_records
 from ..routes.common import Here, Name
 from ..studio import Studio
@@ -65,10 +68,19 @@ def view_of(here: Studio, job: Job) -> dict[str, Any]:
         "chosen": next(reversed(told.kind("chosen")), None),
         "report": address(job, "report.html") if (job.folder / "report.html").is_file() else "",
         "adapter": adapter_of(here, job),
+        "verdict": verdict_of(job),
         "pictures": pictures_of(job, told.kind("picture")),
         "files": {key: at for key, at in addresses(job).items() if isinstance(at, str)},
         "log": here.store.log(job.id, 6000) if job.state == "failed" else "",
     }
+
+
+def verdict_of(job: Job) -> Words | None:
+    """What the judgement says of the adapter that a training made, as its report says it; None where nothing was judged."""
+    if job.kind != "train" or job.state != "succeeded" or not job.folder.is_dir():
+        return None
+    found = judgement(read_run(job.folder))
+    return describe(found) if found else None
 
 
 def loss_panel(losses: dict[int, float]) -> Panel | None:

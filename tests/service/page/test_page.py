@@ -48,8 +48,10 @@ def trained(chromium: Any, studio: Service) -> str:
     until(page, "document.querySelectorAll('#growth img').length === 2")  # the base's, and that of a step
     until(page, "[...document.querySelectorAll('#growth img')].every(one => one.naturalWidth > 0)")
     page.click("button:has-text('Stop and keep')")
-    page.wait_for_selector("#finished", timeout=180_000)  # it comes by itself, while it is looked at
-    assert page.inner_text(".live .state") == "succeeded" and "It knows zwx now" in page.inner_text("#finished")
+    page.wait_for_selector("#finished", timeout=180_000)  # it comes by itself, while it is looked at; nothing was judged
+    assert page.inner_text(".live .state") == "succeeded" and "zwx is trained" in page.inner_text(
+        "#finished"
+    )  # nothing was judged
     id = page.url.rpartition("/")[2]
     page.context.close()
     settings = studio.studio.store.get(id).settings
