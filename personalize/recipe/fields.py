@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -19,9 +19,16 @@ from pydantic import (
 )
 from pydantic._internal._model_construction import ModelMetaclass  # of BaseModel: it has no public name
 
+from ..adapters.kinds import trainable as trainable_rows
 from ..errors import RecipeError, nearest
 from .one_of import OneOf
 from .samplers import AUTO, SAMPLERS, sampler_name
+
+
+def trainable() -> tuple[str, ...]:
+    """What `--kind` can be."""
+    return tuple(trainable_rows())
+
 
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
 
@@ -125,11 +132,27 @@ class Data(Part):
         return self.caption_shuffle or self.tag_dropout > 0
 
 
-class AdapterSpec(Part):
-    """The adapter's shape: LoRA (Hu et al. 2021, https://arxiv.org/abs/2106.09685)."""
+def _unset(value: Any) -> bool:
+    """Whether a setting that came later is off: it is left out of what is written, and old files stay the same."""
+    return not value
 
-    kind: Literal["lora"] = Field("lora", description="adapter kind")
-    rank: int = Field(8, ge=1, le=1024, description="rank of the UNet update")
+
+def _is(default: Any) -> Callable[[Any], bool]:
+    """Whether such a setting has its default."""
+    return lambda value: bool(value == default)
+
+
+class AdapterSpec(Part):
+    """The adapter's kind and shape."""
+
+    kind: Annotated[str, OneOf("kinds", trainable)] = Field(
+        "lora",
+        description="what is learned: LoRA (Hu et al. 2021), DoRA (Liu et al. 2024), LoHa and LoKr (Yeh et al. 2023), "
+        "OFT (Qiu et al. 2023), (IA)^3 (Liu et al. 2022), or norms: weights and biases of all normalization layers",
+    )
+    rank: int = Field(
+        8, ge=1, le=1024, description="rank of the UNet update; of OFT, the size of a block; IA3 and norms have none"
+    )
     alpha: float = Field(
         default_factory=lambda fields: float(fields["rank"]),
         gt=0,
@@ -139,6 +162,27 @@ class AdapterSpec(Part):
     targets: Annotated[tuple[str, ...], AtCommas] = Field(
         ("attention", "feedforward"),
         description="UNet layers: attention, self-attention, cross-attention, feedforward, projection, conv, or a path glob",
+    )
+    rslora: bool = Field(
+        False,
+        exclude_if=_unset,
+        description="scale by alpha / sqrt(rank), rank-stabilized (Kalajdzievski 2023): LoRA, DoRA, LoHa, LoKr",
+    )
+    lokr_factor: int = Field(
+        8,
+        ge=0,
+        le=1024,
+        exclude_if=_is(8),
+        description="side of LoKr's first half, as near as a layer allows; 0: as square as can be",
+    )
+    lokr_full: bool = Field(
+        False, exclude_if=_unset, description="LoKr of two whole matrices, whatever the rank, without a scale"
+    )
+    oft_block: int = Field(
+        0, ge=0, le=1024, exclude_if=_unset, description="rows that a block of OFT turns, at most; 0: the rank"
+    )
+    biases: bool = Field(
+        False, exclude_if=_unset, description="with --kind norms, also biases of the target layers; A1111 refuses such files"
     )
     text_rank: int = Field(4, ge=1, le=1024, description="rank of the text-encoder update (alpha keeps its ratio to rank)")
     text_targets: Annotated[tuple[str, ...], AtCommas] = Field(
@@ -174,6 +218,12 @@ class Optim(Part):
         description="optimizer: AdamW (Loshchilov & Hutter 2017), or one that was added",
     )
     lr: float = Field(1e-3, ge=0, description="learning rate of the UNet adapter; 0 leaves the UNet alone")
+    lora_plus: float = Field(
+        1.0,
+        gt=0,
+        exclude_if=_is(1.0),
+        description="rate of a LoRA's or DoRA's second factor (up) over the first one's: LoRA+ (Hayou et al. 2024)",
+    )
     text_encoder_lr: float = Field(0.0, ge=0, description="learning rate of the text-encoder adapter; 0 leaves it alone")
     text_encoder_share: float = Field(
         1.0, gt=0, le=1, description="share of the steps in which the text encoder learns, before it stays as it is"
@@ -336,6 +386,7 @@ class Recipe(Part):
             raise RecipeError("nothing would be trained: --lr and --text-encoder-lr are both 0")
         if not self.optim.lr and self.optim.text_encoder_share < 1:
             raise RecipeError("with --lr 0 nothing is left to train after --text-encoder-share", "leave that out")
+        self._fits_kind()
         if self.data.regularization is not None and self.objective.prior != "images":
             raise RecipeError("--regularization holds class images for --prior images", f"not for --prior {self.objective.prior}")
         brought = self.data.regularization and self.objective.prior_prompts  # folders may name their class
@@ -354,6 +405,27 @@ class Recipe(Part):
             if unknown := set(re.findall(r"(?<!\\){([^{}|]*)}", template)) - {"trigger", "class"}:
                 raise RecipeError(f"{flag} can hold {{trigger}} and {{class}}, not {{{min(unknown)}}}")
         return self
+
+    def _fits_kind(self) -> None:
+        """Refuse what the adapter's kind does not have."""
+        name, rows = self.adapter.kind, trainable_rows()
+        for field in dict.fromkeys(field for row in rows.values() for field in row.settings):
+            part = self.adapter if field in AdapterSpec.model_fields else self.optim
+            if getattr(part, field) != type(part).model_fields[field].default and field not in rows[name].settings:
+                others = ", ".join(other for other, row in rows.items() if field in row.settings)
+                raise RecipeError(
+                    f"--{field.replace('_', '-')} is nothing that --kind {name} has", f"it is a setting of {others}"
+                )
+        if self.dialect != "kohya" and name != "lora":
+            raise RecipeError(
+                f"--dialect {self.dialect} holds LoRA only, not --kind {name}", "leave it out: kohya holds every kind"
+            )
+        if self.adapter.dropout and name == "norms":
+            raise RecipeError("--dropout drops inputs of layers, and --kind norms changes none", "leave it out")
+        if self.adapter.rslora and self.adapter.lokr_full:
+            raise RecipeError(
+                "--rslora and --lokr-full exclude each other: two whole matrices have no scale", "leave one of them out"
+            )
 
     @property
     def remarks(self) -> list[str]:
