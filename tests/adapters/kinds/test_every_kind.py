@@ -186,8 +186,8 @@ def input_of(layer: nn.Module, dtype: torch.dtype = torch.float32) -> Tensor:
 DRAWN = {"lora", "dora", "loha", "lokr"}  # kinds whose start is random; others begin with zeros alone
 
 
-def begun(row: str, weight: Tensor, seed: int = 1, size: Size = Size(rank=4)) -> dict[str, Tensor]:
-    return kinds.row(row).start(weight, size, torch.Generator().manual_seed(seed))  # type: ignore[misc]
+def begun(row: str, weight: Tensor, seed: int = 1) -> dict[str, Tensor]:
+    return kinds.row(row).start(weight, Size(rank=4), torch.Generator().manual_seed(seed))  # type: ignore[misc]
 
 
 @pytest.mark.parametrize("layer", LAYERS)
