@@ -78,6 +78,4 @@ def check_kind(adapter: AdapterSpec, optim: Part, dialect: str) -> None:
     if adapter.dropout and name == "norms":
         raise RecipeError("--dropout drops inputs of layers, and --kind norms changes none", "leave it out")
     if adapter.rslora and adapter.lokr_full:
-        raise RecipeError(
-            "--rslora and --lokr-full exclude each other", "two whole matrices have no scale: leave one out"
-        )
+        raise RecipeError("--rslora and --lokr-full exclude each other", "two whole matrices have no scale: leave one out")

@@ -334,6 +334,17 @@ def test_norms_of_a_dora_do_not_decay(make: Make) -> None:
         assert not torch.allclose(after[DORA], before[DORA] * (1 - 0.5 * 0.9), rtol=0.05)
 
 
+def test_a_dora_in_fp16_rounds_dw_and_not_w(base: Base, tmp_path: Path) -> None:
+    weight = weight_named(base, LINEAR)
+    delta = moved(deltas_of(base, kind="dora")[LINEAR])
+    read = Adapter.load(Adapter({LINEAR: delta}).save(tmp_path / "a", dtype="fp16")).deltas[LINEAR]
+    with safe_open(tmp_path / "a.safetensors", "pt") as file:
+        dtypes = {key.rpartition(".")[2]: file.get_tensor(key).dtype for key in file.keys()}  # noqa: SIM118
+    assert dtypes == {"weight": torch.float16, "alpha": torch.float32, "dora_scale": torch.float32}
+    assert torch.equal(read.stored()[DORA], delta.stored()[DORA])
+    assert float((read.delta(weight) - delta.delta(weight)).norm()) < 1e-3 * float(delta.delta(weight).norm())
+
+
 def test_sides_of_lokr_are_those_of_lycoris() -> None:
     from lycoris.functional.general import factorization
 
