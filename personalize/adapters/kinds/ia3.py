@@ -27,7 +27,7 @@ def shape(shapes: Shapes) -> Shape:
 def delta(tensors: Tensors, weight: Tensor | None, alpha: float | None) -> Tensor:
     """W times a factor per channel, in W's shape."""
     assert weight is not None
-    side, factors = 1 if bool(tensors["on_input"]) else 0, tensors["weight"]
+    side, factors = 1 if bool(tensors["on_input"].item()) else 0, tensors["weight"]
     if factors.numel() != weight.shape[side]:
         raise AdapterError(f"IA3 factors {list(factors.shape)} do not fit a weight of {list(weight.shape)}")
     return weight * factors.reshape([-1 if i == side else 1 for i in range(weight.ndim)])
