@@ -29,7 +29,7 @@ TARGETS = ("attention", "feedforward", "conv")
 FAMILIES = ("pocket", "sd1", "sd2", "sdxl")
 HEAD = """# Kinds, bases and programs
 
-What each program makes of the file that `train --kind` writes, by its own rules for names and kinds (`adapters/hosts.py`). Made by
+What each program makes of the file that `train --kind` writes, by its own rules of names and kinds (`adapters/hosts.py`). Made by
 `python -m tools.kinds > docs/kinds.md`, which writes a file of each kind with every layer of attention, feed-forward and
 convolutions in the family's true shapes, text encoders among them; `personalize doctor FILE` says the same of any file. "-": it
 has no such base. OFT's alpha is 0 in these files: no rotation is limited.
