@@ -151,8 +151,7 @@ class Optimizer:
 
 
 def parameter_groups(part: str, named: Mapping[str, nn.Parameter], optim: Optim) -> Groups:
-    """A part's parameters in groups: learning rates differ by LoRA+, and norms of DoRA, whose 0 is no update of nothing, do not
-    decay."""
+    """A part's parameters in groups: `up` has its own rate (LoRA+), and norms of DoRA do not decay: at 0 they take W away."""
     up = [name for name in named if name.endswith(".up") and optim.lora_plus != 1]
     norms = [name for name in named if name.endswith(f".{DORA}")]
     rest = [name for name in named if name not in {*up, *norms}]

@@ -19,6 +19,8 @@ from .attach import check_fit, weight_named
 from .specs import lora_of
 from .targets import matches
 
+Pair = tuple[LowRank, LowRank]  # what a file holds, and what is to hold it
+
 
 def start_from(base: Base, adapter: Adapter, start: Mapping[str, Delta], name: str) -> dict[str, Delta]:
     """Updates of the modules, kinds and shapes of `start` whose dW is the adapter's; what is beyond it starts as there.
@@ -31,24 +33,45 @@ def start_from(base: Base, adapter: Adapter, start: Mapping[str, Delta], name: s
     if more := sorted(set(adapter.deltas) - set(start)):
         what = f"{name} changes {len(more)} layers that would not be trained, such as {more[0]}"
         raise AdapterError(what, hint_for_targets(base, sorted(adapter.deltas), more))
+    pairs = {path: _pair(base, path, delta, start[path]) for path, delta in adapter.deltas.items()}
+    _check_ranks(base, pairs, name)
     return {
-        path: _hold(base, path, adapter.deltas[path], one, name) if path in adapter.deltas else one for path, one in start.items()
+        path: _hold(base, path, adapter.deltas[path], one, pairs[path], name) if path in pairs else one
+        for path, one in start.items()
     }
 
 
-def _hold(base: Base, path: str, delta: Delta, start: Delta, name: str) -> Delta:
-    """An update of the kind and shape of `start` with a delta's dW. Raises AdapterError."""
+def _pair(base: Base, path: str, delta: Delta, start: Delta) -> Pair | None:
+    """The factors of a delta, and those of `start` that are to hold them; None where none can."""
     if isinstance(start, LowRank):
         plain = delta if not delta.needs_base else Dense(delta.delta(weight_named(base, path)))
-        return _fit(base, path, LowRank(*_factors(lora_of(plain, start.shape))), start, name)
-    if isinstance(start, Decomposed) and isinstance(start.inner, LowRank):
-        if isinstance(delta, LowRank):
-            inner = _fit(base, path, delta, start.inner, name)
-            weight = weight_named(base, path).float()
-            return Decomposed(inner, norms_of(weight + inner.delta()))
-        if isinstance(delta, Decomposed) and isinstance(delta.inner, LowRank) and delta.magnitude.shape == start.magnitude.shape:
-            return Decomposed(_fit(base, path, delta.inner, start.inner, name), delta.magnitude)
-    elif type(delta) is type(start) and _form(delta) == _form(start):
+        return LowRank(*_factors(lora_of(plain, start.shape))), start
+    own = delta.inner if isinstance(delta, Decomposed) and len(delta.magnitude) == 1 else delta
+    if isinstance(start, Decomposed) and isinstance(start.inner, LowRank) and isinstance(own, LowRank):
+        return own, start.inner
+    return None
+
+
+def _check_ranks(base: Base, pairs: Mapping[str, Pair | None], name: str) -> None:
+    """Raise AdapterError, which names the rank that holds all, where a rank is higher than that of what is trained."""
+    if higher := {path: pair for path, pair in pairs.items() if pair and pair[0].rank > pair[1].rank}:
+        path = max(higher, key=lambda path: higher[path][0].rank)
+        own, start = higher[path]
+        flag = "--rank" if path.startswith(f"{base.family.denoiser.part}.") else "--text-rank"
+        what = f"{name} has rank {own.rank} at {path}, more than {flag} {start.rank} holds"
+        convert = command_line("personalize", "convert", name, "--to", "lora", "--rank", start.rank)
+        raise AdapterError(what, f"{flag} {own.rank} holds it exactly; {convert} -o FILE makes it smaller and prints the error")
+
+
+def _hold(base: Base, path: str, delta: Delta, start: Delta, pair: Pair | None, name: str) -> Delta:
+    """An update of the kind and shape of `start` with a delta's dW. Raises AdapterError."""
+    if pair:
+        wide = widen(*pair)
+        if isinstance(start, LowRank):
+            return wide
+        norms = delta.magnitude if isinstance(delta, Decomposed) else norms_of(weight_named(base, path).float() + wide.delta())
+        return Decomposed(wide, norms)
+    if type(delta) is type(start) and not isinstance(start, Decomposed) and _form(delta) == _form(start):
         return delta
     what = f"{name} holds {kind_name(delta)} at {path}, and what is trained is {kind_name(start)} of {_sizes(start)}"
     raise AdapterError(what, "--kind lora begins with any adapter; others with one of the same kind and size")
@@ -63,16 +86,6 @@ def _form(delta: Delta) -> tuple[str, dict[str, Shape], float | None]:
 
 def _sizes(delta: Delta) -> str:
     return ", ".join(f"{role} {list(size)}" for role, size in shapes_of(delta.stored()).items() if size)
-
-
-def _fit(base: Base, path: str, own: LowRank, start: LowRank, name: str) -> LowRank:
-    """`own` in the rank and alpha of `start`. Raises AdapterError where its rank is higher."""
-    if own.rank > start.rank:
-        flag = "--rank" if path.startswith(f"{base.family.denoiser.part}.") else "--text-rank"
-        what = f"{name} has rank {own.rank} at {path}, more than {flag} {start.rank} holds"
-        convert = command_line("personalize", "convert", name, "--to", "lora", "--rank", start.rank)
-        raise AdapterError(what, f"{flag} {own.rank} holds it exactly; {convert} -o FILE makes it smaller and prints the error")
-    return widen(own, start)
 
 
 def widen(own: LowRank, start: LowRank) -> LowRank:

@@ -166,6 +166,17 @@ def test_a_run_that_was_closed_ends_with_the_same_bytes(make: Make, tmp_path: Pa
     assert file_of(whole).read_bytes() == file_of(broken).read_bytes()
 
 
+@pytest.mark.usefixtures("short_exam")
+@pytest.mark.parametrize("kind", all_but({"dora", "norms"}, OTHERS))
+def test_checkpoints_are_chosen_and_drawn_as_with_lora(make: Make, kind: str) -> None:
+    flags = {"choose": "best", "sample_prompts": ["{trigger}"], "text_encoder_lr": 0.0}
+    recipe = make("run", kind=kind, **flags)
+    events = run(recipe)
+    told = [type(event).__name__ for event in events]
+    assert told.count("Chosen") == 1 and told.count("Sweep") == 6 and told[-1] == "Finished"
+    assert file_of(recipe).with_suffix(".json").is_file() and file_of(recipe).with_suffix(".png").is_file()
+
+
 def train_until_killed(preset: Path, output: Path) -> None:
     for event in train(resolve(flags={"preset": preset, "output": output})):
         if isinstance(event, Step) and event.step == 2:
