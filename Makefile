@@ -44,6 +44,8 @@ docs: $(READY)
 	mv docs/recipe.md.tmp docs/recipe.md
 	$(BIN)/python -m tools.architecture > docs/architecture.md.tmp
 	mv docs/architecture.md.tmp docs/architecture.md
+	$(BIN)/python -m tools.kinds > docs/kinds.md.tmp
+	mv docs/kinds.md.tmp docs/kinds.md
 
 # How well the base obeys, and how well it personalizes; minutes to hours.
 bench: $(READY)

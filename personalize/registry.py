@@ -20,6 +20,7 @@ from .errors import RecipeError, nearest
 BUILT_IN: dict[str, dict[str, str]] = {
     "kinds": {
         "lora": "personalize.adapters.kinds.lora:LORA",
+        "dora": "personalize.adapters.kinds.dora:DORA_KIND",
         "lora+sparse": "personalize.adapters.kinds.sparse:SPARSE",
         "loha": "personalize.adapters.kinds.loha:LOHA",
         "lokr": "personalize.adapters.kinds.lokr:LOKR",
@@ -28,7 +29,6 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "ia3": "personalize.adapters.kinds.ia3:IA3",
         "full": "personalize.adapters.kinds.full:FULL",
         "norm": "personalize.adapters.kinds.full:NORM",
-        "dora": "personalize.adapters.kinds.dora:DORA_KIND",
     },
     "families": {  # in the order in which they are recognised
         "pocket": "personalize.families.pocket:POCKET",

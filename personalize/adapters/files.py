@@ -28,6 +28,7 @@ from .lazy import OnDemand, prefetch, shapes_of
 from .words import key_inside
 
 Deltas = Mapping[str, Delta]
+EXACT = (kinds.ALPHA, kinds.DORA)  # in fp32 in every file: a rounded norm would change all of W, and dW is little of that
 Words = Mapping[str, Mapping[str, Tensor]]  # word => key as in words.py => vectors
 
 
@@ -163,7 +164,7 @@ def _add(draft: contract.Draft, path: str, delta: Delta) -> None:
         role = _role(draft, path, role, delta)
         if not draft.has(role):
             continue
-        kept = value if role == kinds.ALPHA else value.to(torch.int32 if role in kinds.INTEGERS else TORCH[draft.dtype])
+        kept = value if role in EXACT else value.to(torch.int32 if role in kinds.INTEGERS else TORCH[draft.dtype])
         if role in kinds.NUMBERS:
             numbers[role] = float(kept)
         else:

@@ -4,98 +4,26 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
-from pydantic._internal._model_construction import ModelMetaclass  # of BaseModel: it has no public name
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from ..errors import RecipeError, nearest
+from ..errors import RecipeError
+from .adapter import AdapterSpec as AdapterSpec
+from .adapter import check_kind
 from .one_of import OneOf
+from .part import AtCommas, equals
+from .part import Part as Part
 from .samplers import AUTO, SAMPLERS, sampler_name
 
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
 
 
-def _at_commas(value: Any) -> Any:
-    """`a,b` as (a, b), also inside a list: what a shell or a quick line of TOML gives."""
-    items = value if isinstance(value, list | tuple) else [value]
-    return [piece for item in items for piece in (item.split(",") if isinstance(item, str) else [item])]
-
-
 def _as_list(value: Any) -> Any:
     """A lone number as a list of one text: `holdout = 2`."""
     return [str(value)] if isinstance(value, int) and not isinstance(value, bool) else value
-
-
-AtCommas = BeforeValidator(_at_commas)
-
-
-AnyPart = TypeVar("AnyPart", bound="Part")
-
-
-class Called(ModelMetaclass):
-    """What Python code gets wrong in a call is a RecipeError that names the right place."""
-
-    def __call__(cls, *args: Any, **values: Any) -> Any:
-        if args:
-            raise RecipeError(f"{cls.__name__} takes settings by name", "p.resolve(folder='photos', rank=4)")
-        try:
-            return super().__call__(**values)
-        except ValidationError as error:
-            raise explain_call(cls, error) from None
-
-
-class Part(BaseModel, metaclass=Called):
-    """A section of the recipe. Unknown keys are errors; values cannot change after validation."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, populate_by_name=True, allow_inf_nan=False)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        raise RecipeError(f"a recipe cannot be changed: {name}", f"make another one: p.resolve(start=recipe, {name}=...)")
-
-    def model_copy(self: AnyPart, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> AnyPart:
-        """A copy with other values, which are not validated. Raises RecipeError for names that are no fields."""
-        for name in (update or {}).keys() - type(self).model_fields.keys():
-            raise unknown_field(type(self), name)
-        return super().model_copy(update=update, deep=deep)
-
-
-def explain_call(part: Any, error: ValidationError) -> RecipeError:
-    """The first thing that is wrong about a call, as one line."""
-    *within, name = map(str, (first := error.errors()[0])["loc"])
-    if first["type"] == "extra_forbidden":
-        for one in within:
-            part = part.model_fields[one].annotation or part
-        return unknown_field(part, name)
-    what = first["msg"].replace("Input should be", "must be", 1)
-    return RecipeError(f"{'.'.join([*within, name])} {what}, not {first['input']!r}")
-
-
-def unknown_field(part: type[BaseModel], name: str) -> RecipeError:
-    """What to say of a name that is no field of a section, or of the recipe: where it belongs, or what was meant."""
-    kinds = {field: info.annotation for field, info in Recipe.model_fields.items()}
-    sections = {field: kind for field, kind in kinds.items() if isinstance(kind, type) and issubclass(kind, Part)}
-    homes = dict.fromkeys(kinds.keys() - sections.keys(), "")
-    for field, kind in sections.items():
-        homes |= {info.alias or key: field for key, info in kind.model_fields.items()}
-    what = f"{part.__name__} has no setting {name!r}"
-    if section := homes.get(name):
-        call = f"Recipe({section}={sections[section].__name__}({name}=...))"
-        return RecipeError(what, f"it is {section}.{name}: p.{call}, or p.resolve({name}=...)")
-    if name in homes:
-        return RecipeError(what, f"it is the recipe's own: p.Recipe({name}=...)")
-    placed = {f"did you mean {own}?": f"did you mean {section}.{own}?" for own, section in homes.items() if section}
-    return RecipeError(what, placed.get(meant := nearest(name, homes), meant))
 
 
 class Data(Part):
@@ -123,27 +51,6 @@ class Data(Part):
     def varies(self) -> bool:
         """Whether the same picture's caption differs from step to step, but for being dropped."""
         return self.caption_shuffle or self.tag_dropout > 0
-
-
-class AdapterSpec(Part):
-    """The adapter's shape: LoRA (Hu et al. 2021, https://arxiv.org/abs/2106.09685)."""
-
-    kind: Literal["lora"] = Field("lora", description="adapter kind")
-    rank: int = Field(8, ge=1, le=1024, description="rank of the UNet update")
-    alpha: float = Field(
-        default_factory=lambda fields: float(fields["rank"]),
-        gt=0,
-        description="the update is scaled by alpha / rank (default: the rank)",
-    )
-    dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapter's input")
-    targets: Annotated[tuple[str, ...], AtCommas] = Field(
-        ("attention", "feedforward"),
-        description="UNet layers: attention, self-attention, cross-attention, feedforward, projection, conv, or a path glob",
-    )
-    text_rank: int = Field(4, ge=1, le=1024, description="rank of the text-encoder update (alpha keeps its ratio to rank)")
-    text_targets: Annotated[tuple[str, ...], AtCommas] = Field(
-        ("attention", "feedforward"), description="text-encoder layers: attention, feedforward, or a path glob"
-    )
 
 
 class Objective(Part):
@@ -174,6 +81,12 @@ class Optim(Part):
         description="optimizer: AdamW (Loshchilov & Hutter 2017), or one that was added",
     )
     lr: float = Field(1e-3, ge=0, description="learning rate of the UNet adapter; 0 leaves the UNet alone")
+    lora_plus: float = Field(
+        1.0,
+        gt=0,
+        exclude_if=equals(1.0),
+        description="rate of a LoRA's or DoRA's second factor (up) over the first one's: LoRA+ (Hayou et al. 2024)",
+    )
     text_encoder_lr: float = Field(0.0, ge=0, description="learning rate of the text-encoder adapter; 0 leaves it alone")
     text_encoder_share: float = Field(
         1.0, gt=0, le=1, description="share of the steps in which the text encoder learns, before it stays as it is"
@@ -336,6 +249,7 @@ class Recipe(Part):
             raise RecipeError("nothing would be trained: --lr and --text-encoder-lr are both 0")
         if not self.optim.lr and self.optim.text_encoder_share < 1:
             raise RecipeError("with --lr 0 nothing is left to train after --text-encoder-share", "leave that out")
+        check_kind(self.adapter, self.optim, self.dialect)
         if self.data.regularization is not None and self.objective.prior != "images":
             raise RecipeError("--regularization holds class images for --prior images", f"not for --prior {self.objective.prior}")
         brought = self.data.regularization and self.objective.prior_prompts  # folders may name their class
@@ -378,3 +292,6 @@ class Recipe(Part):
         yield "--caption-prefix", self.data.caption_prefix
         yield from (("--prior-prompts", prompt) for prompt in self.objective.prior_prompts)
         yield from (("--sample-prompts", prompt) for prompt in self.sampling.sample_prompts)
+
+
+Part.whole = Recipe

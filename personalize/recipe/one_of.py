@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,13 +16,17 @@ from .. import registry
 
 @dataclass(frozen=True)
 class OneOf:
-    """One of the names of a table (registry.py): the flag's choices are the table's rows, those of other packages among them."""
+    """One of the names of a table (registry.py): the flag's choices are the table's rows, those of other packages among them.
+
+    `names` gives the choices where they are not all rows, or go by other names.
+    """
 
     table: str
+    names: Callable[[], tuple[str, ...]] | None = None
 
     @property
     def choices(self) -> tuple[str, ...]:
-        return tuple(registry.table(self.table))
+        return self.names() if self.names else tuple(registry.table(self.table))
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         return no_info_after_validator_function(self._check, handler(source))

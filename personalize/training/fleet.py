@@ -15,7 +15,7 @@ from pathlib import Path
 from ..errors import PersonalizeError, RecipeError, check_type
 from ..models.model import Base
 from ..recipe.fields import Recipe
-from .events import Failed, Finished, Shared, Step, Stopped
+from .events import Failed, Finished, Shared, Step, Stopped, Warned
 from .loop import AMONG_OTHERS, Numbered, again, train, train_plan, train_plans
 from .memory.ladder import ComputePlan
 from .memory.plan import MemoryPlan, choose_memory_plan, estimate_of
@@ -70,7 +70,11 @@ def train_companies(
             yield from ((i, event) for event in again(plan))
         else:
             fleets.setdefault(company, {})[i] = plan
+    several = sum(map(len, fleets.values())) > 1
     for plans in fleets.values():
+        if len(plans) == 1 and several:
+            i, plan = next(iter(plans.items()))
+            yield i, Warned(0, f"{plan.run.folder} is trained alone: {why_alone(plan.recipe)}")
         if len(plans) > 1:
             yield from train_side_by_side(plans, fresh, together)
         else:
@@ -83,6 +87,13 @@ def company_of(number: int, recipe: Recipe) -> str:
     shape = recipe.adapter.model_dump(exclude={"alpha"}), learned, recipe.fitting.model_dump(), recipe.device
     alone = number if recipe.adapter.dropout or recipe.choosing.leave_one_out else None
     return repr((recipe.base, recipe.prediction, recipe.zero_snr, recipe.clip_skip, recipe.vae, shape, alone))
+
+
+def why_alone(recipe: Recipe) -> str:
+    """Why a run that could not be joined by another goes through the base by itself."""
+    if recipe.choosing.leave_one_out:
+        return "--leave-one-out trains other runs before it"
+    return "--dropout draws for a whole batch" if recipe.adapter.dropout else "no other has its base, kind, shape and --memory"
 
 
 def train_alone(number: int, plan: RunPlan, fresh: bool) -> Iterator[Numbered]:

@@ -17,12 +17,14 @@ from typing import Any
 
 from PIL import Image
 
+from ..adapters.kinds import trainable
+from ..adapters.kinds.kind import no_rank
 from ..data.captions import tags
 from ..data.dataset import Dataset
 from ..data.latents import grid_of
 from ..families.notation import escape
 from ..models.model import Base
-from ..recipe.fields import Recipe
+from ..recipe.fields import AdapterSpec, Optim, Recipe
 from ..recipe.resolve import to_json
 from ..version import __version__
 from .memory.ladder import ComputePlan
@@ -80,10 +82,7 @@ def kohya_keys(recipe: Recipe, base: Base, dataset: Dataset, name: str, step: in
         "ss_base_model_version": base.family.version_of(base.noise),
         "ss_sd_model_name": Path(base.name).name,
         "ss_v2": base.family.base_version == "sd_v2",
-        "ss_network_module": "networks.lora",
-        "ss_network_dim": spec.rank,
-        "ss_network_alpha": f"{spec.alpha:g}",
-        "ss_network_args": json.dumps({"conv_dim": spec.rank, "conv_alpha": f"{spec.alpha:g}"} if "conv" in spec.targets else {}),
+        **network_keys(spec, optim),
         "ss_network_dropout": spec.dropout or None,
         "ss_resolution": f"({side}, {side})",
         "ss_clip_skip": recipe.clip_skip if recipe.clip_skip > 1 else None,
@@ -109,6 +108,41 @@ def kohya_keys(recipe: Recipe, base: Base, dataset: Dataset, name: str, step: in
         "ss_training_comment": f"made with personalize {versions()['personalize']}",
     }
     return {key: str(value) for key, value in keys.items()}
+
+
+ALGORITHMS = {"dora": "locon", "oft": "diag-oft"}  # LyCORIS' words for kinds, where they are others
+
+
+def title_of(kind: str) -> str:
+    """What people call a kind that `--kind` names."""
+    row = trainable()[kind]
+    return row.trained_as or row.title
+
+
+def network_keys(spec: AdapterSpec, optim: Optim) -> dict[str, Any]:
+    """The module and the arguments with which kohya's trainer, or LyCORIS in it, makes such an adapter."""
+    kind, row = spec.kind, trainable()[spec.kind]
+    alpha = f"{spec.alpha:g}" if row.has_alpha else "0"
+    rank = 0 if row.rank is no_rank else spec.oft_block or spec.rank
+    arguments: dict[str, Any] = {"conv_dim": rank, "conv_alpha": alpha} if "conv" in spec.targets and rank else {}
+    if kind not in ("lora", "norms"):
+        arguments["algo"] = ALGORITHMS.get(kind, kind)
+    more = {
+        "dora_wd": kind == "dora",
+        "wd_on_output": False if kind == "dora" else None,
+        "rs_lora": spec.rslora,
+        "factor": (spec.lokr_factor or -1) if kind == "lokr" else None,
+        "full_matrix": spec.lokr_full,
+        "train_norm": kind == "norms",
+        "loraplus_lr_ratio": f"{optim.lora_plus:g}" if optim.lora_plus != 1 else None,
+    }
+    arguments |= {key: str(value) for key, value in more.items() if value or (key == "wd_on_output" and value is False)}
+    return {
+        "ss_network_module": "networks.lora" if kind == "lora" else "lycoris.kohya",
+        "ss_network_dim": rank,
+        "ss_network_alpha": alpha,
+        "ss_network_args": json.dumps(arguments),
+    }
 
 
 def dataset_keys(recipe: Recipe, base: Base, dataset: Dataset, classes: Dataset | None) -> dict[str, str]:
@@ -169,13 +203,13 @@ def trigger_phrases(dataset: Dataset) -> list[str]:
 def modelspec_keys(recipe: Recipe, base: Base, dataset: Dataset, name: str, sample: Path | None) -> dict[str, str]:
     """ModelSpec 1.0.1 (https://github.com/Stability-AI/ModelSpec)."""
     side = recipe.data.resolution or base.resolution
-    words = trigger_phrases(dataset)
+    words, title = trigger_phrases(dataset), title_of(recipe.adapter.kind)
     keys = {
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": base.family.architecture_of(base.noise),
         "modelspec.implementation": "diffusers",
         "modelspec.title": name,
-        "modelspec.description": f"LoRA of {' and '.join(words)}, from {len(dataset.examples)} pictures",
+        "modelspec.description": f"{title} of {' and '.join(words)}, from {len(dataset.examples)} pictures",
         "modelspec.resolution": f"{side}x{side}",
         "modelspec.prediction_type": PREDICTION.get(base.noise.prediction, base.noise.prediction),
         "modelspec.trigger_phrase": ", ".join(map(escape, dataset.triggers)),

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import registry
+from ..adapters.kinds.kind import DORA
 from ..recipe.fields import Optim
 
 GROWTH = 200  # steps without overflow after which float16's loss scale doubles; torch's own 2000 is longer than most runs here
@@ -70,7 +71,7 @@ class Optimizer:
         text = {part: part.startswith("text_encoder") for part in groups}
         self.peak_lr = {part: optim.text_encoder_lr if is_text else optim.lr for part, is_text in text.items()}
         self.steps = {part: optim.text_encoder_steps(steps) if is_text else steps for part, is_text in text.items()}
-        made = [{"params": list(group.values()), "part": part} for part, group in groups.items()]
+        made = [one for part, group in groups.items() for one in parameter_groups(part, group, optim)]
         self.rule: torch.optim.Optimizer = registry.table("optimizers")[optim.optimizer](made, optim)
         self._at_start = dict(group_numbers(self.rule))
 
@@ -94,7 +95,7 @@ class Optimizer:
         if self.optim.clip:
             nn.utils.clip_grads_with_norm_(self.parameters.values(), self.optim.clip, norm)
         for group in self.rule.param_groups:
-            group["lr"] = self.lr(group["part"], done)
+            group["lr"] = self.lr(group["part"], done) * group.get("faster", 1.0)
         self.rule.step()
         self.skip()
         if self.scale:
@@ -149,6 +150,16 @@ class Optimizer:
             self.scale = Scale(value, int(good))
 
 
+def parameter_groups(part: str, named: Mapping[str, nn.Parameter], optim: Optim) -> Groups:
+    """A part's parameters in groups: `up` has its own rate (LoRA+), and norms of DoRA do not decay: at 0 they take W away."""
+    up = [name for name in named if name.endswith(".up") and optim.lora_plus != 1]
+    norms = [name for name in named if name.endswith(f".{DORA}")]
+    rest = [name for name in named if name not in {*up, *norms}]
+    own: list[tuple[list[str], dict[str, Any]]] = [(rest, {}), (up, {"called": f"{part} up", "faster": optim.lora_plus})]
+    own.append((norms, {"called": f"{part} norms", "weight_decay": 0.0}))
+    return [{"params": [named[name] for name in names], "part": part, **more} for names, more in own if names]
+
+
 def named_values(name: str, held: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
     """What an optimizer holds of a parameter, as named tensors; what is None is left out."""
     for key, value in held.items():
@@ -171,7 +182,7 @@ def group_keys(group: Mapping[str, Any]) -> list[str]:
 
 def group_name(group: Mapping[str, Any], key: str) -> str:
     """What a group's number is called in the state."""
-    return f"group {group['part']} {key}{NUMBER}"
+    return f"group {group.get('called', group['part'])} {key}{NUMBER}"
 
 
 def as_tensor(value: float) -> Tensor:

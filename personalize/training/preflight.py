@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ..adapters.adapter import Adapter
-from ..adapters.delta import LowRank
+from ..adapters.delta import Delta
 from ..data.batches import generator
 from ..data.cache import fingerprint
 from ..data.captions import fill, remove_triggers, safe_trigger
@@ -65,7 +65,7 @@ class RunPlan:
     about: dict[str, Any]  # what the state must agree with to go on
     state: State | None  # None: start at the beginning
     finished: Finished | None  # not None: there is nothing to do
-    start: Mapping[str, LowRank]  # the adapter before its first step
+    start: Mapping[str, Delta]  # the adapter before its first step
     init: Mapping[str, Any] | None = None  # which adapter that is, where it is one
     regularization: Dataset | None = None  # class images that somebody brought
     changes: tuple[str, ...] = ()  # since the run was here last, what it was asked for
@@ -217,7 +217,7 @@ def check(
     return plan
 
 
-def begin_with(path: Path, base: Base, start: Mapping[str, LowRank]) -> tuple[dict[str, Any], dict[str, LowRank]]:
+def begin_with(path: Path, base: Base, start: Mapping[str, Delta]) -> tuple[dict[str, Any], dict[str, Delta]]:
     """What an adapter file is, for the run's files, and a start that does what it does. Raises AdapterError."""
     adapter = Adapter.load(path)
     said = adapter.metadata.get

@@ -25,10 +25,11 @@ from ..families.names import PARTS, native
 from ..models.model import Base
 from ..recipe.fields import AdapterSpec
 from .layers import ActiveRows, AdapterLayer
-from .placement import check_free, find_layer, place_of, put_layers, restore_layers
+from .placement import check_free, find_layer, put_layers, restore_layers
 from .scheduled import Moving, Vector, side_by_side
+from .specs import lora_of, make_layers
 from .targets import fresh
-from .tunable import LayerAdapter, lora_of, of_base
+from .tunable import LayerAdapter, of_base
 
 REGISTERED = "attached"  # under this name a base knows what it carries
 Strengths = float | Mapping[str, float] | str | Weighting  # a text is what stands behind a file's name: "0.8:lbw=OUTD"
@@ -101,9 +102,9 @@ class Attached(LayerAdapter):
         pairs = stack_of(what)
         check_fit(self.base, *(adapter for adapter, _ in pairs))
         deltas, moving = mix(self.base, pairs)
-        self._remove(keep=deltas)
+        self._remove(keep=[path for path, delta in deltas.items() if len(delta.shape) > 1])
         self.moving = moving
-        return inject(self, deltas, 0.0)
+        return inject(self, deltas)
 
     @contextlib.contextmanager
     def off(self) -> Iterator[None]:
@@ -161,11 +162,11 @@ def attach(
     check_type(base, Base, "what is attached to", 'a loaded Base: p.attach(p.Base.load("pocket"), rex)', AdapterError)
     check_free(base)
     if isinstance(what, AdapterSpec):
-        return inject(Attached(base), fresh(base, what, parts or [base.family.denoiser.part], seed), what.dropout)
+        return put_fresh(Attached(base), fresh(base, what, parts or [base.family.denoiser.part], seed), what.dropout)
     pairs = stack_of(what)
     check_fit(base, *(adapter for adapter, _ in pairs))
     deltas, moving = mix(base, pairs)
-    return inject(Attached(base, moving), deltas, 0.0)
+    return inject(Attached(base, moving), deltas)
 
 
 def attached_to(base: Base) -> Attached | None:
@@ -249,10 +250,23 @@ def vector(parameter: Tensor, delta: Delta) -> Vector:
     return Vector(parameter, parameter.detach().clone(), Dense(delta.delta()))
 
 
-def inject(attached: Attached, deltas: Mapping[str, Delta], dropout: float) -> Attached:
+def put_fresh(attached: Attached, deltas: Mapping[str, Delta], dropout: float) -> Attached:
+    """Put deltas on a base's modules as layers of their own kinds, to be trained."""
+    base = attached.base
+    ordered = {path: deltas[path] for path in in_order_of_parts(base, deltas)}
+    with contextlib.ExitStack() as undo:
+        undo.callback(attached._remove)
+        vars(base)[REGISTERED] = attached
+        attached.layers = make_layers(base, [ordered], attached.active, dropout)
+        put_layers(base, attached.layers)
+        undo.pop_all()
+    return attached
+
+
+def inject(attached: Attached, deltas: Mapping[str, Delta]) -> Attached:
     """Put deltas on a base's modules as layers; those of norms and biases go into the base until they are taken off.
 
-    Layers that are there already get other values. If anything fails on the way, the base is as it was.
+    LoRA layers that are there already get other values. If anything fails on the way, the base is as it was.
     """
     base, single = attached.base, {path for path, delta in deltas.items() if len(delta.shape) == 1}
     with contextlib.ExitStack() as undo:
@@ -260,7 +274,7 @@ def inject(attached: Attached, deltas: Mapping[str, Delta], dropout: float) -> A
         vars(base)[REGISTERED] = attached
         for path in in_order_of_parts(base, deltas):
             if path not in single:
-                attached.layers[path] = layer_with(attached, path, deltas[path], dropout)
+                attached.layers[path] = layer_with(attached, path, deltas[path])
                 attached.moving.take(path, attached.layers[path].factors[DOWN].weight)
         put_layers(base, attached.layers)
         attached.vectors = {path: vector(weight_named(base, path), deltas[path]) for path in single}
@@ -275,13 +289,13 @@ def in_order_of_parts(base: Base, paths: Iterable[str]) -> list[str]:
     return [path for part in base.parts for path in paths if path.startswith(f"{part}.")]
 
 
-def layer_with(attached: Attached, path: str, delta: Delta, dropout: float) -> AdapterLayer:
-    """The layer that carries a delta: the one that is at its path, with other values, or a new one. Ranks may differ."""
-    parent, leaf = place_of(attached.base, path)
-    own = parent.get_submodule(leaf)
-    if isinstance(own, AdapterLayer):
+def layer_with(attached: Attached, path: str, delta: Delta) -> AdapterLayer:
+    """The layer that carries a delta as LoRA: the one that is at its path, with other values, or a new one. Ranks may differ."""
+    own = find_layer(attached.base, path)
+    if isinstance(own, AdapterLayer) and own.kind is LORA:
         own.replace(lora_of(delta, own.weight.shape))
         return own
+    own = own.base_layer if isinstance(own, AdapterLayer) else own
     weight = own.weight
     assert isinstance(weight, Tensor)
-    return AdapterLayer(own, LORA, [lora_of(delta, weight.shape)], attached.active, attached.base.device, dropout)
+    return AdapterLayer(own, LORA, [lora_of(delta, weight.shape)], attached.active, attached.base.device)

@@ -7,31 +7,26 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from torch import nn
 
-from ..adapters.delta import LowRank
-from ..adapters.kinds.lora import LORA
+from ..adapters.delta import Delta
 from ..models.model import Base
 from .attach import REGISTERED
 from .layers import ActiveRows, AdapterLayer, cast_once
-from .placement import check_free, place_of, put_layers, restore_layers
-from .tunable import LayerAdapter, lora_of
+from .placement import check_free, put_layers, restore_layers
+from .specs import make_layers
+from .tunable import LayerAdapter
 
 
 class Fleet:
     """The adapters of one run or many on their base, until the end of the `with` block; the base's weights never change.
 
-    `starts` are their values by module path, of the same modules and ranks for all. `members` are Tunables: outside of
+    `starts` are their values by module path, of the same modules, kinds and shapes for all. `members` are Tunables: outside of
     `LayerAdapter.computing` rows are nobody's, unless there is one member alone.
     """
 
-    def __init__(self, base: Base, starts: Sequence[Mapping[str, LowRank]], dropout: float = 0.0) -> None:
+    def __init__(self, base: Base, starts: Sequence[Mapping[str, Delta]], dropout: float = 0.0) -> None:
         check_free(base)
         self.base, self.active = base, ActiveRows(*([0] if len(starts) == 1 else []))
-        self.layers: dict[str, AdapterLayer] = {}
-        for path in starts[0] if starts else ():
-            parent, leaf = place_of(base, path)
-            own = parent.get_submodule(leaf)
-            specs = [lora_of(start[path], own.weight.shape) for start in starts]  # type: ignore[arg-type]
-            self.layers[path] = AdapterLayer(own, LORA, specs, self.active, base.device, dropout)
+        self.layers = make_layers(base, starts, self.active, dropout)
         kind = LayerAdapter if len(starts) == 1 else Member
         self.members = [kind(base, self.layers, self.active, number) for number in range(len(starts))]
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..adapters.kinds.kind import DOWN, UP, Kind
+from ..adapters.kinds.kind import DOWN, NUMBERS, UP, Kind
 from .products import products, siblings_of
 
 Spec = tuple[Mapping[str, Tensor], float | None]  # an adapter's tensors for one layer, by role, and its alpha
@@ -76,9 +76,11 @@ class AdapterLayer(nn.Module):
         self.dropping = False
         self.alphas = [alpha for _, alpha in adapters]
         self.strengths = [1.0] * len(adapters)
-        self.factors = {role: Factor([tensors[role] for tensors, _ in adapters], device) for role in adapters[0][0]}
+        first = adapters[0][0]
+        self.fixed = {role: float(first[role]) for role in first if role in NUMBERS}  # that no training changes: all have them
+        self.factors = {role: Factor([tensors[role] for tensors, _ in adapters], device) for role in first if role not in NUMBERS}
         for role, factor in self.factors.items():
-            self.add_module(role.replace(".", "_"), factor)
+            self.add_module(f"own_{role.replace('.', '_')}", factor)
         self.sums: dict[tuple[Any, ...], Tensor] | None = None  # inside `sum_once`: W + strength * dW by what it was made of
         self.train(layer.training)
 
@@ -111,56 +113,64 @@ class AdapterLayer(nn.Module):
             return self._forward_several(x, who)
         if self.sums is not None:
             return self._forward_sum(x, *who)
-        if x.dtype == torch.float32 or isinstance(self.base_layer, nn.Conv2d):
-            return self._forward_one(x, *who)
+        return self._forward_alone(x, *who)
+
+    def _forward_alone(self, x: Tensor, number: int) -> Tensor:
+        """All rows are of one adapter."""
+        if x.dtype == torch.float32 or not isinstance(self.base_layer, nn.Linear):
+            return self._forward_one(x, number)
         if (out := products(self, x)) is not None:
             return out
-        return self._forward_one(x.flatten(0, -2), *who).unflatten(0, x.shape[:-1])  # rows: a kind can add to W x in place
+        return self._forward_one(x.flatten(0, -2), number).unflatten(0, x.shape[:-1])  # rows: a kind can add to W x in place
 
     def _forward_one(self, x: Tensor, number: int) -> Tensor:
         """Of several adapters, one with all rows gives what it gives alone, to the bit."""
-        out: Tensor = self.base_layer(x)
-        seen = F.dropout(x, self.dropout) if self.dropping and self.dropout else x
-        several = len(self.strengths) > 1
+        drops, several = self.dropping and self.dropout > 0, len(self.strengths) > 1
         if self.kind.forward is None:
-            weights = {role: factor.weight[number] if several else factor.weight for role, factor in self.factors.items()}
-            return out + self._change_of(seen, weights, number)
+            own = {role: factor.weight[number] if several else factor.weight for role, factor in self.factors.items()}
+            change = self._change(own, number)
+            if x.dtype == torch.float32 and not drops and type(self.base_layer) in (nn.Linear, nn.Conv2d):
+                return self._compute(x, self.weight + change, self.bias)  # in low precision the sum would round the update away
+            seen = F.dropout(x, self.dropout) if drops else x
+            return self.base_layer(x) + self._compute(seen, change.to(x.dtype), None)
+        out: Tensor = self.base_layer(x)
+        seen = F.dropout(x, self.dropout) if drops else x
         tensors = {role: factor.cast(x.dtype) for role, factor in self.factors.items()}
         own = {role: whole[number] for role, whole in tensors.items()} if several else tensors
         return self.kind.forward(self.base_layer, seen, out, own, self.scale(number))
 
     def _forward_sum(self, x: Tensor, number: int) -> Tensor:
         """(W + strength * dW) x. The sum is made anew where a value or a strength has changed."""
-        weight, strength, alpha = self.weight, self.strengths[number], self.alphas[number]
+        weight, strength = self.weight, self.strengths[number]
         values = (weight, *(factor.weight for factor in self.factors.values()))
-        made_of = number, strength, alpha, weight.device, *((id(value), value._version) for value in values)
+        made_of = number, strength, self.alphas[number], weight.device, *((id(value), value._version) for value in values)
         assert self.sums is not None
         if made_of not in self.sums:
-            delta = self.kind.delta(self.tensors(number), weight, alpha).reshape(weight.shape)
-            self.sums = {made_of: torch.add(weight, delta, alpha=strength)}
-        whole = self.sums[made_of]
-        if isinstance(self.base_layer, nn.Conv2d):
-            return self.base_layer._conv_forward(x, whole, self.bias)
-        return F.linear(x, whole, self.bias)
+            self.sums = {made_of: torch.add(weight, self._delta(self.tensors(number), number), alpha=strength)}
+        return self._compute(x, self.sums[made_of], self.bias)
 
     def _forward_several(self, x: Tensor, who: tuple[int, ...]) -> Tensor:
-        out: Tensor = self.base_layer(x)
         if self.kind.title in BATCHED:
+            out: Tensor = self.base_layer(x)
             tensors = {role: factor.cast_of(who, x.dtype) for role, factor in self.factors.items()}
             return BATCHED[self.kind.title](self.base_layer, x, out, tensors, self._scales(who, x))
-        changes = []
-        for m, rows in zip(who, x.chunk(len(who)), strict=True):
-            changes.append(self._change_of(rows, {role: factor.weight[m] for role, factor in self.factors.items()}, m))
-        return out + torch.cat(changes)
+        return torch.cat([self._forward_alone(rows, m) for m, rows in zip(who, x.chunk(len(who)), strict=True)])
 
-    def _change_of(self, x: Tensor, tensors: Mapping[str, Tensor], number: int) -> Tensor:
-        """strength * dW x, by dW itself."""
-        weight = self.weight
-        delta = self.strengths[number] * self.kind.delta(tensors, weight.float(), self.alphas[number])
-        delta = delta.reshape(weight.shape).to(x.dtype)
+    def _delta(self, tensors: Mapping[str, Tensor], number: int) -> Tensor:
+        """dW in fp32, by the row that reads the file."""
+        weight, numbers = self.weight, {role: torch.tensor(value) for role, value in self.fixed.items()}
+        return self.kind.delta({**tensors, **numbers}, weight.float(), self.alphas[number]).reshape(weight.shape)
+
+    def _change(self, tensors: Mapping[str, Tensor], number: int) -> Tensor:
+        """strength * dW."""
+        delta, strength = self._delta(tensors, number), self.strengths[number]
+        return delta if strength == 1 else strength * delta
+
+    def _compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """What the base's layer makes of x with other values."""
         if isinstance(self.base_layer, nn.Conv2d):
-            return self.base_layer._conv_forward(x, delta, None)
-        return F.linear(x, delta)
+            return self.base_layer._conv_forward(x, weight, bias)
+        return F.linear(x, weight, bias)
 
     def scale(self, number: int) -> float:
         """What multiplies an adapter's update: alpha / rank, and its strength."""
@@ -176,7 +186,7 @@ class AdapterLayer(nn.Module):
         return x.new_tensor([self.scale(m) for m in who])[:, None, None]
 
     def tensors(self, number: int = 0) -> dict[str, Tensor]:
-        """An adapter's tensors by role, on the device: views."""
+        """An adapter's trainable tensors by role, on the device: views."""
         several = len(self.strengths) > 1
         return {role: f.weight.detach()[number] if several else f.weight.detach() for role, f in self.factors.items()}
 

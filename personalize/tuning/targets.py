@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -10,29 +11,83 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
-from ..adapters.delta import LowRank
-from ..adapters.kinds import DOWN, UP, lora
+from ..adapters import kinds
+from ..adapters.build import build
+from ..adapters.delta import Delta, Dense
+from ..adapters.kinds import Kind, Size
+from ..adapters.kinds.full import NORM
 from ..errors import RecipeError, nearest
 from ..families.names import canonical
 from ..models.model import Base
 from ..recipe.fields import AdapterSpec
+from .vectors import BIAS, NORMS
 
 
-def fresh(base: Base, spec: AdapterSpec, parts: Sequence[str], seed: int) -> dict[str, LowRank]:
-    """New LowRanks for what a spec targets: path -> identity. Text encoders keep the denoiser's alpha-to-rank ratio."""
-    generator = torch.Generator().manual_seed(seed)
-    deltas = {}
+def fresh(base: Base, spec: AdapterSpec, parts: Sequence[str], seed: int) -> dict[str, Delta]:
+    """New updates of a spec's kind for what it targets: path -> one that changes nothing yet.
+
+    Text encoders keep the denoiser's alpha-to-rank ratio. Raises RecipeError for a target that matches nothing.
+    """
+    kind, generator = kinds.trainable()[spec.kind], torch.Generator().manual_seed(seed)
+    deltas: dict[str, Delta] = {}
     for part in parts:
         rank, names = (spec.rank, spec.targets) if part == base.family.denoiser.part else (spec.text_rank, spec.text_targets)
+        if kind is NORM:
+            deltas |= fresh_vectors(base, part, names, spec.biases)
+            continue
+        size, alpha = Size(rank, spec.lokr_factor, spec.lokr_full, spec.oft_block), alpha_of(kind, spec, rank)
         for path, module in select(base, part, names).items():
-            deltas[path] = identity(module, rank, rank * spec.alpha / spec.rank, generator)
+            deltas[path] = begin(kind, weight_of(module), size, alpha, generator)
     return deltas
 
 
-def identity(module: nn.Module, rank: int, alpha: float, generator: torch.Generator) -> LowRank:
-    """A LowRank for `module` with dW = 0, as its kind starts."""
-    tensors = lora.start(tuple(weight_of(module).shape), rank, alpha, generator)
-    return LowRank(tensors[UP], tensors[DOWN], alpha)
+def begin(kind: Kind, weight: Tensor, size: Size, alpha: float | None, generator: torch.Generator) -> Delta:
+    """An update of a weight with dW = 0, as its kind starts."""
+    assert kind.start
+    known = torch.ones(()).expand(weight.shape) if weight.is_meta else weight.detach()  # a base of shapes alone
+    tensors = kind.start(known, size, generator)
+    return build(kinds.kind_of(tensors), tensors, alpha, tuple(weight.shape))
+
+
+def alpha_of(kind: Kind, spec: AdapterSpec, rank: int) -> float | None:
+    """The alpha of a file whose updates have this rank; None for kinds without one.
+
+    Rank-stabilized (Kalajdzievski 2023, https://arxiv.org/abs/2312.03732), dW is scaled by alpha / sqrt(rank): readers divide by
+    the rank, so that the file's alpha is alpha * sqrt(rank), in fp32 as it is stored.
+    """
+    if not kind.has_alpha:
+        return None
+    alpha = rank * spec.alpha / spec.rank
+    return float(torch.tensor(alpha * math.sqrt(rank))) if spec.rslora else alpha
+
+
+def fresh_vectors(base: Base, part: str, targets: Sequence[str], biases: bool) -> dict[str, Delta]:
+    """Zeros for the weights and biases of a part's norms, and with `biases` for those of its target layers.
+
+    Path globs choose norms too; the part's own names speak of layers, and leave all norms in. Raises RecipeError for a target
+    that matches nothing.
+    """
+    norms = {path: one for path, one in find_norms(base).items() if path.startswith(f"{part}.")}
+    named = base.family.network(part).targets
+    patterns = [target for target in targets if target not in named]
+    found = {p: one for p, one in norms.items() if not patterns or any(matches(named, part, name, p) for name in patterns)}
+    layers = select(base, part, targets) if biases else {}
+    if not found and not layers:
+        what = f"no norm of the {part} of {base.name} matches the target {', '.join(map(repr, patterns)) or 'norms'}"
+        raise RecipeError(what, hint_for(named, patterns[0], norms) if patterns and norms else "train another --kind")
+    vectors: dict[str, Delta] = {path: Dense(torch.zeros(module.weight.shape)) for path, module in found.items()}  # type: ignore[arg-type]
+    with_bias = [(path, one.bias) for path, one in (*found.items(), *layers.items()) if isinstance(one.bias, Tensor)]
+    return vectors | {path + BIAS: Dense(torch.zeros(bias.shape)) for path, bias in with_bias}
+
+
+def find_norms(base: Base) -> dict[str, nn.Module]:
+    """Every norm that has a weight: canonical path -> LayerNorm or GroupNorm."""
+    return {
+        canonical(f"{part}.{path}"): module
+        for part, model in base.parts.items()
+        for path, module in model.named_modules()
+        if isinstance(module, NORMS) and isinstance(module.weight, Tensor)
+    }
 
 
 def select(base: Base, part: str, targets: Sequence[str]) -> dict[str, nn.Module]:

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..adapters.adapter import Adapter
-from ..adapters.delta import Delta, LowRank, Structured, as_low_rank
-from ..adapters.kinds.kind import ALPHA, DOWN, UP
-from ..adapters.kinds.lora import LORA
+from ..adapters.kinds.kind import DOWN, UP
 from ..models.model import Base
-from .layers import ActiveRows, AdapterLayer, Spec, cast_once
+from .layers import ActiveRows, AdapterLayer, cast_once
+from .specs import deltas_of, values_of
 
 SHORT = {DOWN: "down", UP: "up"}  # roles as a state file names them; others by their own name
 
@@ -104,7 +103,8 @@ class LayerAdapter:
 
     def snapshot(self, metadata: Mapping[str, str] | None = None) -> Adapter:
         """A copy of what is attached now, on the CPU."""
-        deltas = {path: delta_of(layer, self.number) for path, layer in self.layers.items()}
+        each = (deltas_of(layer, path, self.number) for path, layer in self.layers.items())
+        deltas = {path: delta for own in each for path, delta in own.items()}
         return of_base(self.base, Adapter(deltas, metadata or {}))
 
     def save(self, path: Path, dialect: str, metadata: Mapping[str, str] | None = None) -> Path:
@@ -137,7 +137,7 @@ class LayerAdapter:
     def put(self, saved: Adapter) -> None:
         """Take over the values of an adapter of the same shape."""
         for path, layer in self.layers.items():
-            tensors, layer.alphas[self.number] = spec_of(layer, saved.deltas[path])
+            tensors, layer.alphas[self.number] = values_of(layer, path, saved.deltas)
             for role, own in layer.tensors(self.number).items():
                 own.copy_(tensors[role].reshape(own.shape))
 
@@ -175,28 +175,3 @@ class LayerAdapter:
             finally:
                 for layer in layers:
                     layer.dropping = False
-
-
-def delta_of(layer: AdapterLayer, number: int) -> Delta:
-    """A copy of one of a layer's adapters, on the CPU."""
-    tensors, alpha = {role: one.to("cpu", copy=True) for role, one in layer.tensors(number).items()}, layer.alphas[number]
-    if layer.kind is LORA:
-        assert alpha is not None
-        return LowRank(tensors[UP], tensors[DOWN], alpha)
-    return Structured(layer.kind.title, tensors, alpha, tuple(layer.weight.shape))
-
-
-def spec_of(layer: AdapterLayer, delta: Delta) -> Spec:
-    """A delta's tensors by role, and its alpha, for a layer of that kind."""
-    if layer.kind is LORA:
-        return lora_of(delta, layer.weight.shape)
-    stored = dict(delta.stored())
-    alpha = stored.pop(ALPHA, None)
-    return stored, None if alpha is None else float(alpha)
-
-
-def lora_of(delta: Delta, shape: Sequence[int]) -> tuple[dict[str, Tensor], float]:
-    """Any delta as LoRA's two factors for a weight [out, in(, kh, kw)], and their alpha; exact."""
-    factors, (out, inside, *kernel) = as_low_rank(delta), shape
-    down = factors.down.reshape(factors.rank, inside, *kernel)
-    return {DOWN: down, UP: factors.up.reshape(out, factors.rank, *[1] * len(kernel))}, factors.alpha

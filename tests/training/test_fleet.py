@@ -324,6 +324,11 @@ def test_what_differs_in_shape_is_trained_all_the_same(make: Make) -> None:
     assert all(isinstance(events[-1], Finished) for events in told.values())
     list(train(alone := make("alone", steps=2, dropout=0.1)))
     assert same(recipes[3], alone)  # trained by itself
+    said = {
+        i: event.text for i, events in told.items() for event in events if isinstance(event, Warned) and "alone" in event.text
+    }
+    assert said.keys() == {1, 2, 3} and said[3].endswith("is trained alone: --dropout draws for a whole batch")
+    assert said[1] == f"{recipes[1].output} is trained alone: no other has its base, kind, shape and --memory"
 
 
 def test_a_run_that_fails_leaves_the_others_alone(make: Make) -> None:

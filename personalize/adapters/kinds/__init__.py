@@ -34,6 +34,7 @@ from .kind import UP_BIAS as UP_BIAS
 from .kind import Kind as Kind
 from .kind import MisfitError as MisfitError
 from .kind import Shapes, check
+from .kind import Size as Size
 
 
 def row(name: str) -> Kind:
@@ -45,6 +46,11 @@ def row(name: str) -> Kind:
 def rows() -> Mapping[str, Kind]:
     """Every kind, by the name of its row."""
     return table("kinds")
+
+
+def trainable() -> dict[str, Kind]:
+    """The kinds that can be trained, by what `--kind` calls them."""
+    return {kind.trained_as or name: kind for name, kind in rows().items() if kind.start}
 
 
 def roles() -> frozenset[str]:

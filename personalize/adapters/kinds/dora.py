@@ -9,11 +9,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ...families.family import Shape
-from . import kind_of, row
-from .kind import DORA, MAGNITUDE, Kind, Shapes
+from . import kind_of, lora, row
+from .kind import DORA, MAGNITUDE, Kind, Shapes, Size
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Generator, Tensor
 
     from .kind import Tensors
 
@@ -42,12 +42,33 @@ def delta(tensors: Tensors, weight: Tensor | None, alpha: float | None) -> Tenso
 
 def decompose(weight: Tensor, inner: Tensor, magnitude: Tensor) -> Tensor:
     """What brings W + inner to these norms, less W; `weight` and `inner` are of one shape."""
-    import torch
-
     tuned = weight + inner
-    axis = 1 if magnitude.shape[0] == 1 else 0
-    norms = torch.linalg.vector_norm(tuned, dim=[i for i in range(tuned.ndim) if i != axis], keepdim=True)
+    norms = norms_of(tuned, 1 if magnitude.shape[0] == 1 else 0)
     return tuned * (magnitude.reshape(norms.shape) / norms) - weight
 
 
-DORA_KIND = Kind("DoRA", (f"{DORA}|{MAGNITUDE}",), (), shape, rank, delta, needs_base=True, on_top=True)
+def norms_of(weight: Tensor, axis: int = 1) -> Tensor:
+    """The norms of a weight's columns, [1, in, 1..], or of its rows (axis 0); more than 0, so that one can divide by them."""
+    import torch
+
+    norms = torch.linalg.vector_norm(weight, dim=[i for i in range(weight.ndim) if i != axis], keepdim=True)
+    return norms.clamp(min=torch.finfo(norms.dtype).tiny)
+
+
+def start(weight: Tensor, size: Size, generator: Generator) -> dict[str, Tensor]:
+    """dW = 0: a LoRA's start, and the norms of the columns as they are. Gradients go through the norms of W', as in LyCORIS."""
+    return lora.start(weight, size, generator) | {DORA: norms_of(weight.float())}
+
+
+DORA_KIND = Kind(
+    "DoRA",
+    (f"{DORA}|{MAGNITUDE}",),
+    (),
+    shape,
+    rank,
+    delta,
+    needs_base=True,
+    on_top=True,
+    start=start,
+    settings=("rslora", "lora_plus"),
+)

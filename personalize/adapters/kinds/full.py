@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ...families.family import Shape
-from .kind import Kind, Shapes, check, no_rank
+from .kind import Kind, Shapes, Size, check, no_rank
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Generator, Tensor
 
     from .kind import Tensors
 
@@ -31,5 +32,12 @@ def _shape(role: str, dimensions: tuple[int, ...]) -> Callable[[Shapes], Shape]:
     return shape
 
 
+def start(weight: Tensor, size: Size, generator: Generator) -> dict[str, Tensor]:
+    """dW = 0 of a norm's weight [c]; its bias starts likewise (`b_norm`)."""
+    import torch
+
+    return {"w_norm": torch.zeros(len(weight))}
+
+
 FULL = _kind("full", "diff", (1, 2, 3, 4, 5))
-NORM = _kind("norm", "w_norm", (1,))
+NORM = replace(_kind("norm", "w_norm", (1,)), start=start, settings=("biases",), trained_as="norms")

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 
 from ...errors import AdapterError
 from ...families.family import Shape
-from .kind import Kind, Shapes, check, no_rank
+from .kind import Kind, Shapes, Size, check, no_rank
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Generator, Tensor
 
     from .kind import Tensors
 
@@ -33,4 +33,13 @@ def delta(tensors: Tensors, weight: Tensor | None, alpha: float | None) -> Tenso
     return weight * factors.reshape([-1 if i == side else 1 for i in range(weight.ndim)])
 
 
-IA3 = Kind("IA3", ("weight", "on_input"), (), shape, no_rank, delta, linear_in=("weight",), needs_base=True)
+def start(weight: Tensor, size: Size, generator: Generator) -> dict[str, Tensor]:
+    """dW = 0: a factor less 1 for each output of a linear layer, and for each input of a convolution, where A1111 reads them."""
+    import torch
+
+    on_input = weight.ndim > 2
+    factors = torch.zeros(1, weight.shape[1], *[1] * (weight.ndim - 2)) if on_input else torch.zeros(len(weight))
+    return {"weight": factors, "on_input": torch.tensor(float(on_input))}
+
+
+IA3 = Kind("IA3", ("weight", "on_input"), (), shape, no_rank, delta, linear_in=("weight",), needs_base=True, start=start)

@@ -26,7 +26,7 @@ DORA, MAGNITUDE = "dora_scale", "lora_magnitude_vector"  # the norms of W + dW a
 SCALED = (ALPHA, DORA)
 INDICES, VALUES, SIZE = "bias_indices", "bias_values", "bias_size"  # of what a sparse matrix adds to dW, no bias of the layer
 INTEGERS = (INDICES, SIZE)
-NUMBERS = (ALPHA, "on_input")  # roles that are one number
+NUMBERS = (ALPHA, "on_input")  # roles that are one number, which no training changes
 UP_BIAS = "lora_up.bias"  # of peft's `lora_bias`: alpha / rank times it is the update of the layer's bias
 BIASES = ("diff_b", "b_norm", UP_BIAS)  # updates of a bias, beside or without one of the weight
 MAX_ENTRIES = 1 << 26  # of one dW; the largest weights that adapters change hold 66 M (Flux), 42 M (SDXL's refiner)
@@ -41,6 +41,16 @@ class Forward(Protocol):
     """A layer with its update, for training: `out` is `layer(x)`, and may be changed in place."""
 
     def __call__(self, layer: nn.Module, x: Tensor, out: Tensor, tensors: Tensors, scale: float) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Size:
+    """How large an update is made when training starts; each kind goes by what it has."""
+
+    rank: int = 8
+    factor: int = 8  # of LoKr: one side of its first half, at most; 0: both halves as square as can be
+    whole: bool = False  # of LoKr: no half is factored
+    block: int = 0  # of OFT: the rows that a block turns, at most; 0: as many as the rank says
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,13 +80,20 @@ class Kind:
     thin: Callable[[Tensors], Sequence[tuple[Tensor, ...]]] | None = None  # each of `halves` [o, i], or two factors of it
     rows: tuple[str, ...] = ()  # roles whose rows are those of dW, or of equal parts of it; none: no rows of dW can be told apart
     whole: tuple[str, ...] = ()  # roles beside which that is not so
-    start: Callable[[Shape, int, float, Generator], dict[str, Tensor]] | None = None  # W's shape, rank, alpha => dW = 0
+    start: Callable[[Tensor, Size, Generator], dict[str, Tensor]] | None = None  # W => dW = 0; None: it is not trained
     forward: Forward | None = None  # where that is cheaper than a layer with W + dW
+    settings: tuple[str, ...] = ()  # of the recipe that it has beside rank and alpha: `rslora`, `lora_plus`, `lokr_factor`, ...
+    trained_as: str = ""  # what `--kind` calls it, where that is another word than the row's
 
     @cached_property
     def roles(self) -> frozenset[str]:
         """Every role of this kind."""
         return frozenset(role for group in self.needs for role in group.split("|")).union(self.may)
+
+    @property
+    def has_alpha(self) -> bool:
+        """Whether its files say by an alpha how strong it is."""
+        return self.alpha_scales and (self.on_top or ALPHA in self.roles)
 
     def complete(self, found: Mapping[str, object]) -> bool:
         """Whether no needed tensor is missing, and none belongs to another kind."""
@@ -104,6 +121,11 @@ def ratio(rank: int, alpha: float | None) -> float:
 def shapes_of(tensors: Tensors) -> dict[str, Shape]:
     """Role => shape."""
     return {role: tuple(value.shape) for role, value in tensors.items()}
+
+
+def largest_divisor(number: int, most: int) -> int:
+    """The largest divisor of a number that is at most `most`."""
+    return next(divisor for divisor in range(min(most, number), 0, -1) if number % divisor == 0)
 
 
 def parameters(shapes: Shapes) -> int:

@@ -6,13 +6,14 @@ Tucker cores t1 and t2 [r, r, kh, kw] between [r, out] and [r, in].
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from ...families.family import Shape
-from .kind import DORA, SCALED, Kind, MisfitError, Shapes, bound_of, check, half, half_shape, inner, ratio, shapes_of
+from .kind import DORA, SCALED, Kind, MisfitError, Shapes, Size, bound_of, check, half, half_shape, inner, ratio, shapes_of
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Generator, Tensor
 
     from .kind import Tensors
 
@@ -54,6 +55,20 @@ def factors(tensors: Tensors) -> tuple[Tensor, Tensor] | None:
     return up, right.flatten(0, 1)
 
 
+def start(weight: Tensor, size: Size, generator: Generator) -> dict[str, Tensor]:
+    """dW = 0 as LyCORIS starts: w1_a ~ N(0, 0.1), w1_b and w2_b ~ N(0, 1), w2_a = 0; flat over a kernel."""
+    import torch
+
+    (out, *rest), rank = weight.shape, size.rank
+    inside = math.prod(rest)
+    return {
+        "hada_w1_a": 0.1 * torch.randn(out, rank, generator=generator),
+        "hada_w1_b": torch.randn(rank, inside, generator=generator),
+        "hada_w2_a": torch.zeros(out, rank),
+        "hada_w2_b": torch.randn(rank, inside, generator=generator),
+    }
+
+
 LOHA = Kind(
     "LoHa",
     ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"),
@@ -68,4 +83,6 @@ LOHA = Kind(
     bound=bound_of(*HALVES),
     rows=("hada_w1_a", "hada_w2_a"),
     whole=("hada_t1", "hada_t2", DORA),
+    start=start,
+    settings=("rslora",),
 )

@@ -10,10 +10,10 @@ import math
 from typing import TYPE_CHECKING
 
 from ...families.family import Shape
-from .kind import DORA, SCALED, Kind, Shapes, bound_of, check, half, half_shape, ratio, shapes_of
+from .kind import DORA, SCALED, Kind, Shapes, Size, bound_of, check, half, half_shape, largest_divisor, ratio, shapes_of
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Generator, Tensor
 
     from .kind import Tensors
 
@@ -94,6 +94,38 @@ def factors(tensors: Tensors) -> tuple[Tensor, Tensor] | None:
     return kron(torch.eye(out), a), kron(one, b)
 
 
+def start(weight: Tensor, size: Size, generator: Generator) -> dict[str, Tensor]:
+    """dW = 0 as LyCORIS starts: w1 and w2_a ~ U(-1/sqrt(fan_in), 1/sqrt(fan_in)), w2_b = 0, or w2 = 0 where it is whole.
+
+    w2 is factored where its rank is less than half of its longer side.
+    """
+    import torch
+
+    out, inside, *kernel = weight.shape
+    (low, high), (left, right) = split(out, size.factor), split(inside, size.factor)
+    tensors = {"lokr_w1": _uniform(low, left, generator)}
+    if size.whole or size.rank >= max(high, right) / 2:
+        return tensors | {"lokr_w2": torch.zeros(high, right, *kernel)}
+    second = torch.zeros(size.rank, right * math.prod(kernel))
+    return tensors | {"lokr_w2_a": _uniform(high, size.rank, generator), "lokr_w2_b": second}
+
+
+def split(side: int, factor: int) -> tuple[int, int]:
+    """A side of a weight as two factors, the smaller one first, as LyCORIS' `factorization`: one of them is `factor` if that
+    divides the side, else the smaller one is at most that. 0: as near to each other as can be."""
+    if factor and side % factor == 0:
+        return min(factor, side // factor), max(factor, side // factor)
+    small = largest_divisor(side, min(factor or side, math.isqrt(side)))
+    return small, side // small
+
+
+def _uniform(rows: int, columns: int, generator: Generator) -> Tensor:
+    import torch
+
+    bound = 1 / math.sqrt(columns)
+    return torch.empty(rows, columns).uniform_(-bound, bound, generator=generator)
+
+
 LOKR = Kind(
     "LoKr",
     ("lokr_w1|lokr_w1_a", "lokr_w2|lokr_w2_a"),
@@ -110,4 +142,6 @@ LOKR = Kind(
     thin=thin,
     rows=("lokr_w1", "lokr_w1_a"),
     whole=(DORA,),
+    start=start,
+    settings=("rslora", "lokr_factor", "lokr_full"),
 )

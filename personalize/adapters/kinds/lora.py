@@ -10,7 +10,23 @@ import math
 from typing import TYPE_CHECKING
 
 from ...families.family import Shape
-from .kind import DORA, DOWN, MAGNITUDE, MID, SCALED, UP, Kind, MisfitError, Shapes, check, inner, product, ratio, tucker_shape
+from .kind import (
+    DORA,
+    DOWN,
+    MAGNITUDE,
+    MID,
+    SCALED,
+    UP,
+    Kind,
+    MisfitError,
+    Shapes,
+    Size,
+    check,
+    inner,
+    product,
+    ratio,
+    tucker_shape,
+)
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor, nn
@@ -52,14 +68,14 @@ def factors(tensors: Tensors) -> tuple[Tensor, Tensor]:
     return up.flatten(1), down.flatten(1)
 
 
-def start(shape: Shape, rank: int, alpha: float, generator: Generator) -> dict[str, Tensor]:
+def start(weight: Tensor, size: Size, generator: Generator) -> dict[str, Tensor]:
     """dW = 0 for a weight [out, in(, kh, kw)]: down ~ U(-1/sqrt(fan_in), 1/sqrt(fan_in)), which is peft's and kohya's; up = 0."""
     import torch
 
-    out, *fan_in = shape
+    out, *fan_in = weight.shape
     bound = 1 / math.sqrt(math.prod(fan_in))
-    down = torch.empty(rank, *fan_in).uniform_(-bound, bound, generator=generator)
-    return {UP: torch.zeros(out, rank, *[1] * (len(fan_in) - 1)), DOWN: down}
+    down = torch.empty(size.rank, *fan_in).uniform_(-bound, bound, generator=generator)
+    return {UP: torch.zeros(out, size.rank, *[1] * (len(fan_in) - 1)), DOWN: down}
 
 
 def forward(layer: nn.Module, x: Tensor, out: Tensor, tensors: Tensors, scale: float) -> Tensor:
@@ -95,4 +111,5 @@ LORA = Kind(
     whole=(MID, DORA),
     start=start,
     forward=forward,
+    settings=("rslora", "lora_plus"),
 )

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 
 from ...errors import AdapterError
 from ...families.family import Shape
-from .kind import ALPHA, Kind, MisfitError, Shapes, check
+from .kind import ALPHA, Kind, MisfitError, Shapes, Size, check, largest_divisor
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Generator, Tensor
 
     from .kind import Tensors
 
@@ -47,7 +47,7 @@ def delta(tensors: Tensors, weight: Tensor | None, alpha: float | None) -> Tenso
     turned = _blocks(turns, flat) if turns.ndim == 3 else _butterflies(turns, flat)
     if "rescale" in tensors:
         turned = turned * tensors["rescale"].flatten()[:, None]
-    return (turned - flat).float().reshape(weight.shape)
+    return (turned - flat).to(weight.dtype).reshape(weight.shape)
 
 
 def rotations(blocks: Tensor, limit: float) -> Tensor:
@@ -84,6 +84,17 @@ def _butterflies(turns: Tensor, flat: Tensor) -> Tensor:
     return flat
 
 
+def start(weight: Tensor, size: Size, generator: Generator) -> dict[str, Tensor]:
+    """dW = 0: blocks of zeros, the largest that divide the rows of W and hold as many as wanted; of two rows at least."""
+    import torch
+
+    rows = len(weight)
+    block = largest_divisor(rows, size.block or size.rank)
+    if block == 1:  # which turns nothing
+        block = next(divisor for divisor in range(2, rows + 1) if rows % divisor == 0) if rows > 1 else 1
+    return {"oft_blocks": torch.zeros(rows // block, block, block)}
+
+
 OFT = Kind(
     "OFT",
     ("oft_blocks",),
@@ -94,4 +105,6 @@ OFT = Kind(
     needs_base=True,
     alpha_scales=False,
     unset_alpha=0.0,  # no limit either way; ComfyUI wants it said
+    start=start,
+    settings=("oft_block",),
 )

@@ -95,7 +95,8 @@ def estimate(configs: Configs, load: Workload, fit: ComputePlan, parts: tuple[st
 def _code() -> str:
     """What decides an estimate beside its arguments."""
     here = Path(__file__).parent
-    files = [*sorted(here.glob("*.py")), *sorted(here.parent.glob("objectives/*.py"))]
+    others = ("training/objectives", "tuning", "adapters/kinds")
+    files = [*sorted(here.glob("*.py")), *(path for room in others for path in sorted((here.parents[1] / room).glob("*.py")))]
     return store.key(sources=[path.read_text(encoding="utf-8") for path in files], torch=torch.__version__)
 
 

@@ -31,13 +31,15 @@ from personalize.adapters.kinds.kind import (
     VALUES,
     Kind,
     Shapes,
+    Size,
     ratio,
     shapes_of,
 )
 from personalize.adapters.ops.convert import convert
 from personalize.adapters.ops.merge import merge
 from personalize.families.names import FAMILIES, Shape, same, weights
-from personalize.registry import table
+from personalize.recipe.fields import AdapterSpec, Optim
+from personalize.registry import BUILT_IN, table
 
 POCKET = weights(FAMILIES[0])
 LINEAR = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
@@ -181,15 +183,24 @@ def input_of(layer: nn.Module, dtype: torch.dtype = torch.float32) -> Tensor:
     return (noise(2, 5, 24) if isinstance(layer, nn.Linear) else noise(2, 24, 8, 8)).to(dtype)
 
 
+DRAWN = {"lora", "dora", "loha", "lokr"}  # kinds whose start is random; others begin with zeros alone
+
+
+def begun(row: str, weight: Tensor, seed: int = 1) -> dict[str, Tensor]:
+    return kinds.row(row).start(weight, Size(rank=4), torch.Generator().manual_seed(seed))  # type: ignore[misc]
+
+
 @pytest.mark.parametrize("layer", LAYERS)
 @pytest.mark.parametrize("row", TRAINABLE)
 def test_a_start_changes_nothing_and_depends_on_its_generator_alone(row: str, layer: str) -> None:
-    kind, shape = kinds.row(row), tuple(LAYERS[layer]().weight.shape)
-    first, again, other = (kind.start(shape, 4, 8.0, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))  # type: ignore[misc]
-    assert kinds.kind_of(first) == row and kind.rank(shapes_of(first)) in (0, 4)
-    assert not kind.delta(first, noise(*shape), 8.0).any()
+    kind, weight = kinds.row(row), noise(16) if row == "norm" else noise(*LAYERS[layer]().weight.shape)  # type: ignore[misc]
+    first, again, other = (begun(row, weight, seed) for seed in (1, 1, 2))
+    assert kinds.kind_of(first) == ("lora" if row == "dora" else row) and kind.complete(first) != kind.on_top
+    assert kind.rank(shapes_of(first)) in (0, 4)
+    assert not kind.delta(first, weight, 8.0).any()
     assert all(torch.equal(first[role], again[role]) for role in first)
-    assert any(not torch.equal(first[role], other[role]) for role in first)
+    assert any(not torch.equal(first[role], other[role]) for role in first) == (row in DRAWN or row not in BUILT_IN["kinds"])
+    assert kind.settings == () or {*kind.settings} <= {*AdapterSpec.model_fields, *Optim.model_fields}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -197,8 +208,7 @@ def test_a_start_changes_nothing_and_depends_on_its_generator_alone(row: str, la
 @pytest.mark.parametrize("row", [name for name in TRAINABLE if kinds.row(name).forward])
 def test_a_cheap_forward_is_that_of_the_layer_with_dw(row: str, layer: str, dtype: torch.dtype) -> None:
     kind, module = kinds.row(row), LAYERS[layer]().to(dtype)
-    shape = tuple(module.weight.shape)  # type: ignore[arg-type]
-    started = kind.start(shape, 4, 8.0, torch.Generator().manual_seed(1))  # type: ignore[misc]
+    started = begun(row, module.weight.detach())  # type: ignore[operator]
     tensors = {role: (value + noise(*value.shape, seed=9)).requires_grad_() for role, value in started.items()}
     x, scale = input_of(module, dtype), kind.scale(shapes_of(tensors), 8.0)
     ours = kind.forward(module, x, module(x), tensors, scale)  # type: ignore[misc]
