@@ -93,6 +93,7 @@ def test_compare_vote_and_keep(page: Any, studio: Service, trained: str) -> None
     page.click("#draw")
     until(page, "document.querySelectorAll('.plotted img').length === 2")
     page.click("text=Vote blindly")
+    page.wait_for_url("**/vote")  # and its scripts are there: keys are theirs
     page.wait_for_selector(".pick img")
     sources = [image.get_attribute("src") for image in page.locator(".pick img").all()]
     assert not any("0.8" in source or "strength" in source or "step" in source for source in sources)
@@ -198,6 +199,25 @@ def test_jobs_are_moved_paused_and_cancelled(page: Any, studio: Service, idle: S
         page.click(f"#ask-cancel-{job.id}")
         page.wait_for_selector(f"#ask-requeue-{job.id}")
         assert idle.studio.store.get(job.id).state == "cancelled"
+
+
+def test_a_press_is_not_lost_behind_an_update(page: Any, studio: Service, idle: Service, trained: str) -> None:
+    """An update that is under way when a button is pressed, and one that follows, leave the press alone."""
+    job = idle.studio.store.add("train", studio.studio.store.get(trained).settings, name="four")
+    page.goto(f"{idle.address}/jobs/{job.id}")
+    held: list[Any] = []
+    page.route("**/live", lambda route: held.append(route))
+    page.evaluate("htmx.trigger(document.body, 'changed')")
+    wait(lambda: page.evaluate("0") or held, bool, 60)
+    page.click(f"#ask-pause-{job.id}")
+    page.evaluate("htmx.trigger(document.body, 'changed')")
+    wait(lambda: page.evaluate("0") or idle.studio.store.get(job.id).state, "paused".__eq__, 60)
+    for route in held:
+        route.continue_()
+    page.unroute("**/live")
+    page.wait_for_selector(f"#ask-resume-{job.id}")
+    page.click(f"#ask-cancel-{job.id}")
+    page.wait_for_selector(f"#ask-requeue-{job.id}")
 
 
 def test_what_goes_wrong_is_told_with_what_to_do(page: Any, studio: Service, trained: str) -> None:
