@@ -50,19 +50,21 @@ class Counting:
         task.report({"event": "started", "resumed": done}, done, total, "counting")
         print("counting from", done, flush=True)
         for step in range(done + 1, total + 1):
-            self.step(step, settings)
+            self.step(step, settings, task)
             with path.open("a") as lines:
                 lines.write(f"{step} {task.job.id} {task.job.attempts}\n")
             task.report({"event": "step", "step": step}, step, total, "counting")
         return {"lines": str(path), "steps": total}
 
-    def step(self, step: int, settings: Mapping[str, Any]) -> None:
+    def step(self, step: int, settings: Mapping[str, Any], task: Any) -> None:
         time.sleep(settings.get("pace", 0))  # its work
         if step == settings.get("wait_at"):
             threading.Event().wait()
         while step == settings.get("deaf_at"):
             with contextlib.suppress(KeyboardInterrupt):
                 threading.Event().wait()
+        while step == settings.get("crash_at") and task.written is not task.progress:
+            time.sleep(0.01)  # else how often it gets further, as far as anybody knows, depends on how busy the machine is
         if step == settings.get("crash_at"):
             os.kill(os.getpid(), getattr(signal, settings.get("signal", "SIGSEGV")))
         if step == settings.get("fail_at"):
