@@ -37,16 +37,27 @@ class Datasets:
 
     def __init__(self, workspace: Workspace, folders: Iterable[Path], limits: Limits) -> None:
         self.workspace, self.limits = workspace, limits
-        self.named = {f"{NAMED}{number}": path for number, path in enumerate(folders, 1)}
+        self.roots = {f"{NAMED}{number}": path for number, path in enumerate(folders, 1)}
 
     def ids(self) -> list[str]:
-        """All of them; of the named folders, those with pictures."""
+        """All of them: the workspace's own, the named folders with pictures, and where one has none the folders in it that do."""
         own = sorted(path.name for path in self.workspace.datasets.iterdir() if path.is_dir() and not path.name.startswith("."))
-        return [*own, *(name for name, path in self.named.items() if _has_pictures(path))]
+        return [*own, *self.named]
+
+    @property
+    def named(self) -> dict[str, Path]:
+        """The folders of the user's own by id: `folder-1`, `folder-1-rex`."""
+        found: dict[str, Path] = {}
+        for id, path in self.roots.items():
+            if _has_pictures(path):
+                found[id] = path
+            else:
+                found |= {f"{id}-{one.name}": one for one in _folders_in(path) if _has_pictures(one)}
+        return found
 
     def folder(self, dataset: str) -> Path:
         """Its folder. Raises Refusal for an id that is none."""
-        if path := self.named.get(dataset):
+        if dataset.startswith(NAMED) and (path := self.roots.get(dataset) or self.named.get(dataset)):
             return path
         path = self.workspace.datasets / dataset
         if not dataset or dataset.startswith(".") or Path(dataset).name != dataset or "\0" in dataset or not path.is_dir():
@@ -60,7 +71,7 @@ class Datasets:
         count = sum(len(one.pictures) for one in _galleries(folder))
         size, created = sum(path.stat().st_size for path in files), folder.stat().st_mtime
         return {"id": dataset, "object": "dataset", "name": folder.name, "folder": str(folder), "pictures": count,
-                "bytes": size, "changed_at": int(created), "own": dataset not in self.named}  # fmt: skip
+                "bytes": size, "changed_at": int(created), "own": not self._is_named(dataset)}  # fmt: skip
 
     def create(self, name: str, incoming: Iterable[Incoming]) -> tuple[str, Staged]:
         """A new dataset of what was sent. Raises Refusal and DataError, and nothing is left of it then."""
@@ -88,7 +99,7 @@ class Datasets:
     def remove(self, dataset: str) -> None:
         """Remove a dataset. Raises Refusal for a folder that is the user's own."""
         folder = self.folder(dataset)
-        if dataset in self.named:
+        if self._is_named(dataset):
             raise Refusal(403, "named_folder", f"{folder} is a folder of yours", "remove it yourself, it is not the workspace's")
         with folder_aside(self.workspace.uploads) as aside:
             folder.rename(aside / "gone")
@@ -167,6 +178,10 @@ class Datasets:
             write_text(beside or path.with_suffix(".txt"), caption + "\n")
         return len(changed)
 
+    def _is_named(self, dataset: str) -> bool:
+        """Whether a dataset that there is lies in a folder of the user's own."""
+        return not self.folder(dataset).is_relative_to(self.workspace.datasets)
+
     def _check(self, folder: Path) -> None:
         """Raise DataError for a folder without pictures, or with metadata that cannot be read."""
         try:
@@ -179,7 +194,7 @@ class Datasets:
     def _free_name(self, name: str) -> str:
         """A name for a new dataset; another one where that is taken."""
         first = safe_trigger(Path(name).name) if name else "subject"
-        taken = {path.name for path in self.workspace.datasets.iterdir()} | set(self.named)
+        taken = {path.name for path in self.workspace.datasets.iterdir()} | set(self.named) | set(self.roots)
         number, free = 2, first
         while free in taken:
             free, number = f"{first}-{number}", number + 1
@@ -209,6 +224,13 @@ def _galleries(folder: Path) -> list[Gallery]:
     try:
         return galleries(folder)
     except DataError:
+        return []
+
+
+def _folders_in(folder: Path) -> list[Path]:
+    try:
+        return sorted(one for one in folder.iterdir() if one.is_dir() and not one.name.startswith(".") and not one.is_symlink())
+    except OSError:
         return []
 
 
