@@ -1,7 +1,7 @@
 """What a command takes, as JSON schema: the forms of the page and the bodies of the API are made of it.
 
 Settings of a recipe are described by the recipe; the others by their options. `format` says what a text names: a `path`, an
-`adapter` with a strength behind it, a `base`, a `preset`, or a `prompt`.
+`adapter` with a strength behind it, a `base`, a `captioner`, a `preset`, or a `prompt`.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ FORMATS = {  # what texts of these names are, wherever they stand
     "base": "base",
     "tuned": "base",
     "vae": "base",
+    "model": "captioner",
     "preset": "preset",
     "prompts": "prompt",
     "sample_prompts": "prompt",

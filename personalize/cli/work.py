@@ -19,6 +19,7 @@ from ..pictures.galleries import check_output
 from ..registry import table
 from ..text import slug
 from .adapters import convert, doctor, output_path, resize, rule_of
+from .caption import caption, check_caption
 from .checkpoints import bake, extract, interpolate
 from .dataset import dataset
 from .generate import generate, order_of
@@ -248,6 +249,11 @@ def place_of_dataset(workspace: Workspace, values: Parameters) -> tuple[str, Pat
     return name, workspace.outputs / f"dataset-{slug(name)}"
 
 
+def place_of_captions(workspace: Workspace, values: Parameters) -> tuple[str, Path]:
+    name = Path(values["folder"]).resolve().name
+    return name, workspace.outputs / f"caption-{slug(name)}"
+
+
 def place_of_doctor(workspace: Workspace, values: Parameters) -> tuple[str, Path]:
     name = "+".join(Path(path).stem for path, _ in values["files"])
     return name, workspace.outputs / f"doctor-{slug(name)}"
@@ -277,6 +283,7 @@ BAKE = CommandKind(bake, LONG, place_of_checkpoint)
 INTERPOLATE = CommandKind(interpolate, LONG, place_of_checkpoint)
 GENERATE = CommandKind(generate, QUICK, place_of_pictures, check_drawing, again=remove_pictures, resident=keep_base)
 DATASET = CommandKind(dataset, QUICK, place_of_dataset)
+CAPTION = CommandKind(caption, QUICK, place_of_captions, check_caption)
 MERGE = CommandKind(merge, QUICK, place_of_file, check_merge)
 RESIZE = CommandKind(resize, QUICK, place_of_file, check_resize)
 CONVERT = CommandKind(convert, QUICK, place_of_file, check_files)
