@@ -165,6 +165,7 @@ def test_a_submodule_does_not_hide_the_function_of_its_name() -> None:
         (["train", "--help"], {"pydantic"}),
         (["generate", "--help"], set()),
         (["dataset", "--help"], {"pydantic"}),
+        (["caption", "--help"], {"pydantic"}),
         (["--version"], set()),
     ],
 )

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..errors import RecipeError
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import torch
     from PIL import Image
 
+AUTO = "auto"
 Say = Callable[[Sequence["Image.Image"]], list[str]]  # RGB images => a caption each, as plain text; "" where nothing is clear
 
 
@@ -26,17 +27,17 @@ class Manner:
     prompt: str | None = None  # what the model is asked, or how its sentence begins
     threshold: float | None = None  # how likely what is said must be, 0 to 1
     character_threshold: float | None = None  # the same of names of characters
-    device: str = "auto"
-    precision: str = "auto"
+    device: str | None = None
+    precision: str | None = None
 
     @property
     def place(self) -> tuple[torch.device, torch.dtype]:
         """Where a model computes, and in what. Raises RecipeError for a device that there is not."""
         from ..models.model import usable_device
-        from ..models.precision import dtype_of, precision_of
+        from ..models.precision import dtype_of, precision_on
 
-        device = usable_device(self.device)
-        return device, dtype_of(precision_of(self, device))
+        device = usable_device(self.device or AUTO)
+        return device, dtype_of(precision_on(device, self.precision or AUTO))
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,7 @@ class Captioner:
     def fill(self, manner: Manner) -> Manner:
         """A manner with the captioner's own defaults. Raises RecipeError for what it would not heed."""
         given = {one.name: value for one in fields(Manner) if (value := getattr(manner, one.name)) is not None}
-        own: dict[str, Any] = {name: getattr(self.defaults, name) for name in ("prompt", "threshold", "character_threshold")}
-        for name, value in own.items():
-            if value is None and name in given:
+        for name in given:
+            if getattr(self.defaults, name) is None:
                 raise RecipeError(f"{self.title} takes no --{name.replace('_', '-')}", "leave it out, or name another --with")
         return replace(self.defaults, **given)

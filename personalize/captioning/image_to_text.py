@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import BaseModelError
 from ..models.sources import CONFIG, read_json
 from ..text import first_line
-from .captioner import Captioner, Manner, Say
+from .captioner import AUTO, Captioner, Manner, Say
 
 if TYPE_CHECKING:
     import torch
@@ -89,4 +89,4 @@ def open_model(folder: Path, manner: Manner) -> Say:
     return Writer(model.eval().requires_grad_(False), processor, manner.prompt or "", place).say
 
 
-IMAGE_TO_TEXT = Captioner("an image-to-text model", recognise, open_model, Manner(prompt=""))
+IMAGE_TO_TEXT = Captioner("an image-to-text model", recognise, open_model, Manner(prompt="", device=AUTO, precision=AUTO))

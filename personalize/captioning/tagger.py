@@ -19,7 +19,7 @@ from ..errors import BaseModelError
 from ..models.sources import CONFIG, read_json
 from ..pictures.metadata import read_text
 from ..text import first_line
-from .captioner import Captioner, Manner, Say
+from .captioner import AUTO, Captioner, Manner, Say
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -103,7 +103,9 @@ def open_onnx(folder: Path, manner: Manner) -> tuple[list[Tag], Likely]:
     tags, path = read_tags(folder / TAGS), folder / ONNX
     wanted = ["CUDAExecutionProvider"] * (manner.place[0].type == "cuda") + ["CPUExecutionProvider"]
     providers = [name for name in wanted if name in onnxruntime.get_available_providers()]
-    failures = tuple(one for one in vars(state).values() if isinstance(one, type) and issubclass(one, Exception))
+    failures: tuple[type[Exception], ...] = tuple(
+        one for one in vars(state).values() if isinstance(one, type) and issubclass(one, Exception)
+    )
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = torch.get_num_threads()
@@ -170,4 +172,5 @@ def open_classifier(folder: Path, manner: Manner) -> tuple[list[Tag], Likely]:
     return tags, likely
 
 
-TAGGER = Captioner("a tagger", recognise, open_tagger, Manner(threshold=0.35, character_threshold=0.85))
+DEFAULTS = Manner(threshold=0.35, character_threshold=0.85, device=AUTO, precision="float32")
+TAGGER = Captioner("a tagger", recognise, open_tagger, DEFAULTS)

@@ -7,17 +7,18 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..errors import DataError
 from .listening import report
 from .messages import answer, print_warning
 from .train import SettingsCommand
 from .values import PATH
-from .view import View, terminal
 
 if TYPE_CHECKING:
     from ..captioning.caption import Caption, Skip, Wording, Work
     from ..captioning.captioner import Manner
     from ..recipe.fields import Data
     from ..recipe.settings import Setting
+    from .view import View
 
 SETTINGS = ("trigger", "class")  # those of the recipe that matter here
 BATCH = 4  # pictures at a time
@@ -49,8 +50,8 @@ class CaptionCommand(SettingsCommand):
 @click.option("--character-threshold", type=click.FloatRange(0, 1), show_default="0.85",
               help="how likely a WD tagger's names of characters must be")  # fmt: skip
 @click.option("--batch-size", type=click.IntRange(1), default=BATCH, show_default=True, help="pictures at a time")
-@click.option("--device", metavar="auto|cpu|cuda", default="auto", show_default=True, help="where to compute")
-@click.option("--precision", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto", show_default=True,
+@click.option("--device", metavar="auto|cpu|cuda", show_default="auto", help="where a tagger or an image-to-text model computes")
+@click.option("--precision", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), show_default="auto",
               help="of an image-to-text model (auto: bfloat16 on a GPU that has it)")  # fmt: skip
 def caption(folder: Path, model: str, batch_size: int, dry_run: bool, overwrite: bool, **options: Any) -> int:
     """Write a caption beside every picture in FOLDER that has none: NAME.txt, which training reads.
@@ -59,6 +60,7 @@ def caption(folder: Path, model: str, batch_size: int, dry_run: bool, overwrite:
     """
     from ..captioning.caption import find_work
     from ..captioning.find import find_captioner
+    from .view import View, terminal
 
     data, wording, manner = order_of(folder, options)
     work = find_work(data, overwrite, write=not dry_run)
@@ -76,12 +78,15 @@ def order_of(folder: Path, options: dict[str, Any]) -> tuple[Data, Wording, Mann
     """What the command asks for, checked as far as it can be without the model. Raises RecipeError."""
     from ..captioning.caption import Wording
     from ..captioning.captioner import Manner
+    from ..data.dataset import Concept
     from ..recipe.fields import Data
 
     data = Data(folder=folder, **{name: value for name in SETTINGS if (value := options.get(name)) is not None})
     without = tuple(tag.strip() for text in options["without"] for tag in text.split(",") if tag.strip())
     manner = Manner(**{name: options[name] for name in ("prompt", "threshold", "character_threshold", "device", "precision")})
-    return data, Wording(options["prefix"], without, options["max_words"]), manner
+    wording = Wording(options["prefix"], without, options["max_words"])
+    wording.first(Concept(""))
+    return data, wording, manner
 
 
 def check_caption(values: dict[str, Any]) -> None:
@@ -90,9 +95,8 @@ def check_caption(values: dict[str, Any]) -> None:
     from ..captioning.find import cached_snapshot, find_captioner
     from ..models.sources import is_hub_id
 
-    data, wording, manner = order_of(values["folder"], values)
-    for one in find_work(data, values["overwrite"]).todo[:1]:
-        wording.first(one.concept)
+    data, _, manner = order_of(values["folder"], values)
+    find_work(data, values["overwrite"])
     name, revision = values["model"], values["revision"]
     if not is_hub_id(name) or cached_snapshot(name, revision):
         find_captioner(name, revision, download=False)[0].fill(manner)
@@ -146,7 +150,7 @@ class Told:
         return f"{self.name(event.path)}  {event.text or '(nothing is clear: no caption)'}"
 
     def finish(self, view: View, dry_run: bool, model: str) -> int:
-        """Say how it ended; returns the exit code: 2 where no picture could be read."""
+        """Say how it ended; returns the exit code. Raises DataError where no picture could be read."""
         from ..captioning.find import DEFAULT, EXAMPLE
 
         said = sum(bool(one["caption"]) for one in self.captions)
@@ -162,4 +166,7 @@ class Told:
         if unclear and model == DEFAULT:
             what = f"{DEFAULT} knows drawings of its own world alone: for photographs, --with names another captioner"
             print_warning(f"{what}, such as {EXAMPLE}")
-        return 2 if total and not self.captions else 0
+        if total and not self.captions:
+            why = "; ".join(f"{one['picture']}: {one['why']}" for one in self.left_out[:3])
+            raise DataError(f"none of the {total} pictures in {self.folder} can be read", why)
+        return 0

@@ -18,6 +18,7 @@ from personalize.families.notation import plain_text
 from personalize.recipe.fields import Data
 
 ZWX = Concept("zwx", "dog")
+USUAL = Wording()
 
 
 def sides(images: Sequence[Image.Image]) -> list[str]:
@@ -25,7 +26,7 @@ def sides(images: Sequence[Image.Image]) -> list[str]:
     return [f"a picture (of {image.width} by {image.height})" for image in images]
 
 
-def caption(folder: Path, wording: Wording = Wording(), overwrite: bool = False, batch: int = 2) -> list[Caption | Skip]:
+def caption(folder: Path, wording: Wording = USUAL, overwrite: bool = False, batch: int = 2) -> list[Caption | Skip]:
     work = find_work(Data(folder=folder), overwrite)
     return list(write_captions(work.todo, sides, wording, batch))
 
