@@ -253,6 +253,7 @@ def test_every_table_is_in_the_extending_page() -> None:
         "families": "model family",
         "objectives": "objective",
         "optimizers": "optimizer",
+        "captioners": "captioner",
         "jobs": "kind of job",
     }
     for name in BUILT_IN:

@@ -45,6 +45,7 @@ class Wording:
         >>> Wording("[trigger]", ("1girl",)).caption("1girl, ganyu (genshin impact)", Concept("zwx"))
         '[trigger], ganyu \\(genshin impact\\)'
         """
+        said = "".join(letter if letter.isprintable() else " " for letter in said)
         unwanted = {plain_tag(tag) for tag in self.without}
         whole = tags(escape(said))
         kept = [tag for tag in whole if plain_tag(tag) not in unwanted]

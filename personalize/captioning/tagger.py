@@ -103,15 +103,14 @@ def open_onnx(folder: Path, manner: Manner) -> tuple[list[Tag], Likely]:
     tags, path = read_tags(folder / TAGS), folder / ONNX
     wanted = ["CUDAExecutionProvider"] * (manner.place[0].type == "cuda") + ["CPUExecutionProvider"]
     providers = [name for name in wanted if name in onnxruntime.get_available_providers()]
-    failures: tuple[type[Exception], ...] = tuple(
-        one for one in vars(state).values() if isinstance(one, type) and issubclass(one, Exception)
-    )
+    own = [one for one in vars(state).values() if isinstance(one, type) and issubclass(one, Exception)]
+    failures: tuple[type[Exception], ...] = (RuntimeError, ValueError, *own)  # its own have no root in common
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = torch.get_num_threads()
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=providers)
-    except (*failures, RuntimeError, ValueError) as error:  # its own have no root in common
+    except failures as error:
         raise BaseModelError(f"{path} cannot be opened: {first_line(error)}", "is the download complete?") from error
     (given, *_), (made, *_) = session.get_inputs(), session.get_outputs()
     if len(given.shape) != 4 or given.shape[3] != 3 or given.shape[1] != given.shape[2] or not isinstance(given.shape[1], int):

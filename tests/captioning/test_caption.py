@@ -157,6 +157,7 @@ def test_a_folder_that_is_of_no_use_is_told_before_anything_is_loaded(folder: Pa
         (Wording("", max_words=2), "a red cat on a mat", "a red"),
         (Wording("", max_words=9), "1,000 cats,  on a mat", "1,000 cats, on a mat"),
         (Wording(""), "ganyu (genshin impact), [x], {y}", "ganyu \\(genshin impact\\), \\[x\\], \\{y\\}"),
+        (Wording(""), "a\x1b[31m cat\n\x00sits", "a \\[31m cat sits"),
         (Wording("", ("ganyu (genshin impact)",)), "ganyu (genshin impact), smile", "smile"),
     ],
 )
