@@ -20,7 +20,7 @@ from personalize.adapters.adapter import Adapter
 from personalize.adapters.delta import LowRank
 from personalize.cli import cli
 from personalize.cli.work import parameters, settings_of
-from personalize.errors import AdapterError, BaseModelError, DataError, OutputError, PersonalizeError, RecipeError
+from personalize.errors import AdapterError, BaseModelError, DataError, JobError, OutputError, PersonalizeError, RecipeError
 from personalize.jobs import Engine, Job, Store, Workspace
 from personalize.lock import holder_process
 from personalize.models.resident import Resident
@@ -74,6 +74,9 @@ def test_every_row_is_a_command_and_checks_its_settings(name: str, store: Store)
         ("generate", {"prompts": ["a cat"], "output": "/tmp"}, RecipeError, "a folder of its own"),
         ("caption", {"folder": "{here}/none"}, DataError, "none"),
         ("caption", {"folder": "{pictures}", "model": "nowhere"}, BaseModelError, "no captioner called nowhere"),
+        ("caption", {"folder": "{pictures}", "batch_size": 0}, RecipeError, "batch-size"),
+        ("caption", {"folder": "{pictures}", "precision": "nope"}, RecipeError, "precision"),
+        ("caption", {"folder": "{pictures}", "steps": 3}, RecipeError, "no setting 'steps'"),
         ("caption", {"folder": "{pictures}", "prompt": "what?"}, RecipeError, "takes no --prompt"),
         ("caption", {"folder": "{pictures}", "prefix": "{{triger}}"}, RecipeError, "did you mean trigger"),
         ("merge", {"files": []}, RecipeError, "which adapters"),
@@ -231,6 +234,8 @@ def test_captions_are_written_once_whoever_is_killed(store: Store, wait: Callabl
         assert len(told) == len(set(told)) and "0.png" not in told and done.progress["done"] == done.progress["total"]
         other = store.add("caption", settings | {"overwrite": True, "prefix": "other"})
         wait(store, other.id, lambda one: one.progress.get("done", 0) >= 2)
+        with pytest.raises(JobError, match=f"job {other.id} writes to"):  # one at a time in a folder
+            store.add("caption", settings)
         store.cancel(other.id)
         assert wait(store, other.id).state == "cancelled"
     texts = [path.read_text() for path in folder.glob("*.txt")]
