@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..data.captions import read_caption, safe_trigger
+from ..data.captions import safe_trigger
+from ..data.sidecars import write_caption, written_caption
 from ..errors import DataError
-from ..io import disk_error, write_text
+from ..io import disk_error
 from ..jobs.workspace import Workspace
-from ..pictures.files import ASIDE, all_files, format_of, is_picture
+from ..pictures.files import ASIDE, Contents, all_files, format_of, is_picture, look_into
 from ..pictures.galleries import Gallery, galleries
 from .errors import Refusal, not_found
 from .options import Limits
@@ -109,11 +111,11 @@ class Datasets:
         return [
             Picture(
                 path.relative_to(folder).as_posix(),
-                caption_of(gallery, path),
+                caption_of(gallery, path, beside(path.parent)),
                 path.stat().st_size,
                 mask.relative_to(folder).as_posix() if (mask := gallery.contents.mask_of(path)) else None,
             )
-            for folder in [self.folder(dataset)]
+            for folder, beside in [(self.folder(dataset), functools.cache(look_into))]
             for gallery in _galleries(folder)
             for path in gallery.pictures
         ]
@@ -165,17 +167,14 @@ class Datasets:
     def write_captions(self, dataset: str, captions: Mapping[str, str]) -> int:
         """Write captions beside their pictures, after all of them were checked; returns how many changed."""
         known = {one.name: one.caption for one in self.pictures(dataset)}
-        folder, written = self.folder(dataset), []
+        folder, written, beside = self.folder(dataset), [], functools.cache(look_into)
         for name, caption in captions.items():
             if name not in known:
                 raise not_found("picture", name, f"GET /api/datasets/{dataset} lists them")
             written.append((name, " ".join(_check_caption(caption).split())))
-        galleries_of = _galleries(folder)
         changed = [(name, caption) for name, caption in written if caption != known[name]]
         for name, caption in changed:
-            path = folder / name
-            beside = next((one.contents.caption_of(path) for one in galleries_of if path in one.pictures), None)
-            write_text(beside or path.with_suffix(".txt"), caption + "\n")
+            write_caption(folder / name, caption, beside((folder / name).parent))
         return len(changed)
 
     def _is_named(self, dataset: str) -> bool:
@@ -201,13 +200,12 @@ class Datasets:
         return free
 
 
-def caption_of(gallery: Gallery, picture: Path) -> str:
-    """What somebody wrote of a picture, beside it or in the metadata; "" where nobody did, or no text can be read."""
-    note = gallery.notes.get(picture)
-    file = gallery.contents.caption_of(picture) if picture.parent == gallery.contents.folder else None
+def caption_of(gallery: Gallery, picture: Path, beside: Contents) -> str:
+    """What somebody wrote of a picture; what the metadata says where the file beside it is no text."""
     try:
-        return (read_caption(file) if file else "") or (note.caption if note else "")
+        return written_caption(gallery, picture, beside)
     except DataError:
+        note = gallery.notes.get(picture)
         return note.caption if note else ""
 
 
