@@ -22,8 +22,8 @@ from personalize.adapters.kinds.full import NORM
 from personalize.families.family import Family, Shape, weights
 from personalize.families.names import ROWS, claims, part_of
 from personalize.formats.header import read_header
+from personalize.tuning.dense import BIAS
 from personalize.tuning.targets import begin
-from personalize.tuning.vectors import BIAS
 
 TARGETS = ("attention", "feedforward", "conv")
 FAMILIES = ("pocket", "sd1", "sd2", "sdxl")
@@ -32,8 +32,10 @@ HEAD = """# Kinds, bases and programs
 What each program makes of the file that `train --kind` writes, by its own rules of names and kinds (`adapters/hosts.py`). Made by
 `python -m tools.kinds > docs/kinds.md`, which writes a file of each kind with every layer of attention, feed-forward and
 convolutions in the family's true shapes, text encoders among them; `personalize doctor FILE` says the same of any file. "-": it
-has no such base. OFT's alpha is 0 in these files: no rotation is limited.
+has no such base. OFT's alpha is 0 in these files: no rotation is limited. `full` is left out: its file is as large as the model,
+and holds `diff`, which A1111, ComfyUI and Forge read ([adapters.md](adapters.md#which-program-loads-what)), beside norms.
 """
+KINDS = [name for name in kinds.trainable() if name != "full"]
 
 
 def shapes_of(family: Family, kind: Kind) -> dict[str, Shape]:
@@ -88,7 +90,7 @@ def table(family: str) -> str:
         f"| `--kind` | layers | {' | '.join(named)} |",
         f"| --- | --- |{' --- |' * len(named)}",
     ]
-    for kind in kinds.trainable():
+    for kind in KINDS:
         cells = " | ".join(cell(family, kind, host) for host in hosts.HOSTS)
         lines.append(f"| `{kind}` | {len(slots_of(family, kind))} | {cells} |")
     return "\n".join(lines) + "\n"

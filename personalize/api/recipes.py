@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..data.folder import read_folder
 from ..errors import PersonalizeError, RecipeError, check_type
@@ -16,6 +16,9 @@ from ..recipe.resolve import resolve as resolve_layers
 from ..text import plain
 from ..training.events import read_events
 from .showing import Showing, find_out
+
+if TYPE_CHECKING:
+    from ..tuning.rates import RateGroup
 
 Ask = Callable[[Path, Showing], Showing]  # what a person says of a folder, beside what it is taken for
 
@@ -118,3 +121,18 @@ def remembered_showing(given: Mapping[str, Any], prefix: str) -> Showing | None:
                 return Showing(False, str(known["class"]), f"the run in {output} is")
             break
     return None
+
+
+def layers_at_hand(recipe: Recipe) -> list[RateGroup]:
+    """What a recipe trains, layers that learn alike together: from the base's shapes alone.
+
+    Raises RecipeError for a pattern that names no layer, BaseModelError for a base that is not on this machine.
+    """
+    from ..models.skeleton import skeleton_of
+    from ..training.preflight import parts
+    from ..tuning.rates import groups_of, rates_of
+    from ..tuning.targets import fresh
+
+    base = skeleton_of(recipe.base)
+    start = fresh(base, recipe.adapter, parts(recipe, base), recipe.seed)
+    return groups_of(base.family, rates_of(base.family, start, recipe.optim, recipe.steps))

@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from ..recipe.adapter import FULL
 from ..recipe.fields import Recipe
 from ..text import base_summary, duration, memory_summary, pace, readable
 from ..training.events import (
     Chosen,
+    Derived,
     Encoded,
     Event,
     Finished,
@@ -117,6 +119,8 @@ class RunView(View):
                 self.print(f"pictures {self.folder / event.path.partition('-')[0]}-*.png{whose}")
             case Saved():
                 self.print(f"saved    {self.folder / event.path}")
+            case Derived():
+                self.print(f"saved    {self.folder / event.path}  ({event.what}; {event.error:.2%} of the update lost)")
             case Fold():
                 best = f"best on it after step {event.step}, validation {error_change(event.validation)}"
                 self.print(f"left out {', '.join(event.pictures)} ({event.number} of {event.of}): {best}")
@@ -230,7 +234,7 @@ def doing_after(event: Event, recipe: Recipe) -> str:
         case Sample():
             return "training" if event.step < recipe.steps else "writing the checkpoint"
         case Saved() if "checkpoints/" not in event.path:
-            return "writing the report"
+            return "writing the model" if recipe.adapter.kind == FULL else "writing the report"
         case Saved() if event.step == recipe.steps:
             return "drawing at several strengths" if recipe.choosing.choose == "none" else "judging the checkpoints"
         case Scored():

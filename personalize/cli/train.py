@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..errors import AdapterError, DataError, OutputError, PersonalizeError, RecipeError
+from ..errors import AdapterError, BaseModelError, DataError, OutputError, PersonalizeError, RecipeError
 from ..pictures.files import look_into
 from ..pictures.galleries import CLASSES, check_folder, check_output, count_pictures, galleries
 from ..registry import table
@@ -178,6 +178,8 @@ def print_recipe(recipe: Recipe) -> int:
     for example in dataset.examples:
         width, height = example.size
         lines.append(f"#   {plain(example.path.name):<24} {width}x{height:<6} {plain(example.caption)}")
+    if recipe.is_layered:
+        lines += rate_lines(recipe)
     unicode = (sys.stdout.encoding or "").lower().startswith("utf")  # the file that this goes to is read as UTF-8
     for line in lines:
         echo(line if unicode else in_ascii(line))
@@ -185,6 +187,22 @@ def print_recipe(recipe: Recipe) -> int:
     for warning in (*recipe.remarks, *dataset.warnings):
         print_warning(warning)
     return 0
+
+
+def rate_lines(recipe: Recipe) -> list[str]:
+    """How layers learn, as comments below a recipe: where they lie, how many there are, at which rate and after which step."""
+    from ..api.recipes import layers_at_hand
+
+    try:
+        groups = layers_at_hand(recipe)
+    except BaseModelError as error:
+        return [f"# which layers learn how fast is known when the base is at hand: {plain(error.what)}"]
+    rates = [recipe.optim.lr if not one.layers.startswith("text_encoder") else recipe.optim.text_encoder_lr for one in groups]
+    return [
+        f"#   {one.layers:<32} {one.count:>4} layers  rate {rate * one.rate.scale:.3g}"
+        + (f" after step {one.rate.start}" if one.rate.start else "")
+        for one, rate in zip(groups, rates, strict=True)
+    ]
 
 
 # ---------------------------------------------------------------- batch

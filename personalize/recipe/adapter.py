@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Field
 
@@ -11,10 +11,17 @@ from ..errors import RecipeError
 from .one_of import OneOf
 from .part import AtCommas, Part, equals, is_off
 
+FULL = "full"  # the kind that is the model's own weights
+
 
 def trainable() -> tuple[str, ...]:
     """What `--kind` can be."""
     return tuple(trainable_rows())
+
+
+def _layers_of(fields: dict[str, Any]) -> tuple[str, ...]:
+    """The layers that a kind changes where nothing is said."""
+    return ("all",) if fields.get("kind") == FULL else ("attention", "feedforward")
 
 
 class AdapterSpec(Part):
@@ -23,10 +30,11 @@ class AdapterSpec(Part):
     kind: Annotated[str, OneOf("kinds", trainable)] = Field(
         "lora",
         description="what is learned: LoRA (Hu et al. 2021), DoRA (Liu et al. 2024), LoHa and LoKr (Yeh et al. 2023), "
-        "OFT (Qiu et al. 2023), (IA)^3 (Liu et al. 2022), or norms: weights and biases of all normalization layers",
+        "OFT (Qiu et al. 2023), (IA)^3 (Liu et al. 2022), norms: weights and biases of all normalization layers, or full: the "
+        "model's own weights",
     )
     rank: int = Field(
-        8, ge=1, le=1024, description="rank of the UNet update; of OFT, the size of a block; IA3 and norms have none"
+        8, ge=1, le=1024, description="rank of the UNet update; of OFT, the size of a block; IA3, norms and full have none"
     )
     alpha: float = Field(
         default_factory=lambda fields: float(fields["rank"]),
@@ -35,8 +43,14 @@ class AdapterSpec(Part):
     )
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapter's input")
     targets: Annotated[tuple[str, ...], AtCommas] = Field(
-        ("attention", "feedforward"),
-        description="UNet layers: attention, self-attention, cross-attention, feedforward, projection, conv, or a path glob",
+        default_factory=_layers_of,
+        description="UNet layers: attention, self-attention, cross-attention, feedforward, projection, conv, all, or a path glob "
+        "(default: attention,feedforward; of full: all)",
+    )
+    freeze: Annotated[tuple[str, ...], AtCommas] = Field(
+        (),
+        exclude_if=is_off,
+        description="layers that stay as they are, of those that --targets and --text-targets name: down_blocks, IN01, a glob",
     )
     rslora: bool = Field(
         False,
@@ -61,7 +75,8 @@ class AdapterSpec(Part):
     )
     text_rank: int = Field(4, ge=1, le=1024, description="rank of the text-encoder update (alpha keeps its ratio to rank)")
     text_targets: Annotated[tuple[str, ...], AtCommas] = Field(
-        ("attention", "feedforward"), description="text-encoder layers: attention, feedforward, or a path glob"
+        default_factory=_layers_of,
+        description="text-encoder layers: attention, feedforward, all, or a path glob (default: as for the UNet)",
     )
 
 
@@ -75,7 +90,7 @@ def check_kind(adapter: AdapterSpec, optim: Part, dialect: str) -> None:
             raise RecipeError(f"--{field.replace('_', '-')} is nothing that --kind {name} has", f"it is a setting of {others}")
     if dialect != "kohya" and name != "lora":
         raise RecipeError(f"--dialect {dialect} holds LoRA only, not --kind {name}", "leave it out: kohya holds every kind")
-    if adapter.dropout and name == "norms":
-        raise RecipeError("--dropout drops inputs of layers, and --kind norms changes none", "leave it out")
+    if adapter.dropout and name in (FULL, "norms"):
+        raise RecipeError(f"--dropout drops inputs of an adapter, and --kind {name} has none", "leave it out")
     if adapter.rslora and adapter.lokr_full:
         raise RecipeError("--rslora and --lokr-full exclude each other", "two whole matrices have no scale: leave one out")

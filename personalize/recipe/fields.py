@@ -11,10 +11,11 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from ..errors import RecipeError
+from .adapter import FULL, check_kind
 from .adapter import AdapterSpec as AdapterSpec
-from .adapter import check_kind
+from .by_layer import read_scales, read_thaws
 from .one_of import OneOf
-from .part import AtCommas, equals
+from .part import AtCommas, equals, is_off
 from .part import Part as Part
 from .samplers import AUTO, SAMPLERS, sampler_name
 
@@ -87,6 +88,25 @@ class Optim(Part):
         exclude_if=equals(1.0),
         description="rate of a LoRA's or DoRA's second factor (up) over the first one's: LoRA+ (Hayou et al. 2024)",
     )
+    lr_scale: Annotated[tuple[str, ...], AtCommas] = Field(
+        (),
+        exclude_if=is_off,
+        description="rates of layers, as PATTERN=NUMBER times their part's; the last that names a layer counts: "
+        "up_blocks=1,down_blocks=0.3 (Howard & Ruder 2018)",
+    )
+    lr_decay: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        exclude_if=equals(1.0),
+        description="rate of a block or layer over that of the next one towards the output",
+    )
+    unfreeze: str = Field(
+        "",
+        exclude_if=is_off,
+        description="which layers learn from when on, as SHARE:LAYERS of the steps: '1.0:up_blocks,mid; 0.6:down_blocks'; "
+        "gradual: from the output to the input in the first half (Howard & Ruder 2018)",
+    )
     text_encoder_lr: float = Field(0.0, ge=0, description="learning rate of the text-encoder adapter; 0 leaves it alone")
     text_encoder_share: float = Field(
         1.0, gt=0, le=1, description="share of the steps in which the text encoder learns, before it stays as it is"
@@ -98,6 +118,18 @@ class Optim(Part):
     beta2: float = Field(0.99, ge=0, lt=1, description="AdamW's second momentum")
     clip: float = Field(1.0, ge=0, description="largest gradient norm; 0 turns clipping off")
     accumulate: int = Field(1, ge=1, description="micro-batches summed into one optimizer step")
+
+    @field_validator("lr_scale")
+    @classmethod
+    def _scales(cls, texts: tuple[str, ...]) -> tuple[str, ...]:
+        read_scales(texts)
+        return texts
+
+    @field_validator("unfreeze")
+    @classmethod
+    def _thaws(cls, text: str) -> str:
+        read_thaws(text)
+        return text
 
     def text_encoder_steps(self, steps: int) -> int:
         """In how many of a run's steps the text encoder learns."""
@@ -250,6 +282,8 @@ class Recipe(Part):
         if not self.optim.lr and self.optim.text_encoder_share < 1:
             raise RecipeError("with --lr 0 nothing is left to train after --text-encoder-share", "leave that out")
         check_kind(self.adapter, self.optim, self.dialect)
+        if self.adapter.kind == FULL and self.fitting.quantize not in ("auto", "none"):
+            raise RecipeError(f"--quantize {self.fitting.quantize} rounds the weights that --kind full trains", "leave it out")
         if self.data.regularization is not None and self.objective.prior != "images":
             raise RecipeError("--regularization holds class images for --prior images", f"not for --prior {self.objective.prior}")
         brought = self.data.regularization and self.objective.prior_prompts  # folders may name their class
@@ -276,6 +310,11 @@ class Recipe(Part):
             return []
         what = f"--warmup {self.optim.warmup} is as long as the run or longer ({self.steps} steps), so that --lr is never reached"
         return [f"{what}: --warmup {self.steps // 10}"]
+
+    @property
+    def is_layered(self) -> bool:
+        """Whether layers learn differently, or some that would learn do not."""
+        return bool(self.optim.lr_scale or self.optim.unfreeze or self.optim.lr_decay != 1 or self.adapter.freeze)
 
     @property
     def prior_rows(self) -> int:

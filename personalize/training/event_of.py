@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import contextlib
 from datetime import datetime, timezone
+from typing import Any
 
 from ..data.dataset import Dataset, Example
 from ..errors import PersonalizeError
 from ..recipe.settings import flatten
+from ..tuning.rates import groups_of
 from .events import Failed, Started, Step
 from .inputs import rng_of
 from .memory.apply import obstacle_to_compiling
 from .metadata import versions
 from .objectives.denoise import timesteps
+from .optimizers import EVEN
 from .preflight import RunPlan
 from .run import ActiveRun
 
@@ -46,7 +49,16 @@ def started_event(run: ActiveRun) -> Started:
         changes=list(plan.changes),
         init=dict(plan.init or {}),
         fit=run.facts(),
+        rates=rate_records(plan),
     )
+
+
+def rate_records(plan: RunPlan) -> list[dict[str, Any]]:
+    """How layers learn, those together that learn alike; nothing where all do."""
+    groups = groups_of(plan.base.family, plan.rates)
+    if all(group.rate == EVEN for group in groups):
+        return []
+    return [{"layers": one.layers, "count": one.count, "start": one.rate.start, "scale": one.rate.scale} for one in groups]
 
 
 def image_record(example: Example, dataset: Dataset) -> dict[str, str]:

@@ -28,6 +28,7 @@ class Started:
     fit: dict[str, Any] = field(default_factory=dict)  # how the run fits into memory, what it will take, and why it was chosen
     changes: list[str] = field(default_factory=list)  # what is otherwise than when the run began, or went on before
     init: dict[str, Any] = field(default_factory=dict)  # the adapter that the run began with: file, sha256, steps
+    rates: list[dict[str, Any]] = field(default_factory=list)  # where layers learn differently: layers, count, start, scale
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +83,16 @@ class Sweep:
     prompt: str
     seed: int
     path: str
+
+
+@dataclass(frozen=True, slots=True)
+class Derived:
+    """A file or folder was made of the adapter that a run has ended with. `path` is relative to the run folder."""
+
+    step: int
+    path: str
+    what: str  # it is, as people are told
+    error: float  # share of the update that it lost, by truncation or by rounding
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,7 +216,7 @@ class Failed:
 
 
 Event = (
-    Started | Shared | Encoded | Step | Sample | Sweep | Scored | Judged | Fold | Chosen | Saved | SteppedDown | Warned
+    Started | Shared | Encoded | Step | Sample | Sweep | Scored | Judged | Fold | Chosen | Saved | Derived | SteppedDown | Warned
     | Stopped | Failed | Finished
 )  # fmt: skip
 
@@ -223,6 +234,7 @@ NEEDED: dict[str, tuple[str, ...]] = {
     "judged": ("step", "strength", "value", "low", "high"),
     "chosen": ("step", "best", "low", "high", "judged_by"),
     "saved": ("step", "path"),
+    "derived": ("step", "path"),
     "steppeddown": ("step", "what", "why"),
     "warned": ("step", "text"),
     "stopped": ("step",),

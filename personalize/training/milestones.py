@@ -18,7 +18,9 @@ from ..inference.request import Request
 from ..inference.sheet import enlarge
 from ..io import atomic, write_text
 from ..models.processes import share
+from ..recipe.adapter import FULL
 from ..tuning.tunable import Tunable
+from .companions import write_companions
 from .events import Chosen, Event, Sample, Saved, Sweep, Warned
 from .inputs import training_batches
 from .limits import find_strange_classes, show_reconstruction
@@ -129,6 +131,8 @@ def finish(run: ActiveRun) -> Iterator[Event]:
             enlarge(image, 256).save(temporary, format="PNG")
     write_text(plan.run.adapter.with_suffix(".json"), sidecar(plan.recipe, plan.base, plan.dataset, step, weight))
     yield plan.run.record(save_adapter(run, step, plan.run.adapter))
+    if plan.recipe.adapter.kind == FULL:
+        yield from write_companions(plan, step)
 
 
 def sweep_strengths(plan: RunPlan, tunable: Tunable, step: int) -> Iterator[Event]:

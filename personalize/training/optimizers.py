@@ -1,4 +1,4 @@
-"""Optimizers on an adapter's parameters: one learning rate per part, its schedule, clipping, and a state of named tensors.
+"""Optimizers on what learns: rates by part and layer, their schedule, clipping, and a state of named tensors.
 
 An optimizer is a row of `registry.table("optimizers")`: a function from parameter groups and the recipe's settings to a
 torch.optim.Optimizer. Learning rates are set before each step.
@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from .. import registry
 from ..adapters.kinds.kind import DORA
 from ..recipe.fields import Optim
+from ..tuning.rates import Rate
 
 GROWTH = 200  # steps without overflow after which float16's loss scale doubles; torch's own 2000 is longer than most runs here
 SCALE = "loss scale"  # its name in the state
+EVEN = Rate()  # from the beginning, at its part's rate
 NUMBER = "="  # ends the names of what an optimizer holds as a plain number
 
 
@@ -59,11 +61,18 @@ def adamw(groups: Groups, optim: Optim) -> torch.optim.Optimizer:
 class Optimizer:
     """The recipe's optimizer with a schedule, gradient clipping and accumulation; its state is plain named tensors.
 
-    With `scaled`, losses are scaled for float16, and gradients are scaled back before anything looks at them.
+    With `scaled`, losses are scaled for float16, and gradients are scaled back before anything looks at them. `rates` say how
+    layers learn, by path, where that differs.
     """
 
     def __init__(
-        self, groups: Mapping[str, Mapping[str, nn.Parameter]], optim: Optim, steps: int, *, scaled: bool = False
+        self,
+        groups: Mapping[str, Mapping[str, nn.Parameter]],
+        optim: Optim,
+        steps: int,
+        *,
+        scaled: bool = False,
+        rates: Mapping[str, Rate] = {},
     ) -> None:
         self.optim = optim
         self.scale = Scale() if scaled else None
@@ -71,7 +80,7 @@ class Optimizer:
         text = {part: part.startswith("text_encoder") for part in groups}
         self.peak_lr = {part: optim.text_encoder_lr if is_text else optim.lr for part, is_text in text.items()}
         self.steps = {part: optim.text_encoder_steps(steps) if is_text else steps for part, is_text in text.items()}
-        made = [one for part, group in groups.items() for one in parameter_groups(part, group, optim)]
+        made = [one for part, group in groups.items() for one in parameter_groups(part, group, optim, rates)]
         self.rule: torch.optim.Optimizer = registry.table("optimizers")[optim.optimizer](made, optim)
         self._at_start = dict(group_numbers(self.rule))
 
@@ -95,7 +104,7 @@ class Optimizer:
         if self.optim.clip:
             nn.utils.clip_grads_with_norm_(self.parameters.values(), self.optim.clip, norm)
         for group in self.rule.param_groups:
-            group["lr"] = self.lr(group["part"], done) * group.get("faster", 1.0)
+            group["lr"] = self.lr(group["part"], done, group.get("start", 0)) * group.get("faster", 1.0) * group.get("scale", 1.0)
         self.rule.step()
         self.skip()
         if self.scale:
@@ -112,10 +121,23 @@ class Optimizer:
         self.scale.shrink()
         return True
 
-    def lr(self, part: str, done: int) -> float:
-        """A part's learning rate for the step after `done` steps; 0 for a part that is not trained, or not any more."""
+    def thaw(self, done: int) -> None:
+        """Let those parameters have gradients that learn in the step after `done` steps."""
+        for group in self.rule.param_groups:
+            if start := group.get("start", 0):
+                for parameter in group["params"]:
+                    parameter.requires_grad_(done >= start)
+
+    def lr(self, part: str, done: int, start: int = 0) -> float:
+        """A part's learning rate for the step after `done` steps; 0 for a part that is not trained, or not any more.
+
+        For layers that begin after `start` steps: the schedule's, which they warm up to.
+        """
         steps = self.steps.get(part, 0)
-        return self.peak_lr[part] * factor(self.optim, done, steps) if done < steps else 0.0
+        if not start <= done < steps:
+            return 0.0
+        warming = min(1.0, (done - start + 1) / self.optim.warmup) if start and self.optim.warmup else 1.0
+        return self.peak_lr[part] * factor(self.optim, done, steps) * warming
 
     def state(self) -> dict[str, Tensor]:
         """Parameters and what the optimizer holds of them, on the CPU: name -> parameter, name + '.exp_avg' -> moment, ..."""
@@ -150,14 +172,28 @@ class Optimizer:
             self.scale = Scale(value, int(good))
 
 
-def parameter_groups(part: str, named: Mapping[str, nn.Parameter], optim: Optim) -> Groups:
-    """A part's parameters in groups: `up` has its own rate (LoRA+), and norms of DoRA do not decay: at 0 they take W away."""
-    up = [name for name in named if name.endswith(".up") and optim.lora_plus != 1]
-    norms = [name for name in named if name.endswith(f".{DORA}")]
-    rest = [name for name in named if name not in {*up, *norms}]
-    own: list[tuple[list[str], dict[str, Any]]] = [(rest, {}), (up, {"called": f"{part} up", "faster": optim.lora_plus})]
-    own.append((norms, {"called": f"{part} norms", "weight_decay": 0.0}))
-    return [{"params": [named[name] for name in names], "part": part, **more} for names, more in own if names]
+def parameter_groups(part: str, named: Mapping[str, nn.Parameter], optim: Optim, rates: Mapping[str, Rate]) -> Groups:
+    """A part's parameters in groups that learn alike.
+
+    `up` has its own rate (LoRA+), norms of DoRA do not decay (at 0 they take W away), and layers may have rates of their own.
+    """
+    groups: dict[str, dict[str, Any]] = {}
+    order = sorted(set(rates.values()))  # their place is the same when a run is given more steps
+    for name, parameter in named.items():
+        path, _, role = name.rpartition(".")
+        sort, more = kind_of_group(role, optim)
+        if (rate := rates.get(path, EVEN)) != EVEN:
+            sort, more = f"{sort} rate {order.index(rate)}", more | {"start": rate.start, "scale": rate.scale}
+        group = groups.setdefault(sort, {"params": [], "part": part} | ({"called": part + sort} if sort else {}) | more)
+        group["params"].append(parameter)
+    return sorted(groups.values(), key=lambda group: "called" in group)
+
+
+def kind_of_group(role: str, optim: Optim) -> tuple[str, dict[str, Any]]:
+    """What parameters of a role are called, and what their group has of its own."""
+    if role == "up" and optim.lora_plus != 1:
+        return " up", {"faster": optim.lora_plus}
+    return (" norms", {"weight_decay": 0.0}) if role == DORA else ("", {})
 
 
 def named_values(name: str, held: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
@@ -177,7 +213,7 @@ def group_numbers(rule: torch.optim.Optimizer) -> Iterator[tuple[str, float]]:
 
 def group_keys(group: Mapping[str, Any]) -> list[str]:
     """The keys of a group's plain numbers."""
-    return [key for key, value in group.items() if key != "lr" and isinstance(value, int | float)]
+    return [key for key, value in group.items() if key not in ("lr", "start") and isinstance(value, int | float)]
 
 
 def group_name(group: Mapping[str, Any], key: str) -> str:

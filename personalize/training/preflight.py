@@ -29,13 +29,16 @@ from ..inference.request import Request
 from ..io import weights_hash
 from ..models.model import Base, device_of
 from ..models.precision import dtype_of, precision_of
+from ..models.skeleton import Skeleton
 from ..pictures.galleries import check_output
+from ..recipe.adapter import FULL
 from ..recipe.fields import Recipe
 from ..recipe.lines import PromptLine, parse_line
 from ..recipe.resolve import to_toml
 from ..recipe.settings import flatten
 from ..text import plain
 from ..tuning.continued import start_from
+from ..tuning.rates import Rate, rates_of
 from ..tuning.targets import fresh as fresh_deltas
 from .changes import changes_since, identity
 from .events import Finished
@@ -81,6 +84,11 @@ class RunPlan:
         """Windows of the text encoder that every caption is brought to, so that they fit into one batch."""
         written = [way for example in (*self.dataset.examples, *self.held) for way in variants(example.caption)]
         return self.base.windows([*written, *self.class_captions], weighted=True, shuffled=self.recipe.data.varies)
+
+    @functools.cached_property
+    def rates(self) -> dict[str, Rate]:
+        """How each layer learns. Raises RecipeError for patterns that name none."""
+        return rates_of(self.base.family, self.start, self.recipe.optim, self.recipe.steps)
 
     @property
     def folds(self) -> list[Run]:
@@ -210,6 +218,7 @@ def check(
     plan = RunPlan(
         recipe, base, device, dataset, held, run, about, state, finished, start, init, brought, tuple(changes), tuple(history)
     )
+    _ = plan.rates
     for _, options in plan.lines:
         schedulers.latent_shape(base, options.get("size"))
     if not finished:
@@ -233,10 +242,12 @@ def class_folder(recipe: Recipe) -> Dataset | None:
 
 
 def with_defaults(recipe: Recipe, dataset: Dataset) -> Recipe:
-    """The recipe with those defaults filled in that depend on the pictures: trigger, class, name, output, which are held back."""
+    """The recipe with those defaults filled in that depend on others: trigger, class, name, output, what is held back and how."""
     name = recipe.name or safe_trigger(dataset.trigger)
     data = recipe.data.model_copy(update={"trigger": dataset.trigger, "class_name": dataset.concepts[0].class_name})
-    told = {"data": data, "name": name, "output": recipe.output or Path("runs") / name}
+    told: dict[str, Any] = {"data": data, "name": name, "output": recipe.output or Path("runs") / name}
+    if recipe.adapter.kind == FULL:  # rounded weights cannot be trained
+        told["fitting"] = recipe.fitting.model_copy(update={"quantize": "none"})
     return holding_back(recipe, kept_back(recipe, dataset)).model_copy(update=told)
 
 
@@ -301,9 +312,9 @@ def split(dataset: Dataset, recipe: Recipe) -> tuple[Dataset, tuple[Example, ...
     return replace(dataset, examples=kept), tuple(example for name, example in pairs if name in recipe.choosing.holdout)
 
 
-def parts(recipe: Recipe, base: Base) -> tuple[str, ...]:
+def parts(recipe: Recipe, base: Base | Skeleton) -> tuple[str, ...]:
     """The parts of the base that the recipe trains: those with a learning rate."""
-    texts = [text.part for text in base.texts] if recipe.optim.text_encoder_lr else []
+    texts = [row.part for row in base.family.texts] if recipe.optim.text_encoder_lr else []
     return (*([base.family.denoiser.part] if recipe.optim.lr else []), *texts)
 
 
@@ -336,9 +347,16 @@ def rehearse(plan: RunPlan) -> None:
     path.unlink()
     saves = 2 + (plan.recipe.steps // plan.recipe.checkpoint_every if plan.recipe.checkpoint_every else 0)
     need = size * (saves + 6) + MARGIN  # the state is three adapters, and a new one is written before the old one goes
+    if plan.recipe.adapter.kind == FULL:
+        need += 2 * size_of(plan.base.path)  # the model, beside an earlier one
     if free < need:
         what = f"{plan.run.folder} has {free / 2**20:.0f} MiB free and the run needs about {need / 2**20:.0f} MiB"
         raise OutputError(what, "free some space, choose another --output, or a larger --checkpoint-every")
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a file, or of all files in a folder."""
+    return sum(one.stat().st_size for one in (path.rglob("*") if path.is_dir() else [path]) if one.is_file())
 
 
 def recipe_text(recipe: Recipe, history: Sequence[Mapping[str, Any]] = ()) -> str:

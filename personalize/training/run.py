@@ -72,6 +72,7 @@ class ActiveRun:
     def next_batches(self) -> Iterator[Batch]:
         """The batches of the next step, one micro-step after the other, as this run's adapter reads their captions."""
         recipe = self.plan.recipe
+        self.opt.thaw(self.done)
         self.seen = []
         for micro in range(self.done * recipe.optim.accumulate, (self.done + 1) * recipe.optim.accumulate):
             with self.tunable.computing():
@@ -123,7 +124,8 @@ class ActiveRun:
 def start_run(plan: RunPlan, data: TrainingData, tunable: Tunable, memory: MemoryPlan, number: int = 0) -> ActiveRun:
     """A run at its beginning, or where its state left it."""
     recipe = plan.recipe
-    opt = Optimizer(tunable.parameters(), recipe.optim, recipe.steps, scaled=memory.compute.precision == "float16")
+    scaled = memory.compute.precision == "float16"
+    opt = Optimizer(tunable.parameters(), recipe.optim, recipe.steps, scaled=scaled, rates=plan.rates)
     learner = Learner(tunable, make_objective(recipe.objective, plan.base.noise), opt)
     state = plan.state
     if state is None:

@@ -64,4 +64,5 @@ class Member(LayerAdapter):
         for path, layer in self.layers.items():
             for role, factor in layer.factors.items():
                 whole = factor.weight.grad
-                self._own[path][role].grad = None if whole is None else whole[self.number]
+                own = self._own[path][role]
+                own.grad = whole[self.number] if whole is not None and own.requires_grad else None

@@ -18,9 +18,9 @@ from ..adapters.kinds.full import FULL, NORM
 from ..adapters.kinds.kind import ALPHA, DOWN, UP, Kind
 from ..adapters.kinds.lora import LORA
 from ..models.model import Base
+from .dense import BIAS, NORMS, DenseLayer, bias_role, weight_role
 from .layers import ActiveRows, AdapterLayer, Spec
 from .placement import find_layer
-from .vectors import BIAS, NORMS, VectorLayer, bias_role
 
 Deltas = Mapping[str, Delta]  # by path
 
@@ -34,8 +34,9 @@ def make_layers(base: Base, starts: Sequence[Deltas], active: ActiveRows, dropou
 def _make_layer(base: Base, path: str, starts: Sequence[Deltas], active: ActiveRows, dropout: float) -> AdapterLayer:
     own: Any = find_layer(base, path)
     first = starts[0].get(path)
-    if path + BIAS in starts[0] or isinstance(own, NORMS):
-        return VectorLayer(own, NORM, [vectors_of(own, path, start) for start in starts], active, base.device)
+    if path + BIAS in starts[0] or isinstance(own, NORMS) or isinstance(first, Dense):
+        kind = NORM if isinstance(own, NORMS) else FULL
+        return DenseLayer(own, kind, [dense_of(own, path, start) for start in starts], active, base.device)
     assert first is not None
     kind = kind_of(first)
     return AdapterLayer(
@@ -59,24 +60,24 @@ def spec_of(kind: Kind, delta: Delta, shape: Sequence[int]) -> Spec:
     return stored, None if alpha is None else float(alpha)
 
 
-def vectors_of(layer: nn.Module, path: str, deltas: Deltas) -> Spec:
-    """The updates of a norm's weight and of a layer's bias, by role."""
-    found = {"w_norm": deltas.get(path), bias_role(layer): deltas.get(path + BIAS)}
+def dense_of(layer: nn.Module, path: str, deltas: Deltas) -> Spec:
+    """The updates of a layer's weight and of its bias, by role."""
+    found = {weight_role(layer): deltas.get(path), bias_role(layer): deltas.get(path + BIAS)}
     return {role: delta.delta() for role, delta in found.items() if delta is not None}, None
 
 
 def values_of(layer: AdapterLayer, path: str, deltas: Deltas) -> Spec:
     """What of these deltas is the layer's, by role, and its alpha."""
-    if isinstance(layer, VectorLayer):
-        return vectors_of(layer.base_layer, path, deltas)
+    if isinstance(layer, DenseLayer):
+        return dense_of(layer.base_layer, path, deltas)
     return spec_of(layer.kind, deltas[path], layer.weight.shape)
 
 
 def deltas_of(layer: AdapterLayer, path: str, number: int) -> dict[str, Delta]:
     """A copy of one of a layer's adapters, on the CPU: path => delta, that of a bias behind the layer's own."""
     tensors, alpha = {role: one.to("cpu", copy=True) for role, one in layer.tensors(number).items()}, layer.alphas[number]
-    if isinstance(layer, VectorLayer):
-        return {path if role == "w_norm" else path + BIAS: Dense(one) for role, one in tensors.items()}
+    if isinstance(layer, DenseLayer):
+        return {path + BIAS * (role == bias_role(layer.base_layer)): Dense(one) for role, one in tensors.items()}
     if layer.kind is LORA:
         assert alpha is not None
         return {path: LowRank(tensors[UP], tensors[DOWN], alpha)}

@@ -5,8 +5,8 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from fnmatch import fnmatchcase
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase, translate
 
 import torch
 from torch import Tensor, nn
@@ -15,15 +15,20 @@ from ..adapters import kinds
 from ..adapters.build import build
 from ..adapters.delta import Delta, Dense
 from ..adapters.kinds import Kind, Size
-from ..adapters.kinds.full import NORM
+from ..adapters.kinds.full import FULL, NORM
+from ..adapters.strengths.blocks import block_of
 from ..errors import RecipeError, nearest
-from ..families.names import canonical
+from ..families.family import Family
+from ..families.names import canonical, part_of
 from ..models.model import Base
+from ..models.skeleton import Skeleton
 from ..recipe.fields import AdapterSpec
-from .vectors import BIAS, NORMS
+from .dense import BIAS, NORMS
+
+ALL = "all"  # the target that names every layer
 
 
-def fresh(base: Base, spec: AdapterSpec, parts: Sequence[str], seed: int) -> dict[str, Delta]:
+def fresh(base: Base | Skeleton, spec: AdapterSpec, parts: Sequence[str], seed: int) -> dict[str, Delta]:
     """New updates of a spec's kind for what it targets: path -> one that changes nothing yet.
 
     Text encoders keep the denoiser's alpha-to-rank ratio. Raises RecipeError for a target that matches nothing.
@@ -35,10 +40,21 @@ def fresh(base: Base, spec: AdapterSpec, parts: Sequence[str], seed: int) -> dic
         if kind is NORM:
             deltas |= fresh_vectors(base, part, names, spec.biases)
             continue
+        if kind is FULL:
+            deltas |= fresh_weights(base, part, names)
+            continue
         size, alpha = Size(rank, spec.lokr_factor, spec.lokr_full, spec.oft_block), alpha_of(kind, spec, rank)
         for path, module in select(base, part, names).items():
             deltas[path] = begin(kind, weight_of(module), size, alpha, generator)
-    return deltas
+    return without_frozen(base.family, deltas, spec.freeze)
+
+
+def without_frozen(family: Family, deltas: Mapping[str, Delta], freeze: Sequence[str]) -> dict[str, Delta]:
+    """What is left of updates when layers are to stay as they are. Raises RecipeError for a pattern that names none of them."""
+    frozen = {path for pattern in freeze for path in layers_named(family, deltas, pattern, "--freeze")}
+    if frozen and len(frozen) == len(deltas):
+        raise RecipeError("--freeze leaves no layer to train", "name fewer layers, or other --targets")
+    return {path: delta for path, delta in deltas.items() if path not in frozen}
 
 
 def begin(kind: Kind, weight: Tensor, size: Size, alpha: float | None, generator: torch.Generator) -> Delta:
@@ -61,7 +77,7 @@ def alpha_of(kind: Kind, spec: AdapterSpec, rank: int) -> float | None:
     return float(torch.tensor(alpha * math.sqrt(rank))) if spec.rslora else alpha
 
 
-def fresh_vectors(base: Base, part: str, targets: Sequence[str], biases: bool) -> dict[str, Delta]:
+def fresh_vectors(base: Base | Skeleton, part: str, targets: Sequence[str], biases: bool) -> dict[str, Delta]:
     """Zeros for the weights and biases of a part's norms, and with `biases` for those of its target layers.
 
     Path globs choose norms too; the part's own names speak of layers, and leave all norms in. Raises RecipeError for a target
@@ -80,7 +96,17 @@ def fresh_vectors(base: Base, part: str, targets: Sequence[str], biases: bool) -
     return vectors | {path + BIAS: Dense(torch.zeros(bias.shape)) for path, bias in with_bias}
 
 
-def find_norms(base: Base) -> dict[str, nn.Module]:
+def fresh_weights(base: Base | Skeleton, part: str, targets: Sequence[str]) -> dict[str, Delta]:
+    """Zeros for the weights and biases of a part's target layers, norms among them. Raises RecipeError as `select` does."""
+    deltas: dict[str, Delta] = {}
+    for path, module in select(base, part, targets, adaptable(base) | find_norms(base)).items():
+        deltas[path] = Dense(torch.zeros(weight_of(module).shape))
+        if isinstance(module.bias, Tensor):
+            deltas[path + BIAS] = Dense(torch.zeros(module.bias.shape))
+    return deltas
+
+
+def find_norms(base: Base | Skeleton) -> dict[str, nn.Module]:
     """Every norm that has a weight: canonical path -> LayerNorm or GroupNorm."""
     return {
         canonical(f"{part}.{path}"): module
@@ -90,9 +116,15 @@ def find_norms(base: Base) -> dict[str, nn.Module]:
     }
 
 
-def select(base: Base, part: str, targets: Sequence[str]) -> dict[str, nn.Module]:
-    """The modules of a part that any target names, in the model's order. Raises RecipeError for one that matches nothing."""
-    modules = {path: module for path, module in adaptable(base).items() if path.startswith(f"{part}.")}
+def select(
+    base: Base | Skeleton, part: str, targets: Sequence[str], among: Mapping[str, nn.Module] | None = None
+) -> dict[str, nn.Module]:
+    """The modules of a part that any target names, of those that can carry an adapter or are `among` others.
+
+    Raises RecipeError for a target that matches nothing.
+    """
+    every = adaptable(base) if among is None else among
+    modules = {path: module for path, module in every.items() if path.startswith(f"{part}.")}
     chosen, named = set[str](), base.family.network(part).targets
     for target in targets:
         found = {path for path in modules if matches(named, part, target, path)}
@@ -108,7 +140,32 @@ def matches(named: Mapping[str, str], part: str, target: str, path: str) -> bool
     """Whether a target, a name of the part's own or a glob over module paths (with or without the part's name), names a path."""
     if pattern := named.get(target):
         return re.fullmatch(pattern, path) is not None
+    if target == ALL:
+        return True
     return fnmatchcase(path, target) or fnmatchcase(path.removeprefix(f"{part}."), target)
+
+
+def is_named(family: Family, pattern: str, path: str) -> bool:
+    """Whether a pattern names a layer: as a target does, by what its path begins with (`up_blocks.1`, `mid`), or by its block.
+
+    >>> from personalize.families.names import FAMILIES
+    >>> [is_named(FAMILIES[1], pattern, "unet.mid_block.resnets.0.conv1") for pattern in ("mid", "MID", "unet", "up_blocks")]
+    [True, True, True, False]
+    """
+    path, part = path.removesuffix(BIAS), part_of(path)
+    own = path.removeprefix(f"{part}.")
+    if matches(family.network(part).targets, part, pattern, path):
+        return True
+    begins = re.compile(translate(pattern).removesuffix(r"\Z").removesuffix(r"\z") + r"(?![A-Za-z0-9])")
+    return bool(begins.match(path) or begins.match(own)) or fnmatchcase(block_of(family, path), f"{pattern}*")
+
+
+def layers_named(family: Family, paths: Collection[str], pattern: str, flag: str) -> list[str]:
+    """The paths that a pattern names. Raises RecipeError, about a setting's flag, where it names none."""
+    if found := [path for path in paths if is_named(family, pattern, path)]:
+        return found
+    named = family.network(part_of(next(iter(paths)))).targets
+    raise RecipeError(f"{flag}: {pattern!r} names no layer that is trained", hint_for(named, pattern, paths))
 
 
 def hint_for(named: Mapping[str, str], target: str, paths: Iterable[str]) -> str:
@@ -123,7 +180,7 @@ def hint_for(named: Mapping[str, str], target: str, paths: Iterable[str]) -> str
     return f"the nearest layer is {max(paths, key=shared_letters)}"
 
 
-def adaptable(base: Base) -> dict[str, nn.Module]:
+def adaptable(base: Base | Skeleton) -> dict[str, nn.Module]:
     """Every layer that can carry an adapter: canonical path -> Linear or (ungrouped) Conv2d."""
     return {
         canonical(f"{part}.{path}"): module

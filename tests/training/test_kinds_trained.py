@@ -110,13 +110,14 @@ def trained(request: pytest.FixtureRequest, tiny_base: Path, pictures: Path, tmp
 def test_a_run_leaves_a_file_of_its_kind_on_every_layer(trained: Recipe) -> None:
     kind, told, adapter = trained.adapter.kind, describe(file_of(trained)), Adapter.load(file_of(trained))
     row = kinds.trainable()[kind]
-    assert (told.kind, told.dialect, told.unmatched) == (row.title, "kohya", ())
+    title = "full + norm" if kind == "full" else row.title
+    assert (told.kind, told.dialect, told.unmatched) == (title, "kohya", ())
     assert set(adapter.parts) == {"text_encoder", "unet"}
     base = Base.of(trained, "cpu")
     start = fresh(base, trained.adapter, ("unet", "text_encoder"), trained.seed)
     assert adapter.deltas.keys() == start.keys() and len(start) > 100
     shapes = {len(delta.shape) for delta in adapter.deltas.values()}
-    assert shapes == ({1} if kind == "norms" else {2, 4})
+    assert shapes == {"norms": {1}, "full": {1, 2, 4}}.get(kind, {2, 4})
     assert all(delta.norm() > 0 for delta in adapter.resolve(lambda path: weight_named(base, path)).deltas.values())
     assert not any(delta.delta(weight_named(base, path)).any() for path, delta in start.items())  # to the bit
 
@@ -149,7 +150,7 @@ def test_the_header_says_how_kohyas_trainer_would_make_it(trained: Recipe) -> No
     assert said["ss_network_module"] == ("networks.lora" if kind == "lora" else "lycoris.kohya")
     words = {"dora": "locon", "oft": "diag-oft"}
     assert arguments.get("algo") == (None if kind in ("lora", "norms") else words.get(kind, kind))
-    assert said["ss_network_dim"] == ("0" if kind in ("ia3", "norms") else "2")
+    assert said["ss_network_dim"] == ("0" if kind in ("ia3", "norms", "full") else "2")
     assert said["modelspec.description"].startswith(kinds.trainable()[kind].trained_as or kinds.trainable()[kind].title)
     assert resolve(start=resolve(flags=json.loads(said["personalize.recipe"]))).adapter == trained.adapter
 
@@ -253,14 +254,15 @@ def test_strength_dropout_and_bf16_count(narrow_base: Path, kind: str) -> None:
     x, t, cond = torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(1)), torch.tensor([300]), base.embed(["a"])
     with torch.no_grad(), attach(base, whole * 0.5):
         wanted = base.denoise(x, t, cond)
-    drops = 0.0 if kind == "norms" else 0.5
+    whole_layers = kind in ("norms", "full")
+    drops = 0.0 if whole_layers else 0.5
     with Fleet(base, [start], drops) as fleet, torch.no_grad():
         member = fleet.members[0]
         full = base.denoise(x, t, cond)
         with member.at(0.5):
             torch.testing.assert_close(base.denoise(x, t, cond), wanted, rtol=1e-3, atol=1e-3)
         with member.dropout(3):
-            assert torch.equal(base.denoise(x, t, cond), full) == (kind == "norms")
+            assert torch.equal(base.denoise(x, t, cond), full) == whole_layers
     low = Base.load(narrow_base, dtype=torch.bfloat16)
     with torch.no_grad():
         plain = low.denoise(x, t, low.embed(["a"])).float()
@@ -413,7 +415,9 @@ def test_biases_are_trained_and_written(make: Make) -> None:
     "biases of oft": ({"kind": "oft", "biases": True}, "--biases is nothing"),
     "scaled whole": ({"kind": "lokr", "rslora": True, "lokr_full": True}, "--rslora and --lokr-full exclude each other"),
     "dialect": ({"kind": "dora", "dialect": "diffusers"}, "--dialect diffusers holds LoRA only, not --kind dora"),
-    "dropout": ({"kind": "norms", "dropout": 0.1}, "--dropout drops inputs of layers, and --kind norms changes none"),
+    "dropout": ({"kind": "norms", "dropout": 0.1}, "--dropout drops inputs of an adapter, and --kind norms has none"),
+    "dropout of weights": ({"kind": "full", "dropout": 0.1}, "--dropout drops inputs of an adapter, and --kind full has none"),
+    "rounded weights": ({"kind": "full", "quantize": "int8"}, "--quantize int8 rounds the weights that --kind full trains"),
     "no kind": ({"kind": "norm"}, "--kind must be one of lora, "),
     "not trained": ({"kind": "glora"}, "--kind must be one of lora, "),
 }.values(), ids=str)  # fmt: skip
@@ -541,15 +545,15 @@ def test_dw_and_its_gradients_are_those_of_lycoris(kind: str, layer: str) -> Non
 def test_norms_and_their_gradients_are_those_of_lycoris(layer: str) -> None:
     from lycoris.modules.norms import NormModule
 
+    from personalize.tuning.dense import DenseLayer
     from personalize.tuning.layers import ActiveRows
-    from personalize.tuning.vectors import VectorLayer
 
     torch.manual_seed(0)
     module: nn.Module = nn.LayerNorm(8) if layer == "layer" else nn.GroupNorm(2, 8)
     nn.init.normal_(module.weight)  # type: ignore[arg-type]
     module.requires_grad_(False)
     values = {"w_norm": noise(8), "b_norm": noise(8, seed=1)}
-    ours = VectorLayer(module, kinds.row("norm"), [(values, None)], ActiveRows(0), torch.device("cpu"))
+    ours = DenseLayer(module, kinds.row("norm"), [(values, None)], ActiveRows(0), torch.device("cpu"))
     theirs = NormModule("a", module)
     with torch.no_grad():
         theirs.w_norm.copy_(values["w_norm"]), theirs.b_norm.copy_(values["b_norm"])

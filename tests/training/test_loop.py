@@ -493,6 +493,7 @@ CHANGES: dict[str, tuple[Any, dict[str, Any]]] = {
     "min_snr": (1.0, {}), "prior": ("output", {}), "prior_weight": (3.0, {"prior": "output"}),
     "prior_share": (0.5, {"prior": "output"}),
     "prior_images": (3, {"prior": "images"}), "prior_prompts": (["the {class}", "an {class}"], {"prior": "images"}),
+    "freeze": (["down_blocks"], {}), "lr_scale": (["up_blocks=2"], {}), "lr_decay": (0.5, {}), "unfreeze": ("gradual", {}),
     "lr": (2e-3, {}), "text_encoder_lr": (1e-3, {}), "schedule": ("constant", {"warmup": 0}), "warmup": (1, {}),
     "weight_decay": (0.5, {}), "beta1": (0.5, {}), "beta2": (0.9, {}), "clip": (0.01, {}), "accumulate": (2, {}),
     "optimizer": ("sgd", {}),

@@ -32,12 +32,15 @@ def _shape(role: str, dimensions: tuple[int, ...]) -> Callable[[Shapes], Shape]:
     return shape
 
 
-def start(weight: Tensor, size: Size, generator: Generator) -> dict[str, Tensor]:
-    """dW = 0 of a norm's weight [c]; its bias starts likewise (`b_norm`)."""
-    import torch
+def _start(role: str) -> Callable[[Tensor, Size, Generator], dict[str, Tensor]]:
+    def start(weight: Tensor, size: Size, generator: Generator) -> dict[str, Tensor]:
+        """dW = 0; updates of biases start likewise (`diff_b`, `b_norm`)."""
+        import torch
 
-    return {"w_norm": torch.zeros(len(weight))}
+        return {role: torch.zeros(weight.shape)}
+
+    return start
 
 
-FULL = _kind("full", "diff", (1, 2, 3, 4, 5))
-NORM = replace(_kind("norm", "w_norm", (1,)), start=start, settings=("biases",), trained_as="norms")
+FULL = replace(_kind("full", "diff", (1, 2, 3, 4, 5)), start=_start("diff"))
+NORM = replace(_kind("norm", "w_norm", (1,)), start=_start("w_norm"), settings=("biases",), trained_as="norms")

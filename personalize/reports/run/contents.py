@@ -6,10 +6,10 @@ from pathlib import PurePath
 from typing import Any
 
 from . import usage
-from .curves import panels
+from .curves import bars, panels
 from .figures import meter
 from .pictures import inliner
-from .read import Run
+from .read import Run, number
 from .samples import (
     Sides,
     before_and_after,
@@ -47,6 +47,7 @@ def page_values(run: Run, sides: Sides, live: bool = False) -> dict[str, Any]:
         "growth": checkpoint_grid(run, inline, sides.cell),
         "sweep": strength_grid(run, inline, sides.cell),
         "panels": panels(run.steps),
+        "bars": bars(run.started.get("rates"), int(number(run.recipe.get("steps")) or 0)),
         "saved": sorted({record["step"] for record in run.saved}),
         "meters": [meter(row) for row in run.metrics],
         "settings": changed_settings(run.recipe),

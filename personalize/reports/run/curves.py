@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from ..kit.curves import Panel, Point, parts, plot, smooth, thin
 from .read import Record, number
@@ -18,6 +20,27 @@ def panels(steps: Sequence[Record]) -> list[Panel]:
     norms = series(steps, "grad_norm")
     drawn += [("gradient norm", [("smooth", "smoothed", smooth(norms))], norms)] if len(norms) > 1 else []
     return [plot(*one) for one in drawn]
+
+
+@dataclass(frozen=True)
+class Bar:
+    """When layers learn, and how fast: `start` in per cent of the run's steps."""
+
+    layers: str
+    start: float
+    step: int
+    scale: float
+
+
+def bars(rates: Any, steps: int) -> list[Bar]:
+    """The layers of a run that learn differently, those that begin first above; nothing where all learn alike."""
+    rows = [row for row in rates if isinstance(row, dict)] if isinstance(rates, list) else []
+    found = [(str(row.get("layers", "")), number(row.get("start")), number(row.get("scale"))) for row in rows]
+    return [
+        Bar(layers, min(100.0, 100 * start / max(1, steps)), int(start), scale)
+        for layers, start, scale in found
+        if start is not None and scale is not None
+    ]
 
 
 def series(steps: Sequence[Record], key: str) -> list[Point]:

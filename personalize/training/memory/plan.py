@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from ...errors import TrainingError
+from ...recipe.adapter import FULL
 from ...text import readable
 from ..preflight import RunPlan, parts
 from .estimate import Configs, Estimate, Workload, estimate
@@ -74,6 +75,7 @@ def too_large(plan: RunPlan, need: int | None, budget: int | None, why: str = ""
     short = f"{readable(need)} are needed and {readable(budget)} are there" if need and budget else why
     wanted = plan.recipe.fitting
     forced = [f"--{rung.setting.replace('_', '-')}" for rung in LADDER if getattr(wanted, rung.setting) not in ("auto", 0)]
-    hints = [f"a --resolution below {plan.side}", "--quantize nf4", "a smaller --rank"]
+    smaller = ["fewer --targets"] if plan.recipe.adapter.kind == FULL else ["--quantize nf4", "a smaller --rank"]
+    hints = [f"a --resolution below {plan.side}", *smaller]
     hints += [f"{' and '.join(forced)} on auto"] if forced else []
     return TrainingError(f"the run does not fit into memory on the lowest rung: {short}", f"try {' or '.join(hints)}")
