@@ -238,7 +238,7 @@ async function saveMask() {
   const data = new FormData();
   data.append("file", blob, "mask.png");
   try {
-    const answer = await fetch(`/api/datasets/${$("#brush").dataset.dataset}/masks/${brush.name}`, { method: "PUT", body: data });
+    const answer = await fetch($("#brush").dataset.masks + brush.name, { method: "PUT", body: data });
     if (!answer.ok) return sayError(answer.status, await answer.text());
   } catch {
     return say("The studio does not answer.", "Is it still running?");
