@@ -258,7 +258,7 @@ def purposes_of(plan: Plan) -> list[Purpose]:
 def bases(here: Studio) -> list[str]:
     """Bases that are at hand: those that came along, and checkpoints and diffusers folders below what the user named."""
     found = [*NAMED]
-    for folder in here.options.folders:
+    for folder in here.folders:
         for path in sorted([*folder.glob("*"), *folder.glob("*/*")]):
             if (path / "model_index.json").is_file() or is_checkpoint(path):
                 found.append(str(path))

@@ -65,7 +65,7 @@ class App:
 
 
 def places(scope: Scope, prefix: str) -> tuple[str, str]:
-    """Where the browser reaches the host, and the path behind the prefix: old Starlettes cut the path of what they mount, new do not.
+    """Where the browser reaches the host, and the path behind the prefix, which old Starlettes cut off and new ones do not.
 
     >>> places({"root_path": "/personalize", "path": "/jobs"}, "/personalize")
     ('', '/jobs')

@@ -1,7 +1,7 @@
 """What the plugins of all image UIs share: the studio's environment, its service, and a way for the browser to reach it.
 
-Standard library alone, Python 3.10 syntax, nothing of any host: the same files lie in `a1111/personalize_studio` and `comfyui/personalize_studio`
-(`make plugins` copies them from the first to the second, and a test holds them against each other).
+Standard library alone, Python 3.10 syntax, nothing of any host. Each plugin has the same files: `make plugins` copies those of
+`webui_ext/a1111` to the others, and a test holds them against each other.
 
 settings.py     where things are, as one value          environment.py  a private environment, made by a process of its own
 service.py      the service: found, or started          lease.py        who needs it, as locked files that die with their holders

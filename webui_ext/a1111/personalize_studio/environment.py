@@ -15,6 +15,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ SIZES = {
     "cuda": (3500, 8000),  # roughly
 }
 SYSTEM = platform.system()
+PAUSE = 0.05  # seconds between two looks
 LETTERS = 6000  # of a log that are shown
 
 
@@ -103,10 +105,8 @@ def read_state(home: Path) -> dict[str, Any]:
         state = json.loads((home / "environment.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {"state": ""}
-    if state["state"] == "running":
-        with alone(home / "environment.lock", 0) as nobody:
-            if nobody:
-                state |= {"state": "failed", "error": "it was interrupted; what is finished is kept"}
+    if state["state"] == "running" and not is_being_made(home):
+        state |= {"state": "failed", "error": "it was interrupted; what is finished is kept"}
     return dict(state)
 
 
@@ -122,11 +122,18 @@ def begin(home: Path, package: str, index: str) -> subprocess.Popen[bytes]:
     """Start making the environment. It ends with this process. Raises OSError."""
     home.mkdir(parents=True, exist_ok=True)
     write_state(home, state="running", step=0, steps=1, doing="beginning")
+    command = [sys.executable, str(Path(__file__).with_name("make.py").resolve()), str(home), package, index]
     with (home / "environment.log").open("ab") as log:
-        return subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("make.py").resolve()), str(home), package, index],
-            stdin=subprocess.PIPE, stdout=log, stderr=log, cwd=home,
-        )  # fmt: skip
+        child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log, cwd=home)
+    while child.poll() is None and not is_being_made(home):
+        time.sleep(PAUSE)
+    return child
+
+
+def is_being_made(home: Path) -> bool:
+    """Whether a process is at it."""
+    with alone(home / "environment.lock", 0) as nobody:
+        return not nobody
 
 
 def write_state(home: Path, **state: Any) -> None:

@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # embedded Pythons do not look beside a script
 
@@ -43,9 +43,10 @@ def run(command: list[str]) -> int:
             running.remove(child)
 
 
-def end_with(stream: IO[bytes]) -> None:
-    """End everything when who started this is gone, or wants it to end."""
-    stream.read()
+def end_with_host(handle: int) -> None:
+    """End everything when who started this is gone, or wants it to end. Not through `sys.stdin`, whose lock outlives no exit."""
+    while os.read(handle, 1):
+        pass
     for child in running:
         if os.name == "nt":
             subprocess.run(["taskkill", "/F", "/T", "/PID", str(child.pid)], check=False, capture_output=True)
@@ -70,8 +71,8 @@ def make(home: Path, package: str, index: str) -> str:
 
 def main(home: Path, package: str, index: str) -> int:
     """Make the environment, unless another process does; say in the end how it went."""
-    threading.Thread(target=end_with, args=(sys.stdin.buffer,), daemon=True).start()
-    with alone(home / "environment.lock", 0) as nobody:
+    threading.Thread(target=end_with_host, args=(0,), daemon=True).start()
+    with alone(home / "environment.lock", 5) as nobody:  # others look at it for a moment
         if not nobody:
             return 1
         print(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {platform.platform()}, Python {platform.python_version()}", flush=True)

@@ -148,6 +148,7 @@ class Bridge:
             raise_no_source()
         if environment.read_state(settings.home)["state"] != "running":
             self.service.error = None
+            self.cancel()
             index = settings.index or environment.torch_index(environment.accelerator(), environment.SYSTEM)
             try:
                 self.maker = environment.begin(settings.home, settings.source, index)
@@ -157,9 +158,10 @@ class Bridge:
 
     def cancel(self) -> dict[str, Any]:
         """End an installation; what is finished is kept."""
-        if self.maker and self.maker.poll() is None and self.maker.stdin:
+        if self.maker and self.maker.stdin:
             self.maker.stdin.close()
-            self.maker.wait(30)
+            self.maker.wait()
+            self.maker = None
         return self.status()
 
     def start(self) -> dict[str, Any]:
@@ -174,8 +176,7 @@ class Bridge:
 
     def close(self) -> None:
         """The host ends: so does an installation, and the service when no other UI needs it."""
-        if self.maker and self.maker.stdin:
-            self.maker.stdin.close()
+        self.cancel()
         self._service.stop()
 
 

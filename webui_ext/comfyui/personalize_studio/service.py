@@ -7,11 +7,14 @@ import json
 import os
 import secrets
 import subprocess
+import sys
 import threading
 import time
 import urllib.error
 import urllib.request
 from pathlib import Path
+from typing import Any
+from urllib.response import addinfourl
 
 from .environment import read_tail
 from .lease import Lease, alone
@@ -123,13 +126,14 @@ class Service:
         with alone(self.leases / "start.lock", START):
             if found := self.look():
                 return found
-            register(self.settings.place, self.settings.folders)
             self.child = self._run(python)
             return self._wait(self.child)
 
     def _hold(self) -> None:
+        """Need it from now on, and let it know the host's folders."""
         if not self.lease:
             self.lease = Lease(self.leases)
+            register(self.settings.place, self.settings.folders)
 
     def _run(self, python: Path) -> subprocess.Popen[bytes]:
         """The process: of a session of its own, so that Ctrl-C in the host's terminal is not its business."""
@@ -148,11 +152,12 @@ class Service:
             command += ["--device", device]
         environ = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")}
         environ |= {"PERSONALIZE_TOKEN": settings.token or make_token(settings.place), "PYTHONUNBUFFERED": "1"}
-        own = {"creationflags": 0x00000200} if os.name == "nt" else {"start_new_session": True}
+        own: dict[str, Any] = {"start_new_session": True}
+        if sys.platform == "win32":
+            own = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}
         with self.log.open("wb") as log:
-            return subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environ, cwd=settings.place, **own
-            )  # type: ignore[call-overload,no-any-return]
+            where: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log, "cwd": settings.place}
+            return subprocess.Popen(command, env=environ, **where, **own)
 
     def _wait(self, child: subprocess.Popen[bytes]) -> Upstream:
         """The service as soon as it answers. Raises StartError where it ends, or takes too long."""
@@ -168,12 +173,12 @@ class Service:
         raise StartError("the studio did not start", hint_for(tail), tail)
 
 
-def ask(upstream: Upstream, path: str) -> urllib.request.addinfourl:
+def ask(upstream: Upstream, path: str) -> addinfourl:
     """Ask the service itself, past every proxy of the system. Raises OSError, also for a refusal."""
     request = urllib.request.Request(
         upstream.url + path, headers={"Authorization": f"Bearer {upstream.token}"} if upstream.token else {}
     )
-    answer: urllib.request.addinfourl = urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=ANSWER)
+    answer: addinfourl = urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=ANSWER)
     return answer
 
 

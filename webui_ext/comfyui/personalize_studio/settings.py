@@ -7,6 +7,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 # Each field that the environment may set, and its variable: who starts a UI from a script has the last word
 VARIABLES = {"python": "PERSONALIZE_PYTHON", "url": "PERSONALIZE_URL", "workspace": "PERSONALIZE_WORKSPACE",
@@ -31,9 +32,8 @@ class Settings:
 
     def with_environment(self, environ: Mapping[str, str] = os.environ) -> Settings:
         """The same, with what the environment says over it."""
-        return replace(
-            self, **{field: environ[name].strip() for field, name in VARIABLES.items() if environ.get(name, "").strip()}
-        )
+        given: dict[str, Any] = {field: environ.get(name, "").strip() for field, name in VARIABLES.items()}
+        return replace(self, **{field: value for field, value in given.items() if value})
 
     @property
     def place(self) -> Path:
