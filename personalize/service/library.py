@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import hashlib
 import json
 import shutil
@@ -119,6 +120,16 @@ class Library:
                 raise Refusal(409, "exists", f"there is an adapter called {path.stem}", "give it another name")
             (aside / name).rename(path)
         return self._adapter(path) or self.get(id_of(self.workspace, path))
+
+    def bring(self, path: Path, limits: Limits) -> Adapter:
+        """Keep a copy of an adapter file of this machine, or what is kept of it already. Raises as `add` does."""
+        if not path.is_file():
+            raise not_found("file", path.name)
+        kept = self.workspace.adapters / path.name
+        if not (kept.is_file() and filecmp.cmp(kept, path, shallow=False)):
+            with path.open("rb") as file:
+                return self.add(path.name, file, limits)
+        return self.get(id_of(self.workspace, kept))
 
     def remove(self, id: str) -> None:
         """Remove an adapter file with what lies beside it."""

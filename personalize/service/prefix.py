@@ -1,12 +1,13 @@
-"""The page below a prefix: inside of an image UI, whose own address the browser sees, it lies at `/personalize/...`.
+"""The page inside of an image UI, whose own address the browser sees: there it lies below a prefix, at `/personalize/...`.
 
 The UI's plugin passes requests on with the prefix taken away and told in a header. Routes know nothing of it; what leaves is put
-below it: the addresses in pages, and those that a browser is sent to.
+below it: the addresses in pages, and those that a browser is sent to. Another header tells the checkpoint that the UI draws with.
 """
 
 from __future__ import annotations
 
 import re
+from urllib.parse import unquote
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import Request
@@ -15,7 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from .options import is_local
 from .security import has_bearer
 
-HEADER = "x-forwarded-prefix"
+HEADER, BASE = "x-forwarded-prefix", "x-personalize-base"
 SHAPE = re.compile(r"(/[A-Za-z0-9._~-]+)+")
 LONGEST = 200  # letters
 # Attributes that hold addresses of this service, and the slash that an address begins with
@@ -48,7 +49,7 @@ class Prefix:
                         headers[name] = prefix + address
             await send(message)
 
-        scope["prefix"] = prefix
+        scope["prefix"], scope["base"] = prefix, unquote(Headers(scope=scope).get(BASE, ""))
         await self.app(scope, receive, send_below)
 
     def prefix(self, scope: Scope) -> str:
@@ -58,6 +59,11 @@ class Prefix:
         host = (scope.get("client") or ("",))[0]
         trusted = is_local(host) or bool(self.token and has_bearer(headers, self.token))
         return given if trusted and len(given) <= LONGEST and SHAPE.fullmatch(given) else ""
+
+
+def base_of_host(request: Request) -> str:
+    """The checkpoint that the image UI draws with in which the page is shown; "" outside of one."""
+    return str(request.scope.get("base", ""))
 
 
 def below_prefix(request: Request, html: str) -> str:

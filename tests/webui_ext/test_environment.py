@@ -22,7 +22,8 @@ echo "$@" >> {log}
 [ -f {slow} ] && sleep 600
 if [ "$1" = venv ]; then
     for place in "$@"; do :; done
-    mkdir -p "$place/bin" && printf '#!/bin/sh\\necho checked "$@" >> {log}\\n' > "$place/bin/python" && chmod +x "$place/bin/python"
+    mkdir -p "$place/bin" && printf '#!/bin/sh\\necho checked "$@" >> {log}\\n' > "$place/bin/python"
+    chmod +x "$place/bin/python"
 fi
 """
 

@@ -39,8 +39,15 @@ Action = Callable[[dict[str, Any]], Any]  # what a host does when its page asks:
 class Bridge:
     """What a host's routes call. One for each process of a host."""
 
-    def __init__(self, settings: Callable[[], Settings], prefix: str, actions: Mapping[str, Action] | None = None) -> None:
-        self.read_settings, self.prefix, self.actions = settings, prefix, dict(actions or {})
+    def __init__(
+        self,
+        settings: Callable[[], Settings],
+        prefix: str,
+        actions: Mapping[str, Action] | None = None,
+        base: Callable[[], str] = lambda: "",
+    ) -> None:
+        """`base` tells the path of the checkpoint that the host draws with, which trainings then begin with; "" for none."""
+        self.read_settings, self.prefix, self.actions, self.base = settings, prefix, dict(actions or {}), base
         self._service = Service(settings())
         self.maker: subprocess.Popen[bytes] | None = None
 
@@ -69,7 +76,8 @@ class Bridge:
                 raise Refusal(502, "service_down", "the studio is not running", "it is started from its tab")
             target = f"{target}?{query}" if query else target
             try:
-                return await forward(upstream, root + self.prefix, method, target, headers, body)
+                told = {"x-forwarded-prefix": root + self.prefix, "x-personalize-base": quote(self.base())}
+                return await forward(upstream, told, method, target, headers, body)
             except Refusal:
                 self.service.forget()
                 raise

@@ -121,10 +121,12 @@ def is_known(host: str, names: Iterable[str]) -> bool:
 # ---------------------------------------------------------------- what is passed on
 
 
-def request_headers(headers: Mapping[str, str], upstream: Upstream, prefix: str, chunked: bool) -> list[tuple[str, str]]:
-    """The headers that the service gets: those of the page (`hx-`) too, and the prefix below which the browser sees it."""
+def request_headers(
+    headers: Mapping[str, str], upstream: Upstream, told: Mapping[str, str], chunked: bool
+) -> list[tuple[str, str]]:
+    """The headers that the service gets: those of the page (`hx-`) too, and what it is `told` of the host."""
     kept = [(name, value) for name, value in headers.items() if name in PASSED_IN or name.startswith("hx-")]
-    own = [("host", upstream.netloc), ("connection", "close"), ("x-forwarded-prefix", prefix)]
+    own = [("host", upstream.netloc), ("connection", "close"), *told.items()]
     own += [("authorization", f"Bearer {upstream.token}")] if upstream.token else []
     own += [("transfer-encoding", "chunked")] if chunked else []
     return own + [(name, value) for name, value in kept if value.isascii() and value.isprintable()]
@@ -138,11 +140,12 @@ def answer_headers(headers: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
 
 
 async def forward(
-    upstream: Upstream, prefix: str, method: str, target: str, headers: Mapping[str, str], body: AsyncIterator[bytes]
+    upstream: Upstream, told: Mapping[str, str], method: str, target: str, headers: Mapping[str, str], body: AsyncIterator[bytes]
 ) -> Answer:
-    """Pass a request on: `target` is path and query as the service knows them. Raises Refusal where the service is not there.
+    """Pass a request on: `target` is path and query as the service knows them, `told` what it is told of the host.
 
-    The answer comes as soon as its headers are known; what is left of the body goes on being sent meanwhile.
+    The answer comes as soon as its headers are known; what is left of the body goes on being sent meanwhile. Raises Refusal where
+    the service is not there.
     """
     url = urlsplit(upstream.url)
     secure = ssl.create_default_context() if url.scheme == "https" else None
@@ -154,7 +157,7 @@ async def forward(
         closing.append(writer)
         chunked = has_body and "content-length" not in headers
         lines = [f"{method} {target} HTTP/1.1"]
-        lines += [f"{name}: {value}" for name, value in request_headers(headers, upstream, prefix, chunked)]
+        lines += [f"{name}: {value}" for name, value in request_headers(headers, upstream, told, chunked)]
         writer.write(("\r\n".join(lines) + "\r\n\r\n").encode("latin-1"))
         if has_body:
             closing.append(asyncio.ensure_future(_send(writer, body, chunked)))

@@ -288,3 +288,16 @@ document.addEventListener("input", (event) => {
 document.addEventListener("htmx:beforeRequest", (event) => {
   if (event.detail.requestConfig.verb !== "get") $("#toast").replaceChildren();
 });
+
+// ---------------------------------------------------------------- inside of an image UI: what it should know is told to it
+
+const isEmbedded = window.parent !== window;
+document.documentElement.classList.toggle("is-embedded", isEmbedded);
+const tell = (text) => isEmbedded && window.parent.postMessage(JSON.parse(text), window.location.origin);
+document.addEventListener("htmx:afterSwap", (event) => {
+  for (const one of $$("[data-tell]", event.target)) tell(one.dataset.tell);
+});
+document.addEventListener("click", (event) => {
+  const button = event.target.closest("[data-tell-click]");
+  if (button) tell(button.dataset.tellClick);
+});
