@@ -6,13 +6,20 @@ import contextlib
 import json
 import sys
 import threading
-import time
+import traceback
 from collections.abc import Callable
 from typing import Any
 
 from personalize_studio import Bridge
 from personalize_studio.service import ask
 
+HOST_ERRORS = (
+    RuntimeError,
+    AttributeError,
+    TypeError,
+    ValueError,
+    ImportError,
+)  # of a host's model, of a fork that is built otherwise
 EVERY = 1.0  # seconds between two looks at the jobs; a training takes longer until it needs the card
 RUNNING = "/api/jobs?state=running&kind=train&kind=batch&limit=1"
 
@@ -24,17 +31,25 @@ class Card:
         """`wants` tells the settings `personalize_unload` and `personalize_load_back` as they are now."""
         self.bridge, self.wants = bridge, wants
         self.is_away = False
-        self._one = threading.Lock()
+        self._one, self._end = threading.Lock(), threading.Event()
 
     def start(self) -> None:
-        """Watch from now on, as long as the host lives."""
-        threading.Thread(target=self._watch, name="personalize", daemon=True).start()
+        """Watch from now on, as long as the host lives or until `stop`."""
+        self._end.set()
+        self._end = threading.Event()
+        threading.Thread(target=self._watch, args=(self._end,), name="personalize", daemon=True).start()
 
-    def _watch(self) -> None:
-        while True:
-            time.sleep(EVERY)
-            if self.bridge.service.lease or self.is_away:
-                self.look()
+    def stop(self) -> None:
+        """Watch no more."""
+        self._end.set()
+
+    def _watch(self, end: threading.Event) -> None:
+        while not end.wait(EVERY):
+            try:
+                if self.bridge.service.lease or self.is_away:
+                    self.look()
+            except HOST_ERRORS:
+                traceback.print_exc()  # into the host's log, as it does itself
 
     def look(self) -> None:
         """Unload the host's model if a training runs on its card; load it back if none does any more."""

@@ -30,4 +30,3 @@ def refresh(_: dict[str, Any]) -> dict[str, bool]:
 bridge = Bridge(host.settings, PREFIX, {"lora": tell_lora, "refresh": refresh}, base=host.checkpoint)
 app = App(bridge, host.may_enter)
 CARD = Card(bridge, lambda name: bool(host.option(name)))
-CARD.start()

@@ -34,6 +34,7 @@ def add_routes(demo: Any, server: Any) -> None:
         return
     server.mount(PREFIX, app)
     server.router.routes.insert(0, server.router.routes.pop())
+    CARD.start()
 
 
 class ModelIsBack(scripts.Script):

@@ -32,6 +32,7 @@ POLICY = ("default-src 'none'; script-src 'self'; style-src 'self'; connect-src 
           "frame-ancestors 'self'")  # fmt: skip
 SAFE = (("cache-control", "no-store"), ("content-security-policy", POLICY), ("x-content-type-options", "nosniff"),
         ("referrer-policy", "same-origin"))  # fmt: skip
+DEFAULT = "default"  # instead of an address of torch's builds: wherever pip and uv look by themselves
 LONGEST = 1 << 20  # bytes of a body that is meant for the plugin itself
 Action = Callable[[dict[str, Any]], Any]  # what a host does when its page asks: JSON object -> JSON; in a thread
 
@@ -156,8 +157,9 @@ class Bridge:
             raise_no_source()
         if environment.read_state(settings.home)["state"] != "running":
             self.service.error = None
-            self.cancel()
+            self._end_maker()
             index = settings.index or environment.torch_index(environment.accelerator(), environment.SYSTEM)
+            index = "" if index == DEFAULT else index
             try:
                 self.maker = environment.begin(settings.home, settings.source, index)
             except OSError as error:
@@ -166,11 +168,14 @@ class Bridge:
 
     def cancel(self) -> dict[str, Any]:
         """End an installation; what is finished is kept."""
+        self._end_maker()
+        return self.status()
+
+    def _end_maker(self) -> None:
         if self.maker and self.maker.stdin:
             self.maker.stdin.close()
             self.maker.wait()
             self.maker = None
-        return self.status()
 
     def start(self) -> dict[str, Any]:
         """Start the service, and wait until it answers or has failed."""
@@ -184,7 +189,7 @@ class Bridge:
 
     def close(self) -> None:
         """The host ends: so does an installation, and the service when no other UI needs it."""
-        self.cancel()
+        self._end_maker()
         self._service.stop()
 
 

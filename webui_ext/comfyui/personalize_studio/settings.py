@@ -24,7 +24,7 @@ class Settings:
     token: str = ""  # of that service
     workspace: str = ""  # where jobs, datasets and adapters are kept
     package: str = ""  # what is installed: a folder, a wheel, or what pip understands
-    index: str = ""  # where torch is installed from
+    index: str = ""  # where torch is installed from; "default": where pip looks by itself
     port: int = 0  # of the service; 0: any that is free
     devices: tuple[str, ...] = ()  # where jobs run; (): every GPU, else the CPU
     folders: tuple[str, ...] = ()  # of the host, that the studio may name: base models, where adapters are kept
