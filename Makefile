@@ -12,7 +12,7 @@ READY = $(VENV)/ready
 RUN ?= runs/demo
 JOBS ?= 2
 
-.PHONY: demo test test-all lint format types docs bench bench-quick bench-gpu bench-throughput bench-ladder bench-fleet bench-svd pretrain-gpu plugins wheel clean venv
+.PHONY: demo test test-all test-hosts lint format types docs bench bench-quick bench-gpu bench-throughput bench-ladder bench-fleet bench-svd pretrain-gpu plugins wheel clean venv
 .DEFAULT_GOAL := demo
 
 demo: $(READY)
@@ -27,6 +27,10 @@ test: $(READY)
 
 test-all: $(READY)
 	$(PYTEST) -m "not gpu"
+
+# The extension under the gradio of each image UI, in environments of their own that the first call makes in .cache/hosts.
+test-hosts: $(READY)
+	$(PYTEST) -n 0 -m slow tests/webui_ext/test_pins.py
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import re
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -34,12 +37,18 @@ class Front:
         return self.address + PREFIX
 
 
-@contextlib.contextmanager
-def fronting(settings: Settings) -> Iterator[Front]:
+def app_of(settings: Settings) -> tuple[Starlette, Bridge]:
     """A host with the plugin, as A1111 is built: with a middleware that compresses."""
     bridge = Bridge(lambda: settings, PREFIX)
     app = Starlette(routes=[Mount(PREFIX, App(bridge))])
     app.add_middleware(GZipMiddleware, minimum_size=1000)
+    return app, bridge
+
+
+@contextlib.contextmanager
+def fronting(settings: Settings) -> Iterator[Front]:
+    """Such a host in a thread."""
+    app, bridge = app_of(settings)
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off", ws="none", timeout_graceful_shutdown=1))
     with listen("127.0.0.1", 0) as sock:
         address = f"http://127.0.0.1:{sock.getsockname()[1]}"
@@ -58,3 +67,33 @@ def fronting(settings: Settings) -> Iterator[Front]:
 def settings_for(home: Path, url: str = "", **more: object) -> Settings:
     """Settings that know nothing of this machine's own."""
     return Settings(home, url=url, workspace=str(home / "workspace"), **more)  # type: ignore[arg-type]
+
+
+@contextlib.contextmanager
+def apart(settings: Settings) -> Iterator[tuple[str, int]]:
+    """Such a host in a process of its own: the studio's address there, and the process."""
+    here = Path(__file__).resolve().parent
+    paths = [str(here), str(here.parents[1]), str(here.parents[1] / "webui_ext" / "a1111")]
+    code = f"import sys; sys.path[:0] = {paths!r}; import fronts; fronts.main({str(settings.home)!r}, {settings.url!r})"
+    child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert child.stdout
+    try:
+        yield child.stdout.readline().strip() + PREFIX, child.pid
+    finally:
+        child.kill()
+        child.wait()
+        child.stdout.close()
+
+
+def main(home: str, url: str) -> None:
+    """Such a host, until it is killed; prints its address."""
+    with listen("127.0.0.1", 0) as sock:
+        print(f"http://127.0.0.1:{sock.getsockname()[1]}", flush=True)
+        app, _ = app_of(settings_for(Path(home), url))
+        uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off", ws="none")).run(sockets=[sock])
+
+
+def peak_memory(process: int) -> int:
+    """The most memory that a process has had, in bytes."""
+    status = Path(f"/proc/{process}/status").read_text()
+    return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) << 10  # type: ignore[index]

@@ -48,10 +48,11 @@ with installed(root) as host:
     heard = host["modules.script_callbacks"].heard  # type: ignore[attr-defined]
     for callback in heard["on_ui_settings"]:
         callback()
+    tabs = [one for callback in heard["on_ui_tabs"] for one in callback()]
     with gr.Blocks(analytics_enabled=False, title="host") as demo, gr.Tabs(elem_id="tabs"):
         with gr.TabItem("txt2img", elem_id="tab_txt2img"):
             gr.Textbox(elem_id="txt2img_prompt", label="Prompt")
-        for tab, title, name in (one for callback in heard["on_ui_tabs"] for one in callback()):
+        for tab, title, name in tabs:
             with gr.TabItem(title, id=name, elem_id=f"tab_{name}"):
                 tab.render()
     head = (

@@ -14,15 +14,10 @@ from typing import Any
 class OptionInfo:
     """What A1111's settings page shows of a setting."""
 
-    def __init__(self, default: Any = None, label: str = "", component: Any = None, component_args: Any = None,
-                 section: tuple[str, str] | None = None) -> None:  # fmt: skip
-        self.default, self.label, self.component, self.component_args, self.section = (
-            default,
-            label,
-            component,
-            component_args,
-            section,
-        )
+    def __init__(self, default: Any, label: str, section: tuple[str, str]) -> None:
+        self.default, self.label, self.section = default, label, section
+        self.component: Any = None
+        self.component_args: Any = None
         self.comment_after, self.restrict_api = "", False
 
 
@@ -40,11 +35,12 @@ class Script:
 
 def stub_modules(root: Path) -> dict[str, types.ModuleType]:
     """The modules by name. `script_callbacks.heard` holds what was registered, `sd_models.done` what happened to the model."""
-    found = {f"modules.{name}" if name else "modules": types.ModuleType(name or "modules")
-             for name in ("", "shared", "script_callbacks", "scripts", "paths_internal", "sd_models", "devices", "call_queue")}  # fmt: skip
+    names = ("shared", "script_callbacks", "scripts", "paths_internal", "sd_models", "devices", "call_queue")
+    found = {name: types.ModuleType(name) for name in ("modules", *(f"modules.{one}" for one in names))}
     shared, callbacks, models = (found[f"modules.{name}"] for name in ("shared", "script_callbacks", "sd_models"))
-    vars(shared).update(OptionInfo=OptionInfo, opts=Options(sd_model_checkpoint="art.safetensors [0123456789]"), demo=None,
-                        cmd_opts=SimpleNamespace(lora_dir=str(root / "models" / "Lora"), ckpt_dir=None, server_name=None))  # fmt: skip
+    given = SimpleNamespace(lora_dir=str(root / "models" / "Lora"), ckpt_dir=None, server_name=None)
+    options = Options(sd_model_checkpoint="art.safetensors [0123456789]")
+    vars(shared).update(OptionInfo=OptionInfo, opts=options, demo=None, cmd_opts=given)
     heard: dict[str, list[Callable[..., Any]]] = {}
     for name in ("on_ui_tabs", "on_ui_settings", "on_app_started"):
         setattr(callbacks, name, lambda function, name=name: heard.setdefault(name, []).append(function))

@@ -1,4 +1,4 @@
-"""The extension of A1111 and its kin: what it adds to the host, asks it, and does with its model; under a stand-in of the host."""
+"""The extension of A1111 and its kin, under a stand-in of the host: what it adds, asks, and does with the host's model."""
 
 from __future__ import annotations
 

@@ -120,7 +120,13 @@ def test_pip_brings_uv_where_python_makes_no_environments(fake: Fake, monkeypatc
     monkeypatch.setattr(environment, "can_make", lambda: False)
     first, second, *_ = steps(fake.home, "/src", "", None)
     assert first.command[1:] == ["-m", "pip", "install", "--upgrade", "--target", str(fake.home / "uv"), "uv"]
-    assert second.command == [str(fake.home / "uv" / "bin" / "uv"), "venv", "--python", "3.12", str(fake.home / "environment")]
+    assert second.command == [
+        str(fake.home / "uv" / "bin" / "uv"),
+        "venv",
+        "--python",
+        ">=3.11,<3.14",
+        str(fake.home / "environment"),
+    ]
 
 
 def test_venv_and_pip_do_without_uv(fake: Fake) -> None:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import random
 import re
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 import httpx
 import pytest
 from fastapi.routing import APIRoute
-from fronts import PREFIX, Front, fronting, settings_for
+from fronts import PREFIX, Front, apart, fronting, peak_memory, settings_for
 from personalize_studio.proxy import ROOMS, Refusal, Upstream, check
 from servers import SHORT, Service, png, serving, wait
 
@@ -156,6 +159,35 @@ def test_a_stream_ends_when_the_browser_goes(front: Front, idle: Service) -> Non
     with front.client.stream("GET", "/api/events", headers={"accept": "text/event-stream"}):
         wait(lambda: live._listeners, lambda count: count == before + 1)
     wait(lambda: live._listeners, lambda count: count == before)
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks at memory in /proc")
+def test_a_large_upload_takes_little_memory(tmp_path: Path) -> None:
+    """200 MB go and come back whole through a host whose memory grows by less than a tenth of them."""
+    size, piece = 200 << 20, random.Random(7).randbytes(1 << 20)
+    sent, back = hashlib.sha256(), hashlib.sha256()
+
+    def body() -> Iterator[bytes]:
+        yield b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\nContent-Type: image/png\r\n\r\n'
+        for block in (png(64), *(number.to_bytes(4, "big") + piece[4:] for number in range(size >> 20))):
+            sent.update(block)  # a picture with much behind it
+            yield block
+        yield b"\r\n--x--\r\n"
+
+    with (
+        serving(Options(tmp_path / "workspace")) as service,
+        apart(settings_for(tmp_path, service.address)) as (address, process),
+        httpx.Client(base_url=address, timeout=300, trust_env=False) as client,
+    ):
+        client.get("/health").raise_for_status()
+        before = peak_memory(process)
+        answer = client.post("/api/datasets", content=body(), headers={"content-type": "multipart/form-data; boundary=x"})
+        assert answer.status_code == 201, answer.text
+        with client.stream("GET", f"/api/datasets/{answer.json()['id']}/pictures/a.png") as stream:
+            for block in stream.iter_bytes():
+                back.update(block)
+        grown = peak_memory(process) - before
+    assert back.digest() == sent.digest() and grown < size / 10, f"{grown >> 20} MB"
 
 
 def test_an_upload_is_refused_as_the_service_refuses_it(front: Front) -> None:

@@ -22,22 +22,25 @@
         if (next || !frame().src) frame().src = `${ROOT}-/${query}`;
     }
 
+    // Gradio 3 marks the chosen tab by a class, and shows all of them for a moment at first; gradio 4 by an attribute.
+    function tabButton() {
+        const all = [...gradioApp().querySelectorAll("#tabs > .tab-nav > button, #tabs [role=tab]")];
+        return all.find((one) => one.textContent.trim() === "Personalize");
+    }
+
     function openTab(next) {
-        const tabs = [...gradioApp().querySelectorAll("#tabs > .tab-nav > button, #tabs > div > button, #tabs [role=tab]")];
-        tabs.find((one) => one.textContent.trim() === "Personalize")?.click();
+        tabButton()?.click();
         show(next);
     }
 
-    function isShown(element) {
-        return element && element.offsetParent !== null;
+    function showIfChosen() {
+        const button = tabButton();
+        if (frame() && button && (button.classList.contains("selected") || button.ariaSelected === "true")) show();
     }
 
-    onAfterUiUpdate(() => {
-        if (isShown(frame())) show();
-    });
-    onUiTabChange(() => setTimeout(() => isShown(frame()) && show(), 0));
-    // Gradio 4 changes no more than a style, which the host does not see.
-    document.addEventListener("click", () => setTimeout(() => isShown(frame()) && show(), 50));
+    onAfterUiUpdate(showIfChosen);
+    onUiTabChange(showIfChosen);
+    document.addEventListener("click", () => setTimeout(showIfChosen, 50));  // where the host sees no change
 
     // ------------------------------------------------------------ asking the studio
 

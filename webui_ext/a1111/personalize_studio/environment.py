@@ -23,8 +23,8 @@ from typing import Any
 from .lease import alone
 
 EXTRAS = "serve,dataset"
-OLDEST, NEWEST = (3, 10), (3, 13)  # Pythons that personalize runs on
-OTHER = "3.12"  # the Python that uv brings where the host's is none of them, or cannot make environments
+OLDEST, NEWEST = (3, 11), (3, 13)  # Pythons that personalize's service runs on: A1111's own 3.10 is too old for FastAPI's
+OTHER = ">=3.11,<3.14"  # the Python that uv finds, or brings, where the host's is none of them or cannot make environments
 TORCH = "https://download.pytorch.org/whl/"
 MEGA = 1 << 20
 # (what torch is for): what is downloaded and what lies on the disk afterwards, in megabytes; measured where it says so
@@ -123,7 +123,7 @@ def begin(home: Path, package: str, index: str) -> subprocess.Popen[bytes]:
     home.mkdir(parents=True, exist_ok=True)
     write_state(home, state="running", step=0, steps=1, doing="beginning")
     command = [sys.executable, str(Path(__file__).with_name("make.py").resolve()), str(home), package, index]
-    with (home / "environment.log").open("ab") as log:
+    with (home / "environment.log").open("wb") as log:
         child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log, cwd=home)
     while child.poll() is None and not is_being_made(home):
         time.sleep(PAUSE)
