@@ -27,11 +27,8 @@ OLDEST, NEWEST = (3, 11), (3, 13)  # Pythons that personalize's service runs on:
 OTHER = ">=3.11,<3.14"  # the Python that uv finds, or brings, where the host's is none of them or cannot make environments
 TORCH = "https://download.pytorch.org/whl/"
 MEGA = 1 << 20
-# (what torch is for): what is downloaded and what lies on the disk afterwards, in megabytes; measured where it says so
-SIZES = {
-    "cpu": (500, 1700),  # Linux, Python 3.11, torch 2.13, November 2026
-    "cuda": (3500, 8000),  # roughly
-}
+# By torch's build: what is downloaded and what lies on the disk afterwards, in megabytes; Linux, Python 3.11, November 2026
+SIZES = {"cpu": (500, 1700), "cuda": (3000, 5700)}
 SYSTEM = platform.system()
 PAUSE = 0.05  # seconds between two looks
 LETTERS = 6000  # of a log that are shown
@@ -93,9 +90,18 @@ def steps(home: Path, package: str, index: str, uv: str | None) -> list[Step]:
 # ---------------------------------------------------------------- what the panel asks
 
 
-def sizes(what: str) -> tuple[int, int]:
+def build_of(index: str, system: str) -> str:
+    """Which of torch's builds an index leads to: `cpu` or `cuda`. The default of Linux is the one for NVIDIA cards.
+
+    >>> build_of("", "Linux"), build_of("", "Windows"), build_of("https://download.pytorch.org/whl/cpu", "Linux")
+    ('cuda', 'cpu', 'cpu')
+    """
+    return "cpu" if index.rstrip("/").endswith("cpu") or (not index and system != "Linux") else "cuda"
+
+
+def sizes(build: str) -> tuple[int, int]:
     """What is downloaded and what lies on the disk afterwards, in bytes, roughly."""
-    download, disk = SIZES[what]
+    download, disk = SIZES[build]
     return download * MEGA, disk * MEGA
 
 
@@ -159,9 +165,9 @@ HINTS = (
     ("not a supported wheel", "this Python is not one that personalize runs on: name another one in PERSONALIZE_PYTHON"),
     ("Requires-Python", "this Python is not one that personalize runs on: name another one in PERSONALIZE_PYTHON"),
     ("ensurepip", "this Python cannot make environments: install uv, or the package python3-venv of your system"),
-    ("Could not find a version", "is the network there? then go on"),
-    ("Temporary failure in name resolution", "is the network there? then go on"),
-    ("Connection", "is the network there? then go on"),
+    ("Could not find a version", "see whether the network is there, then go on"),
+    ("Temporary failure in name resolution", "see whether the network is there, then go on"),
+    ("Connection", "see whether the network is there, then go on"),
 )
 
 

@@ -5,17 +5,18 @@ const $ = (id) => document.getElementById(id);
 const wanted = new URLSearchParams(location.search).get("next") || "";
 const next = /^[a-z]+([/?#][^\\]*)?$/.test(wanted) && !wanted.includes("//") ? wanted : "";
 const giga = (bytes) => `${(bytes / 2 ** 30).toFixed(1)} GB`;
+const capital = (text) => text.charAt(0).toUpperCase() + text.slice(1);
 let started = false;  // the studio is started once by itself; after a failure, by the button
 
 const SHOWN = {
   ready: () => ["The studio opens …", ""],
   starting: () => ["The studio starts …", "The first time takes a little longer."],
   stopped: (now) => ["The studio is not running.", now.python, "Start the studio", "start"],
-  installing: (now) => [`Step ${now.step + 1} of ${now.steps}: ${now.doing} …`, `${giga(now.size)} of about ${giga(now.disk)} are there. You can go on working meanwhile.`],
-  failed: (now) => [`${now.what[0].toUpperCase()}${now.what.slice(1)}.`, now.hint, now.again === "install" ? "Go on" : "Try again", now.again],
+  installing: (now) => [`Step ${now.step + 1} of ${now.steps}: ${now.doing} …`, `${now.size > now.disk / 100 ? `${giga(now.size)} of about ${giga(now.disk)} are there.` : `About ${giga(now.disk)} will be there in the end.`} You can go on working meanwhile.`],
+  failed: (now) => [`${capital(now.what)}.`, `${capital(now.hint)}.`, now.again === "install" ? "Go on" : "Try again", now.again],
   missing: (now) => now.source
     ? ["Train adapters here, in an environment of their own.",
-      `Nothing of this program is changed. ${now.accelerator === "cuda" ? "For NVIDIA cards: about" : "About"} ${giga(now.download)} are downloaded, and ${giga(now.disk)} of ${giga(now.free)} that are free are used, in\n${now.place}\n(with ${now.how}, from ${now.source})`,
+      `Nothing of this program is changed. ${now.build === "cuda" ? "With torch for NVIDIA cards, about" : "About"} ${giga(now.download)} are downloaded, and ${giga(now.disk)} of ${giga(now.free)} that are free are used, in\n${now.place}\n(with ${now.how}, from ${now.source})`,
       now.enough ? "Make the environment" : "", "install"]
     : ["It is not known what to install.", "Name the folder or the wheel of personalize in the settings of this plugin or in the variable PERSONALIZE_PACKAGE, or a Python that has it in PERSONALIZE_PYTHON."],
 };
@@ -30,7 +31,7 @@ function show(now) {
   $("go").dataset.action = action;
   $("cancel").hidden = now.state !== "installing";
   $("bar").hidden = !["installing", "starting"].includes(now.state);
-  if (now.state === "installing") $("bar").value = Math.min(0.99, now.size / now.disk);
+  if (now.state === "installing" && now.size > now.disk / 100) $("bar").value = Math.min(0.99, now.size / now.disk);
   else $("bar").removeAttribute("value");
   $("more").hidden = !now.log;
   if (now.state === "failed") $("more").open = true;
@@ -48,7 +49,7 @@ async function ask(method, name) {
 }
 
 function fail(error) {
-  show({ state: "failed", what: error instanceof TypeError ? "this program does not answer" : error.message, hint: "Is it still running?", again: "start" });
+  show({ state: "failed", what: error instanceof TypeError ? "this program does not answer" : error.message, hint: "see whether it still runs", again: "start" });
 }
 
 async function press(action) {

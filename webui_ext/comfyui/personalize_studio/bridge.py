@@ -135,19 +135,20 @@ class Bridge:
 
     def _plan(self, settings: Settings) -> dict[str, Any]:
         """What an installation would do."""
-        what = environment.accelerator()
-        download, disk = environment.sizes(what)
+        build = environment.build_of(index_of(settings), environment.SYSTEM)
+        download, disk = environment.sizes(build)
         free = shutil.disk_usage(settings.home).free
         source, how = (
             settings.source,
             "uv" if shutil.which("uv") else "venv and pip" if environment.can_make() else "uv, which pip brings",
         )
-        return {"accelerator": what, "download": download, "disk": disk, "free": free, "source": source, "how": how,
+        return {"build": build, "download": download, "disk": disk, "free": free, "source": source, "how": how,
                 "place": str(settings.environment), "enough": free > disk}  # fmt: skip
 
     def _progress(self, settings: Settings, made: dict[str, Any]) -> dict[str, Any]:
+        build = environment.build_of(index_of(settings), environment.SYSTEM)
         return {"state": "installing", "doing": made["doing"], "step": made["step"], "steps": made["steps"],
-                "size": environment.size_of(settings.environment), "disk": environment.sizes(environment.accelerator())[1],
+                "size": environment.size_of(settings.environment), "disk": environment.sizes(build)[1],
                 "log": environment.read_tail(settings.home / "environment.log")}  # fmt: skip
 
     def install(self) -> dict[str, Any]:
@@ -158,10 +159,8 @@ class Bridge:
         if environment.read_state(settings.home)["state"] != "running":
             self.service.error = None
             self._end_maker()
-            index = settings.index or environment.torch_index(environment.accelerator(), environment.SYSTEM)
-            index = "" if index == DEFAULT else index
             try:
-                self.maker = environment.begin(settings.home, settings.source, index)
+                self.maker = environment.begin(settings.home, settings.source, index_of(settings))
             except OSError as error:
                 raise Refusal(409, "not_possible", f"{settings.home} cannot be written to: {error.strerror}") from error
         return self.status()
@@ -191,6 +190,12 @@ class Bridge:
         """The host ends: so does an installation, and the service when no other UI needs it."""
         self._end_maker()
         self._service.stop()
+
+
+def index_of(settings: Settings) -> str:
+    """Where torch is installed from: "" is wherever pip and uv look by themselves."""
+    found = settings.index or environment.torch_index(environment.accelerator(), environment.SYSTEM)
+    return "" if found == DEFAULT else found
 
 
 def raise_no_source() -> None:
