@@ -122,14 +122,21 @@ class Library:
         return self._adapter(path) or self.get(id_of(self.workspace, path))
 
     def bring(self, path: Path, limits: Limits) -> Adapter:
-        """Keep a copy of an adapter file of this machine, or what is kept of it already. Raises as `add` does."""
+        """Keep a copy of an adapter file of this machine with what lies beside it; what is here already is that.
+
+        Raises as `add` does.
+        """
         if not path.is_file():
             raise not_found("file", path.name)
-        kept = self.workspace.adapters / path.name
-        if not (kept.is_file() and filecmp.cmp(kept, path, shallow=False)):
-            with path.open("rb") as file:
-                return self.add(path.name, file, limits)
-        return self.get(id_of(self.workspace, kept))
+        size = path.stat().st_size
+        same = (one for one in self.all() if one.description.bytes == size and filecmp.cmp(one.path, path, shallow=False))
+        if known := next(same, None):
+            return known
+        with path.open("rb") as file:
+            found = self.add(path.name, file, limits)
+        for beside in sidecars_of(path):
+            shutil.copyfile(beside, found.path.with_suffix(beside.suffix))
+        return found
 
     def remove(self, id: str) -> None:
         """Remove an adapter file with what lies beside it."""

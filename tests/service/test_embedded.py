@@ -46,8 +46,9 @@ def test_folders_of_a_ui_are_known_at_once(service: Service, ui: Path) -> None:
     assert service.client.post("/api/adapters/bring", json={"path": path}).status_code == 403
     register(service, ui / "models" / "Lora", "models", "/nowhere")
     assert [one["name"] for one in service.client.get("/api/hosts").json()["data"]] == ["A1111 or Forge"]
+    (ui / "models" / "Lora" / "rex.png").write_bytes(png())
     brought = service.client.post("/api/adapters/bring", json={"path": path})
-    assert brought.status_code == 201 and brought.json()["name"] == "rex"
+    assert brought.status_code == 201 and brought.json()["name"] == "rex" and brought.json()["preview"]
     assert service.client.post("/api/adapters/bring", json={"path": path}).json()["id"] == brought.json()["id"]
     for spoilt in ("{", '{"a": 1}', "[1, null]", '["\\u0000"]'):
         (service.root / "folders.json").write_text(spoilt, encoding="utf-8")

@@ -165,6 +165,7 @@ def test_the_panel_says_the_size_first_and_then_makes_it(fake: Fake) -> None:
 
 def test_without_anything_to_install_nothing_is_run(fake: Fake) -> None:
     with fronting(Settings(fake.home, workspace=str(fake.home / "workspace"))) as front:
-        assert front.client.get("/-/status").json() | {"source": ""} == front.client.get("/-/status").json()
+        status = front.client.get("/-/status").json()
+        assert (status["state"], status["source"]) == ("missing", "")
         answer = front.client.post("/-/install")
         assert answer.status_code == 409 and "PERSONALIZE_PACKAGE" in answer.json()["error"]["hint"] and not fake.calls

@@ -162,8 +162,8 @@
     const ENTRIES = {
         "Check its health": async(name) => {
             const adapter = await bring(name);
-            const job = await post("api/jobs", {kind: "doctor", settings: {files: [adapter.id]}, name: `health of ${name}`});
-            openTab(`jobs/${job.id}`);
+            await post("api/jobs", {kind: "doctor", settings: {files: [adapter.id]}, name: `health of ${name}`});
+            openTab(`library#${adapter.id}`);  // which shows what the doctor finds as soon as it does
         },
         "Resize …": async(name) => {
             const rank = Number(prompt(`The rank that ${name} should have:`, "16"));
