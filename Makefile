@@ -1,6 +1,6 @@
 # make demo   train on five pictures, offline, and leave a report to look at
 # make test   what must hold, in six to eight minutes on two cores      make test-all   all that needs no GPU, the laboratory too
-# make lint / types / format / docs / bench / bench-quick / bench-gpu / wheel / clean
+# make lint / types / format / docs / bench / bench-quick / bench-gpu / wheel / plugins / clean
 #
 # The first call makes .venv and installs into it; later calls find it ready. Without an NVIDIA card, a CPU build of
 # torch saves 3 GB on Linux: install it into .venv first, or point pip at an index that has one.
@@ -12,7 +12,7 @@ READY = $(VENV)/ready
 RUN ?= runs/demo
 JOBS ?= 2
 
-.PHONY: demo test test-all lint format types docs bench bench-quick bench-gpu bench-throughput bench-ladder bench-fleet bench-svd pretrain-gpu wheel clean venv
+.PHONY: demo test test-all test-hosts lint format types docs bench bench-quick bench-gpu bench-throughput bench-ladder bench-fleet bench-svd pretrain-gpu plugins wheel clean venv
 .DEFAULT_GOAL := demo
 
 demo: $(READY)
@@ -27,6 +27,10 @@ test: $(READY)
 
 test-all: $(READY)
 	$(PYTEST) -m "not gpu"
+
+# The extension under the gradio of each image UI, in environments of their own that the first call makes in .cache/hosts.
+test-hosts: $(READY)
+	$(PYTEST) -n 0 -m slow tests/webui_ext/test_pins.py
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -86,6 +90,14 @@ PRETRAIN = $(if $(TINY),--device cpu --pool 130 --no-muon --vae-steps 1 --clip-s
 pretrain-gpu: $(READY)
 	$(BIN)/python -m tools.pocket.pretrain --work $(WORK) --to $(WORK)/base --size $(SIDE) --workers $(shell getconf _NPROCESSORS_ONLN) \
 		--minutes 9 $(PRETRAIN)
+
+# The plugins of image UIs (webui_ext): what they share is written once, in a1111/personalize_studio. Each has its wheel beside it, so that its
+# folder can be copied alone.
+plugins: wheel
+	rm -rf webui_ext/comfyui/personalize_studio && mkdir -p webui_ext/comfyui
+	cp -R webui_ext/a1111/personalize_studio webui_ext/comfyui/personalize_studio
+	find webui_ext -name __pycache__ -type d -prune -exec rm -rf {} +
+	for one in a1111 comfyui; do rm -f webui_ext/$$one/personalize-*.whl; cp dist/personalize-*.whl webui_ext/$$one/; done
 
 wheel: $(READY)
 	$(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .

@@ -11,5 +11,6 @@ records.py    jobs as JSON                             openapi.py    the documen
 watch.py      what jobs have told, read once            hosts.py      image UIs on this machine, and their folders
 votes.py      which of two pictures people like better
 routes/       our own routes, under /api               openai/       OpenAI's, under /v1
+prefix.py     the page below a prefix, inside of image UIs
 page/         the page
 """

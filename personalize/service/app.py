@@ -26,6 +26,7 @@ from ..version import __version__
 from . import openapi, page
 from .errors import error_body, error_response
 from .openai import files, images, jobs, models, uploads
+from .prefix import Prefix
 from .routes import datasets, library, recipes
 from .routes import jobs as queue
 from .routes.datasets import UPLOADS
@@ -74,6 +75,7 @@ def create_app(studio: Studio) -> FastAPI:
     app.add_exception_handler(HTTPException, on_http)
     app.add_exception_handler(Exception, on_fault)
     app.add_middleware(Guard, options=studio.options, large=large_paths())
+    app.add_middleware(Prefix, token=studio.options.token)
     app.openapi = lambda: openapi.document(app)  # type: ignore[method-assign]
     return app
 

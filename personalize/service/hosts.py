@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+FILE = "folders.json"  # of a workspace: folders that the plugins of image UIs let the service know
 # Where each keeps its adapters, below its own folder
 PLACES = {"models/Lora": "A1111 or Forge", "models/loras": "ComfyUI", "Models/Lora": "Stability Matrix"}
 # What people's installations are called, below their home folder
@@ -38,6 +40,15 @@ def hosts_in(folders: Iterable[Path]) -> list[Host]:
 def usual_hosts(home: Path) -> list[Path]:
     """The folders of adapters of image UIs that lie where they usually do."""
     return [host.folder for host in hosts_in(home / name for name in USUAL)]
+
+
+def registered_folders(workspace: Path) -> tuple[Path, ...]:
+    """The folders of image UIs whose plugins share this workspace: those with adapters and base models. Read anew each time."""
+    try:
+        given = json.loads((workspace / FILE).read_text(encoding="utf-8"))
+        return tuple(path for path in map(Path, given) if path.is_absolute() and path.is_dir())
+    except (OSError, ValueError, TypeError):
+        return ()
 
 
 def is_folder(path: Path) -> bool:

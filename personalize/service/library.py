@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import hashlib
 import json
 import shutil
@@ -119,6 +120,23 @@ class Library:
                 raise Refusal(409, "exists", f"there is an adapter called {path.stem}", "give it another name")
             (aside / name).rename(path)
         return self._adapter(path) or self.get(id_of(self.workspace, path))
+
+    def bring(self, path: Path, limits: Limits) -> Adapter:
+        """Keep a copy of an adapter file of this machine with what lies beside it; what is here already is that.
+
+        Raises as `add` does.
+        """
+        if not path.is_file():
+            raise not_found("file", path.name)
+        size = path.stat().st_size
+        same = (one for one in self.all() if one.description.bytes == size and filecmp.cmp(one.path, path, shallow=False))
+        if known := next(same, None):
+            return known
+        with path.open("rb") as file:
+            found = self.add(path.name, file, limits)
+        for beside in sidecars_of(path):
+            shutil.copyfile(beside, found.path.with_suffix(beside.suffix))
+        return found
 
     def remove(self, id: str) -> None:
         """Remove an adapter file with what lies beside it."""

@@ -11,6 +11,7 @@ from ..captioning.find import locate_captioner
 from ..models.sources import NAMED, is_hub_id, locate
 from ..text import plain
 from .errors import Refusal
+from .hosts import registered_folders
 
 LONGEST_PART = 255  # letters between two slashes that a disk takes
 LONGEST = 200  # bytes of a file's name: every disk has room for a temporary ending behind it
@@ -70,14 +71,20 @@ class Places:
     """The folders that requests may name: the workspace and what the user named when the service was started."""
 
     def __init__(self, workspace: Path, folders: Sequence[Path] = ()) -> None:
-        self.roots = tuple(path.expanduser().resolve() for path in (workspace, *folders))
+        self.workspace = workspace.expanduser().resolve()
+        self.folders = tuple(path.expanduser().resolve() for path in folders)
+
+    @property
+    def roots(self) -> tuple[Path, ...]:
+        """Those folders, and what the plugins of image UIs made known meanwhile."""
+        return (self.workspace, *self.folders, *(path.resolve() for path in registered_folders(self.workspace)))
 
     def confine(self, path: str | Path, param: str | None = None) -> Path:
         """The true place of a path, links followed; a relative one counts from the workspace. Raises Refusal for any other."""
         if any(len(part) > LONGEST_PART for part in Path(path).parts):
             raise Refusal(400, "bad_path", f"{plain(str(path), 80)} is no path", "it is too long", param)
         try:
-            true = (self.roots[0] / path).resolve()
+            true = (self.workspace / path).resolve()
         except (OSError, ValueError, RuntimeError):  # a NUL in it, a loop of links
             true = Path("/")
         if not any(true.is_relative_to(root) for root in self.roots):

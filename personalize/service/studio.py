@@ -10,7 +10,7 @@ from ..jobs import Engine, Job, Store, Workspace
 from .datasets import Datasets
 from .errors import Refusal
 from .files import Files
-from .hosts import Host, hosts_in
+from .hosts import Host, hosts_in, registered_folders
 from .library import Library
 from .live import Live
 from .options import Options
@@ -60,7 +60,12 @@ class Studio:
     @property
     def hosts(self) -> list[Host]:
         """The image UIs that an adapter can be sent to."""
-        return hosts_in((*self.options.folders, *self.options.hosts))
+        return hosts_in((*self.folders, *self.options.hosts))
+
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        """The folders outside of the workspace that requests may name."""
+        return (*self.options.folders, *registered_folders(self.workspace.root))
 
     @property
     def targets(self) -> Places:

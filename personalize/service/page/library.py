@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from ..studio import Studio
 from .render import Room, nothing, show
 
 router = APIRouter(route_class=Room)
+USUAL = 0.8  # strength of an adapter of which nothing is known
 
 
 @dataclass(frozen=True)
@@ -108,8 +110,19 @@ def send(
     request: Request, here: Here, id: Name, folder: Annotated[str, Form()], replace: Annotated[bool, Form()] = False
 ) -> Response:
     """Copy an adapter into the folder of an image UI."""
+    adapter = here.library.get(id)
     files = here.library.send(id, folder, here.targets, replace)
-    return show(request, "_sent", path=files[0], folder=Path(folder))
+    told = {"name": files[0].stem, "trigger": adapter.description.trigger or "", "weight": weight_of(adapter.path)}
+    return show(request, "_sent", path=files[0], folder=Path(folder), told=told)
+
+
+def weight_of(path: Path) -> float:
+    """The strength that suits an adapter, as the file beside it tells image UIs."""
+    try:
+        given = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))["preferred weight"]
+        return round(float(given), 2) or USUAL
+    except (OSError, ValueError, KeyError, TypeError):
+        return USUAL
 
 
 @router.post("/library/{id}/remove")

@@ -18,6 +18,7 @@ from ...errors import NoSuchJobError, PersonalizeError
 from ...text import compact, duration, readable
 from ...version import __version__
 from ..errors import status_of
+from ..prefix import below_prefix
 
 HERE = Path(__file__).parent
 STATIC = HERE / "static"
@@ -66,7 +67,8 @@ def is_wanted(request: Request) -> bool:
 
 def show(request: Request, name: str, status: int = 200, **values: Any) -> HTMLResponse:
     """A page, or a part of one, from a template."""
-    return TEMPLATES.TemplateResponse(request, f"{name}.html.j2", values, status_code=status)
+    html = TEMPLATES.get_template(f"{name}.html.j2").render(request=request, **values)
+    return HTMLResponse(below_prefix(request, html), status)
 
 
 def go(address: str, fragment: bool = True) -> Response:

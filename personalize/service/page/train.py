@@ -20,6 +20,7 @@ from ...recipe.about import about
 from ...recipe.resolve import presets
 from ...recipe.settings import flatten, settings
 from ..errors import not_found
+from ..prefix import base_of_host
 from ..requests import job_schema, job_settings
 from ..routes.common import Here, Name, incoming
 from ..routes.datasets import UPLOADS, examine
@@ -112,7 +113,8 @@ def sample_picture(name: Name, picture: Name) -> Response:
 def take_sample(request: Request, here: Here, name: Name) -> Response:
     """Begin with sample pictures."""
     sample = samples.sample_named(name)
-    return go(f"/train/{samples.take(here, sample)}?{urlencode(sample.settings)}", is_fragment(request))
+    own = {"base": next(iter(NAMED))} if base_of_host(request) else {}  # these are pictures of the small base's world
+    return go(f"/train/{samples.take(here, sample)}?{urlencode(own | sample.settings)}", is_fragment(request))
 
 
 @router.post("/train", tags=[UPLOADS])
@@ -136,7 +138,10 @@ def set_up(request: Request, here: Here, dataset: Name) -> Response:
 @router.get("/train/{dataset}/plan")
 def first_plan(request: Request, here: Here, dataset: Name) -> Response:
     """The coach's findings and the form, filled in as far as the pictures tell."""
-    return show_plan(request, here, dataset, read_form(request.query_params))
+    given = read_form(request.query_params)
+    if (base := base_of_host(request)) in bases(here) and not given.keys() & {"base", "preset"}:
+        given["base"] = base
+    return show_plan(request, here, dataset, given)
 
 
 @router.post("/train/{dataset}/plan")
@@ -258,7 +263,7 @@ def purposes_of(plan: Plan) -> list[Purpose]:
 def bases(here: Studio) -> list[str]:
     """Bases that are at hand: those that came along, and checkpoints and diffusers folders below what the user named."""
     found = [*NAMED]
-    for folder in here.options.folders:
+    for folder in here.folders:
         for path in sorted([*folder.glob("*"), *folder.glob("*/*")]):
             if (path / "model_index.json").is_file() or is_checkpoint(path):
                 found.append(str(path))

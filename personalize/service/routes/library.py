@@ -23,6 +23,12 @@ class Target(Body):
     replace: bool = False
 
 
+class Source(Body):
+    """An adapter file in the workspace, or in a folder that was named or made known."""
+
+    path: str
+
+
 @router.get("/adapters")
 def list_adapters(here: Here, checkpoints: bool = False) -> dict[str, Any]:
     """The adapters of the workspace, the newest first; on demand checkpoints of trainings too."""
@@ -33,6 +39,12 @@ def list_adapters(here: Here, checkpoints: bool = False) -> dict[str, Any]:
 def add_adapter(here: Here, file: UploadFile) -> dict[str, Any]:
     """Bring an adapter, as .safetensors."""
     return here.library.add(file.filename or "", file.file, here.options.limits).record()
+
+
+@router.post("/adapters/bring", status_code=201)
+def bring_adapter(here: Here, body: Source) -> dict[str, Any]:
+    """Keep a copy of an adapter of this machine, such as one that an image UI has; what is kept of it already, where it is."""
+    return here.library.bring(here.places.confine(body.path, "path"), here.options.limits).record()
 
 
 @router.get("/adapters/{id}")

@@ -238,7 +238,7 @@ async function saveMask() {
   const data = new FormData();
   data.append("file", blob, "mask.png");
   try {
-    const answer = await fetch(`/api/datasets/${$("#brush").dataset.dataset}/masks/${brush.name}`, { method: "PUT", body: data });
+    const answer = await fetch($("#brush").dataset.masks + brush.name, { method: "PUT", body: data });
     if (!answer.ok) return sayError(answer.status, await answer.text());
   } catch {
     return say("The studio does not answer.", "Is it still running?");
@@ -287,4 +287,17 @@ document.addEventListener("input", (event) => {
 
 document.addEventListener("htmx:beforeRequest", (event) => {
   if (event.detail.requestConfig.verb !== "get") $("#toast").replaceChildren();
+});
+
+// ---------------------------------------------------------------- inside of an image UI: what it should know is told to it
+
+const isEmbedded = window.parent !== window;
+document.documentElement.classList.toggle("is-embedded", isEmbedded);
+const tell = (text) => isEmbedded && window.parent.postMessage(JSON.parse(text), window.location.origin);
+document.addEventListener("htmx:afterSwap", (event) => {
+  for (const one of $$("[data-tell]", event.target)) tell(one.dataset.tell);
+});
+document.addEventListener("click", (event) => {
+  const button = event.target.closest("[data-tell-click]");
+  if (button) tell(button.dataset.tellClick);
 });
