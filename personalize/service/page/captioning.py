@@ -22,7 +22,7 @@ from ..requests import job_settings
 from ..routes.common import Here, Name
 from ..studio import Studio
 from .forms import read_form
-from .render import Room, show
+from .render import Room, nothing, show
 from .train import form_of
 
 router = APIRouter(route_class=Room)
@@ -36,10 +36,10 @@ async def begin(request: Request, here: Here, dataset: Name) -> Response:
     """Let a captioner look at the pictures."""
     from anyio import to_thread
 
-    return await to_thread.run_sync(begin_captioning, request, here, dataset, await form_of(request))
+    return await to_thread.run_sync(begin_captioning, here, dataset, await form_of(request))
 
 
-def begin_captioning(request: Request, here: Studio, dataset: str, form: Mapping[str, str]) -> Response:
+def begin_captioning(here: Studio, dataset: str, form: Mapping[str, str]) -> Response:
     """Queue the job. Raises Refusal where one is at it already."""
     job = last_captioning(here, dataset)
     if job and job.state in ACTIVE:
@@ -47,7 +47,7 @@ def begin_captioning(request: Request, here: Studio, dataset: str, form: Mapping
     given = read_form({name: form.get(name, "") for name in ASKED}, "caption")
     given |= {"folder": dataset, "overwrite": form.get("which") == ALL, "prefix": form.get("prefix", PREFIX).strip()}
     here.store.add("caption", job_settings(here, "caption", given), priority=SOON, metadata={"captions": dataset})
-    return show_captioning(request, here, dataset)
+    return nothing("captioning")  # how far it is could arrive behind what is told later
 
 
 @router.get("/dataset/{dataset}/captioning")
