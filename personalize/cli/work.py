@@ -41,6 +41,7 @@ class CommandKind:
     check: Callable[[Parameters], None] = lambda _: None
     again: Callable[[Path], None] = lambda _: None  # what is done before it begins anew
     resident: Callable[[bool], None] = lambda _: None  # keep what was loaded for the next job; or let go of it
+    beside: Callable[[Path], Parameters] = lambda _: {}  # settings of what it writes into its folder, unless they are given
 
     def warm(self) -> None:
         """Import what every job of the kind needs, and keep from now on what it loads."""
@@ -69,7 +70,7 @@ class CommandKind:
     def run(self, task: Task) -> dict[str, Any]:
         """Run the command; its answer is the result."""
         self.again(task.folder)
-        return run_command(self.command, {**task.job.settings, "output": str(task.folder)}, task)
+        return run_command(self.command, {**self.beside(task.folder), **task.job.settings, "output": str(task.folder)}, task)
 
     def keep(self, task: Task) -> dict[str, Any]:
         """An adapter of where the training stands."""
@@ -253,6 +254,12 @@ def place_of_doctor(workspace: Workspace, values: Parameters) -> tuple[str, Path
     return name, workspace.outputs / f"doctor-{slug(name)}"
 
 
+def heat_map_in(folder: Path) -> Parameters:
+    """The picture of an examination."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return {"picture": str(folder / "doctor.png")}
+
+
 def remove_pictures(folder: Path) -> None:
     """What an attempt that was killed has drawn is drawn anew; the folder is the job's own."""
     for path in folder.glob("*.png"):
@@ -280,4 +287,4 @@ DATASET = CommandKind(dataset, QUICK, place_of_dataset)
 MERGE = CommandKind(merge, QUICK, place_of_file, check_merge)
 RESIZE = CommandKind(resize, QUICK, place_of_file, check_resize)
 CONVERT = CommandKind(convert, QUICK, place_of_file, check_files)
-DOCTOR = CommandKind(doctor, QUICK, place_of_doctor)
+DOCTOR = CommandKind(doctor, QUICK, place_of_doctor, beside=heat_map_in)
