@@ -61,7 +61,7 @@ EXAMPLES: dict[str, dict[str, Box]] = {
     },
     "schedule": {
         **training("cat", 0, "subject", 1),
-        "load": Box("PersonalizeLoad", (2, 0), {"strength": "0@0,1@0.5:te=1", "steps": 20}, {"adapter": ("cat", "adapter")}),
+        "load": Box("PersonalizeLoad", (2, 0), {"strength": "unet=0@0,1@0.5:te=1", "steps": 20}, {"adapter": ("cat", "adapter")}),
         "what it is": Box("PreviewAny", (3, 0), {}, {"source": ("load", "text")}),
     },
 }

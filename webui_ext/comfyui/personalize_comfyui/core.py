@@ -24,7 +24,7 @@ _loading = threading.Lock()
 def core(module: str) -> Any:
     """A module of the core, such as `adapters.strengths.grammar`. Raises ImportError with what to do."""
     with _loading:
-        if NAME not in sys.modules and not importlib.util.find_spec(NAME):
+        if NAME not in sys.modules and not getattr(importlib.util.find_spec(NAME), "origin", None):  # a bare folder has none
             load_package()
     return importlib.import_module(f"{NAME}.{module}")
 

@@ -205,10 +205,20 @@ def doctor(node_id: str, *, adapter: Adapters) -> Shown:
     told = {"files": [f"{known(client, one)}:{one.strength}" for one in adapter]}
     job = training.wait(client, training.queue(client, "doctor", told), node_id)
     at = address("api", "jobs", job["id"])
-    text = client.read(f"{at}/log").decode(errors="replace").strip()
     picture = job["files"].get("picture")
+    text = printed(client.read(f"{at}/log").decode(errors="replace"), (job["result"] or {}).get("picture"))
     images = pictures.as_images([pictures.open_picture(client.read(picture))] if picture else [])
     return Shown((text, images), {"text": [text]})
+
+
+def printed(log: str, picture: str | None) -> str:
+    """What a job's last attempt printed, without the line that names its picture.
+
+    >>> printed("--- attempt 1, today\\nsound\\n/ws/doctor.png\\n", "/ws/doctor.png")
+    'sound'
+    """
+    lines = log.rpartition("--- attempt ")[2].splitlines()[1:]
+    return "\n".join(line for line in lines if line != picture).strip()
 
 
 def save(node_id: str, *, adapter: Adapters, name: str, replace: bool = False) -> Shown:
@@ -255,7 +265,7 @@ NAME = text_in("name", "", "what the new adapter is called; empty: by what it is
 RESULT = (Out("adapter", ADAPTER), Out("text", "STRING"))
 
 NODES = (
-    Node("Dataset", "Dataset", "Pictures to train on: of the workflow, of a folder, or those that come along. The same ones are "
+    Node("Dataset", "Dataset (personalize)", "Pictures to train on: of the workflow, of a folder, or those that come along. The same ones are "
          "brought to the studio once.",
          (text_in("name", "comfyui", "what the pictures are called in the studio"),
           text_in("trigger", "", "the word that shall call up what is learned; empty: the name"),
@@ -265,7 +275,7 @@ NODES = (
           In("samples", "COMBO", "pictures that come along with the studio", lambda: SAMPLES, options={"default": host.NONE}),
           In("images", "IMAGE", "pictures of the workflow; they go before the folder", optional=True)),
          (Out("dataset", DATASET), Out("pictures", "INT")), dataset, dataset_fingerprint),
-    Node("Train", "Train", "Trains an adapter in the studio, with progress and samples; Cancel ends it, and the same settings go on with it.",
+    Node("Train", "Train adapter", "Trains an adapter in the studio, with progress and samples; Cancel ends it, and the same settings go on with it.",
          (In("dataset", DATASET), In("base", "COMBO", "what is trained on: pocket comes along", host.bases, options={"default": host.POCKET}),
           whole_in("steps", 0, 0, 1_000_000, "0: what suits the base and the pictures"),
           whole_in("rank", 0, 0, 1024, "0: the usual"), whole_in("seed", 0, 0, MOST, "the same seed, the same adapter"),

@@ -96,9 +96,9 @@ def samples_of(client: Client, at: str) -> Callable[[], Any]:
 
 
 def last_samples(client: Client, job: Mapping[str, Any]) -> list[Any]:
-    """The sample pictures of a training's last step."""
+    """The sample pictures of a training's last step, at full strength."""
     at = f"{address('api', 'jobs', job['id'])}/samples"
-    found = [one for one in client.get(at)["data"] if one["url"] and not one["base"] and one["strength"]]
+    found = [one for one in client.get(at)["data"] if one["url"] and not one["base"] and one["strength"] == 1]
     last = max((one["step"] for one in found), default=0)
     return [pictures.open_picture(client.read(one["url"])) for one in found if one["step"] == last]
 
