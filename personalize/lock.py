@@ -72,7 +72,7 @@ def is_held(folder: Path) -> bool:
     """Whether somebody holds a folder."""
     if not (folder / LOCK).is_file():
         return False
-    handle = _lock(folder / LOCK)
+    handle = _lock(folder / LOCK, shared=True)
     if handle is not None:
         os.close(handle)
     return handle is None
@@ -100,14 +100,20 @@ def _who(path: Path) -> str:
         return "by another process"
 
 
-def _lock(path: Path) -> int | None:
-    """A handle of a file that is locked now; None if it is somebody else's. Raises OutputError where it cannot be made."""
+def _lock(path: Path, shared: bool = False) -> int | None:
+    """A handle of a file that is locked now; None if it is somebody else's. Raises OutputError where it cannot be made.
+
+    Who only looks takes a `shared` lock, which keeps out nobody who looks, and no holder for longer than the look takes.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         while True:
             handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-            if not _lock_handle(handle):
+            if not _lock_handle(handle, shared):
+                is_looked_at = not shared and _lock_handle(handle, shared=True)
                 os.close(handle)
+                if is_looked_at:
+                    continue
                 return None
             if os.fstat(handle).st_nlink:  # 0: the last holder has removed it meanwhile
                 return handle
@@ -116,14 +122,14 @@ def _lock(path: Path) -> int | None:
         raise disk_error(path, error, "another --output") from error
 
 
-def _lock_handle(handle: int) -> bool:
+def _lock_handle(handle: int, shared: bool) -> bool:
     """Lock an open file, until it is closed; False if somebody else has."""
     try:
         import fcntl
     except ImportError:
-        return _lock_on_windows(handle)
+        return _lock_on_windows(handle)  # where no lock is shared
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except OSError as error:
         return error.errno in NO_LOCKS
     return True

@@ -1,4 +1,5 @@
-"""Tables of what varies, name => row: adapter kinds, model families, objectives, optimizers, backends, kinds of jobs.
+"""Tables of what varies, name => row: adapter kinds, model families, objectives, optimizers, backends, captioners, kinds of
+jobs.
 
 A built-in row and one from another package come in by the same door: "module:attribute", imported when it is first used.
 Packages declare theirs as entry points of the group `personalize.TABLE`:
@@ -47,11 +48,17 @@ BUILT_IN: dict[str, dict[str, str]] = {
     },
     "optimizers": {"adamw": "personalize.training.optimizers:adamw"},
     "backends": {"local": "personalize.backends.local:LOCAL"},
+    "captioners": {  # in the order in which a folder is asked for its kind
+        "pocket": "personalize.captioning.pocket:POCKET",
+        "tagger": "personalize.captioning.tagger:TAGGER",
+        "image-to-text": "personalize.captioning.image_to_text:IMAGE_TO_TEXT",
+    },
     "jobs": {  # each does what the command of its name does
         "train": "personalize.cli.work:TRAIN",
         "batch": "personalize.cli.work:BATCH",
         "generate": "personalize.cli.work:GENERATE",
         "dataset": "personalize.cli.work:DATASET",
+        "caption": "personalize.cli.work:CAPTION",
         "merge": "personalize.cli.work:MERGE",
         "resize": "personalize.cli.work:RESIZE",
         "convert": "personalize.cli.work:CONVERT",
@@ -106,7 +113,7 @@ class Table(Mapping[str, Any]):
 
 @functools.cache
 def table(name: str) -> Table:
-    """A table by its name: kinds, families, objectives, optimizers, backends or jobs.
+    """A table by its name: kinds, families, objectives, optimizers, backends, captioners or jobs.
 
     >>> sorted(table("optimizers"))[:1]
     ['adamw']

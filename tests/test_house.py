@@ -165,6 +165,7 @@ def test_a_submodule_does_not_hide_the_function_of_its_name() -> None:
         (["train", "--help"], {"pydantic"}),
         (["generate", "--help"], set()),
         (["dataset", "--help"], {"pydantic"}),
+        (["caption", "--help"], {"pydantic"}),
         (["--version"], set()),
     ],
 )
@@ -240,7 +241,7 @@ def test_every_command_is_in_the_readme() -> None:
 def test_code_in_the_extending_page_is_that_of_the_files() -> None:
     page = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
     found = re.findall(r"<!-- (\S+) -->\n```python\n(.*?)```", page, re.DOTALL)
-    assert len(found) == 6
+    assert len(found) == 7
     for name, code in found:
         assert code in (ROOT / name).read_text(encoding="utf-8"), name
 
@@ -252,6 +253,7 @@ def test_every_table_is_in_the_extending_page() -> None:
         "families": "model family",
         "objectives": "objective",
         "optimizers": "optimizer",
+        "captioners": "captioner",
         "jobs": "kind of job",
     }
     for name in BUILT_IN:

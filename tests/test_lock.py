@@ -89,6 +89,27 @@ def test_many_at_once_never_hold_it_together(tmp_path: Path) -> None:
     assert turns == [150] and set(together) == {1}
 
 
+def test_who_only_looks_keeps_nobody_out(tmp_path: Path) -> None:
+    """Whoever looks has the lock for a moment: a holder that meets one tries again."""
+    end = threading.Event()
+
+    def look() -> None:
+        while not end.wait(0.0001):
+            is_held(tmp_path)
+
+    lookers = [threading.Thread(target=look) for _ in range(2)]
+    for looker in lookers:
+        looker.start()
+    try:
+        for _ in range(300):
+            with hold(tmp_path, "never"):
+                pass
+    finally:
+        end.set()
+        for looker in lookers:
+            looker.join()
+
+
 def test_a_disk_without_locks_is_done_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fcntl = pytest.importorskip("fcntl")
 

@@ -11,6 +11,7 @@ import click
 from ..errors import PersonalizeError, RecipeError
 from ..version import __version__
 from . import adapters, checkpoints
+from .caption import caption
 from .dataset import dataset
 from .generate import generate
 from .group import HELP, Commands, json_option
@@ -97,6 +98,6 @@ def version() -> int:
     return 0
 
 
-COMMANDS = (train, batch, finish, tell, generate, dataset, report, presets, version, merge, jobs, serve, ui)
+COMMANDS = (train, batch, finish, tell, generate, dataset, caption, report, presets, version, merge, jobs, serve, ui)
 for command in (*COMMANDS, *adapters.COMMANDS, *checkpoints.COMMANDS):
     cli.add_command(command)

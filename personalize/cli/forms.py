@@ -1,7 +1,7 @@
 """What a command takes, as JSON schema: the forms of the page and the bodies of the API are made of it.
 
 Settings of a recipe are described by the recipe; the others by their options. `format` says what a text names: a `path`, an
-`adapter` with a strength behind it, a `base`, a `preset`, or a `prompt`.
+`adapter` with a strength behind it, a `base`, a `captioner`, a `preset`, or a `prompt`.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ FORMATS = {  # what texts of these names are, wherever they stand
     "base": "base",
     "tuned": "base",
     "vae": "base",
+    "model": "captioner",
     "preset": "preset",
     "prompts": "prompt",
     "sample_prompts": "prompt",
@@ -34,7 +35,8 @@ FORMATS = {  # what texts of these names are, wherever they stand
 def command_schema(command: click.Command) -> Schema:
     """A command's parameters as the schema of an object, by the names that jobs have for them."""
     parameters = [one for one in command.get_params(click.Context(command)) if one.expose_value and one.name]
-    of_recipe = recipe_schema() if isinstance(command, SettingsCommand) else {}
+    own = command.settings() if isinstance(command, SettingsCommand) else set()
+    of_recipe = {name: one for name, one in recipe_schema().items() if name in own}
     properties = {one.name: parameter_schema(one, of_recipe) for one in parameters if one.name}
     required = [one.name for one in parameters if one.name and (one.required or one.name in ("folder", "prompts"))]
     return {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
@@ -43,7 +45,7 @@ def command_schema(command: click.Command) -> Schema:
 def parameter_schema(parameter: click.Parameter, of_recipe: Mapping[str, Schema]) -> Schema:
     """A parameter's schema: the recipe's where it is one of its settings."""
     name = parameter.name or ""
-    if name in of_recipe and name != "folder":
+    if name in of_recipe:
         return with_format(name, of_recipe[name])
     one = type_schema(parameter.type) if not getattr(parameter, "is_bool_flag", False) else {"type": "boolean"}
     found = with_format(name, one)

@@ -135,7 +135,7 @@ class RunView(View):
             case Stopped():
                 self.stopped = True
             case Finished():
-                self.finished = event
+                self.finished, self.step = event, event.step  # of one that was finished before nothing else is told
 
     def _show_start(self, event: Started) -> None:
         self.settings = event.recipe

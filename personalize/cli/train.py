@@ -36,6 +36,12 @@ class SettingsCommand(click.Command):
         """Whether a setting is an option of this command."""
         return setting.name != "folder"
 
+    def settings(self) -> set[str]:
+        """The names of the recipe's settings that are options of this command, but for the folder, which is an argument."""
+        from ..recipe.settings import settings
+
+        return {one.name for one in settings().values() if one.name != "folder" and self.has_option(one)}
+
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
         from ..recipe.settings import settings
 
@@ -49,7 +55,7 @@ class SettingsCommand(click.Command):
 
         sections: dict[str, list[tuple[str, str]]] = {}
         for parameter in self.get_params(ctx):
-            home = settings()[parameter.name].section if parameter.name in settings() else ""
+            home = settings()[parameter.name].section if parameter.name in self.settings() else ""
             if (entry := parameter.get_help_record(ctx)) and parameter.name != "folder":
                 sections.setdefault(home, []).append(entry)
         for section, entries in sections.items():

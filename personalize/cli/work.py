@@ -19,6 +19,7 @@ from ..pictures.galleries import check_output
 from ..registry import table
 from ..text import slug
 from .adapters import convert, doctor, output_path, resize, rule_of
+from .caption import caption, check_caption
 from .checkpoints import bake, extract, interpolate
 from .dataset import dataset
 from .generate import generate, order_of
@@ -42,6 +43,7 @@ class CommandKind:
     again: Callable[[Path], None] = lambda _: None  # what is done before it begins anew
     resident: Callable[[bool], None] = lambda _: None  # keep what was loaded for the next job; or let go of it
     beside: Callable[[Path], Parameters] = lambda _: {}  # settings of what it writes into its folder, unless they are given
+    inside: bool = False  # it writes into what it is given, and so only one job at a time does
 
     def warm(self) -> None:
         """Import what every job of the kind needs, and keep from now on what it loads."""
@@ -65,7 +67,7 @@ class CommandKind:
         values["output"] = Path(given) if given else None
         self.check(values)
         name, folder = self.place(workspace, values)
-        return Draft(plain, name, Path(given) if given else folder, is_own=not given)
+        return Draft(plain, name, Path(given) if given else folder, is_own=not (given or self.inside))
 
     def run(self, task: Task) -> dict[str, Any]:
         """Run the command; its answer is the result."""
@@ -86,7 +88,7 @@ def parameters(command: click.Command, settings: Mapping[str, Any]) -> tuple[cli
     if unknown := settings.keys() - known.keys() - {"output"}:
         first = min(unknown)
         raise RecipeError(f"{name} has no setting {first!r}", nearest(first, known))
-    raw = recipe_settings() if isinstance(command, SettingsCommand) else set()
+    raw = command.settings() if isinstance(command, SettingsCommand) else set()
     typed = [(one, settings[key]) for key, one in known.items() if key in settings and key not in raw]
     options = [word for one, value in typed if isinstance(one, click.Option) for word in words_of(one, value)]
     arguments = [word for one, value in typed if isinstance(one, click.Argument) for word in map(str, list_of(value))]
@@ -249,6 +251,11 @@ def place_of_dataset(workspace: Workspace, values: Parameters) -> tuple[str, Pat
     return name, workspace.outputs / f"dataset-{slug(name)}"
 
 
+def place_of_captions(workspace: Workspace, values: Parameters) -> tuple[str, Path]:
+    folder = Path(values["folder"]).resolve()
+    return folder.name, folder
+
+
 def place_of_doctor(workspace: Workspace, values: Parameters) -> tuple[str, Path]:
     name = "+".join(Path(path).stem for path, _ in values["files"])
     return name, workspace.outputs / f"doctor-{slug(name)}"
@@ -284,6 +291,7 @@ BAKE = CommandKind(bake, LONG, place_of_checkpoint)
 INTERPOLATE = CommandKind(interpolate, LONG, place_of_checkpoint)
 GENERATE = CommandKind(generate, QUICK, place_of_pictures, check_drawing, again=remove_pictures, resident=keep_base)
 DATASET = CommandKind(dataset, QUICK, place_of_dataset)
+CAPTION = CommandKind(caption, QUICK, place_of_captions, check_caption, inside=True)
 MERGE = CommandKind(merge, QUICK, place_of_file, check_merge)
 RESIZE = CommandKind(resize, QUICK, place_of_file, check_resize)
 CONVERT = CommandKind(convert, QUICK, place_of_file, check_files)

@@ -82,6 +82,11 @@ def load_model(kind: Any, part: Path, dtype: torch.dtype, lent: Mapping[str, Ten
     with contextlib.suppress(*BROKEN, BaseModelError):
         if model := fill_model(kind, part, dtype, lent):
             return model
+    return load_by_library(kind, part, dtype, lent)
+
+
+def load_by_library(kind: Any, part: Path, dtype: torch.dtype, lent: Mapping[str, Tensor] = MappingProxyType({})) -> Any:
+    """The same as the model's own library reads it, with whatever else that sets. Raises BaseModelError."""
     precision = "dtype" if of_transformers(kind) else "torch_dtype"
     options = {precision: dtype, "use_safetensors": True, "local_files_only": True, "output_loading_info": True}
     if not whole(part) and half(part):

@@ -16,8 +16,13 @@ class Wanted(Protocol):
 
 def precision_of(wanted: Wanted, device: torch.device) -> str:
     """The precision that the recipe asks for, on a device."""
-    if wanted.precision != "auto":
-        return wanted.precision
+    return precision_on(device, wanted.precision)
+
+
+def precision_on(device: torch.device, wanted: str = "auto") -> str:
+    """A precision by its name; `auto`: what suits the device."""
+    if wanted != "auto":
+        return wanted
     if device.type == "cpu":
         return "float32"
     return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"

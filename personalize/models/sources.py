@@ -5,10 +5,11 @@ What is on this machine is never asked for again; only a hub id that is not in t
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -57,15 +58,26 @@ def is_hub_id(name: str) -> bool:
 
 def from_hub(name: str, download: bool = True) -> Path:
     """The folder (or, for OWNER/NAME/FILE.safetensors, the file) of a hub repository in the cache, downloaded if need be."""
-    from huggingface_hub import constants, hf_hub_download, list_repo_files, snapshot_download, try_to_load_from_cache
-    from huggingface_hub.errors import HfHubHTTPError
-    from huggingface_hub.utils import logging
+    from huggingface_hub import hf_hub_download, list_repo_files, snapshot_download, try_to_load_from_cache
 
     repo, file = "/".join(name.split("/")[:2]), HUB_ID.fullmatch(name)["file"]  # type: ignore[index]
     probes = (try_to_load_from_cache(repo, name) for name in ([file] if file else [f"{one}/{CONFIG}" for one in DENOISERS]))
     found = next((probe for probe in probes if isinstance(probe, str)), None)
     if found and (file or is_whole(Path(found).parents[1])):
         return Path(found) if file else Path(found).parents[1]
+    with hub_errors(name, download):
+        if file:
+            return Path(hf_hub_download(repo, file))
+        return Path(snapshot_download(repo, allow_patterns=files_to_download(list_repo_files(repo))))
+
+
+@contextlib.contextmanager
+def hub_errors(name: str, download: bool = True) -> Iterator[None]:
+    """Around a download: raises BaseModelError where there is to be none, and for whatever goes wrong."""
+    from huggingface_hub import constants
+    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.utils import logging
+
     if not download:
         raise BaseModelError(f"{name} is not in the cache")
     if constants.HF_HUB_OFFLINE:
@@ -73,9 +85,7 @@ def from_hub(name: str, download: bool = True) -> Path:
     failures: tuple[type[BaseException], ...] = (*HfHubHTTPError.__bases__, ValueError)  # OSError, and its HTTP library's root
     logging.set_verbosity_error()  # its retries say in many lines what we say in one
     try:
-        if file:
-            return Path(hf_hub_download(repo, file))
-        return Path(snapshot_download(repo, allow_patterns=files_to_download(list_repo_files(repo))))
+        yield
     except failures as error:
         why = first_line(error)
         raise BaseModelError(f"{name} cannot be had from the hub: {why}", "is the name right, and the network there?") from error

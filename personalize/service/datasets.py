@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..data.captions import read_caption, safe_trigger
+from ..data.captions import safe_trigger
+from ..data.sidecars import write_caption, written_caption
 from ..errors import DataError
-from ..io import disk_error, write_text
+from ..io import disk_error
 from ..jobs.workspace import Workspace
-from ..pictures.files import ASIDE, all_files, format_of, is_picture
+from ..pictures.files import ASIDE, Contents, all_files, format_of, is_picture, look_into
 from ..pictures.galleries import Gallery, galleries
 from .errors import Refusal, not_found
 from .options import Limits
@@ -37,16 +39,27 @@ class Datasets:
 
     def __init__(self, workspace: Workspace, folders: Iterable[Path], limits: Limits) -> None:
         self.workspace, self.limits = workspace, limits
-        self.named = {f"{NAMED}{number}": path for number, path in enumerate(folders, 1)}
+        self.roots = {f"{NAMED}{number}": path for number, path in enumerate(folders, 1)}
 
     def ids(self) -> list[str]:
-        """All of them; of the named folders, those with pictures."""
+        """All of them: the workspace's own, the named folders with pictures, and where one has none the folders in it that do."""
         own = sorted(path.name for path in self.workspace.datasets.iterdir() if path.is_dir() and not path.name.startswith("."))
-        return [*own, *(name for name, path in self.named.items() if _has_pictures(path))]
+        return [*own, *self.named]
+
+    @property
+    def named(self) -> dict[str, Path]:
+        """The folders of the user's own by id: `folder-1`, `folder-1-rex`."""
+        found: dict[str, Path] = {}
+        for id, path in self.roots.items():
+            if _has_pictures(path):
+                found[id] = path
+            else:
+                found |= {f"{id}-{one.name}": one for one in _folders_in(path) if _has_pictures(one)}
+        return found
 
     def folder(self, dataset: str) -> Path:
         """Its folder. Raises Refusal for an id that is none."""
-        if path := self.named.get(dataset):
+        if dataset.startswith(NAMED) and (path := self.roots.get(dataset) or self.named.get(dataset)):
             return path
         path = self.workspace.datasets / dataset
         if not dataset or dataset.startswith(".") or Path(dataset).name != dataset or "\0" in dataset or not path.is_dir():
@@ -60,7 +73,7 @@ class Datasets:
         count = sum(len(one.pictures) for one in _galleries(folder))
         size, created = sum(path.stat().st_size for path in files), folder.stat().st_mtime
         return {"id": dataset, "object": "dataset", "name": folder.name, "folder": str(folder), "pictures": count,
-                "bytes": size, "changed_at": int(created), "own": dataset not in self.named}  # fmt: skip
+                "bytes": size, "changed_at": int(created), "own": not self._is_named(dataset)}  # fmt: skip
 
     def create(self, name: str, incoming: Iterable[Incoming]) -> tuple[str, Staged]:
         """A new dataset of what was sent. Raises Refusal and DataError, and nothing is left of it then."""
@@ -88,7 +101,7 @@ class Datasets:
     def remove(self, dataset: str) -> None:
         """Remove a dataset. Raises Refusal for a folder that is the user's own."""
         folder = self.folder(dataset)
-        if dataset in self.named:
+        if self._is_named(dataset):
             raise Refusal(403, "named_folder", f"{folder} is a folder of yours", "remove it yourself, it is not the workspace's")
         with folder_aside(self.workspace.uploads) as aside:
             folder.rename(aside / "gone")
@@ -98,11 +111,11 @@ class Datasets:
         return [
             Picture(
                 path.relative_to(folder).as_posix(),
-                caption_of(gallery, path),
+                caption_of(gallery, path, beside(path.parent)),
                 path.stat().st_size,
                 mask.relative_to(folder).as_posix() if (mask := gallery.contents.mask_of(path)) else None,
             )
-            for folder in [self.folder(dataset)]
+            for folder, beside in [(self.folder(dataset), functools.cache(look_into))]
             for gallery in _galleries(folder)
             for path in gallery.pictures
         ]
@@ -154,18 +167,19 @@ class Datasets:
     def write_captions(self, dataset: str, captions: Mapping[str, str]) -> int:
         """Write captions beside their pictures, after all of them were checked; returns how many changed."""
         known = {one.name: one.caption for one in self.pictures(dataset)}
-        folder, written = self.folder(dataset), []
+        folder, written, beside = self.folder(dataset), [], functools.cache(look_into)
         for name, caption in captions.items():
             if name not in known:
                 raise not_found("picture", name, f"GET /api/datasets/{dataset} lists them")
             written.append((name, " ".join(_check_caption(caption).split())))
-        galleries_of = _galleries(folder)
         changed = [(name, caption) for name, caption in written if caption != known[name]]
         for name, caption in changed:
-            path = folder / name
-            beside = next((one.contents.caption_of(path) for one in galleries_of if path in one.pictures), None)
-            write_text(beside or path.with_suffix(".txt"), caption + "\n")
+            write_caption(folder / name, caption, beside((folder / name).parent))
         return len(changed)
+
+    def _is_named(self, dataset: str) -> bool:
+        """Whether a dataset that there is lies in a folder of the user's own."""
+        return not self.folder(dataset).is_relative_to(self.workspace.datasets)
 
     def _check(self, folder: Path) -> None:
         """Raise DataError for a folder without pictures, or with metadata that cannot be read."""
@@ -179,20 +193,19 @@ class Datasets:
     def _free_name(self, name: str) -> str:
         """A name for a new dataset; another one where that is taken."""
         first = safe_trigger(Path(name).name) if name else "subject"
-        taken = {path.name for path in self.workspace.datasets.iterdir()} | set(self.named)
+        taken = {path.name for path in self.workspace.datasets.iterdir()} | set(self.named) | set(self.roots)
         number, free = 2, first
         while free in taken:
             free, number = f"{first}-{number}", number + 1
         return free
 
 
-def caption_of(gallery: Gallery, picture: Path) -> str:
-    """What somebody wrote of a picture, beside it or in the metadata; "" where nobody did, or no text can be read."""
-    note = gallery.notes.get(picture)
-    file = gallery.contents.caption_of(picture) if picture.parent == gallery.contents.folder else None
+def caption_of(gallery: Gallery, picture: Path, beside: Contents) -> str:
+    """What somebody wrote of a picture; what the metadata says where the file beside it is no text."""
     try:
-        return (read_caption(file) if file else "") or (note.caption if note else "")
+        return written_caption(gallery, picture, beside)
     except DataError:
+        note = gallery.notes.get(picture)
         return note.caption if note else ""
 
 
@@ -209,6 +222,13 @@ def _galleries(folder: Path) -> list[Gallery]:
     try:
         return galleries(folder)
     except DataError:
+        return []
+
+
+def _folders_in(folder: Path) -> list[Path]:
+    try:
+        return sorted(one for one in folder.iterdir() if one.is_dir() and not one.name.startswith(".") and not one.is_symlink())
+    except OSError:
         return []
 
 

@@ -7,6 +7,7 @@ import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..captioning.find import locate_captioner
 from ..models.sources import NAMED, is_hub_id, locate
 from ..text import plain
 from .errors import Refusal
@@ -96,3 +97,9 @@ class Places:
         if base in NAMED or (is_hub_id(base) and ".." not in base.split("/")):
             return base
         return str(locate(self.confine(base, "base"), download=False))
+
+    def confine_captioner(self, name: str) -> str:
+        """The same of a captioner."""
+        if name in NAMED or (is_hub_id(name) and ".." not in name.split("/")):
+            return name
+        return str(locate_captioner(str(self.confine(name, "model")), download=False))

@@ -90,6 +90,8 @@ def inside(studio: Studio, name: str, value: Any, schema: Mapping[str, Any]) -> 
         return adapter_text(studio, value, name)
     if what == "base":
         return studio.places.confine_base(value)
+    if what == "captioner":
+        return studio.places.confine_captioner(value)
     if what == "preset" and value not in presets():
         raise RecipeError(f"there is no preset {plain(value, 80)!r}", nearest(value, presets()))
     if what == "prompt" and file_named(value):

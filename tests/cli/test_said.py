@@ -58,6 +58,7 @@ WITH_JSON: dict[str, tuple[str, set[str]]] = {  # a command => its words, and ke
     "batch": ("{pictures} --base {folder} --preset pocket-subject --class cat --dry-run", {"runs"}),
     "generate": ("zwx --adapter {a} --steps 1 --output {out}.png", {"pictures"}),
     "dataset": ("{pictures} --class cat", {"folder", "pictures", "findings"}),
+    "caption": ("{pictures} --dry-run", {"captions", "written", "unclear", "kept", "left_out", "captioner", "dry_run"}),
     "finish": ("{run}", {"run", "adapter", "report"}),
     "tell": ("{run} save", {"run", "word"}),
     "report": ("{run}", {"report"}),
@@ -317,6 +318,7 @@ def test_names_that_are_no_text_are_read_and_written_or_told(tmp_path: Path, cap
         "tell": [tmp_path / f"{ODD}none", "save"],
         "batch": [tmp_path / f"{ODD}none"],
         "dataset": [tmp_path / f"{ODD}none"],
+        "caption": [tmp_path / f"{ODD}none"],
     }
     for command, words in told.items():
         capsys.readouterr()

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from captioners import build_classifier, plain_picture
 from PIL import Image
 from small import QUIET, SMALL
 
@@ -18,8 +20,9 @@ from personalize.adapters.adapter import Adapter
 from personalize.adapters.delta import LowRank
 from personalize.cli import cli
 from personalize.cli.work import parameters, settings_of
-from personalize.errors import AdapterError, BaseModelError, DataError, OutputError, PersonalizeError, RecipeError
+from personalize.errors import AdapterError, BaseModelError, DataError, JobError, OutputError, PersonalizeError, RecipeError
 from personalize.jobs import Engine, Job, Store, Workspace
+from personalize.lock import holder_process
 from personalize.models.resident import Resident
 from personalize.recipe.fields import Recipe
 
@@ -69,6 +72,13 @@ def test_every_row_is_a_command_and_checks_its_settings(name: str, store: Store)
         ("generate", {"prompts": ["a cat"], "sampler": "nope"}, RecipeError, "sampler"),
         ("generate", {"prompts": ["a cat"], "stack": ["none.safetensors"]}, AdapterError, "there is no adapter none.safetensors"),
         ("generate", {"prompts": ["a cat"], "output": "/tmp"}, RecipeError, "a folder of its own"),
+        ("caption", {"folder": "{here}/none"}, DataError, "none"),
+        ("caption", {"folder": "{pictures}", "model": "nowhere"}, BaseModelError, "no captioner called nowhere"),
+        ("caption", {"folder": "{pictures}", "batch_size": 0}, RecipeError, "batch-size"),
+        ("caption", {"folder": "{pictures}", "precision": "nope"}, RecipeError, "precision"),
+        ("caption", {"folder": "{pictures}", "steps": 3}, RecipeError, "no setting 'steps'"),
+        ("caption", {"folder": "{pictures}", "prompt": "what?"}, RecipeError, "takes no --prompt"),
+        ("caption", {"folder": "{pictures}", "prefix": "{{triger}}"}, RecipeError, "did you mean trigger"),
         ("merge", {"files": []}, RecipeError, "which adapters"),
         ("merge", {"files": ["{adapter}"], "output": "{adapter}"}, OutputError, "would overwrite"),
         ("resize", {"file": "{adapter}"}, RecipeError, "how many ranks"),
@@ -196,3 +206,37 @@ def test_a_base_is_kept_until_another_is_asked_for_or_its_files_change(
     assert resident.open(other, "cpu", torch.float32).name == str(tiny_base)
     resident.keeps = False  # a command's process
     assert resident.open(other, "cpu", torch.float32) is not resident.open(other, "cpu", torch.float32)
+
+
+def test_captions_are_written_once_whoever_is_killed(store: Store, wait: Callable[..., Job], tmp_path: Path) -> None:
+    """A worker that dies among pictures: the next one goes on with those that have no caption; and what a cancel leaves."""
+    (folder := tmp_path / "zwx").mkdir()
+    for number in range(250):
+        plain_picture(folder / f"{number}.png")
+    (folder / "0.txt").write_text("by hand\n")
+    tagger = build_classifier(tmp_path / "tagger", ["cat", "dog"])
+    settings = {"folder": str(folder), "model": str(tagger), "batch_size": 1}
+
+    def captions() -> dict[str, int]:
+        return {path.name: path.stat().st_mtime_ns for path in folder.glob("*.txt")}
+
+    job = store.add("caption", settings)
+    with Engine(store.workspace):
+        wait(store, job.id, lambda one: one.progress.get("done", 0) >= 2)
+        os.kill(holder_process(store.workspace.lane("cpu/quick")) or 0, signal.SIGKILL)
+        before = captions()
+        done = wait(store, job.id)
+        assert done.state == "succeeded" and done.attempts >= 2, done
+        after = captions()
+        assert 3 <= len(before) < len(after) == 250 and {name: after[name] for name in before} == before
+        assert done.result and done.result["kept"] >= len(before) and done.result["captioner"] == str(tagger)
+        told = [record["picture"] for _, record in store.events(job.id) if record["event"] == "caption"]
+        assert len(told) == len(set(told)) and "0.png" not in told and done.progress["done"] == done.progress["total"]
+        other = store.add("caption", settings | {"overwrite": True, "prefix": "other"})
+        wait(store, other.id, lambda one: one.progress.get("done", 0) >= 2)
+        with pytest.raises(JobError, match=f"job {other.id} writes to"):  # one at a time in a folder
+            store.add("caption", settings)
+        store.cancel(other.id)
+        assert wait(store, other.id).state == "cancelled"
+    texts = [path.read_text() for path in folder.glob("*.txt")]
+    assert len(texts) == 250 and 2 <= sum(text == "other, cat, dog\n" for text in texts) < 250 and all(texts)

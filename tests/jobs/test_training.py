@@ -73,6 +73,8 @@ def test_a_training_leaves_what_the_command_leaves(
     whole(store, wait(store, job.id), plain)
     kinds = [record["event"] for _, record in store.events(job.id)]
     assert kinds.index("started") < kinds.index("step") < kinds.index("saved") < kinds.index("finished")
+    again = wait(store, store.requeue(job.id).id)  # as after a kill between the run's end and the job's
+    assert again.result and again.result["again"] and again.progress["done"] == again.progress["total"] == 4
 
 
 def test_a_training_rests_goes_on_and_is_kept(

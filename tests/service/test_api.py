@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import time
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from personalize.recipe.settings import settings
 from personalize.registry import table
 from personalize.service.openai.names import job_id
 from personalize.service.requests import LEFT_OUT, job_schema
+from tools.pocket.world import Scene, render
 
 
 def upload(service: Service, name: str = "rex") -> str:
@@ -123,6 +125,8 @@ def test_paths_stay_inside(idle: Service, dataset: str, path: str) -> None:
         ("train", {"folder": dataset, "regularization": path, "prior": "images"}),
         ("batch", {"folders": [dataset, path]}),
         ("dataset", {"folder": path}),
+        ("caption", {"folder": path}),
+        ("caption", {"folder": dataset, "model": path}),
         ("generate", {"prompts": ["a cat"], "image": path}),
         ("generate", {"prompts": ["a cat"], "stack": [f"{path}/x.safetensors:0.5"]}),
         ("generate", {"prompts": ["a cat"], "stack": [f"rex={path}/x.safetensors"]}),
@@ -167,13 +171,16 @@ def test_every_text_that_names_something_is_known_to_be_one() -> None:
     harmless = {
         "class", "trigger", "caption", "caption_prefix", "name", "memory", "sampler", "negative", "seeds", "axes", "targets",
         "parts", "text_targets", "holdout", "method", "dialect", "dtype", "family", "size", "output", "precision", "device",
-        "backend",
+        "backend", "revision", "prefix", "without", "prompt",
     }  # fmt: skip
     for kind in table("jobs"):
         for name, schema in job_schema(kind)["properties"].items():
             one = schema.get("items", schema)
             if one.get("type") == "string" and "enum" not in one and "const" not in one:
-                assert one.get("format") in ("path", "adapter", "base", "preset", "prompt") or name in harmless, (kind, name)
+                assert one.get("format") in ("path", "adapter", "base", "captioner", "preset", "prompt") or name in harmless, (
+                    kind,
+                    name,
+                )
 
 
 def test_paths_inside_of_named_folders_are_taken(idle: Service) -> None:
@@ -258,6 +265,31 @@ def test_events_come_as_they_happen_and_again(busy: Service, done: Any) -> None:
     assert rest == events[5:]
     told = busy.client.get(f"/api/jobs/{done['id']}/events", params={"after": 2, "limit": 3}).json()["data"]
     assert [one["number"] for one in told] == [3, 4, 5] and told[0]["event"] == events[2][0]
+
+
+def test_a_captioner_writes_captions_that_are_read_and_written(busy: Service) -> None:
+    images = {f"{number}.png": render_bytes(number) for number in range(2)}
+    sent = busy.client.post("/api/datasets", files={"files": ("zwx.zip", zipped(images))}).json()["id"]
+    body = {"folder": sent, "model": "pocket", "prefix": "[trigger]", "max_words": 3}
+    job = add(busy, "caption", body).json()
+    ended, told = follow(busy, job["id"])
+    assert ended["state"] == "succeeded" and ended["result"]["written"] == 2
+    assert [record["picture"] for kind, _, record in told if kind == "caption"] == ["0.png", "1.png"]
+    captions = busy.client.get(f"/api/datasets/{sent}/captions").json()["captions"]
+    assert set(captions.values()) == {"[trigger], a red cat"}
+    changed = busy.client.put(f"/api/datasets/{sent}/captions", json={"captions": {"0.png": "by hand"}})
+    assert changed.json() == {"changed": 1}
+    again, _ = follow(busy, add(busy, "caption", body).json()["id"])
+    assert again["result"]["written"] == 0 and again["result"]["kept"] == 2
+    schema = busy.client.get("/api/openapi.json").json()["components"]["schemas"]["CaptionSettings"]["properties"]
+    assert "dry_run" not in schema and schema["threshold"] == {
+        "type": "number", "minimum": 0, "maximum": 1, "description": "how likely a tag must be, or a phrase of pocket's",
+    }  # fmt: skip
+
+
+def render_bytes(seed: int) -> bytes:
+    render(Scene("cat", "red", "large", "middle", "beach", "ink", seed), 96).save(out := io.BytesIO(), format="PNG")
+    return out.getvalue()
 
 
 def test_changes_of_any_job_are_told(busy: Service) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import io
+import shutil
 import stat
 import struct
 import zipfile
@@ -344,3 +345,26 @@ def test_links_in_a_named_folder_lead_nowhere(idle: Service, tmp_path: Path) -> 
     finally:
         for path in named.iterdir():
             path.unlink()
+
+
+def test_a_named_folder_of_folders_is_a_dataset_for_each(idle: Service) -> None:
+    """Somebody who keeps a folder for each subject names the one above them."""
+    named = idle.studio.options.folders[0]
+    for name in ("rex", "tom", ".hidden", "empty"):
+        (named / name).mkdir()
+        if name != "empty":
+            (named / name / "one.png").write_bytes(png())
+    (named / "notes.txt").write_text("about them")
+    try:
+        listed = {one["id"]: one for one in idle.client.get("/api/datasets").json()["data"] if not one["own"]}
+        assert {id: one["pictures"] for id, one in listed.items()} == {"folder-1-rex": 1, "folder-1-tom": 1}
+        assert (
+            idle.client.put("/api/datasets/folder-1-rex/captions", json={"captions": {"one.png": "a dog"}}).json()["changed"] == 1
+        )
+        assert (named / "rex" / "one.txt").read_text() == "a dog\n"
+        assert idle.client.post("/api/datasets/folder-1-tom/check", json={}).status_code == 200
+        assert idle.client.delete("/api/datasets/folder-1-rex").status_code == 403
+        assert idle.client.get("/api/datasets/folder-1-nobody").status_code == 404
+    finally:
+        for path in named.iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()

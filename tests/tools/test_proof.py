@@ -16,7 +16,7 @@ from personalize.errors import RecipeError
 from personalize.recipe.resolve import resolve
 from tools.pocket import samples
 from tools.pocket.judge import Judge, truth
-from tools.pocket.proof import base, choice, peer, personalization
+from tools.pocket.proof import base, captions, choice, peer, personalization
 from tools.pocket.proof.__main__ import BENCHMARKS, parser
 from tools.pocket.proof.drawing import Trial, load_or_draw, obedience, renders
 from tools.pocket.proof.figures import Figure, gap_closed, markdown, share
@@ -109,6 +109,18 @@ def test_settings_for_tuning_reach_the_recipe(tmp_path: Path) -> None:
     recipe = personalization.recipe_of(tasks("scarf cat", 2)[0], told, tmp_path)
     assert (recipe.steps, recipe.optim.lr, recipe.objective.prior, recipe.preset) == (7, 2e-3, "output", "pocket-subject")
     assert recipe.data.class_name == "cat" and recipe.sampling.sample_seeds == ()
+
+
+def test_captions_are_held_against_the_scenes_that_were_drawn(tmp_path: Path) -> None:
+    told = {"object": "cat", "colour": "red", "background": "beach", "style": "ink"}
+    assert captions.values_in("a red cat on the beach, ink drawing") == told
+    assert captions.values_in("in the snow") == dict.fromkeys(told) | {"background": "snow"}
+    Image.new("RGB", (64, 64), "gray").save(tmp_path / "other.png")
+    captions.main(options("captions", "-n", "2", "--others", str(tmp_path), "--to", str(tmp_path / "figures")))
+    found = json.loads((tmp_path / "figures/captions.json").read_text())["figures"]
+    assert [row["name"] for row in found["seen combinations"]] == [*captions.HEADS, "nothing at all"]
+    assert found["unseen individuals"][1]["true"] is None and len(found) == 5
+    assert found["1 other pictures"] == [{"name": "anything", "told": 0.0, "true": None}]
 
 
 @pytest.mark.slow

@@ -1,6 +1,6 @@
 """The example workflows of the ComfyUI pack, described once and written in both of ComfyUI's formats.
 
-    python tests/webui_ext/comfy_examples.py      # writes webui_ext/comfyui/examples
+python tests/webui_ext/comfy_examples.py      # writes webui_ext/comfyui/examples
 """
 
 from __future__ import annotations
@@ -51,7 +51,9 @@ EXAMPLES: dict[str, dict[str, Box]] = {
         **training("cat", 0, "subject", 1),
         **training("glass", 1, "style", 2),
         "first": Box("PersonalizeStack", (2, 0), {"strength": "0.8"}, {"adapter": ("cat", "adapter")}),
-        "both": Box("PersonalizeStack", (2, 1), {"strength": "0.6"}, {"adapter": ("glass", "adapter"), "stack": ("first", "stack")}),
+        "both": Box(
+            "PersonalizeStack", (2, 1), {"strength": "0.6"}, {"adapter": ("glass", "adapter"), "stack": ("first", "stack")}
+        ),
         "collisions": Box("PersonalizeDoctor", (3, 0), {}, {"adapter": ("both", "stack")}),
         "heat map": Box("PreviewImage", (4, 0), {}, {"images": ("collisions", "picture")}),
         "one": Box("PersonalizeMerge", (3, 1), {"name": "example-glass-cat"}, {"adapter": ("both", "stack")}),

@@ -66,7 +66,7 @@ def test_what_it_adds_to_the_host(stubs: dict[str, Any]) -> None:
     heard["on_ui_settings"][0]()
     assert set(opts.infos) == set(host.OPTIONS) and all(info.section == host.SECTION for info in opts.infos.values())
     assert [name for name, info in opts.infos.items() if info.restrict_api] == list(
-        sorted(host.NAMES_CODE, key=list(opts.infos).index)
+        sorted(host.FOR_OWNERS, key=list(opts.infos).index)
     )
     server = Starlette()
     server.mount("/", lambda *_: None)  # a host's route that takes any path

@@ -72,7 +72,9 @@ def test_v1_elsewhere_is_the_same(tmp_path: Path, pack: tuple[Any, Host]) -> Non
         assert old.NODE_CLASS_MAPPINGS.keys() == old.NODE_DISPLAY_NAME_MAPPINGS.keys() == IDS
         for name, node in old.NODE_CLASS_MAPPINGS.items():
             told, schema = node.INPUT_TYPES(), schemas[name]
-            assert [*told["required"], *told["optional"]] == [one.id for one in sorted(schema.inputs, key=lambda i: i.told["optional"])]
+            assert [*told["required"], *told["optional"]] == [
+                one.id for one in sorted(schema.inputs, key=lambda i: i.told["optional"])
+            ]
             assert all(isinstance(kind, str | list) for kind, _ in (told["required"] | told["optional"]).values())
             assert node.RETURN_NAMES == tuple(one.told["display_name"] for one in schema.outputs)
             assert node.OUTPUT_NODE == schema.is_output_node and callable(getattr(node, node.FUNCTION))
@@ -129,7 +131,9 @@ def test_examples_fit_the_table(name: str, pack: tuple[Any, Host]) -> None:
             assert box["class_type"] in comfy_examples.OWN
             continue
         inputs = {one.name: one for one in nodes[box["class_type"]].inputs}
-        assert box["inputs"].keys() <= inputs.keys() and {n for n, one in inputs.items() if not one.optional} <= box["inputs"].keys()
+        assert (
+            box["inputs"].keys() <= inputs.keys() and {n for n, one in inputs.items() if not one.optional} <= box["inputs"].keys()
+        )
         for key, value in box["inputs"].items():
             if isinstance(value, list):
                 source = nodes[prompt[value[0]]["class_type"]]
@@ -160,7 +164,9 @@ def work(busy: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
 
 
 IMAGES = torch.linspace(0, 1, 3 * 64 * 64 * 3).reshape(3, 64, 64, 3)
-TEXT = "\n".join(f"{name} = {json.dumps(value)}" for name, value in SHORT.items() if name not in ("class", "trigger", "steps", "rank"))
+TEXT = "\n".join(
+    f"{name} = {json.dumps(value)}" for name, value in SHORT.items() if name not in ("class", "trigger", "steps", "rank")
+)
 PICTURES = {"name": "rex", "trigger": "zwx", "class": "cat", "folder": "", "captions": "one\n\nthree", "samples": "none"}
 SETTINGS = {"base": "pocket", "steps": 3, "rank": 2, "seed": 5, "settings": TEXT}
 
@@ -176,7 +182,10 @@ def test_from_pictures_to_a_file(work: tuple[Any, Host], busy: Service) -> None:
     assert count == 3 and data.settings == {"trigger": "zwx", "class": "cat"}
     captions = busy.client.get(f"/api/datasets/{data.id}/captions").json()["captions"]
     assert captions == {"0001.png": "one", "0002.png": "", "0003.png": "three"}
-    assert nodes["Dataset"].run("1", **PICTURES, images=IMAGES)[0] == data and nodes["Dataset"].run("1", **PICTURES, images=IMAGES / 2)[0] != data
+    assert (
+        nodes["Dataset"].run("1", **PICTURES, images=IMAGES)[0] == data
+        and nodes["Dataset"].run("1", **PICTURES, images=IMAGES / 2)[0] != data
+    )
     (one,), model, clip, path, samples = nodes["Train"].run("2", dataset=data, **SETTINGS)
     assert model is None and clip is None and samples.shape[1:] == (32, 32, 3) and 0 <= samples.min() < samples.max() <= 1
     assert path.startswith(str(host.root / "temp")), "a service elsewhere: a copy here"
@@ -194,7 +203,7 @@ def test_from_pictures_to_a_file(work: tuple[Any, Host], busy: Service) -> None:
     shown = nodes["Doctor"].run("6", adapter=stack)
     assert "sound" in shown.values[0] and "attempt" not in shown.values[0] and shown.ui == {"text": [shown.values[0]]}
     assert shown.values[1].shape[2] > 300, "the heat map"
-    saved = nodes["Save"].run("7", adapter=(one,), name="mine", replace=False).values
+    saved = nodes["Save"].run("7", adapter=(one,), name="mine", replace=False)
     assert saved[1] == "mine.safetensors" and Path(saved[0]).read_bytes() == Path(one.path).read_bytes()
     assert (host.root / "models" / "loras" / "mine.png").is_file()
     with pytest.raises(ValueError, match="another adapter"):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import doctest
+import importlib
 import sys
 from pathlib import Path
 
@@ -31,3 +33,9 @@ def test_the_standard_library_is_enough(path: Path) -> None:
 def test_numbers_to_live_by() -> None:
     for path in PLUGINS.rglob("*.py"):
         assert len(path.read_text(encoding="utf-8").splitlines()) <= 400, path
+
+
+@pytest.mark.parametrize("name", ["personalize_studio.proxy", "personalize_studio.environment", "personalize_a1111.asgi"])
+def test_the_examples_are_true(name: str) -> None:
+    found = doctest.testmod(importlib.import_module(name))
+    assert found.attempted and not found.failed

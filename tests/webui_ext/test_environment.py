@@ -169,3 +169,18 @@ def test_without_anything_to_install_nothing_is_run(fake: Fake) -> None:
         assert (status["state"], status["source"]) == ("missing", "")
         answer = front.client.post("/-/install")
         assert answer.status_code == 409 and "PERSONALIZE_PACKAGE" in answer.json()["error"]["hint"] and not fake.calls
+
+
+def test_a_newer_wheel_is_installed_by_the_same_button(fake: Fake) -> None:
+    for version in ("1", "2"):
+        wheel = fake.home / f"personalize-{version}-py3-none-any.whl"
+        wheel.touch()
+        os.utime(wheel, (int(version), int(version)))
+        with fronting(Settings(fake.home, workspace=str(fake.home / "workspace"), index="default")) as front:
+            before = front.client.get("/-/status").json()
+            assert (before["state"], before["source"]) == ("missing", str(wheel))
+            front.client.post("/-/install")
+            wait(lambda front=front: front.client.get("/-/status").json()["state"], lambda state: state == "stopped", 30)
+    assert [call.rpartition("/")[2] for call in fake.calls if "whl" in call] == [
+        f"personalize-{version}-py3-none-any.whl[serve,dataset]" for version in ("1", "2")
+    ]

@@ -123,7 +123,7 @@ def test_the_browser_never_sees_the_token(tmp_path: Path) -> None:
     token = "a token that nobody guesses"
     with (
         serving(Options(tmp_path / "workspace", token=token)) as service,
-        fronting(settings_for(tmp_path, service.address, token=token)) as front,
+        fronting(settings_for(tmp_path, service.address.removeprefix("http://"), token=token)) as front,
     ):
         assert service.client.get("/api/jobs").status_code == 401
         answer = front.client.get("/api/jobs", headers={"cookie": "host=1", "authorization": "Bearer of the host"})

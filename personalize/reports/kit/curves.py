@@ -54,7 +54,7 @@ def plot(title: str, lines: Sequence[tuple[str, str, list[Point]]], raw: list[Po
         tuple(Line(kind, label, "M" + "L".join(at(point) for point in points)) for kind, label, points in lines),
         "".join(f"M{at(point)}h0" for point in thin(raw, DOTS)),
         tuple((100 * up(value), compact(value)) for value in ticks(bottom, top, 3) if bottom <= value <= top),
-        tuple((100 * across(step), f"{step:g}") for step in ticks(low, high, 5)),
+        tuple((100 * across(step), f"{step:g}") for step in ticks(low, high, 5) if step % 1 == 0 or not whole),
         tuple(
             (round(100 * across(x), 2), round(100 * up(y), 2), int(x) if whole else x, compact(y)) for x, y in thin(first, 160)
         ),

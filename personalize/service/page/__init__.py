@@ -4,7 +4,8 @@ render.py   templates, and errors as people read them     forms.py    forms of j
 enter.py    the token asked for                           train.py    pictures -> coach -> settings -> a training
 run.py      a training as it happens                      jobs.py     the queue
 library.py  adapters                                      compare.py  checkpoints x strengths, drawn and voted on
-dataset.py  pictures, captions, masks                     mix.py      adapters together, then as one
+dataset.py  pictures, captions, masks                     captioning.py  captions by a model
+mix.py      adapters together, then as one
 templates/  what they look like                           static/     style and scripts; vendor/ holds htmx, as npm has it
 """
 
@@ -14,13 +15,13 @@ from fastapi import APIRouter
 from starlette.responses import FileResponse
 
 from ...reports.kit.page import PALETTE
-from . import compare, dataset, enter, jobs, library, mix, run, train
+from . import captioning, compare, dataset, enter, jobs, library, mix, run, train
 from .render import STATIC, Room, is_wanted, tell
 
 __all__ = ["STATIC", "is_wanted", "router", "tell"]
 
 router = APIRouter(include_in_schema=False, route_class=Room)
-for room in (enter, train, run, jobs, library, compare, dataset, mix):
+for room in (enter, train, run, jobs, library, compare, dataset, captioning, mix):
     router.include_router(room.router)
 
 

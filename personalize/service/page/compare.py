@@ -134,7 +134,7 @@ def keep(here: Here, run: Name, checkpoint: Annotated[str, Form()], strength: An
 
 @router.get("/compare/{run}/vote")
 def show_pair(request: Request, here: Here, run: Name) -> Response:
-    """Two pictures of the same words and luck, in an order that tells nothing; and how the votes stand."""
+    """Two pictures of the same prompt and seed, in an order that tells nothing; and how the votes stand."""
     job = here.store.get(run)
     cells, votes = cells_of(here, job), here.votes.all(job.id)
     return show(request, "vote" if "hx-request" not in request.headers else "_vote", room="compare", job=job,
@@ -236,7 +236,7 @@ def grid_of(here: Studio, job: Job) -> dict[str, Any]:
 
 
 def pair_of(cells: list[Cell], votes: list[dict[str, Any]]) -> tuple[Cell, Cell] | None:
-    """Two pictures of the same words and luck that nobody has compared yet, in random order; None where there are none."""
+    """Two pictures of the same prompt and seed that nobody has compared yet, in random order; None where there are none."""
     known = {frozenset((one["chosen"].get("path"), one["rejected"].get("path"))) for one in votes}
     pairs = [
         (one, other)

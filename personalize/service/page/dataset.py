@@ -16,6 +16,7 @@ from ..errors import Refusal
 from ..routes.common import Here, Name, incoming
 from ..routes.datasets import UPLOADS, Pictures, examine, remove_dataset, set_aside
 from ..studio import Studio
+from .captioning import captioning_of
 from .render import Room, go, nothing, show
 from .train import fix_of
 
@@ -62,7 +63,7 @@ def show_datasets(request: Request, here: Here) -> Response:
 def show_dataset(request: Request, here: Here, dataset: Name) -> Response:
     """One dataset."""
     record = here.datasets.record(dataset)
-    return show(request, "dataset", room="dataset", dataset=record)
+    return show(request, "dataset", room="dataset", dataset=record, **captioning_of(here, dataset))
 
 
 @router.get("/dataset/{dataset}/frames")

@@ -63,7 +63,9 @@ def add_dataset(here: Here, files: Files, name: Annotated[Name, Form()] = "") ->
 @router.get("/samples")
 def list_samples() -> dict[str, Any]:
     """The sample pictures that come along, and what a training of them is told."""
-    return many([{"name": one.name, "title": one.title, "about": one.about, "settings": one.settings} for one in samples.samples()])
+    return many(
+        [{"name": one.name, "title": one.title, "about": one.about, "settings": one.settings} for one in samples.samples()]
+    )
 
 
 @router.post("/samples/{sample}", status_code=201)

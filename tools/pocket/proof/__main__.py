@@ -10,7 +10,7 @@ from personalize.errors import PersonalizeError
 from personalize.recipe.fields import Recipe
 from personalize.recipe.samplers import AUTO
 
-from . import base, choice, peer, personalization, settings, verdict
+from . import base, captions, choice, peer, personalization, settings, verdict
 from .figures import FIGURES
 
 BENCHMARKS = {
@@ -20,6 +20,7 @@ BENCHMARKS = {
     "peer": peer,
     "settings": settings,
     "verdict": verdict,
+    "captions": captions,
 }
 
 

@@ -13,13 +13,8 @@ from typing import Any
 from personalize_studio import Bridge
 from personalize_studio.service import ask
 
-HOST_ERRORS = (
-    RuntimeError,
-    AttributeError,
-    TypeError,
-    ValueError,
-    ImportError,
-)  # of a host's model, of a fork that is built otherwise
+# What a host's model may raise, and a fork that is built otherwise
+HOST_ERRORS = (RuntimeError, AttributeError, TypeError, ValueError, ImportError)
 EVERY = 1.0  # seconds between two looks at the jobs; a training takes longer until it needs the card
 RUNNING = "/api/jobs?state=running&kind=train&kind=batch&limit=1"
 
@@ -56,8 +51,8 @@ class Card:
         busy = self.is_training()
         if busy and not self.is_away and self.wants("personalize_unload") and self.shares_card():
             with self._one:
+                self.is_away = True  # also where that fails: it is tried once for each training
                 unload()
-                self.is_away = True
         elif not busy and self.is_away and self.wants("personalize_load_back"):
             self.load_back()
 

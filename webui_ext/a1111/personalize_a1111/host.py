@@ -22,7 +22,8 @@ OPTIONS: dict[str, tuple[Any, str, str]] = {
     "personalize_load_back": (True, "Load back", "and comes back when no training runs any more"),
     "personalize_names": ("", "Host names", "further names by which browsers reach this UI over plain http, separated by commas"),
 }  # fmt: skip
-NAMES_CODE = ("personalize_python", "personalize_package", "personalize_url")  # what they name is run, or gets pictures
+# What these name is run, is written to, or gets pictures
+FOR_OWNERS = ("personalize_workspace", "personalize_python", "personalize_package", "personalize_url")
 
 
 def add_options() -> None:
@@ -36,7 +37,7 @@ def add_options() -> None:
 
             option.component, option.component_args = gradio.Number, {"precision": 0}
         option.comment_after += f"<span class='info'>({info})</span>"
-        if name in NAMES_CODE:
+        if name in FOR_OWNERS:
             option.restrict_api = True
         shared.opts.add_option(name, option)
 
@@ -46,7 +47,7 @@ def option(name: str) -> Any:
     from modules import shared
 
     default = OPTIONS[name][0]
-    if name in NAMES_CODE and getattr(shared.cmd_opts, "disable_extension_access", False):
+    if name in FOR_OWNERS and getattr(shared.cmd_opts, "disable_extension_access", False):
         return default
     value = getattr(shared.opts, name, default)
     return default if value is None else value

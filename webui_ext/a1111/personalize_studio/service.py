@@ -76,6 +76,7 @@ class Service:
     def look(self) -> Upstream | None:
         """The service that is named, or that serves the workspace, if it answers. Raises StartError for a wrong token."""
         url = self.settings.url.rstrip("/")
+        url = f"http://{url}" if url and "://" not in url else url
         try:
             if not url:
                 url = (self.settings.place / "address").read_text(encoding="utf-8").strip()
@@ -157,7 +158,11 @@ class Service:
             own = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}
         with self.log.open("wb") as log:
             where: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log, "cwd": settings.place}
-            return subprocess.Popen(command, env=environ, **where, **own)
+            try:
+                return subprocess.Popen(command, env=environ, **where, **own)
+            except OSError as error:
+                hint = "name a Python that has personalize, or none: then an environment is made"
+                raise StartError(f"{python} cannot be run: {error.strerror}", hint) from error
 
     def _wait(self, child: subprocess.Popen[bytes]) -> Upstream:
         """The service as soon as it answers. Raises StartError where it ends, or takes too long."""

@@ -101,7 +101,9 @@ def put_on(found: Applied, name: str, groups: Iterable[tuple[str, Tensors, float
         found.model, found.clip = model if found.model is not None else None, clip if found.clip is not None else None
     count = patched(found.model) + patched(found.clip) - before
     if count == 0 and total and (found.model is not None or found.clip is not None):
-        logging.warning("personalize: %s changes nothing of this model: it was made for another family, or its strength is 0", name)
+        logging.warning(
+            "personalize: %s changes nothing of this model: it was made for another family, or its strength is 0", name
+        )
     return f"{name}: {count} weights changed, of {total} layers"
 
 

@@ -109,7 +109,11 @@ class Client:
             digest = hashlib.file_digest(file, "sha256") if sys.version_info >= (3, 11) else hashlib.sha256(file.read())
         name = f"{Path(path).stem}-{digest.hexdigest()[:8]}"
         known = [str(one["id"]) for one in self.get("/api/adapters")["data"] if one["name"] == name]
-        return known[0] if known else str(self.send("/api/adapters", [("file", f"{name}.safetensors", lambda: open(path, "rb"))])["id"])
+        return (
+            known[0]
+            if known
+            else str(self.send("/api/adapters", [("file", f"{name}.safetensors", lambda: open(path, "rb"))])["id"])
+        )
 
 
 def refusal_of(error: urllib.error.HTTPError) -> StudioError:

@@ -20,7 +20,21 @@ from .values import ADAPTER, DATASET, Adapters, Dataset, Use, single
 
 Outputs = tuple[Any, ...]
 SAMPLES = (host.NONE, "subject", "style")  # pictures that come along with the studio
-METHODS = ("concat", "svd", "slerp", "orthogonal", "common", "tsv", "knots", "ties", "dare", "dare-ties", "della", "magnitude", "breadcrumbs")
+METHODS = (
+    "concat",
+    "svd",
+    "slerp",
+    "orthogonal",
+    "common",
+    "tsv",
+    "knots",
+    "ties",
+    "dare",
+    "dare-ties",
+    "della",
+    "magnitude",
+    "breadcrumbs",
+)
 MOST = 2**31 - 1
 
 
@@ -221,7 +235,7 @@ def printed(log: str, picture: str | None) -> str:
     return "\n".join(line for line in lines if line != picture).strip()
 
 
-def save(node_id: str, *, adapter: Adapters, name: str, replace: bool = False) -> Shown:
+def save(node_id: str, *, adapter: Adapters, name: str, replace: bool = False) -> Outputs:
     """Keep an adapter where ComfyUI looks for them, with its preview and what other UIs read beside it."""
     client, one, folder = connect(), single(adapter, "Save"), host.lora_folder()
     title = name.strip().removesuffix(".safetensors") or one.name
@@ -234,9 +248,8 @@ def save(node_id: str, *, adapter: Adapters, name: str, replace: bool = False) -
     part.replace(target)
     for ending in (".png", ".json"):
         beside(client, one, ending, target.with_suffix(ending))
-    text = f"saved {target}"
-    host.say(node_id, text)
-    return Shown((str(target), f"{title}.safetensors"), {"text": [text]})
+    host.say(node_id, f"saved {target}")
+    return str(target), f"{title}.safetensors"
 
 
 def beside(client: Client, one: Use, ending: str, target: Path) -> None:
@@ -259,7 +272,9 @@ def save_fingerprint(name: Any = "", **_: Any) -> str:
 # ---------------------------------------------------------------- the table
 
 ADAPTERS = In("adapter", ADAPTER, "an adapter, or several of a Stack")
-STRENGTH = text_in("strength", "1", "0.8; unet=0.8:te=0.5; by block 0.8:lbw=OUTD; by layer *attn2*=0.5; by step 0@0,1@0.5 or start=5:stop=10")
+STRENGTH = text_in(
+    "strength", "1", "0.8; unet=0.8:te=0.5; by block 0.8:lbw=OUTD; by layer *attn2*=0.5; by step 0@0,1@0.5 or start=5:stop=10"
+)
 SETTINGS = text_in("settings", "", "further settings of the studio, one a line: NAME = VALUE", multiline=True)
 NAME = text_in("name", "", "what the new adapter is called; empty: by what it is made of")
 RESULT = (Out("adapter", ADAPTER), Out("text", "STRING"))

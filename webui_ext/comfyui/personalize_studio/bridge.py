@@ -111,7 +111,7 @@ class Bridge:
             "own": not (settings.python or settings.url),
         }
         if not service.is_starting and service.find():
-            return about | {"state": "ready", "version": ""}
+            return about | {"state": "ready"}
         if service.is_starting:
             return about | {"state": "starting", "log": environment.read_tail(service.log)}
         made = environment.read_state(settings.home) if about["own"] else {"state": ""}
@@ -129,7 +129,8 @@ class Bridge:
                 "log": log,
                 "again": "install",
             }
-        if about["own"] and (made["state"] != "ready" or not settings.interpreter.exists()):
+        is_old = bool(settings.source) and made.get("package") != settings.source
+        if about["own"] and (made["state"] != "ready" or is_old or not settings.interpreter.exists()):
             return about | {"state": "missing"} | self._plan(settings)
         return about | {"state": "stopped"}
 

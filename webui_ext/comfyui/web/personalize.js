@@ -3,7 +3,7 @@ import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
 
 const ROOT = "/personalize/";
-const TEXT = ["PersonalizeDoctor", "PersonalizeSave"];  // nodes that show a text of theirs
+const WIDTH = 420;  // pixels that the sidebar has at least when the studio is opened
 let frame = null;
 
 // The studio starts when the tab is opened for the first time, and stays where one was when it is closed.
@@ -17,6 +17,12 @@ function render(place) {
     Object.assign(frame.style, { width: "100%", height: "100%", border: "0", display: "block" });
   }
   place.replaceChildren(frame);
+  requestAnimationFrame(() => widen(place.closest(".p-splitterpanel")));  // it is in the page only then
+}
+
+// Where the panel is narrower than the studio can be read in; it can be dragged to any width afterwards.
+function widen(panel) {
+  if (panel && panel.offsetWidth < WIDTH) Object.assign(panel.style, { flexBasis: `min(${WIDTH}px, 80vw)`, flexShrink: "0", minWidth: "0" });
 }
 
 function toast(severity, detail) {
@@ -50,13 +56,14 @@ async function listen(event) {
   }
 }
 
+// What the doctor says, on its node.
 function showText(node, text) {
   let widget = node.widgets?.find((one) => one.name === "personalize_text");
   if (!widget) {
     const area = document.createElement("textarea");
     area.readOnly = true;
     area.className = "comfy-multiline-input";
-    area.style.fontFamily = "monospace";
+    Object.assign(area.style, { fontFamily: "monospace", whiteSpace: "pre" });
     widget = node.addDOMWidget("personalize_text", "text", area, { serialize: false, getValue: () => area.value, setValue: (value) => { area.value = value; } });
     widget.serialize = false;
     node.setSize([Math.max(node.size[0], 420), Math.max(node.size[1], 260)]);
@@ -78,7 +85,7 @@ app.registerExtension({
     });
   },
   beforeRegisterNodeDef(type, data) {
-    if (!TEXT.includes(data.name)) return;
+    if (data.name !== "PersonalizeDoctor") return;
     const before = type.prototype.onExecuted;
     type.prototype.onExecuted = function (told) {
       before?.apply(this, arguments);

@@ -1,0 +1,1 @@
+"""Captions written by a model: captioners are rows of `registry.table("captioners")`, one file each."""
