@@ -105,7 +105,8 @@ def as_workflow(boxes: dict[str, Box], nodes: dict[str, Any]) -> dict[str, Any]:
         found.append({
             "id": ids[name], "type": box.kind, "title": name, "pos": [box.at[0] * 460, box.at[1] * 560], "size": [400, 480],
             "flags": {}, "order": ids[name] - 1, "mode": 0,
-            "inputs": [{"name": socket, "type": kind, "link": into.get(slot)} for slot, (socket, kind) in enumerate(sockets.items())],
+            "inputs": [{"name": socket, "type": kind, "link": into.get(slot)}
+                       for slot, (socket, kind) in enumerate(sockets.items())],
             "outputs": [{"name": socket, "type": kind, "links": [link[0] for link in own if link[2] == slot]}
                         for slot, (socket, kind) in enumerate(outputs)],
             "properties": {"Node name for S&R": box.kind}, "widgets_values": written,

@@ -1,6 +1,6 @@
 """As much of ComfyUI as the pack asks for: written anew from what the real server 0.3.64 does, for tests without any of its code.
 
-V3's `io` keeps what a schema was told; `ProgressBar` calls a hook that raises when somebody has pressed Cancel, as the real one does.
+V3's `io` keeps what a schema was told; `ProgressBar` raises when somebody has pressed Cancel, as the real one does.
 """
 
 from __future__ import annotations

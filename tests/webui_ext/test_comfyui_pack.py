@@ -8,6 +8,7 @@ import json
 import sys
 import tomllib
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -76,14 +77,14 @@ def test_v1_elsewhere_is_the_same(tmp_path: Path, pack: tuple[Any, Host]) -> Non
                 one.id for one in sorted(schema.inputs, key=lambda i: i.told["optional"])
             ]
             assert all(isinstance(kind, str | list) for kind, _ in (told["required"] | told["optional"]).values())
-            assert node.RETURN_NAMES == tuple(one.told["display_name"] for one in schema.outputs)
-            assert node.OUTPUT_NODE == schema.is_output_node and callable(getattr(node, node.FUNCTION))
+            assert tuple(one.told["display_name"] for one in schema.outputs) == node.RETURN_NAMES
+            assert schema.is_output_node == node.OUTPUT_NODE and callable(getattr(node, node.FUNCTION))
             assert hasattr(node, "IS_CHANGED") == hasattr(run_v3(pack[0])[name], "fingerprint_inputs")
 
 
 def test_lists_are_those_of_the_studio(pack: tuple[Any, Host]) -> None:
-    assert tuple(METHODS) == module("nodes").METHODS
-    assert module("nodes").SAMPLES[1:] == tuple(one.name for one in SAMPLES)
+    nodes = module("nodes")
+    assert (*METHODS,) == nodes.METHODS and nodes.SAMPLES[1:] == tuple(one.name for one in SAMPLES)
     host = pack[1]
     (host.root / "models" / "checkpoints" / "art.safetensors").touch()
     (host.root / "models" / "checkpoints" / "art.ckpt").touch()
@@ -339,7 +340,7 @@ def test_strengths_by_part_block_and_layer(pack: tuple[Any, Host], lora: str) ->
     def strengths(text: str) -> tuple[list[float], list[float], str]:
         model, clip, hooks, _, line = load.run("1", file=lora, strength=text, steps=20, model=Patcher(), clip=Patcher())
         assert hooks is None
-        return sorted(sum(model.patches.values(), [])), sum(clip.patches.values(), []), line
+        return sorted(chain(*model.patches.values())), [*chain(*clip.patches.values())], line
 
     assert strengths("0.8") == ([0.8] * 3, [0.8], "art: 4 weights changed, of 4 layers")
     assert strengths("unet=0.5:te=0.25")[:2] == ([0.5] * 3, [0.25])

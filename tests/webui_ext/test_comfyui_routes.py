@@ -56,8 +56,8 @@ def request(method: str, path: str, query: str = "", headers: dict[str, str] | N
 
     told = {**OWN, **(headers or {}), **({"content-length": str(len(body))} if body else {})}
     return SimpleNamespace(method=method, match_info={"path": unquote(path)}, rel_url=SimpleNamespace(raw_query_string=query),
-                           headers={name.title(): value for name, value in told.items() if value}, answers=[], transport=Transport(),
-                           content=SimpleNamespace(iter_chunked=chunks))  # fmt: skip
+                           headers={name.title(): value for name, value in told.items() if value}, answers=[],
+                           transport=Transport(), content=SimpleNamespace(iter_chunked=chunks))  # fmt: skip
 
 
 @pytest.fixture

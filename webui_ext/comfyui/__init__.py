@@ -1,4 +1,4 @@
-"""personalize in ComfyUI: nodes whose work the studio does, and the studio in the sidebar. Nothing is installed in this process."""
+"""personalize in ComfyUI: nodes whose work the studio does, and the studio in the sidebar. Nothing is installed here."""
 
 from __future__ import annotations
 

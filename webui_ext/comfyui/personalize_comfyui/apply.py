@@ -1,7 +1,7 @@
 """Adapters onto MODEL and CLIP, by Comfy's own functions: part by part, block by block, and step by step as a hook.
 
-What is said behind a file's name in `personalize generate` is said here: 0.8, unet=0.8:te=0.5, 0.8:lbw=OUTD, *attn2*=0.5, 0@0,1@0.5,
-start=5:stop=10. The core tells how strong each layer is; the tensors of layers with one strength go to Comfy together.
+What is said behind a file's name in `personalize generate` is said here: 0.8, unet=0.8:te=0.5, 0.8:lbw=OUTD, *attn2*=0.5,
+0@0,1@0.5, start=5:stop=10. The core tells how strong each layer is; the tensors of layers with one strength go to Comfy together.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ def read_strength(text: str) -> Any:
 
 
 def groups_of(one: Use, weighting: Any) -> tuple[list[tuple[str, Tensors, float]], int]:
-    """(part, tensors, strength) of layers that go together, and how many layers there are; a strength is by block and pattern, and
-    by part too where it does not move."""
+    """(part, tensors, strength) of layers that go together, and how many layers there are. A strength is by block and pattern,
+    and by part too where it does not move."""
     import comfy.utils
 
     path, reading = readable(one.path)

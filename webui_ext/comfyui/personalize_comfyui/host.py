@@ -28,7 +28,7 @@ def settings() -> Settings:
     if not isinstance(given, dict) or (unknown := given.keys() - set(FIELDS)):
         what = f"has no setting {min(unknown)!r}" if isinstance(given, dict) else "is no JSON object"
         raise ValueError(f"{HOME / FILE} {what}; its settings are {', '.join(FIELDS)}")
-    fields = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    fields: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     return Settings(HOME, folders=folders(), **fields).with_environment()
 
 
@@ -101,7 +101,7 @@ def check_interrupted() -> None:
 
 
 def progress(node_id: str) -> Callable[[int, int, Any], None]:
-    """A function of (done, total, a PIL picture or None) that shows how far a node is. It raises when somebody has pressed Cancel."""
+    """A function of (done, total, a PIL picture or None) that shows how far a node is; it raises when Cancel was pressed."""
     import comfy.utils
 
     try:

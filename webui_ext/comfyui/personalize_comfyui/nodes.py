@@ -6,7 +6,7 @@ import hashlib
 import io
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,14 @@ def text_in(name: str, default: str, tooltip: str, **options: Any) -> In:
 
 def whole_in(name: str, default: int, low: int, high: int, tooltip: str) -> In:
     return In(name, "INT", tooltip, options={"default": default, "min": low, "max": high})
+
+
+def choice_in(name: str, default: str, choices: Callable[[], Sequence[str]], tooltip: str) -> In:
+    return In(name, "COMBO", tooltip, choices, options={"default": default})
+
+
+def flag_in(name: str, default: bool, tooltip: str) -> In:
+    return In(name, "BOOLEAN", tooltip, options={"default": default})
 
 
 # ---------------------------------------------------------------- Dataset
@@ -153,8 +161,8 @@ def line_about(client: Client, one: Use) -> str:
 # ---------------------------------------------------------------- Load, Stack
 
 
-def load(node_id: str, *, file: str, strength: str, steps: int, adapter: Adapters | None = None, model: Any = None, clip: Any = None,
-         hooks: Any = None) -> Outputs:  # fmt: skip
+def load(node_id: str, *, file: str, strength: str, steps: int, adapter: Adapters | None = None, model: Any = None,
+         clip: Any = None, hooks: Any = None) -> Outputs:  # fmt: skip
     """Put adapters on MODEL and CLIP: those that are connected, or a file."""
     if adapter and file != host.NONE:
         raise ValueError("an adapter is connected and a file is chosen; set the file to none")
@@ -280,26 +288,30 @@ NAME = text_in("name", "", "what the new adapter is called; empty: by what it is
 RESULT = (Out("adapter", ADAPTER), Out("text", "STRING"))
 
 NODES = (
-    Node("Dataset", "Dataset (personalize)", "Pictures to train on: of the workflow, of a folder, or those that come along. The same ones are "
-         "brought to the studio once.",
+    Node("Dataset", "Dataset (personalize)", "Pictures to train on: of the workflow, of a folder, or those that come along. "
+         "The same ones are brought to it once.",
          (text_in("name", "comfyui", "what the pictures are called in the studio"),
           text_in("trigger", "", "the word that shall call up what is learned; empty: the name"),
           text_in("class", "", "what it is, such as dog, if it is one thing; empty: found out, or a style"),
           text_in("folder", "", "a folder of pictures with NAME.txt captions: a whole path, or one below ComfyUI's folder input"),
           text_in("captions", "", "a line for each connected picture; empty lines: made of trigger and class", multiline=True),
-          In("samples", "COMBO", "pictures that come along with the studio", lambda: SAMPLES, options={"default": host.NONE}),
+          choice_in("samples", host.NONE, lambda: SAMPLES, "pictures that come along with the studio"),
           In("images", "IMAGE", "pictures of the workflow; they go before the folder", optional=True)),
          (Out("dataset", DATASET), Out("pictures", "INT")), dataset, dataset_fingerprint),
-    Node("Train", "Train adapter", "Trains an adapter in the studio, with progress and samples; Cancel ends it, and the same settings go on with it.",
-         (In("dataset", DATASET), In("base", "COMBO", "what is trained on: pocket comes along", host.bases, options={"default": host.POCKET}),
+    Node("Train", "Train adapter", "Trains an adapter in the studio, with progress and samples. "
+         "Cancel ends it, and the same settings go on with it.",
+         (In("dataset", DATASET),
+          choice_in("base", host.POCKET, host.bases, "what is trained on: pocket comes along"),
           whole_in("steps", 0, 0, 1_000_000, "0: what suits the base and the pictures"),
           whole_in("rank", 0, 0, 1024, "0: the usual"), whole_in("seed", 0, 0, MOST, "the same seed, the same adapter"),
           text_in("settings", "", "any setting of a training, one a line: lr = 0.0005, preset = low-memory", multiline=True),
-          In("free_memory", "BOOLEAN", "take ComfyUI's models off the card first", options={"default": True}),
+          flag_in("free_memory", True, "take ComfyUI's models off the card first"),
           In("model", "MODEL", "the adapter is put on it", optional=True), In("clip", "CLIP", "and on this", optional=True)),
-         (Out("adapter", ADAPTER), Out("model", "MODEL"), Out("clip", "CLIP"), Out("file", "STRING"), Out("samples", "IMAGE")), train),
-    Node("Load", "Load adapter", "Puts adapters on MODEL and CLIP: by part, by block, and step by step as a hook, which the CLIP carries along.",
-         (In("file", "COMBO", "an adapter of models/loras", host.loras, options={"default": host.NONE}), STRENGTH,
+         (Out("adapter", ADAPTER), Out("model", "MODEL"), Out("clip", "CLIP"), Out("file", "STRING"), Out("samples",
+          "IMAGE")), train),
+    Node("Load", "Load adapter", "Puts adapters on MODEL and CLIP: by part, by block, and step by step as a hook, "
+         "which the CLIP carries along.",
+         (choice_in("file", host.NONE, host.loras, "an adapter of models/loras"), STRENGTH,
           whole_in("steps", 20, 1, 10_000, "of the sampler; curves and windows count in them"),
           In("adapter", ADAPTER, "instead of a file", optional=True), In("model", "MODEL", optional=True),
           In("clip", "CLIP", optional=True), In("hooks", "HOOKS", "further ones, that go along", optional=True)),
@@ -308,14 +320,14 @@ NODES = (
     Node("Stack", "Stack adapters", "Adapters that are used together, each at its own strength.",
          (ADAPTERS, STRENGTH, In("stack", ADAPTER, "what it is put on top of", optional=True)), (Out("stack", ADAPTER),), stack),
     Node("Merge", "Merge adapters", "One adapter of a stack, whatever their kinds and ranks.",
-         (ADAPTERS, NAME, In("method", "COMBO", "concat is exact, and ranks add up", lambda: METHODS, options={"default": "concat"}),
+         (ADAPTERS, NAME, choice_in("method", "concat", lambda: METHODS, "concat is exact, and ranks add up"),
           whole_in("rank", 0, 0, 1024, "of the result; 0: as the method has it"), SETTINGS), RESULT, merge),
     Node("Resize", "Resize adapter", "The same adapter with a smaller rank, and what that loses.",
          (ADAPTERS, NAME, whole_in("rank", 8, 0, 1024, "0: by a setting, such as sv_fro = 0.95"), SETTINGS), RESULT, resize),
-    Node("Doctor", "Adapter doctor", "What is right and wrong with adapters, how strong they are where, and whether they collide.",
+    Node("Doctor", "Adapter doctor", "What is right and wrong with adapters, how strong they are, and whether they collide.",
          (ADAPTERS,), (Out("text", "STRING"), Out("picture", "IMAGE")), doctor, is_output=True),
     Node("Save", "Save adapter", "Keeps an adapter in models/loras, with its preview.",
          (ADAPTERS, text_in("name", "", "the file's name; empty: as it is called"),
-          In("replace", "BOOLEAN", "also where another one is called so", options={"default": False})),
+          flag_in("replace", False, "also where another one is called so")),
          (Out("path", "STRING"), Out("file", "STRING")), save, save_fingerprint, is_output=True),
 )  # fmt: skip

@@ -43,7 +43,7 @@ def as_images(pictures: Sequence[Any]) -> Any:
 
 
 def files_in(folder: Path) -> list[Path]:
-    """The pictures of a folder and of those in it, with captions; nothing that is hidden. Raises ValueError where there is none."""
+    """The pictures of a folder and of those in it, with captions; nothing hidden. Raises ValueError where there is none."""
     if not folder.is_dir():
         raise ValueError(f"there is no folder {folder}; name a whole path, or one below ComfyUI's folder input")
     found = [

@@ -47,8 +47,8 @@ class Shown:
 
 @dataclass(frozen=True)
 class Node:
-    """A row of the table. `run(node_id, **inputs)` returns a tuple of outputs, or Shown; `fingerprint(**inputs)` tells Comfy's cache
-    whether what lies outside of the workflow is as it was. Inputs that are links are None there."""
+    """A row of the table. `run(node_id, **inputs)` returns a tuple of outputs, or Shown; `fingerprint(**inputs)` tells Comfy's
+    cache whether what lies outside of the workflow is as it was. Inputs that are links are None there."""
 
     name: str
     title: str

@@ -1,4 +1,4 @@
-"""A training of the studio as a node waits for it: queued, or found again by what it was asked for; shown; cancelled with the node."""
+"""Jobs of the studio as a node waits for them: queued, or found again by what was asked for; shown; cancelled with the node."""
 
 from __future__ import annotations
 
