@@ -207,6 +207,13 @@ def test_from_pictures_to_a_file(work: tuple[Any, Host], busy: Service) -> None:
     saved = nodes["Save"].run("7", adapter=(one,), name="mine", replace=False)
     assert saved[1] == "mine.safetensors" and Path(saved[0]).read_bytes() == Path(one.path).read_bytes()
     assert (host.root / "models" / "loras" / "mine.png").is_file()
+    written = Path(saved[0]).stat().st_mtime_ns
+    assert nodes["Save"].run("7", adapter=(one,), name="mine.safetensors", replace=True) == saved
+    assert Path(saved[0]).stat().st_mtime_ns == written, "what is there already is not written again"
+    told = [nodes["Save"].fingerprint(name=name) for name in ("mine", "mine", "other")]
+    assert told[0] == told[1] != told[2]
+    with pytest.raises(ValueError, match="no file name"):
+        nodes["Save"].run("7", adapter=(one,), name="../mine", replace=True)
     with pytest.raises(ValueError, match="another adapter"):
         nodes["Save"].run("7", adapter=(small,), name="mine", replace=False)
     assert nodes["Doctor"].run("6", adapter=(comfy_use(saved[0]),)).values[0], "a file that the studio does not know is brought"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import hashlib
 import io
 import json
@@ -250,10 +251,12 @@ def save(node_id: str, *, adapter: Adapters, name: str, replace: bool = False) -
     if Path(title).name != title:
         raise ValueError(f"{title} is no file name; subfolders are not made")
     target = folder / f"{title}.safetensors"
-    if target.exists() and not replace and target.read_bytes() != Path(one.path).read_bytes():
+    is_there = target.exists() and filecmp.cmp(target, one.path, shallow=False)
+    if target.exists() and not is_there and not replace:
         raise ValueError(f"{target} is another adapter; give it another name, or set replace")
-    shutil.copyfile(one.path, part := target.with_name(f".{target.name}.part"))
-    part.replace(target)
+    if not is_there:  # else nothing is written, so that what Load knows of it stays true
+        shutil.copyfile(one.path, part := target.with_name(f".{target.name}.part"))
+        part.replace(target)
     for ending in (".png", ".json"):
         beside(client, one, ending, target.with_suffix(ending))
     host.say(node_id, f"saved {target}")
@@ -273,8 +276,9 @@ def beside(client: Client, one: Use, ending: str, target: Path) -> None:
 
 
 def save_fingerprint(name: Any = "", **_: Any) -> str:
-    """That of the folder's files of this name: what somebody has deleted is saved again."""
-    return host.stamp([host.lora_folder() / f"{str(name or '').strip().removesuffix('.safetensors')}.safetensors"])
+    """Whether a file of this name is there: what somebody has deleted is saved again."""
+    title = name.strip().removesuffix(".safetensors") if isinstance(name, str) else ""
+    return "there" if title and (host.lora_folder() / f"{title}.safetensors").exists() else ""
 
 
 # ---------------------------------------------------------------- the table
