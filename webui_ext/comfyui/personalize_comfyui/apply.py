@@ -95,12 +95,14 @@ def put_on(found: Applied, name: str, groups: Iterable[tuple[str, Tensors, float
     """Put constant strengths on, and tell how many weights took them."""
     import comfy.sd
 
+    if found.model is None and found.clip is None:
+        return f"{name}: {total} layers; no MODEL or CLIP is connected"
     before = patched(found.model) + patched(found.clip)
     for _, tensors, strength in groups:
         model, clip = comfy.sd.load_lora_for_models(found.model, found.clip, dict(tensors), strength, strength)
         found.model, found.clip = model if found.model is not None else None, clip if found.clip is not None else None
     count = patched(found.model) + patched(found.clip) - before
-    if count == 0 and total and (found.model is not None or found.clip is not None):
+    if count == 0:
         logging.warning(
             "personalize: %s changes nothing of this model: it was made for another family, or its strength is 0", name
         )

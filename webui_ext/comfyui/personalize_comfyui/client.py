@@ -117,12 +117,11 @@ class Client:
 
 
 def refusal_of(error: urllib.error.HTTPError) -> StudioError:
-    """What the service says in an error, with its hint."""
+    """What the service says in an error."""
     with error:
         try:
             said = json.load(error)["error"]
-            words = f"{said['message']} ({said['hint']})" if said.get("hint") else str(said["message"])
-            return StudioError(words, str(said.get("code") or ""))
+            return StudioError(str(said["message"]), str(said.get("code") or ""))  # which holds the hint
         except (ValueError, KeyError, TypeError):
             return StudioError(f"the studio answered with {error.code}")
 

@@ -54,6 +54,7 @@ def wait(client: Client, job: dict[str, Any], node_id: str) -> dict[str, Any]:
             client.post(f"{at}/cancel")
     if job["state"] == "succeeded":
         show(1, 1, None)
+        host.say(node_id, "done")
         return job
     error = job["error"] or {}
     hint = f" ({error['hint']})" if error.get("hint") else ""
