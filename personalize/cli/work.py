@@ -42,6 +42,7 @@ class CommandKind:
     check: Callable[[Parameters], None] = lambda _: None
     again: Callable[[Path], None] = lambda _: None  # what is done before it begins anew
     resident: Callable[[bool], None] = lambda _: None  # keep what was loaded for the next job; or let go of it
+    beside: Callable[[Path], Parameters] = lambda _: {}  # settings of what it writes into its folder, unless they are given
     inside: bool = False  # it writes into what it is given, and so only one job at a time does
 
     def warm(self) -> None:
@@ -71,7 +72,7 @@ class CommandKind:
     def run(self, task: Task) -> dict[str, Any]:
         """Run the command; its answer is the result."""
         self.again(task.folder)
-        return run_command(self.command, {**task.job.settings, "output": str(task.folder)}, task)
+        return run_command(self.command, {**self.beside(task.folder), **task.job.settings, "output": str(task.folder)}, task)
 
     def keep(self, task: Task) -> dict[str, Any]:
         """An adapter of where the training stands."""
@@ -260,6 +261,12 @@ def place_of_doctor(workspace: Workspace, values: Parameters) -> tuple[str, Path
     return name, workspace.outputs / f"doctor-{slug(name)}"
 
 
+def heat_map_in(folder: Path) -> Parameters:
+    """The picture of an examination."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return {"picture": str(folder / "doctor.png")}
+
+
 def remove_pictures(folder: Path) -> None:
     """What an attempt that was killed has drawn is drawn anew; the folder is the job's own."""
     for path in folder.glob("*.png"):
@@ -288,4 +295,4 @@ CAPTION = CommandKind(caption, QUICK, place_of_captions, check_caption, inside=T
 MERGE = CommandKind(merge, QUICK, place_of_file, check_merge)
 RESIZE = CommandKind(resize, QUICK, place_of_file, check_resize)
 CONVERT = CommandKind(convert, QUICK, place_of_file, check_files)
-DOCTOR = CommandKind(doctor, QUICK, place_of_doctor)
+DOCTOR = CommandKind(doctor, QUICK, place_of_doctor, beside=heat_map_in)

@@ -156,6 +156,8 @@ def test_jobs_do_what_their_commands_do(
     assert Path(results["resize"]["written"]).is_file() and {one["rank"] for one in results["resize"]["parts"].values()} == {"1"}
     assert results["convert"]["written"] == str(tmp_path / "full.safetensors")
     assert results["doctor"]["files"] and results["dataset"]["pictures"]
+    with Image.open(results["doctor"]["picture"]) as picture:  # drawn into the job's own folder
+        assert picture.width > 300 and Path(picture.filename) == done["doctor"].folder / "doctor.png"
     assert [Path(one["path"]).name for one in results["generate"]["pictures"]] == ["a-cat-s0.png", "a-cat-s1.png"]
     assert done["generate"].progress["done"] == done["generate"].progress["total"] == 2
     for picture in (*results["generate"]["pictures"], *results["again"]["pictures"]):

@@ -318,6 +318,15 @@ def test_files_of_a_job(busy: Service, done: Any) -> None:
     assert isinstance(busy.client.get(f"/api/jobs/{done['id']}/log").text, str)
 
 
+def test_sample_pictures(idle: Service) -> None:
+    found = idle.client.get("/api/samples").json()["data"]
+    assert {one["name"] for one in found} == {"subject", "style"}
+    made = idle.client.post("/api/samples/subject")
+    assert made.status_code == 201 and made.json()["pictures"] > 3 and made.json()["settings"] == found[0]["settings"]
+    assert idle.client.post("/api/samples/subject").json()["id"] == made.json()["id"], "they are there once"
+    assert refusal(idle.client.post("/api/samples/nothing"))[:2] == (404, "not_found")
+
+
 def test_the_library(busy: Service, done: Any, tmp_path: Path) -> None:
     rows = busy.client.get("/api/adapters").json()["data"]
     (own,) = [one for one in rows if one["path"] == done["result"]["adapter"]]
@@ -332,7 +341,8 @@ def test_the_library(busy: Service, done: Any, tmp_path: Path) -> None:
     blend, _ = follow(busy, merged["id"])
     assert blend["state"] == "succeeded" and blend["result"]["written"].endswith("adapters/blend.safetensors"), blend["error"]
     assert refusal(add(busy, "merge", {"files": [own["id"]], "output": "blend"}))[:2] == (409, "exists")
-    assert follow(busy, examined["id"])[0]["result"]["files"]
+    health = follow(busy, examined["id"])[0]
+    assert health["result"]["files"] and busy.client.get(health["files"]["picture"]).headers["content-type"] == "image/png"
     again = busy.client.post("/api/adapters", files={"file": ("sent.safetensors", data)})
     assert again.status_code == 201 and again.json()["trigger"] == "zwx"
     assert refusal(busy.client.post("/api/adapters", files={"file": ("sent.safetensors", data)}))[:2] == (409, "exists")

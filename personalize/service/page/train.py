@@ -19,13 +19,13 @@ from ...models.sources import NAMED
 from ...recipe.about import about
 from ...recipe.resolve import presets
 from ...recipe.settings import flatten, settings
+from .. import samples
 from ..errors import not_found
 from ..prefix import base_of_host
 from ..requests import job_schema, job_settings
 from ..routes.common import Here, Name, incoming
 from ..routes.datasets import UPLOADS, examine
 from ..studio import Studio
-from . import samples
 from .forms import Field, as_text, field_of, read_form, sections
 from .render import Room, go, is_fragment, show
 

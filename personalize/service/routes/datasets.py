@@ -13,6 +13,7 @@ from starlette.responses import FileResponse, Response
 
 from ...errors import DataError
 from ...findings import worst_first
+from .. import samples
 from ..datasets import LONGEST_CAPTION
 from ..errors import Refusal
 from ..requests import inside, job_schema
@@ -57,6 +58,21 @@ def add_dataset(here: Here, files: Files, name: Annotated[Name, Form()] = "") ->
     """A new dataset of pictures, a folder or an archive. Its name gives the trigger, unless a setting says another one."""
     dataset, staged = here.datasets.create(name, incoming(files))
     return here.datasets.record(dataset) | outcome(staged)
+
+
+@router.get("/samples")
+def list_samples() -> dict[str, Any]:
+    """The sample pictures that come along, and what a training of them is told."""
+    return many(
+        [{"name": one.name, "title": one.title, "about": one.about, "settings": one.settings} for one in samples.samples()]
+    )
+
+
+@router.post("/samples/{sample}", status_code=201)
+def add_sample(here: Here, sample: Name) -> dict[str, Any]:
+    """The dataset of sample pictures, which is made where it is not there."""
+    found = samples.sample_named(sample)
+    return here.datasets.record(samples.take(here, found)) | {"settings": found.settings}
 
 
 @router.get("/datasets/{dataset}")

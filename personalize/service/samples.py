@@ -6,11 +6,11 @@ import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import not_found
-from ..studio import Studio
-from ..uploads import Incoming
+from .errors import not_found
+from .studio import Studio
+from .uploads import Incoming
 
-PACKAGE = Path(__file__).parents[2]
+PACKAGE = Path(__file__).parents[1]
 FOLDER = PACKAGE / "sample_data" if (PACKAGE / "sample_data").is_dir() else PACKAGE.parent / "sample_data"  # wheel, or clone
 
 
