@@ -4,7 +4,7 @@ import personalize as p
 
 base, rex = p.Base.load("pocket"), p.Adapter.load("runs/rex/rex.safetensors")
 p.draw(base, ["a <lora:rex:0.8> rex dog", "a dog"], seeds=[0, 0], adapters={"rex": rex})[0].save("rex.png")
-p.draw(base, ["a <lora:rex:0@0,1@0.5:te=1> rex dog"], seeds=[0], adapters={"rex": rex})     # grows over the steps
+p.draw(base, ["a <lora:rex:unet=0@0,1@0.5:te=1> rex dog"], seeds=[0], adapters={"rex": rex})  # grows over the steps
 p.draw(base, ["a <lora:rex> rex dog"], seeds=[0], adapters={"rex": rex}, image="photo.png", denoise=0.6)
 """
 

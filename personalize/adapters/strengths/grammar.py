@@ -5,7 +5,7 @@ rex.safetensors:0.8:0.5                 UNet, text encoders (A1111's <lora:NAME:
 rex.safetensors:unet=0.8:te=0.5:te2=0   part by part
 rex.safetensors:0.8:lbw=OUTD            by block: a preset, a list of 12/17/20/26 numbers, or blocks (MID+OUT03)
 rex.safetensors:*attn2*=0.5             layers whose path matches a pattern
-rex.safetensors:0@0,1@0.5:te=1          by step: a curve wherever a strength stands (curves.py)
+rex.safetensors:unet=0@0,1@0.5:te=1     by step: a curve wherever a strength stands (curves.py)
 rex.safetensors:0.8:start=5:stop=10     only in these steps; step=5-10 says the same
 """
 
