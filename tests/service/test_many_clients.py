@@ -1,4 +1,7 @@
-"""Two hundred clients list and stream while a job trains: none loses an event. Prints p99, memory, and what training loses."""
+"""A server under load: two hundred clients while a job trains, of whom none loses an event, and a day of work in one go.
+
+Prints p99, memory, and what training loses.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ from typing import Any
 
 import httpx
 import pytest
+from loops import run_coroutine
 from servers import SHORT, pictures, wait, zipped
 
 CLIENTS = 200
@@ -108,7 +112,7 @@ def test_many_clients_while_a_job_trains(served: tuple[str, int], capsys: pytest
         wait(lambda: client.get(f"/api/jobs/{job}").json()["progress"].get("done", 0), lambda done: done >= 5)
         before = memory(process)[0]
         crowd = Crowd(address, job)
-        streams = asyncio.run(crowd.run())
+        streams = run_coroutine(crowd.run())
         events: list[Any] = client.get(f"/api/jobs/{job}/events", params={"limit": 10_000}).json()["data"]
         after, peak = memory(process)
         assert client.get(f"/api/jobs/{job}").json()["state"] == "succeeded"
@@ -124,3 +128,49 @@ def test_many_clients_while_a_job_trains(served: tuple[str, int], capsys: pytest
         print(f"server {before / 1e6:.0f} -> {after / 1e6:.0f} MB, at most {peak / 1e6:.0f} MB; ", end="")
         if asked and calm:
             print(f"a step takes {1000 * median(asked):.1f} ms while they list, {1000 * median(calm):.1f} ms while they do not")
+
+
+ROUNDS = 240  # of everything that a studio does in a day: a person does about as much in one
+QUARTER = ROUNDS // 4
+GROWTH = 16 << 20  # bytes that a process may have more at the end than after the first half
+
+
+def processes_of(process: int) -> dict[str, int]:
+    """The memory of a server and of its workers, in bytes, by what they are."""
+    children = Path(f"/proc/{process}/task/{process}/children").read_text().split()
+    lanes = {child: Path(f"/proc/{child}/cmdline").read_text().split("\0") for child in children}
+    named = {next((word for word in words if word.startswith("cpu/")), ""): int(child) for child, words in lanes.items()}
+    return {"server": memory(process)[0]} | {name: memory(child)[0] for name, child in named.items() if name == "cpu/quick"}
+
+
+def do_a_round(client: httpx.Client, number: int) -> None:
+    """Pictures come, are looked at and captioned, are drawn with, now and then learned, and go away."""
+    dataset = client.post("/api/datasets", files={"files": ("rex.zip", zipped(pictures()))}).json()["id"]
+    assert client.post(f"/api/datasets/{dataset}/check", json={}).status_code == 200
+    names = client.get(f"/api/datasets/{dataset}/captions").json()["captions"]
+    client.put(f"/api/datasets/{dataset}/captions", json={"captions": dict.fromkeys(names, f"a cat, {number}")})
+    for path in ("/", f"/dataset/{dataset}", f"/dataset/{dataset}/frames", f"/train/{dataset}", "/library", "/jobs", "/api/jobs"):
+        assert client.get(path).status_code == 200, path
+    asked = {"model": "pocket", "prompt": f"a red cat, {number}", "steps": 2, "seed": number}
+    assert len(client.post("/v1/images/generations", json=asked).json()["data"]) == 1
+    if number % 20 == 0:
+        given = {**SHORT, "folder": dataset, "steps": 1, "checkpoint_every": 0}
+        job = client.post("/api/jobs", json={"kind": "train", "settings": given}).json()["id"]
+        wait(lambda: client.get(f"/api/jobs/{job}").json()["state"], "succeeded".__eq__, 300)
+    assert client.delete(f"/api/datasets/{dataset}").status_code == 200
+
+
+@pytest.mark.slow
+def test_memory_stays_flat_over_a_days_work(served: tuple[str, int], capsys: pytest.CaptureFixture[str]) -> None:
+    address, process = served
+    held: list[dict[str, int]] = []
+    with httpx.Client(base_url=address, timeout=300, trust_env=False) as client:
+        for number in range(1, ROUNDS + 1):
+            do_a_round(client, number)
+            if number % QUARTER == 0:
+                held.append(processes_of(process))
+                with capsys.disabled():
+                    told = ", ".join(f"{name} {size / 1e6:.0f} MB" for name, size in held[-1].items())
+                    print(f"\nafter {number} of {ROUNDS} rounds: {told}", end="", flush=True)
+    assert held[-1].keys() == {"server", "cpu/quick"}
+    assert {name: size - held[1][name] for name, size in held[-1].items() if size - held[1][name] > GROWTH} == {}

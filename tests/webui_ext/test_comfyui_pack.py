@@ -18,6 +18,7 @@ import comfy_stub
 import pytest
 import torch
 from comfy_stub import NAME, PACK, Host, Interrupted, loaded
+from loops import run_coroutine
 from servers import SHORT, Service, wait
 
 from personalize.adapters.ops.methods import METHODS
@@ -50,9 +51,7 @@ async def nodes_v3(pack: Any) -> dict[str, Any]:
 
 
 def run_v3(pack: Any) -> dict[str, Any]:
-    import asyncio
-
-    return asyncio.run(nodes_v3(pack))
+    return run_coroutine(nodes_v3(pack))
 
 
 def test_v3_where_the_host_has_it(pack: tuple[Any, Host]) -> None:

@@ -14,6 +14,7 @@ from urllib.parse import unquote
 
 import pytest
 from comfy_stub import NAME, PACK, Host, loaded
+from loops import run_coroutine
 from servers import Service, png
 
 OWN = {"host": "127.0.0.1:8188", "sec-fetch-site": "same-origin"}
@@ -71,7 +72,7 @@ def handle(idle: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> It
     with loaded(tmp_path) as (_, host):
         ((method, path, found),) = host.routes
         assert (method, path) == ("*", "/personalize/{path:.*}")
-        yield lambda one: asyncio.run(found(one))
+        yield lambda one: run_coroutine(found(one))
 
 
 def test_pages_and_uploads_pass(handle: Any) -> None:
@@ -115,7 +116,7 @@ def test_events_end_with_the_browser(handle: Any) -> None:
         one.transport.closed = True
         return await asyncio.wait_for(task, 20)  # type: ignore[no-any-return]
 
-    assert not asyncio.run(listen()).ended
+    assert not run_coroutine(listen()).ended
 
 
 def test_the_page_asks_for_what_is_there() -> None:
