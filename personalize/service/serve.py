@@ -117,7 +117,7 @@ def make_server(studio: Studio, on_ready: Callable[[], None]) -> Server:
 def listen(host: str, port: int) -> socket.socket:
     """A socket that listens there; port 0 is any that is free. Raises OutputError."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    sock = socket.socket(family, socket.SOCK_STREAM)
+    sock = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)  # asyncio sends at once on those that say so
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind((host, port))

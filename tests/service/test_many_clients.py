@@ -137,7 +137,7 @@ GROWTH = 16 << 20  # bytes that a process may have more at the end than after th
 
 def processes_of(process: int) -> dict[str, int]:
     """The memory of a server and of its workers, in bytes, by what they are."""
-    children = Path(f"/proc/{process}/task/{process}/children").read_text().split()
+    children = [child for task in Path(f"/proc/{process}/task").iterdir() for child in (task / "children").read_text().split()]
     lanes = {child: Path(f"/proc/{child}/cmdline").read_text().split("\0") for child in children}
     named = {next((word for word in words if word.startswith("cpu/")), ""): int(child) for child, words in lanes.items()}
     return {"server": memory(process)[0]} | {name: memory(child)[0] for name, child in named.items() if name == "cpu/quick"}
