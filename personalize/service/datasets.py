@@ -44,23 +44,20 @@ class Datasets:
     def ids(self) -> list[str]:
         """All of them: the workspace's own, the named folders with pictures, and where one has none the folders in it that do."""
         own = sorted(path.name for path in self.workspace.datasets.iterdir() if path.is_dir() and not path.name.startswith("."))
-        return [*own, *self.named]
-
-    @property
-    def named(self) -> dict[str, Path]:
-        """The folders of the user's own by id: `folder-1`, `folder-1-rex`."""
-        found: dict[str, Path] = {}
         for id, path in self.roots.items():
             if _has_pictures(path):
-                found[id] = path
+                own.append(id)
             else:
-                found |= {f"{id}-{one.name}": one for one in _folders_in(path) if _has_pictures(one)}
-        return found
+                own += [f"{id}-{one.name}" for one in _folders_in(path) if _has_pictures(one)]
+        return own
 
     def folder(self, dataset: str) -> Path:
         """Its folder. Raises Refusal for an id that is none."""
-        if dataset.startswith(NAMED) and (path := self.roots.get(dataset) or self.named.get(dataset)):
-            return path
+        if dataset in self.roots:
+            return self.roots[dataset]
+        for id, root in self.roots.items():
+            if dataset.startswith(f"{id}-") and (found := [one for one in _folders_in(root) if dataset == f"{id}-{one.name}"]):
+                return found[0]
         path = self.workspace.datasets / dataset
         if not dataset or dataset.startswith(".") or Path(dataset).name != dataset or "\0" in dataset or not path.is_dir():
             raise not_found("dataset", dataset, "GET /api/datasets lists them")
@@ -73,7 +70,7 @@ class Datasets:
         count = sum(len(one.pictures) for one in _galleries(folder))
         size, created = sum(path.stat().st_size for path in files), folder.stat().st_mtime
         return {"id": dataset, "object": "dataset", "name": folder.name, "folder": str(folder), "pictures": count,
-                "bytes": size, "changed_at": int(created), "own": not self._is_named(dataset)}  # fmt: skip
+                "bytes": size, "changed_at": int(created), "own": self._is_own(folder)}  # fmt: skip
 
     def create(self, name: str, incoming: Iterable[Incoming]) -> tuple[str, Staged]:
         """A new dataset of what was sent. Raises Refusal and DataError, and nothing is left of it then."""
@@ -101,7 +98,7 @@ class Datasets:
     def remove(self, dataset: str) -> None:
         """Remove a dataset. Raises Refusal for a folder that is the user's own."""
         folder = self.folder(dataset)
-        if self._is_named(dataset):
+        if not self._is_own(folder):
             raise Refusal(403, "named_folder", f"{folder} is a folder of yours", "remove it yourself, it is not the workspace's")
         with folder_aside(self.workspace.uploads) as aside:
             folder.rename(aside / "gone")
@@ -177,9 +174,9 @@ class Datasets:
             write_caption(folder / name, caption, beside((folder / name).parent))
         return len(changed)
 
-    def _is_named(self, dataset: str) -> bool:
-        """Whether a dataset that there is lies in a folder of the user's own."""
-        return not self.folder(dataset).is_relative_to(self.workspace.datasets)
+    def _is_own(self, folder: Path) -> bool:
+        """Whether a dataset's folder is the workspace's, and not one that the user named."""
+        return folder.is_relative_to(self.workspace.datasets)
 
     def _check(self, folder: Path) -> None:
         """Raise DataError for a folder without pictures, or with metadata that cannot be read."""
@@ -193,7 +190,7 @@ class Datasets:
     def _free_name(self, name: str) -> str:
         """A name for a new dataset; another one where that is taken."""
         first = safe_trigger(Path(name).name) if name else "subject"
-        taken = {path.name for path in self.workspace.datasets.iterdir()} | set(self.named) | set(self.roots)
+        taken = {path.name for path in self.workspace.datasets.iterdir()} | set(self.ids()) | set(self.roots)
         number, free = 2, first
         while free in taken:
             free, number = f"{first}-{number}", number + 1
