@@ -5,12 +5,14 @@ Rows import torch and transformers when one is opened: who only asks what a fold
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from ..errors import RecipeError
+from ..errors import BaseModelError, RecipeError
+from ..text import first_line
 
 if TYPE_CHECKING:
     import torch
@@ -56,3 +58,32 @@ class Captioner:
             if getattr(self.defaults, name) is None:
                 raise RecipeError(f"{self.title} takes no --{name.replace('_', '-')}", "leave it out, or name another --with")
         return replace(self.defaults, **given)
+
+
+@contextlib.contextmanager
+def opening(folder: Path) -> Iterator[None]:
+    """Inside, transformers opens what lies in a folder, quietly; what goes wrong is a BaseModelError."""
+    from ..models.folder import BROKEN
+    from ..models.model import quiet
+
+    try:
+        with quiet():
+            yield
+    except BROKEN as error:
+        raise BaseModelError(f"{folder} cannot be opened: {first_line(error)}", "is the download complete?") from error
+
+
+def load_with_processor(folder: Path, kinds: Mapping[Any, Any], processor: Any, dtype: torch.dtype) -> tuple[Any, Any]:
+    """A frozen model, of the class that one of transformers' mappings has for its config, and what makes its inputs.
+
+    Safetensors alone are opened, and no code that comes with a model is run. Raises BaseModelError for other weights.
+    """
+    from transformers import AutoConfig
+
+    from ..models.folder import check_weights, load_by_library
+
+    check_weights(folder)
+    told: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    config = AutoConfig.from_pretrained(folder, **told)
+    maker = processor.from_pretrained(folder, **told)
+    return load_by_library(kinds[type(config)], folder, dtype).eval().requires_grad_(False), maker

@@ -9,10 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import BaseModelError
 from ..models.sources import CONFIG, read_json
-from ..text import first_line
-from .captioner import AUTO, Captioner, Manner, Say
+from .captioner import AUTO, Captioner, Manner, Say, load_with_processor, opening
 
 if TYPE_CHECKING:
     import torch
@@ -70,23 +68,14 @@ class Writer:
 
 def open_model(folder: Path, manner: Manner) -> Say:
     """A model with its processor. Raises BaseModelError."""
-    from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoConfig, AutoProcessor, GenerationConfig
+    from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoProcessor, GenerationConfig
 
-    from ..models.folder import BROKEN, check_weights, load_by_library
-    from ..models.model import quiet
-
-    check_weights(folder)
-    place = manner.place
-    try:
-        with quiet():
-            config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-            processor = AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-            model = load_by_library(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)], folder, place[1])
-            if (folder / "generation_config.json").is_file():
-                model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
-    except BROKEN as error:
-        raise BaseModelError(f"{folder} cannot be opened: {first_line(error)}", "is the download complete?") from error
-    return Writer(model.eval().requires_grad_(False), processor, manner.prompt or "", place).say
+    device, dtype = manner.place
+    with opening(folder):
+        model, processor = load_with_processor(folder, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoProcessor, dtype)
+        if (folder / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    return Writer(model, processor, manner.prompt or "", (device, dtype)).say
 
 
 IMAGE_TO_TEXT = Captioner("an image-to-text model", recognise, open_model, Manner(prompt="", device=AUTO, precision=AUTO))

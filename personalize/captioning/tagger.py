@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -19,7 +19,7 @@ from ..errors import BaseModelError
 from ..models.sources import CONFIG, read_json
 from ..pictures.metadata import read_text
 from ..text import first_line
-from .captioner import AUTO, Captioner, Manner, Say
+from .captioner import AUTO, Captioner, Manner, Say, load_with_processor, opening
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -144,21 +144,12 @@ def bgr_square(image: Image.Image, side: int) -> np.ndarray:
 def open_classifier(folder: Path, manner: Manner) -> tuple[list[Tag], Likely]:
     """A classifier of transformers: many labels at a time where its config says so, else one. Raises BaseModelError."""
     import torch
-    from transformers import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, AutoConfig, AutoImageProcessor
+    from transformers import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, AutoImageProcessor
 
-    from ..models.folder import BROKEN, check_weights, load_by_library
-    from ..models.model import quiet
-
-    check_weights(folder)
     device, dtype = manner.place
-    try:
-        with quiet():
-            config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-            processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-            kind = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING[type(config)]
-            model: Any = load_by_library(kind, folder, dtype).eval().requires_grad_(False).to(device)
-    except BROKEN as error:
-        raise BaseModelError(f"{folder} cannot be opened: {first_line(error)}", "is the download complete?") from error
+    with opening(folder):
+        model, processor = load_with_processor(folder, MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, AutoImageProcessor, dtype)
+    model.to(device)
     names = model.config.id2label
     tags = [Tag(written_name(str(names[number]))) for number in range(len(names))]
     many = model.config.problem_type == "multi_label_classification"
