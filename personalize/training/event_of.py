@@ -9,13 +9,12 @@ from typing import Any
 from ..data.dataset import Dataset, Example
 from ..errors import PersonalizeError
 from ..recipe.settings import flatten
-from ..tuning.rates import groups_of
+from ..tuning.rates import EVEN, groups_of
 from .events import Failed, Started, Step
 from .inputs import rng_of
 from .memory.apply import obstacle_to_compiling
 from .metadata import versions
 from .objectives.denoise import timesteps
-from .optimizers import EVEN
 from .preflight import RunPlan
 from .run import ActiveRun
 

@@ -17,11 +17,10 @@ from torch import Tensor, nn
 from .. import registry
 from ..adapters.kinds.kind import DORA
 from ..recipe.fields import Optim
-from ..tuning.rates import Rate
+from ..tuning.rates import EVEN, Rate
 
 GROWTH = 200  # steps without overflow after which float16's loss scale doubles; torch's own 2000 is longer than most runs here
 SCALE = "loss scale"  # its name in the state
-EVEN = Rate()  # from the beginning, at its part's rate
 NUMBER = "="  # ends the names of what an optimizer holds as a plain number
 
 

@@ -218,7 +218,7 @@ def check(
     plan = RunPlan(
         recipe, base, device, dataset, held, run, about, state, finished, start, init, brought, tuple(changes), tuple(history)
     )
-    _ = plan.rates
+    _ = plan.rates  # patterns that name no layer are told now
     for _, options in plan.lines:
         schedulers.latent_shape(base, options.get("size"))
     if not finished:

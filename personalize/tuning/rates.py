@@ -29,15 +29,18 @@ class Rate:
     scale: float = 1.0  # of its part's learning rate
 
 
+EVEN = Rate()  # in all steps, as its part does
+
+
 def rates_of(family: Family, start: Iterable[str], optim: Optim, steps: int) -> dict[str, Rate]:
     """The rate of each layer by its path; `start` are the paths of all updates, of weights and of biases.
 
     Raises RecipeError for a pattern that names none of them, and where nothing would learn at first.
     """
     paths = dict.fromkeys(path.removesuffix(BIAS) for path in start)
-    scales, starts = dict.fromkeys(paths, 1.0), starts_of(family, list(paths), optim.unfreeze, steps)
+    scales, starts = dict.fromkeys(paths, 1.0), starts_of(family, paths, optim.unfreeze, steps)
     for pattern, scale in read_scales(optim.lr_scale):
-        scales |= dict.fromkeys(layers_named(family, list(paths), pattern, "--lr-scale"), scale)
+        scales |= dict.fromkeys(layers_named(family, paths, pattern, "--lr-scale"), scale)
     if optim.lr_decay != 1:
         scales = {path: scales[path] * optim.lr_decay**depth for path, depth in depths(family, paths).items()}
     if paths and (first := min(starts.values())):

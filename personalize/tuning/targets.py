@@ -37,11 +37,8 @@ def fresh(base: Base | Skeleton, spec: AdapterSpec, parts: Sequence[str], seed: 
     deltas: dict[str, Delta] = {}
     for part in parts:
         rank, names = (spec.rank, spec.targets) if part == base.family.denoiser.part else (spec.text_rank, spec.text_targets)
-        if kind is NORM:
-            deltas |= fresh_vectors(base, part, names, spec.biases)
-            continue
-        if kind is FULL:
-            deltas |= fresh_weights(base, part, names)
+        if kind in (NORM, FULL):
+            deltas |= fresh_weights(base, part, names) if kind is FULL else fresh_vectors(base, part, names, spec.biases)
             continue
         size, alpha = Size(rank, spec.lokr_factor, spec.lokr_full, spec.oft_block), alpha_of(kind, spec, rank)
         for path, module in select(base, part, names).items():
@@ -91,19 +88,20 @@ def fresh_vectors(base: Base | Skeleton, part: str, targets: Sequence[str], bias
     if not found and not layers:
         what = f"no norm of the {part} of {base.name} matches the target {', '.join(map(repr, patterns)) or 'norms'}"
         raise RecipeError(what, hint_for(named, patterns[0], norms) if patterns and norms else "train another --kind")
-    vectors: dict[str, Delta] = {path: Dense(torch.zeros(module.weight.shape)) for path, module in found.items()}  # type: ignore[arg-type]
-    with_bias = [(path, one.bias) for path, one in (*found.items(), *layers.items()) if isinstance(one.bias, Tensor)]
-    return vectors | {path + BIAS: Dense(torch.zeros(bias.shape)) for path, bias in with_bias}
+    return zeros(found, {**found, **layers})
 
 
 def fresh_weights(base: Base | Skeleton, part: str, targets: Sequence[str]) -> dict[str, Delta]:
     """Zeros for the weights and biases of a part's target layers, norms among them. Raises RecipeError as `select` does."""
-    deltas: dict[str, Delta] = {}
-    for path, module in select(base, part, targets, adaptable(base) | find_norms(base)).items():
-        deltas[path] = Dense(torch.zeros(weight_of(module).shape))
-        if isinstance(module.bias, Tensor):
-            deltas[path + BIAS] = Dense(torch.zeros(module.bias.shape))
-    return deltas
+    layers = select(base, part, targets, adaptable(base) | find_norms(base))
+    return zeros(layers, layers)
+
+
+def zeros(weights: Mapping[str, nn.Module], biases: Mapping[str, nn.Module]) -> dict[str, Delta]:
+    """Updates that change nothing, of the weights of some modules and of the biases of some, where they have one."""
+    deltas: dict[str, Delta] = {path: Dense(torch.zeros(weight_of(module).shape)) for path, module in weights.items()}
+    with_bias = [(path, one.bias) for path, one in biases.items() if isinstance(one.bias, Tensor)]
+    return deltas | {path + BIAS: Dense(torch.zeros(bias.shape)) for path, bias in with_bias}
 
 
 def find_norms(base: Base | Skeleton) -> dict[str, nn.Module]:
@@ -191,7 +189,7 @@ def adaptable(base: Base | Skeleton) -> dict[str, nn.Module]:
 
 
 def weight_of(module: nn.Module) -> Tensor:
-    """The weight of a linear or convolution layer."""
+    """The weight of a layer."""
     weight = module.weight
     assert isinstance(weight, Tensor)
     return weight
