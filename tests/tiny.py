@@ -12,7 +12,13 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from tools.pocket import autoencoder, diffusion
 
-POCKET_UNET = diffusion.CONFIG | {"sample_size": 8, "block_out_channels": (96, 192)}
+LATENT = 16  # channels; fewer than pocket's, since nobody looks at what is drawn
+POCKET_UNET = diffusion.CONFIG | {
+    "sample_size": 8,
+    "block_out_channels": (96, 192),
+    "in_channels": LATENT,
+    "out_channels": LATENT,
+}
 NARROW = {  # of one level; a fraction of the work
     "block_out_channels": (64,),
     "down_block_types": ("CrossAttnDownBlock2D",),
@@ -20,7 +26,12 @@ NARROW = {  # of one level; a fraction of the work
     "cross_attention_dim": 64,
     "attention_head_dim": (4,),
 }
-POCKET_VAE = autoencoder.CONFIG | {"sample_size": 64, "block_out_channels": (16, 32, 32, 32), "scaling_factor": 0.8}
+POCKET_VAE = autoencoder.CONFIG | {
+    "sample_size": 64,
+    "block_out_channels": (16, 32, 32, 32),
+    "scaling_factor": 0.8,
+    "latent_channels": LATENT,
+}
 SCHEDULER = diffusion.SCHEDULE | {
     "prediction_type": "v_prediction",
     "rescale_betas_zero_snr": True,

@@ -252,7 +252,7 @@ def test_a_text_encoder_that_is_not_trained_on_keeps_its_tokens(clip_steps: int,
 
 @pytest.mark.slow
 def test_parts_that_are_not_trained_on_stay_as_they_are_and_two_processes_train_one(tmp_path: Path) -> None:
-    kept = ("--vae-steps", "0", "--clip-steps", "0", "--decoder-steps", "0", "--unet-steps", "0")
+    kept = ("--vae-steps", "0", "--clip-steps", "0", "--unet-steps", "0")
     words = ["--start", str(WEIGHTS), "--pool", "40", "--workers", "1", "--no-muon", *kept]
     pretrain.run(pretrain.arguments(["--work", str(tmp_path), "--to", str(tmp_path / "base"), *words]))
     for file in WEIGHTS.rglob("*.safetensors"):

@@ -1,4 +1,4 @@
-"""The pocket's autoencoder: 8 times smaller each way, 16 channels, standardised latents."""
+"""The pocket's autoencoder: 8 times smaller each way, 88 channels. Its encoder is a linear code of blocks; its decoder learns."""
 
 from __future__ import annotations
 
@@ -10,24 +10,26 @@ import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from .blocks import SIDE, code_of, principal, write_encoder
 from .pool import shuffled_batches, write_rows
-from .running import Plan, run
+from .running import Plan, run, team
 
+LATENT = 88  # channels
 CONFIG = dict(
     in_channels=3,
     out_channels=3,
-    latent_channels=16,
-    block_out_channels=(16, 32, 64, 128),
+    latent_channels=LATENT,
+    block_out_channels=(16, 48, 96, 128),
     down_block_types=("DownEncoderBlock2D",) * 4,
     up_block_types=("UpDecoderBlock2D",) * 4,
     layers_per_block=1,
     norm_num_groups=8,
     scaling_factor=1.0,
 )
-NOISE = 0.05  # deviation added to latents while the decoder is trained on
-KL = 2e-4  # per latent value, in nats: enough to keep neighbours in latent space alike
+NOISE = 0.05  # deviation added to latents while the decoder learns, as a UNet's are never exact
+POSTERIOR = 0.01  # deviation that the encoder tells of its latents
+SHAPES = ((8, 8), (6, 10), (10, 6), (7, 9), (9, 7), (5, 13), (13, 5), (12, 12))  # of training's crops, in eighths of a picture
 
 
 def pixels(pictures: np.ndarray, device: str = "cpu") -> Tensor:
@@ -35,101 +37,80 @@ def pixels(pictures: np.ndarray, device: str = "cpu") -> Tensor:
     return torch.from_numpy(np.array(pictures)).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def slopes(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Differences between neighbouring pixels, across and down."""
-    return x[..., 1:] - x[..., :-1], x[..., 1:, :] - x[..., :-1, :]
-
-
 def difference(y: Tensor, x: Tensor) -> Tensor:
-    """L1 on pixels and on slopes, which keeps edges crisp."""
-    return F.l1_loss(y, x) + sum(F.l1_loss(a, b) for a, b in zip(slopes(y), slopes(x), strict=True))
+    """The root of the mean square of each picture, then their mean: L1 learns textures later, a plain square smooth ones only."""
+    return (y - x).square().mean((1, 2, 3)).add(1e-8).sqrt().mean()
 
 
-def reconstruction(vae: AutoencoderKL, x: Tensor, generator: torch.Generator) -> Tensor:
-    """How far a picture is from its reconstruction, and the KL term (Kingma & Welling 2014)."""
-    posterior = vae.encode(x).latent_dist
-    noise = torch.randn(posterior.mean.shape, generator=generator, device=x.device)
-    y = vae.decode(posterior.mean + posterior.std * noise).sample.float()
-    kl = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar).mean()
-    return difference(y, x) + KL * kl
-
-
-@torch.no_grad()
-def standardise(vae: AutoencoderKL, x: Tensor) -> None:
-    """Shift and scale each latent channel to mean 0 and deviation 1, inside the 1x1 convolutions around the latent."""
-    mean = vae.encode(x).latent_dist.mean
-    centre, spread = mean.mean((0, 2, 3)), mean.std((0, 2, 3))
-    n = len(centre)
-    inner, outer = vae.quant_conv, vae.post_quant_conv
-    inner.weight[:n] /= spread[:, None, None, None]
-    inner.bias[:n] = (inner.bias[:n] - centre) / spread
-    inner.bias[n:] -= 2 * spread.log()  # log variance follows the scale
-    outer.bias += outer.weight[:, :, 0, 0] @ centre
-    outer.weight *= spread[None, :, None, None]
-
-
-def build() -> AutoencoderKL:
-    """An autoencoder with random weights, almost without noise at first: the decoder has something to read."""
+def build(pictures: np.ndarray, textures: np.ndarray) -> AutoencoderKL:
+    """An autoencoder whose encoder is the linear code of these pictures, and whose decoder has random weights."""
     torch.manual_seed(0)
     vae = AutoencoderKL(**CONFIG)
-    vae.quant_conv.bias.data[CONFIG["latent_channels"] :] = -6.0
+    some = [rows[:: max(1, len(rows) // 4000)][:4000] for rows in (pictures, textures)]
+    write_encoder(vae, principal(pixels(np.concatenate(some)), LATENT), POSTERIOR)
     return vae
 
 
-def train(folder: Path, vae: AutoencoderKL, pictures: np.ndarray, plan: Plan, device: str, bf16: bool) -> AutoencoderKL:
-    """Train on a pool, resumably, and return the averaged, standardised autoencoder."""
-    vae = vae.to(device)
-
-    def batches(start: int) -> Iterator[Tensor]:
-        return (pixels(pictures[i], device) for i in shuffled_batches(len(pictures), plan.batch, 1, start))
-
-    def loss_of(x: Tensor, step: int) -> Tensor:
-        with torch.autocast(device, torch.bfloat16, enabled=bf16):
-            return reconstruction(vae, x, torch.Generator(device).manual_seed(step))
-
-    def picture(weights: dict[str, Tensor], step: int) -> None:
-        with torch.no_grad():
-            seen = pixels(pictures[:16], device)
-            shown = torch.func.functional_call(vae, weights, (seen,)).sample
-        rows = torch.cat([torch.cat(list(t), -1) for t in (seen[:8], shown[:8], seen[8:], shown[8:])], -2)
-        save_picture(rows, folder / f"sample-{step:06d}.png")
-
-    vae.load_state_dict(run(folder, vae, plan, batches, loss_of, picture))
-    if plan.steps:  # a finished one keeps the latents that a UNet has learned
-        standardise(vae, pixels(pictures[:: max(1, len(pictures) // 1024)][:1024], device))
-    return vae.eval()
-
-
 class Decoder(nn.Module):
-    """The half of an autoencoder behind the latents, alone, so that it can be trained on while they stay as they are."""
+    """The half of an autoencoder behind the latents, alone."""
 
     def __init__(self, vae: AutoencoderKL) -> None:
         super().__init__()
         self.post_quant_conv, self.decoder = vae.post_quant_conv, vae.decoder
 
     def forward(self, latents: Tensor) -> Tensor:
-        """Latents `[n, 16, h/8, w/8]` to pictures `[n, 3, h, w]`."""
+        """Latents `[n, 88, h/8, w/8]` to pictures `[n, 3, h, w]`."""
         return self.decoder(self.post_quant_conv(latents))
 
 
-def sharpen(
-    folder: Path, vae: AutoencoderKL, latents: np.ndarray, pictures: np.ndarray, plan: Plan, device: str, bf16: bool
+def crops(pool: np.ndarray, rows: np.ndarray, rng: np.random.Generator, shape: tuple[int, int]) -> np.ndarray:
+    """Pictures of a pool `[n, *shape, 3]`: whole ones, or crops of four laid side by side."""
+    side = pool.shape[1]
+    if shape == (side, side):
+        return pool[rows]
+    height, width = shape
+    taken = np.sort(rng.integers(len(pool), size=(len(rows), 4)), axis=None)
+    four = pool[taken].reshape(len(rows), 2, 2, side, side, 3).transpose(0, 1, 3, 2, 4, 5).reshape(-1, 2 * side, 2 * side, 3)
+    tops, lefts = (rng.integers(0, 2 * side - length + 1, len(rows)) for length in shape)
+    return np.stack([one[y : y + height, x : x + width] for one, y, x in zip(four, tops, lefts, strict=True)])
+
+
+def train(
+    folder: Path, vae: AutoencoderKL, pools: tuple[np.ndarray, np.ndarray], plan: Plan, device: str, bf16: bool
 ) -> AutoencoderKL:
-    """Train the decoder on with fixed latents `[n, 2, 16, h/8, w/8]`, a little noised, as a UNet's are never exact."""
-    decoder = Decoder(vae.to(device))
+    """Train the decoder on pools of pictures and textures, resumably, and return the averaged autoencoder.
+
+    Of five crops, three are of pictures; every third batch has another shape. In a team, each process takes its part of a batch.
+    """
+    vae, (rank, count) = vae.to(device), team()
+    decoder, code, side = Decoder(vae), code_of(vae), pools[0].shape[1]
 
     def batches(start: int) -> Iterator[tuple[Tensor, Tensor]]:
-        for i in shuffled_batches(len(pictures), plan.batch, 4, start):
-            yield torch.from_numpy(latents[i]).to(device).float(), pixels(pictures[i], device)
+        shares = (plan.batch * 3 // 5, plan.batch - plan.batch * 3 // 5)
+        streams = [shuffled_batches(len(pool), share, 1, start) for pool, share in zip(pools, shares, strict=True)]
+        for step, rows in enumerate(zip(*streams, strict=True), start):
+            rng = np.random.default_rng([step, 8])
+            eighths = SHAPES[int(rng.integers(1, len(SHAPES)))] if step % 3 == 2 and side % (8 * SIDE) == 0 else SHAPES[0]
+            shape = (eighths[0] * side // 8, eighths[1] * side // 8)
+            drawn = np.concatenate([crops(pool, some, rng, shape) for pool, some in zip(pools, rows, strict=True)])
+            x = pixels(drawn[rank::count], device)
+            latents = code.encode(x)
+            noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(step * count + rank))
+            yield latents + NOISE * noise.to(device), x
 
     def loss_of(batch: tuple[Tensor, Tensor], step: int) -> Tensor:
-        (mean, std), x = batch[0].unbind(1), batch[1]
-        noise = torch.randn(mean.shape, generator=torch.Generator(device).manual_seed(step), device=device)
         with torch.autocast(device, torch.bfloat16, enabled=bf16):
-            y = decoder(mean + (std.square() + NOISE**2).sqrt() * noise).float()
-        return difference(y, x)
+            y = decoder(batch[0]).float()
+        return difference(y, batch[1])
 
-    decoder.load_state_dict(run(folder, decoder, plan, batches, loss_of))
+    def picture(weights: dict[str, Tensor], step: int) -> None:
+        with torch.no_grad():
+            seen = torch.cat([pixels(pool[:8], device) for pool in pools])
+            shown = torch.func.functional_call(decoder, weights, (code.encode(seen),))
+        rows = torch.cat([torch.cat(list(t), -1) for t in (seen[:8], shown[:8], seen[8:], shown[8:])], -2)
+        save_picture(rows, folder / f"sample-{step:06d}.png")
+
+    decoder.load_state_dict(run(folder, decoder, plan, batches, loss_of, picture))
     return vae.eval()
 
 
@@ -142,10 +123,9 @@ def save_picture(x: Tensor, file: Path, zoom: int = 2) -> None:
 
 @torch.no_grad()
 def encode_pool(vae: AutoencoderKL, pictures: np.ndarray, file: Path, device: str) -> None:
-    """Posterior mean and deviation of every picture, fp16 `[n, 2, 16, h/8, w/8]`, written once."""
+    """The latents of every picture, fp16 `[n, 88, h/8, w/8]`, written once."""
 
     def encode(rows: slice) -> np.ndarray:
-        posterior = vae.encode(pixels(pictures[rows], device)).latent_dist
-        return torch.stack([posterior.mean, posterior.std], 1).half().cpu().numpy()
+        return vae.encode(pixels(pictures[rows], device)).latent_dist.mean.half().cpu().numpy()
 
     write_rows(file, len(pictures), encode)

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from diffusers import DDIMScheduler, EulerAncestralDiscreteScheduler, SchedulerMixin, UNet2DConditionModel
 from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from personalize.families.noise import VP
 
+from .autoencoder import LATENT
 from .pool import shuffled_batches
 from .running import Plan, run, team
 
 CONFIG = dict(
-    in_channels=16,
-    out_channels=16,
+    in_channels=LATENT,
+    out_channels=LATENT,
     down_block_types=("CrossAttnDownBlock2D",) * 2,
     up_block_types=("CrossAttnUpBlock2D",) * 2,
     layers_per_block=1,
@@ -67,10 +72,11 @@ class Teaching:
         extras += [f"{self.density} timesteps"] * (self.density != "uniform")
         return f"{name} with {', '.join(extras)}" if extras else name
 
-    def build(self, side: int) -> UNet2DConditionModel:
-        """A UNet with random weights for latents of `side`."""
+    def build(self, side: int, channels: int = LATENT) -> UNet2DConditionModel:
+        """A UNet with random weights for latents `[channels, side, side]`."""
         torch.manual_seed(0)
-        return UNet2DConditionModel(sample_size=side, block_out_channels=self.width, **CONFIG)
+        latents = {"in_channels": channels, "out_channels": channels}
+        return UNet2DConditionModel(sample_size=side, block_out_channels=self.width, **(CONFIG | latents))
 
     def loss(self, unet: Callable, schedule: VP, latents: Tensor, cond: Tensor, generator: torch.Generator) -> Tensor:
         """Mean squared error at one timestep per picture, weighted by `min_snr`."""
@@ -82,6 +88,26 @@ class Teaching:
         predicted = unet(schedule.add(latents, noise, t), t, cond).sample.float()
         wrong = (predicted - schedule.target(latents, noise, t)).square().mean((1, 2, 3))
         return (schedule.weight(t, self.min_snr) * wrong).mean()
+
+
+class AttentionInFloats(TorchFunctionMode):
+    """Inside, attention computes in fp32 whatever autocast says: its backward in bf16 costs a CPU more than all else saves."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is not F.scaled_dot_product_attention:
+            return function(*args, **(kwargs or {}))
+        with torch.autocast(args[0].device.type, enabled=False):
+            return function(*(one.float() for one in args[:3]), *args[3:], **(kwargs or {}))
+
+
+@torch.no_grad()
+def read_other_latents(unet: UNet2DConditionModel) -> UNet2DConditionModel:
+    """A trained UNet with new first and last convolutions, for latents of as many channels as CONFIG says; its body stays."""
+    torch.manual_seed(0)
+    new = UNet2DConditionModel.from_config({**unet.config, **CONFIG})
+    ends = ("conv_in.", "conv_out.")
+    new.load_state_dict({name: t for name, t in unet.state_dict().items() if not name.startswith(ends)}, strict=False)
+    return new
 
 
 def train(
@@ -97,26 +123,25 @@ def train(
     compiled: bool,
     picture: Callable[[UNet2DConditionModel, int], None] | None = None,
 ) -> UNet2DConditionModel:
-    """Train on encoded pictures `[n, 2, 16, h, w]` and embedded captions `[n, 77, d]`, resumably; return the averaged UNet.
+    """Train on encoded pictures `[n, c, h, w]` and embedded captions `[n, 77, d]`, resumably; return the averaged UNet.
 
     In a team (`running.join_team`), each process takes its part of every batch.
     """
-    unet, shown = unet.to(device).train(), teaching.build(latents.shape[-1]).to(device).eval()
+    unet, shown = unet.to(device).train(), UNet2DConditionModel.from_config(unet.config).to(device).eval()
     forward = torch.compile(unet) if compiled else unet
     schedule, (rank, count) = VP.of(teaching.scheduler().config), team()
 
     def batches(start: int) -> Iterator[tuple[Tensor, Tensor]]:
         for step, batch in enumerate(shuffled_batches(len(latents), plan.batch, 3, start), start):
             i, generator = batch[rank::count], torch.Generator().manual_seed(step * count + rank)
-            moments = torch.from_numpy(latents[i]).to(device).float()
-            drawn = moments[:, 0] + moments[:, 1] * torch.randn(moments[:, 0].shape, generator=generator).to(device)
+            drawn = torch.from_numpy(latents[i]).to(device).float()
             cond = torch.from_numpy(conditions[i]).to(device).float()
             dropped = (torch.rand(len(i), generator=generator) < DROPOUT).to(device)
             yield drawn, torch.where(dropped[:, None, None], empty.to(device), cond)
 
     def loss_of(batch: tuple[Tensor, Tensor], step: int) -> Tensor:
         generator = torch.Generator().manual_seed(step * count + rank + 10**9)
-        with torch.autocast(device, torch.bfloat16, enabled=bf16):
+        with AttentionInFloats() if device == "cpu" else nullcontext(), torch.autocast(device, torch.bfloat16, enabled=bf16):
             return teaching.loss(forward, schedule, *batch, generator)
 
     def show(weights: dict[str, Tensor], step: int) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 from .art_canvas import pick
 from .art_individuals import invent_individual
 from .art_looks import invent_look
+from .art_textures import draw_texture
 from .names import schools, somebodies
 from .world import COLOURS, STYLE_WORDS, UNSEEN_STYLES, Scene, caption, is_held_out, render, scenes
 
@@ -22,7 +23,11 @@ INDIVIDUALS, LOOKS = 0.45, 0.3  # shares of pictures with an individual, with a 
 NAMED = 0.35  # share of those whose individual or look has a name and comes again; the others are invented anew
 
 
-def draw_chunk(job: tuple[int, int, int, int]) -> tuple[np.ndarray, list[str]]:
+Job = tuple[int, int, int, int]  # seed, number of the chunk, side of the pictures, how many
+Draw = Callable[[Job], tuple[np.ndarray, list[str]]]
+
+
+def draw_chunk(job: Job) -> tuple[np.ndarray, list[str]]:
     """Pictures `[count, size, size, 3]` uint8 and their captions, from the stream of scenes numbered by the seed."""
     seed, chunk, size, count = job
     rng = np.random.default_rng([seed, chunk, 9])
@@ -48,7 +53,14 @@ def draw_one(scene: Scene, seed: int, size: int, rng: np.random.Generator) -> tu
     return np.asarray(render(scene, size, individual, look)), caption(scene, seed, words, phrase)
 
 
-def build_pool(folder: Path, count: int, size: int, seed: int, workers: int) -> None:
+def draw_textures(job: Job) -> tuple[np.ndarray, list[str]]:
+    """Pictures of nothing `[count, size, size, 3]` uint8, of which there is nothing to say."""
+    seed, chunk, size, count = job
+    rng = np.random.default_rng([seed, chunk, 10])
+    return np.stack([draw_texture(rng, size) for _ in range(count)]), [""] * count
+
+
+def build_pool(folder: Path, count: int, size: int, seed: int, workers: int, draw: Draw = draw_chunk) -> None:
     """Draw `count` pictures into `pictures.npy` and `captions.json`; one that was broken off goes on, a whole one is kept."""
     pictures_file, captions_file = folder / "pictures.npy", folder / "captions.json"
     if captions_file.exists():
@@ -60,12 +72,12 @@ def build_pool(folder: Path, count: int, size: int, seed: int, workers: int) -> 
     pictures = np.lib.format.open_memmap(pictures_file, mode=mode, dtype=np.uint8, shape=(count, size, size, 3))
     with get_context("spawn").Pool(workers) as workers_pool, part.open("a") as lines:
         jobs = [(seed, first // CHUNK, size, min(CHUNK, count - first)) for first in range(len(captions), count, CHUNK)]
-        for drawn, words in workers_pool.imap(draw_chunk, jobs):
+        for drawn, words in workers_pool.imap(draw, jobs):
             pictures[len(captions) : len(captions) + len(words)] = drawn
             captions += words
             lines.write(json.dumps(words) + "\n")
             lines.flush()
-            print(f"pool: {len(captions)}/{count} pictures", flush=True)
+            print(f"{folder.name}: {len(captions)}/{count} pictures", flush=True)
     pictures.flush()
     captions_file.write_text(json.dumps(captions))
     part.unlink()

@@ -1,6 +1,6 @@
 """Pretrain the pocket from nothing: `python -m tools.pocket.pretrain --work DIR`. Run again, it goes on where it stopped.
 
-Stages, each resumable: pool (pictures, captions), vae, clip, latents, decoder (sharper, same latents), conditions, unet, export.
+Stages, each resumable: pool (pictures, captions), textures, vae (its decoder), clip, latents, conditions, unet, export.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import json
 import shutil
 import signal
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -26,7 +26,7 @@ from personalize.models.clip import Clip
 from . import WEIGHTS, autoencoder, clip, diffusion
 from .autoencoder import save_picture
 from .diffusion import DENSITIES, Teaching
-from .pool import INDIVIDUALS, LOOKS, build_pool, build_tokenizer, open_pool, write_rows
+from .pool import INDIVIDUALS, LOOKS, build_pool, build_tokenizer, draw_textures, open_pool, write_rows
 from .running import Plan, join_team, team
 from .world import BACKGROUNDS, COLOURS, OBJECTS, STYLES
 
@@ -54,14 +54,14 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     add("--seed", type=int, default=1, help="of the pool: another seed draws other pictures")
     add("--start", type=Path, help="a finished base to train on from, e.g. the shipped weights")
     add("--workers", type=int, default=2, help="processes that draw")
-    add("--vae-steps", type=int, default=3500)
+    add("--textures", type=int, default=30_000, help="pictures of nothing, from which the decoder learns grain and edges")
+    add("--vae-steps", type=int, default=12_000)
     add("--vae-lr", type=float, default=2e-3)
-    add("--decoder-steps", type=int, default=1700)
     add("--clip-steps", type=int, default=640)
     add("--clip-lr", type=float, default=2e-3)
     add("--unet-steps", type=int, default=5000)
     add("--unet-batch", type=int, default=64)
-    add("--processes", type=int, default=1, help="that train the UNet, each on a part of a batch: on a CPU, faster than threads")
+    add("--processes", type=int, default=1, help="that train, each on a part of a batch: on a CPU, faster than threads")
     add("--unet-lr", type=float, default=2e-3)
     add("--unet-prediction", default=shipped.prediction, choices=("v_prediction", "epsilon", "sample"))
     add(
@@ -110,14 +110,9 @@ def load_parts(work: Path) -> tuple[CLIPTokenizer, AutoencoderKL, CLIPModel]:
     """The finished tokenizer, autoencoder and CLIP of a work folder."""
     return (
         CLIPTokenizer.from_pretrained(work / "tokenizer"),
-        AutoencoderKL.from_pretrained(sharpest(work)).eval(),
+        AutoencoderKL.from_pretrained(work / "vae/done").eval(),
         CLIPModel.from_pretrained(work / "clip/done").eval(),
     )
-
-
-def sharpest(work: Path) -> Path:
-    """The autoencoder with the decoder that was trained on, once there is one."""
-    return done if (done := work / "decoder/done").exists() else work / "vae/done"
 
 
 @torch.no_grad()
@@ -139,12 +134,15 @@ def stage_unpack(options: argparse.Namespace) -> None:
     """With --start: the parts of a finished base, from which the stages go on (with 0 steps, they keep them)."""
     if options.start is None or (options.work / "unet/start").exists():
         return
-    AutoencoderKL.from_pretrained(options.start / "vae").save_pretrained(options.work / "vae/start")
+    vae = AutoencoderKL.from_pretrained(options.start / "vae")
+    if same := not options.vae_steps or vae.config.latent_channels == autoencoder.LATENT:
+        vae.save_pretrained(options.work / "vae/start")
     old, tokenizer = (CLIPTokenizer.from_pretrained(folder / "tokenizer") for folder in (options.start, options.work))
     whole = Clip.of(options.start)
     assert whole, f"{options.start} has no clip folder"
     clip.carry_over(whole.model, old, tokenizer).save_pretrained(options.work / "clip/start")
-    UNet2DConditionModel.from_pretrained(options.start / "unet").save_pretrained(options.work / "unet/start")
+    unet = UNet2DConditionModel.from_pretrained(options.start / "unet")
+    (unet if same else diffusion.read_other_latents(unet)).save_pretrained(options.work / "unet/start")
 
 
 def stage_pool(options: argparse.Namespace) -> None:
@@ -157,13 +155,27 @@ def stage_pool(options: argparse.Namespace) -> None:
         build_tokenizer(tokenizer, open_pool(options.work / "pool")[1])
 
 
+def stage_textures(options: argparse.Namespace) -> None:
+    if options.vae_steps:
+        build_pool(options.work / "textures", options.textures, options.size, options.seed, options.workers, draw_textures)
+
+
 def stage_vae(options: argparse.Namespace) -> None:
     if not (options.work / "vae/done").exists():
-        pictures, _ = open_pool(options.work / "pool")
-        start = options.work / "vae/start"
-        vae = AutoencoderKL.from_pretrained(start) if options.start else autoencoder.build()
-        plan = Plan(options.vae_steps, batch=16, lr=options.vae_lr, ema=0.995, muon=options.muon)
-        vae = autoencoder.train(options.work / "vae", vae, pictures, plan, options.device, options.bf16)
+        train_together(options, train_vae)
+
+
+def train_vae(options: argparse.Namespace) -> None:
+    """Train the decoder to its end, alone or as one of a team; with no steps, a finished autoencoder is kept as it is."""
+    start = options.work / "vae/start"
+    if start.exists() and not options.vae_steps:
+        vae = AutoencoderKL.from_pretrained(start)
+    else:
+        pictures, textures = (open_pool(options.work / name)[0] for name in ("pool", "textures"))
+        vae = AutoencoderKL.from_pretrained(start) if start.exists() else autoencoder.build(pictures, textures)
+        plan = Plan(options.vae_steps, batch=20, lr=options.vae_lr, ema=0.998, decay=0.5, muon=options.muon)
+        vae = autoencoder.train(options.work / "vae", vae, (pictures, textures), plan, options.device, options.bf16)
+    if team()[0] == 0:
         vae.save_pretrained(options.work / "vae/done")
 
 
@@ -193,15 +205,6 @@ def stage_latents(options: argparse.Namespace) -> None:
     autoencoder.encode_pool(vae, open_pool(options.work / "pool")[0], options.work / "latents.npy", options.device)
 
 
-def stage_decoder(options: argparse.Namespace) -> None:
-    if not (options.work / "decoder/done").exists():
-        vae = AutoencoderKL.from_pretrained(options.work / "vae/done")
-        pictures, latents = open_pool(options.work / "pool")[0], np.load(options.work / "latents.npy", mmap_mode="r")
-        plan = Plan(options.decoder_steps, batch=16, lr=1e-3, ema=0.998, decay=0.6, muon=options.muon)
-        vae = autoencoder.sharpen(options.work / "decoder", vae, latents, pictures, plan, options.device, options.bf16)
-        vae.save_pretrained(options.work / "decoder/done")
-
-
 @torch.no_grad()
 def stage_conditions(options: argparse.Namespace) -> None:
     """Embed all captions, once: fp16 `[n, 77, d]`."""
@@ -226,16 +229,21 @@ def assemble(options: argparse.Namespace, unet: UNet2DConditionModel) -> StableD
 
 
 def stage_unet(options: argparse.Namespace) -> None:
+    train_together(options, train_unet)
+
+
+def train_together(options: argparse.Namespace, train: Callable[[argparse.Namespace], None]) -> None:
+    """Train a part in as many processes as were asked for, each on its part of every batch."""
     if options.processes == 1:
-        return train_unet(options)
+        return train(options)
     with TemporaryDirectory() as meeting:
-        torch.multiprocessing.spawn(train_in_team, (options, Path(meeting) / "team"), options.processes)
+        torch.multiprocessing.spawn(train_in_team, (options, train, Path(meeting) / "team"), options.processes)
 
 
-def train_in_team(rank: int, options: argparse.Namespace, meeting: Path) -> None:
-    """One of the processes that train the UNet together."""
+def train_in_team(rank: int, options: argparse.Namespace, train: Callable[[argparse.Namespace], None], meeting: Path) -> None:
+    """One of the processes that train a part together."""
     join_team(rank, options.processes, meeting)
-    train_unet(options)
+    train(options)
     torch.distributed.destroy_process_group()
 
 
@@ -262,7 +270,7 @@ def train_unet(options: argparse.Namespace) -> None:
     teaching, start = teaching_of(options), options.work / "unet/start"
     unet = diffusion.train(
         options.work / "unet",
-        UNet2DConditionModel.from_pretrained(start) if options.start else teaching.build(latents.shape[-1]),
+        UNet2DConditionModel.from_pretrained(start) if options.start else teaching.build(*latents.shape[2:0:-1]),
         teaching,
         latents,
         conditions,
@@ -337,7 +345,7 @@ def averaged_unet(options: argparse.Namespace) -> UNet2DConditionModel:
     """The averaged UNet of an unfinished run."""
     from safetensors.torch import load_file
 
-    unet = teaching_of(options).build(np.load(options.work / "latents.npy", mmap_mode="r").shape[-1])
+    unet = teaching_of(options).build(*np.load(options.work / "latents.npy", mmap_mode="r").shape[2:0:-1])
     tensors = load_file(options.work / "unet/state.safetensors")
     unet.load_state_dict({key.removeprefix("ema/"): t for key, t in tensors.items() if key.startswith("ema/")})
     return unet
@@ -345,11 +353,11 @@ def averaged_unet(options: argparse.Namespace) -> UNet2DConditionModel:
 
 STAGES = {
     "pool": stage_pool,
+    "textures": stage_textures,
     "unpack": stage_unpack,
     "vae": stage_vae,
     "clip": stage_clip,
     "latents": stage_latents,
-    "decoder": stage_decoder,
     "conditions": stage_conditions,
     "unet": stage_unet,
     "export": stage_export,

@@ -39,7 +39,7 @@ ROWS: dict[str, tuple[str, ...]] = {  # what is changed => options of pretrain
     "half the learning rate": ("--unet-lr", "1e-3"),
     "text encoder untrained": ("--clip-steps", "0"),
 }
-SHARED = ("pool", "tokenizer", "vae", "decoder", "latents.npy")  # what a row's folder has in common with all others
+SHARED = ("pool", "tokenizer", "vae", "latents.npy")  # what a row's folder has in common with all others
 TEXT = ("clip", "conditions.npy")
 HEADS = ("changed", "UNet", "1,000 pictures", "error of v", *GOALS, "all four")
 LEVELS = 12  # signal levels at which the error is measured
@@ -77,9 +77,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def prepare_folder(options: argparse.Namespace) -> None:
     """The folder that all rows share: pictures, latents and conditions, by the parts of a finished base."""
     base, parts = locate(options.base), options.work / "shared"
-    kept = ("--start", str(base), "--vae-steps", "0", "--decoder-steps", "0", "--clip-steps", "0")
+    kept = ("--start", str(base), "--vae-steps", "0", "--clip-steps", "0")
     told = pretrain.arguments([*common(options, parts), *kept])
-    pretrain.run(told, ("pool", "unpack", "vae", "clip", "latents", "decoder", "conditions"))
+    pretrain.run(told, ("pool", "unpack", "vae", "clip", "latents", "conditions"))
 
 
 def common(options: argparse.Namespace, work: Path) -> list[str]:
