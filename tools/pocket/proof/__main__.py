@@ -10,7 +10,7 @@ from personalize.errors import PersonalizeError
 from personalize.recipe.fields import Recipe
 from personalize.recipe.samplers import AUTO
 
-from . import base, captions, choice, peer, personalization, settings, verdict
+from . import base, captions, choice, peer, personalization, reconstruction, settings, verdict
 from .figures import FIGURES
 
 BENCHMARKS = {
@@ -21,6 +21,7 @@ BENCHMARKS = {
     "settings": settings,
     "verdict": verdict,
     "captions": captions,
+    "reconstruction": reconstruction,
 }
 
 
