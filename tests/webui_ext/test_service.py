@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from personalize_studio import Settings
 from personalize_studio.lease import Lease, alone, is_needed, lock
-from personalize_studio.service import Service, StartError, ask, make_token, register
+from personalize_studio.service import Service, StartError, ask, hint_for, make_token, register
 from personalize_studio.settings import VARIABLES, default_workspace
 from servers import wait
 
@@ -148,6 +148,12 @@ def test_somebody_elses_workspace(tmp_path: Path, python: str) -> None:
             service.start()
         service.stop()
     assert "another program serves this workspace" in failed.value.hint and "in use" in failed.value.log
+
+
+def test_only_this_workspace_in_use_is_a_workspace_in_use(tmp_path: Path) -> None:
+    log = f"{tmp_path} is in use: by process 7"
+    assert "another program serves" in hint_for(log, tmp_path)
+    assert "the log says why" in hint_for("the camera is in use: by process 7", tmp_path)
 
 
 def test_a_lease_ends_with_its_holder(tmp_path: Path) -> None:

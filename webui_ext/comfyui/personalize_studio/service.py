@@ -175,7 +175,7 @@ class Service:
                 break
             time.sleep(PAUSE)
         tail = read_tail(self.log)
-        raise StartError("the studio did not start", hint_for(tail), tail)
+        raise StartError("the studio did not start", hint_for(tail, self.settings.place), tail)
 
 
 def ask(upstream: Upstream, path: str) -> addinfourl:
@@ -219,20 +219,21 @@ def register(place: Path, folders: tuple[str, ...]) -> None:
         os.replace(temporary, path)
 
 
-# What the end of a log says, and what helps
+# What the end of a log says ({place}: the workspace), and what helps
 HINTS = (
     (
         "No module named",
         "this Python has no personalize with its service: pip install 'personalize[serve]' there, or make an environment",
     ),
-    ("is in use", "another program serves this workspace: end it, or name another workspace"),
+    ("{place} is in use: ", "another program serves this workspace: end it, or name another workspace"),
     ("cannot listen", "another program listens on this port: set the port to 0"),
     ("No space left", "make room on the disk"),
 )
 
 
-def hint_for(log: str) -> str:
-    """What to do about a service that did not start."""
+def hint_for(log: str, place: Path) -> str:
+    """What to do about a service that did not start in a workspace."""
     return next(
-        (hint for words, hint in HINTS if words in log), "the log says why; make the environment again if its packages are broken"
+        (hint for words, hint in HINTS if words.replace("{place}", str(place)) in log),
+        "the log says why; make the environment again if its packages are broken",
     )
