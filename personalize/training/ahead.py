@@ -26,7 +26,8 @@ class Ahead(contextlib.ExitStack):
         asks = learner.objective.needs.base_first and learner.pieces == 1 and not recipe.optim.text_encoder_steps(recipe.steps)
         if learner.kept is None and asks and processes(run.plan.base) > 1:
             copy = self.enter_context(Copy(lambda here: send_answers(here, run)))
-            learner.kept = (torch.from_numpy(copy.receive()[1]) for _ in range(recipe.steps * recipe.optim.accumulate))
+            kind = run.plan.base.dtype
+            learner.kept = (torch.from_numpy(copy.receive()[1]).to(kind) for _ in range(recipe.steps * recipe.optim.accumulate))
             self.callback(setattr, learner, "kept", None)
 
 
@@ -38,5 +39,5 @@ def send_answers(here: Copy, run: ActiveRun) -> None:
             asking = objective.loss(objective.draw(inputs, rng))
             ask = next(asking)
             with torch.no_grad(), run.tunable.off():
-                here.send(YIELDED, run.plan.base.denoise(ask.latents, ask.t, ask.cond).numpy())
+                here.send(YIELDED, run.plan.base.denoise(ask.latents, ask.t, ask.cond).float().numpy())  # numpy has no bfloat16
         run.done += 1
