@@ -69,6 +69,20 @@ def test_a_code_is_read_back_from_the_encoder_and_fits_or_is_refused() -> None:
         write_encoder(AutoencoderKL(**SMALL), principal(x, 32), 0.02)
 
 
+def test_latents_are_standard_and_told_apart_by_what_they_show(vae: AutoencoderKL) -> None:
+    latents = code_of(vae).encode(autoencoder.pixels(PICTURES[:12]))
+    assert float(latents.mean((0, 2, 3)).abs().max()) < 1e-3 and torch.allclose(latents.std((0, 2, 3)), torch.ones(88), atol=1e-3)
+    shows = autoencoder.visibility(vae, latents[:2])
+    assert shows.shape == (88, 1, 1) and float(shows.mean()) == pytest.approx(1)
+    blind = AutoencoderKL.from_config(vae.config)
+    blind.load_state_dict(vae.state_dict())
+    with torch.no_grad():
+        blind.post_quant_conv.weight[:, 5] = 0  # nothing of this channel is seen
+        blind.post_quant_conv.weight[:, 6] *= 30
+    seen = autoencoder.visibility(blind, latents[:2])[:, 0, 0]
+    assert float(seen[5]) == 0 and int(seen.argmax()) == 6
+
+
 def test_crops_have_the_shape_they_are_asked_for_and_show_the_pool() -> None:
     rng, rows = np.random.default_rng(0), np.arange(6)
     assert np.array_equal(autoencoder.crops(PICTURES, rows, rng, (64, 64)), PICTURES[:6])

@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from torch import Tensor, nn
 
-from .blocks import SIDE, code_of, principal, write_encoder
+from .blocks import SIDE, code_of, principal, standardise, write_encoder
 from .pool import shuffled_batches, write_rows
 from .running import Plan, run, team
 
@@ -46,8 +46,8 @@ def build(pictures: np.ndarray, textures: np.ndarray) -> AutoencoderKL:
     """An autoencoder whose encoder is the linear code of these pictures, and whose decoder has random weights."""
     torch.manual_seed(0)
     vae = AutoencoderKL(**CONFIG)
-    some = [rows[:: max(1, len(rows) // 4000)][:4000] for rows in (pictures, textures)]
-    write_encoder(vae, principal(pixels(np.concatenate(some)), LATENT), POSTERIOR)
+    some = [pixels(rows[:: max(1, len(rows) // 4000)][:4000]) for rows in (pictures, textures)]
+    write_encoder(vae, standardise(principal(torch.cat(some), LATENT), some[0]), POSTERIOR)
     return vae
 
 
@@ -119,6 +119,20 @@ def save_picture(x: Tensor, file: Path, zoom: int = 2) -> None:
     array = ((x.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy()
     image = Image.fromarray(array)
     image.resize((image.width * zoom, image.height * zoom), Image.Resampling.NEAREST).save(file)
+
+
+@torch.no_grad()
+def visibility(vae: AutoencoderKL, latents: Tensor) -> Tensor:
+    """How much a small change of each latent channel shows in decoded pictures, `[c, 1, 1]`, of mean 1.
+
+    Channels have the same deviation, and very different parts in a picture: what nobody sees is not worth a UNet's few weights.
+    """
+    shown, still = [], vae.decode(latents).sample
+    for channel in range(latents.shape[1]):
+        moved = latents.clone()
+        moved[:, channel] += 0.3
+        shown.append((vae.decode(moved).sample - still).square().mean().sqrt())
+    return (torch.stack(shown) / torch.stack(shown).mean())[:, None, None]
 
 
 @torch.no_grad()

@@ -17,10 +17,9 @@ from torch.nn import functional as F
 
 SIDE = 8  # of a block, in pixels
 GROUPS = 8  # of channels that a norm of the autoencoder evens out together
-EASE = 0.5  # a channel's deviation is its pixels' deviation to this power: 0 makes all channels alike, 1 keeps them as they are
 # A block is colour, row (its 4s, 2s, 1s), column (4s, 2s, 1s); after two gatherings a channel is colour, 1s, 1s, 2s, 2s.
 ORDER = (7, 0, 3, 6, 2, 5, 1, 4)
-BULK, LEVEL, SLOPE = 300.0, 12.0, 0.5  # what drowns a norm's statistics, and what keeps SiLU in its straight part
+BULK, LEVEL, SLOPE = 300.0, 20.0, 0.4  # what drowns a norm's statistics, and what keeps SiLU in its straight part
 
 
 @dataclass(frozen=True)
@@ -47,14 +46,21 @@ def blocks_of(x: Tensor) -> Tensor:
 
 
 def principal(x: Tensor, count: int) -> BlockCode:
-    """The `count` directions in which the blocks of pictures differ most, scaled to deviations of about 1."""
+    """The `count` directions in which the blocks of pictures differ most; each of length 1, the mean block at 0."""
     blocks = blocks_of(x).double()
     mean = blocks.mean(0)
-    variances, axes = torch.linalg.eigh((blocks - mean).T @ (blocks - mean) / len(blocks))
-    deviations, axes = variances.flip(0)[:count].clamp(min=1e-12).sqrt(), axes.flip(1)[:, :count]
-    scale = deviations**EASE / deviations.pow(2 * EASE).mean().sqrt()
-    directions = axes * (scale / deviations)
+    directions = torch.linalg.eigh((blocks - mean).T @ (blocks - mean) / len(blocks))[1].flip(1)[:, :count]
     return BlockCode(directions.float(), -(mean @ directions).float())
+
+
+def standardise(code: BlockCode, x: Tensor) -> BlockCode:
+    """The code shifted and scaled so that each number has mean 0 and deviation 1 on pictures.
+
+    So a UNet that predicts v has nothing to learn of how large each channel is: the best guess without knowing anything is v = 0.
+    """
+    latents = code.encode(x)
+    mean, deviation = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
+    return BlockCode(code.directions / deviation, (code.offset - mean) / deviation)
 
 
 def code_of(vae: AutoencoderKL) -> BlockCode:

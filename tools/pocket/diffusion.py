@@ -78,15 +78,17 @@ class Teaching:
         latents = {"in_channels": channels, "out_channels": channels}
         return UNet2DConditionModel(sample_size=side, block_out_channels=self.width, **(CONFIG | latents))
 
-    def loss(self, unet: Callable, schedule: VP, latents: Tensor, cond: Tensor, generator: torch.Generator) -> Tensor:
-        """Mean squared error at one timestep per picture, weighted by `min_snr`."""
+    def loss(
+        self, unet: Callable, schedule: VP, latents: Tensor, cond: Tensor, generator: torch.Generator, shows: Tensor | float = 1.0
+    ) -> Tensor:
+        """Mean squared error at one timestep per picture, weighted by `min_snr` and what each channel `shows` [c, 1, 1]."""
         n = len(latents)
         even = (torch.arange(n) + torch.rand(n, generator=generator)) / n  # stratified: less noise in the loss
         places = DENSITIES[self.density](even).clamp(0, 1 - 1e-6)
         t = (places * schedule.steps).long().to(latents.device)
         noise = torch.randn(latents.shape, generator=generator).to(latents.device)
         predicted = unet(schedule.add(latents, noise, t), t, cond).sample.float()
-        wrong = (predicted - schedule.target(latents, noise, t)).square().mean((1, 2, 3))
+        wrong = (shows * (predicted - schedule.target(latents, noise, t)).square()).mean((1, 2, 3))
         return (schedule.weight(t, self.min_snr) * wrong).mean()
 
 
@@ -121,6 +123,7 @@ def train(
     device: str,
     bf16: bool,
     compiled: bool,
+    shows: Tensor | float = 1.0,
     picture: Callable[[UNet2DConditionModel, int], None] | None = None,
 ) -> UNet2DConditionModel:
     """Train on encoded pictures `[n, c, h, w]` and embedded captions `[n, 77, d]`, resumably; return the averaged UNet.
@@ -142,7 +145,7 @@ def train(
     def loss_of(batch: tuple[Tensor, Tensor], step: int) -> Tensor:
         generator = torch.Generator().manual_seed(step * count + rank + 10**9)
         with AttentionInFloats() if device == "cpu" else nullcontext(), torch.autocast(device, torch.bfloat16, enabled=bf16):
-            return teaching.loss(forward, schedule, *batch, generator)
+            return teaching.loss(forward, schedule, *batch, generator, shows)
 
     def show(weights: dict[str, Tensor], step: int) -> None:
         shown.load_state_dict(weights)

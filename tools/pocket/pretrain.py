@@ -249,7 +249,7 @@ def train_in_team(rank: int, options: argparse.Namespace, train: Callable[[argpa
 
 def train_unet(options: argparse.Namespace) -> None:
     """Train the UNet to its end, alone or as one of a team."""
-    tokenizer, _, model = load_parts(options.work)
+    tokenizer, vae, model = load_parts(options.work)
     latents, conditions = (np.load(options.work / f"{name}.npy", mmap_mode="r") for name in ("latents", "conditions"))
     empty = embed(text_encoder(model), clip.tokens(tokenizer, [""]))[0]
 
@@ -279,6 +279,7 @@ def train_unet(options: argparse.Namespace) -> None:
         options.device,
         options.bf16,
         options.compile,
+        autoencoder.visibility(vae, torch.from_numpy(latents[:16]).float()).to(options.device),
         picture,
     )
     if team()[0] == 0:
