@@ -42,6 +42,7 @@ REQUEST = ("negative", "steps", "guidance", "sampler", "size", "denoise")  # opt
               help=f"{', '.join(SAMPLERS)}, in any case; auto: the one that the base's own config names")  # fmt: skip
 @click.option("--size", type=Side(), help="side or WIDTHxHEIGHT in pixels [default: the image's, or the base's own]")
 @click.option("--image", "-i", type=PATH, metavar="FILE", help="picture to begin with")
+@click.option("--mask", type=PATH, metavar="FILE", help="where --image is drawn anew: white, or see-through; the rest is kept")
 @click.option("--denoise", type=click.FloatRange(0, 1), default=0.75, show_default=True, help="how much of --image is drawn anew")
 @click.option("--base", help="'pocket', a diffusers folder, a .safetensors checkpoint or a hub id [default: what the adapter was "
                             "trained on, read in the same way]")  # fmt: skip
@@ -109,8 +110,8 @@ def order_of(
     if not wanted:
         raise RecipeError("what should be drawn?", 'personalize generate "a cat", or --prompts FILE')
     base = {name: value for name in BASE if (value := options.pop(name)) is not None}
-    library, image = Library(folder=options.pop("lora_dir")), options.pop("image")
-    settings = {name: options.pop(name) for name in REQUEST} | {"image": InitImage.open(image) if image else None}
+    library, image = Library(folder=options.pop("lora_dir")), InitImage.open(options.pop("image"), options.pop("mask"))
+    settings = {name: options.pop(name) for name in REQUEST} | {"image": image}
     request, own_seeds = Request.parse("", adapters=library.add(options.pop("stack")), **settings), seed_list(seeds, count)
     whole = len(wanted) * len(own_seeds) * prod(len(axis.values) for axis in options["axes"])
     return {

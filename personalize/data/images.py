@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, ImageOps
 
 from ..errors import DataError
 from ..io import sha256_of
@@ -94,6 +94,25 @@ def load_whole(path: Path) -> Image.Image:
     except Unreadable as error:
         raise DataError(f"{path}: {error}", "give another picture") from error
     return flat if turn is None else flat.transpose(turn)
+
+
+def load_mask(path: Path, size: tuple[int, int]) -> Image.Image:
+    """What of a picture of `size` is drawn anew: "L", white where the file is see-through, or, without any such place, light.
+
+    Raises DataError, also for a mask of another size or of nothing.
+    """
+    try:
+        with open_image(path) as (_, image):
+            clear = ImageOps.invert(image.convert("RGBA").getchannel("A")) if image.has_transparency_data else None
+    except Unreadable as error:
+        raise DataError(f"{path}: {error}", "give another mask") from error
+    mask = clear if clear and clear.getbbox() else load_whole(path).convert("L")
+    if mask.size != size:
+        sizes = f"{mask.width}x{mask.height} pixels, the picture {size[0]}x{size[1]}"
+        raise DataError(f"{path}: the mask has {sizes}", "give a mask of the picture's size")
+    if not mask.getbbox():
+        raise DataError(f"{path}: the mask is black everywhere", "paint white, or erase, what is to be drawn anew")
+    return mask
 
 
 @contextlib.contextmanager

@@ -27,11 +27,11 @@ from ..recipe.lines import parse_line
 from ..recipe.resolve import from_json, resolve
 from ..text import slug
 from .events import Event, Notice, Picture, Progress, Saved
-from .img2img import fit_image
+from .img2img import fit_start
 from .library import Library
 from .png import save_picture
 from .prompts import Use, check_negative, parse
-from .request import InitImage, Request
+from .request import Request
 from .session import Session
 from .sheet import contact_sheet, save_sheet
 from .xyplot import Axis, Plot, plots
@@ -76,9 +76,8 @@ def generate(
     )
     start = settings.image
     if start and start.picture:  # once for all pages
-        picture, notice = fit_image(session.base, start.picture, settings.size)
+        start, notice = fit_start(session.base, start, settings.size)
         yield from [Notice(notice)] if notice else []
-        start = InitImage(picture, start.name)
     for page in pages:
         yield from draw_page(
             session, replace(page, requests=tuple(replace(one, image=start) for one in page.requests)), output, sheets

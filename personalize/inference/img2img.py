@@ -5,26 +5,36 @@ SDEdit (Meng et al. 2021, https://arxiv.org/abs/2108.01073): the image is noised
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageChops, ImageFilter, ImageOps
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..errors import RecipeError
 from ..models.model import Base
 
+if TYPE_CHECKING:
+    from .request import InitImage
+
+EDGE = 2  # pixels over which a mask's edge is soft, inwards
 LARGE = 4  # of the base's own area: twice its side is what people draw over to add detail
 
 
 @dataclass(frozen=True)
 class InitLatents:
-    """An image's latents [1, c, h, w] in the denoiser's units, and how much of the way is drawn anew: 0 nothing, 1 all of it."""
+    """An image's latents [1, c, h, w] in the denoiser's units, and how much of the way is drawn anew: 0 nothing, 1 all of it.
+
+    With a mask in `image`, what it leaves black is kept: at each step it is the image's own, noised as much as all else (as in
+    blended latent diffusion, Avrahami et al. 2023, https://arxiv.org/abs/2206.02779), and in the end its very pixels.
+    """
 
     latents: Tensor
     denoise: float
+    image: InitImage | None = None
 
     def enter(self, sampler: Any, steps: int, noise: Tensor) -> tuple[Tensor, Tensor]:
         """The timesteps that are left of a sampler set to `steps` steps, and the latents [b, c, h, w] to begin with.
@@ -36,6 +46,23 @@ class InitLatents:
         timesteps = last_timesteps(sampler, steps, self.step_count(steps))
         start = self.latents.to(noise).expand_as(noise)
         return timesteps, sampler.add_noise(start, noise, timesteps[:1].expand(len(noise))) if len(timesteps) else start.clone()
+
+    def keep(self, sampler: Any, latents: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
+        """Latents [b, c, h, w] before a timestep [1] (none left: [0]), the image's own where the mask does not draw anew."""
+        if self.image is None or self.image.mask is None:
+            return latents
+        kept = self.latents.to(noise).expand_as(noise)
+        if len(timestep):
+            kept = sampler.add_noise(kept, noise, timestep.expand(len(noise)))
+        levels = torch.from_numpy(np.array(self.image.mask))[None, None].to(noise)
+        return torch.where(F.adaptive_max_pool2d(levels, noise.shape[-2:]) > 0, latents, kept)
+
+    def paste(self, drawn: Image.Image) -> Image.Image:
+        """What was drawn, over the image: soft at the mask's edge, and nothing outside of it is another byte."""
+        if self.image is None or self.image.mask is None or self.image.picture is None:
+            return drawn
+        soft = self.image.mask.filter(ImageFilter.GaussianBlur(EDGE))
+        return Image.composite(drawn, self.image.picture, ImageChops.darker(self.image.mask, soft))
 
     def step_count(self, steps: int) -> int:
         """How many of `steps` steps are left: none at 0 only."""
@@ -65,6 +92,15 @@ def encode_image(base: Base, picture: Image.Image) -> Tensor:
     pixels = torch.from_numpy(np.array(picture, dtype=np.float32)).permute(2, 0, 1)[None] / 127.5 - 1
     with torch.no_grad():
         return base.encode(pixels)[0].float()
+
+
+def fit_start(base: Base, start: InitImage, size: int | tuple[int, int] | None = None) -> tuple[InitImage, str]:
+    """An image to begin with, and its mask, as `fit_image` makes them. Raises RecipeError for one that is only a name."""
+    if start.picture is None:
+        raise RecipeError(f"the picture {start.name} is only a name here", "give its file again: --image")
+    picture, notice = fit_image(base, start.picture, size)
+    mask = fit_image(base, start.mask, size)[0].convert("L") if start.mask else None
+    return replace(start, picture=picture, mask=mask), notice
 
 
 def fit_image(base: Base, picture: Image.Image, size: int | tuple[int, int] | None = None) -> tuple[Image.Image, str]:

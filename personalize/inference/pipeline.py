@@ -40,6 +40,7 @@ def draw(
     size: Size | None = None,
     image: Image.Image | str | Path | None = None,
     denoise: float = DENOISE,
+    mask: str | Path | None = None,
     batch_size: int | None = None,
 ) -> Pictures:
     """One image per (prompt, seed) pair, in order; `<lora:NAME:0.8>` in a prompt adds an adapter of `adapters` to it.
@@ -47,7 +48,8 @@ def draw(
     Tags are A1111's (prompts.py). `size` is the side or (width, height) in pixels, by default the image's or the base's.
     `guidance` is classifier-free guidance (Ho & Salimans 2022, https://arxiv.org/abs/2207.12598): 1 is the plain conditional
     model. `sampler` is a name of samplers.py, such as "DPM++ 2M Karras"; auto is the base's own. With `image`, an image or its
-    file, drawing begins there and changes `denoise` (0 to 1) of it. Raises RecipeError for unknown samplers and names that are
+    file, drawing begins there and changes `denoise` (0 to 1) of it; with the file of a `mask`, only where that is white or
+    see-through. Raises RecipeError for unknown samplers and names that are
     not in `adapters`, FamilyMismatchError for adapters of another family.
 
     >>> from personalize.models import Base
@@ -60,7 +62,7 @@ def draw(
     ((64, 64), True)
     """
     check_arguments(base, prompts, seeds, adapters, steps, size)
-    start = InitImage.open(image) if isinstance(image, str | Path) else image and InitImage(image)
+    start = InitImage.open(image, mask)
     sides = (size, size) if isinstance(size, int) else size
     library = Library(adapters or {})
     requests = [

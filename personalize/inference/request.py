@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..adapters.strengths.grammar import read
-from ..data.images import load_whole
+from ..data.images import load_mask, load_whole
 from ..errors import RecipeError
 from ..families.notation import choose_by_seed
 from ..recipe.fields import Sampling
@@ -33,11 +33,21 @@ class InitImage:
 
     picture: Image.Image | None
     name: str = ""  # of its file
+    mask: Image.Image | None = None  # of the same size, "L": white is drawn anew, black is kept; None: all is drawn anew
 
     @classmethod
-    def open(cls, path: str | Path) -> InitImage:
-        """Read a file: RGB, upright. Raises DataError."""
-        return cls(load_whole(Path(path)), plain(Path(path).name))  # a name may be no UTF-8
+    def open(cls, image: str | Path | Image.Image | None, mask: str | Path | None = None) -> InitImage | None:
+        """Read files: RGB, upright; a mask is white or see-through where the picture is drawn anew. None for no image.
+
+        Raises DataError for files, RecipeError for a mask alone.
+        """
+        if image is None:
+            if mask:
+                raise RecipeError("a mask, and no picture that it is of", "give the picture too: --image FILE")
+            return None
+        name = plain(Path(image).name) if isinstance(image, str | Path) else ""
+        picture = load_whole(Path(image)) if isinstance(image, str | Path) else image
+        return cls(picture, name, load_mask(Path(mask), picture.size) if mask else None)
 
 
 @dataclass(frozen=True)
@@ -116,6 +126,7 @@ class Request:
             "negative": self.negative,
             "image": self.image.name if self.image else "",
             "denoise": self.denoise if self.image else None,
+            **({"masked": True} if self.image and self.image.mask else {}),
             "precision": self.precision,
             "adapters": uses,
         }

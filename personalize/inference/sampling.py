@@ -95,6 +95,8 @@ def denoise_steps(base: Base, requests: Sequence[Request], start: InitLatents | 
             output = predict(base, scheduler.scale_model_input(latents, t), t, cond, one.guidance)
             latents = scheduler.step(output.float(), t, latents, **own).prev_sample
             if (i + 1) % order == 0 or i + 1 == len(timesteps):
+                if start:
+                    latents = start.keep(scheduler, latents, noise, timesteps[i + 1 : i + 2])
                 yield i // order + 1, count
     return latents
 

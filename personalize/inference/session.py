@@ -19,12 +19,11 @@ import torch
 from torch import Tensor
 
 from ..adapters.adapter import Adapter
-from ..errors import RecipeError
 from ..models.model import Base
 from ..models.processes import share
 from ..models.threads import few_threads, is_small
 from .events import Cancelled, Event, Notice, Picture, Progress
-from .img2img import InitLatents, encode_image, fit_image
+from .img2img import InitLatents, encode_image, fit_start
 from .library import Library
 from .request import InitImage, Request
 from .sampling import Steps, draw_batch, to_images
@@ -33,7 +32,7 @@ from .stacks import Stacks
 
 MANY, FEW = 8, 4  # images at once: a small base gains nothing by more, and two of its batches are drawn by two cores
 Numbered = tuple[int, Request]
-Latents = dict[tuple[InitImage, tuple[int, int] | None], Tensor]
+Latents = dict[tuple[InitImage, tuple[int, int] | None], tuple[Tensor, InitImage]]
 
 
 class _Stop(Exception):
@@ -106,13 +105,12 @@ class Session:
             return None
         key = request.image, request.size
         if key not in latents:
-            if request.image.picture is None:
-                raise RecipeError(f"the picture {request.image.name} is only a name here", "give its file again: --image")
-            picture, notice = fit_image(self.base, request.image.picture, request.size)
+            image, notice = fit_start(self.base, request.image, request.size)
             if notice:
                 yield Notice(notice)
-            latents[key] = encode_image(self.base, picture)
-        return InitLatents(latents[key], request.denoise)
+            assert image.picture
+            latents[key] = encode_image(self.base, image.picture), image
+        return InitLatents(latents[key][0], request.denoise, latents[key][1])
 
     def _batch(
         self, batch: Sequence[Numbered], adapters: Mapping[str, Adapter], hashes: Mapping[str, str], start: InitLatents | None
@@ -127,7 +125,7 @@ class Session:
             yield Notice(not_finite(self.base))
         own = {use.name: hashes[use.name] for use in uses}
         for (number, request), image in zip(batch, to_images(pixels), strict=True):
-            yield Picture(number, request.complete(self.base, image.size, own), image)
+            yield Picture(number, request.complete(self.base, image.size, own), start.paste(image) if start else image)
 
     def _progress(self, steps: Steps, numbers: tuple[int, ...]) -> Generator[Event, None, Tensor]:
         """Go on step by step until the pixels are there. Raises _Stop as soon as drawing was cancelled."""

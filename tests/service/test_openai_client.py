@@ -80,8 +80,25 @@ def test_edit_a_picture(client: openai.OpenAI, busy: Service) -> None:
     )  # fmt: skip
     assert answer.data and picture(answer.data[0]).format == "WEBP"
     assert not [one for one in client.files.list() if one.purpose == "vision"]  # what was begun with is not kept
-    with pytest.raises(openai.BadRequestError, match="mask"):
-        client.images.edit(image=("a.png", png()), mask=("b.png", png()), prompt="a cat")
+
+
+def test_edit_what_a_mask_leaves_open(client: openai.OpenAI, busy: Service) -> None:
+    begun, hole = png(64), io.BytesIO()
+    with Image.open(io.BytesIO(begun)) as opened:
+        before = opened.convert("RGBA")
+    before.paste((0, 0, 0, 0), (0, 0, 32, 64))
+    before.save(hole, "png")
+    asked = {"prompt": "a cat", "model": "pocket", "size": "64x64", "extra_body": {"steps": 2}}
+    answer = client.images.edit(image=("begin.png", begun), mask=("mask.png", hole.getvalue()), **asked)
+    assert answer.data
+    after, kept = picture(answer.data[0]).convert("RGB"), before.convert("RGB")
+    assert after.crop((32, 0, 64, 64)).tobytes() == kept.crop((32, 0, 64, 64)).tobytes()
+    assert after.crop((0, 0, 30, 64)).tobytes() != Image.open(io.BytesIO(begun)).convert("RGB").crop((0, 0, 30, 64)).tobytes()
+    assert not [one for one in client.files.list() if one.purpose == "vision"]
+    for mask in (png(32), b"no picture"):
+        with pytest.raises(openai.BadRequestError, match="mask"):
+            client.images.edit(image=("a.png", begun), mask=("mask.png", mask), **asked)
+    assert not [one for one in client.files.list() if one.purpose == "vision"]
 
 
 def test_streams_of_pictures(client: openai.OpenAI) -> None:

@@ -6,7 +6,7 @@ import base64
 import io
 import json
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ FORM = {
     "type": "object",
     "required": ["image", "prompt"],
     "additionalProperties": True,
-    "properties": {"image": {"type": "string", "format": "binary"}}
+    "properties": {name: {"type": "string", "format": "binary"} for name in ("image", "mask")}
     | {name: {"type": "string"} for name in ("prompt", "model", "n", "size", "seed", "denoise", "response_format")},
 }
 
@@ -56,26 +56,41 @@ async def generate_images(here: Here, request: Request, body: Drawing) -> Any:
     openapi_extra={"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": FORM}}}},
 )
 async def edit_images(here: Here, request: Request) -> Any:
-    """Draw pictures that begin with one that is sent; `denoise` says how much of it is drawn anew."""
+    """Draw pictures that begin with one that is sent; `denoise` says how much of it is drawn anew.
+
+    With a `mask` of its size, only where that is see-through (or white, where nothing is): there all of it, if nothing is said.
+    """
     async with request.form(max_files=2, max_fields=FIELDS) as form:
         image = next((one for name, one in form.multi_items() if name in ("image", "image[]")), None)
         if not isinstance(image, UploadFile):
             raise Refusal(400, "no_image", "no picture was sent", "send it as `image`", "image")
-        if form.get("mask") is not None:
-            raise Refusal(
-                400, "unsupported", "a mask is not drawn by here", "leave it out: denoise says how much changes", "mask"
-            )
         fields = {name: value for name, value in form.multi_items() if isinstance(value, str)}
         asked = parse_drawing(form_values(fields))
-        name = image.filename or "image.png"
-        file = await to_thread.run_sync(keep_file, here, name if "." in name else f"{name}.png", image.file, "vision")
-    try:
-        settings = await to_thread.run_sync(drawing, here, asked, file.id)
-        job = await begin(here, settings)
-    except PersonalizeError:
-        here.files.remove(file.id)
-        raise
-    return await answer(here, request, job, asked, "image_edit", lambda: here.files.remove(file.id))
+        kept: dict[str, str] = {}
+        try:
+            for name, sent in {"image": image, "mask": form.get("mask")}.items():
+                if isinstance(sent, str):
+                    raise Refusal(400, "bad_mask", "the mask is no file", "send it as the picture is sent", "mask")
+                if sent is not None:
+                    kept[name] = await to_thread.run_sync(keep_picture, here, sent)
+            settings = await to_thread.run_sync(drawing, here, asked, kept)
+            job = await begin(here, settings)
+        except PersonalizeError:
+            remove_files(here, kept)
+            raise
+    return await answer(here, request, job, asked, "image_edit", lambda: remove_files(here, kept))
+
+
+def keep_picture(here: Studio, sent: UploadFile) -> str:
+    """Keep a picture that was sent as long as a request lasts; the id of its file."""
+    name = sent.filename or "image.png"
+    return keep_file(here, name if "." in name else f"{name}.png", sent.file, "vision").id
+
+
+def remove_files(here: Studio, kept: Mapping[str, str]) -> None:
+    """Let go of what was kept for a request."""
+    for id in kept.values():
+        here.files.remove(id)
 
 
 def parse_drawing(values: dict[str, Any]) -> Drawing:

@@ -176,8 +176,8 @@ class Drawing(BaseModel):
     adapters: list[str] | None = Field(None, description="adapters by id or path, each with a strength: ID:0.8")
 
 
-def drawing(studio: Studio, asked: Drawing, image: str | None = None) -> dict[str, Any]:
-    """Settings of the job that draws what a client asks for."""
+def drawing(studio: Studio, asked: Drawing, files: Mapping[str, str] = {}) -> dict[str, Any]:
+    """Settings of the job that draws what a client asks for, over the `image` among `files`, in its `mask`."""
     given = {name: value for name, value in (asked.model_extra or {}).items() if name not in IGNORED and value is not None}
     if (asked.model_extra or {}).get("background") == "transparent":
         raise Refusal(400, "unsupported", "pictures have no transparent background here", "leave background out", "background")
@@ -193,9 +193,9 @@ def drawing(studio: Studio, asked: Drawing, image: str | None = None) -> dict[st
         settings.setdefault("base", asked.model)
     if stack:
         settings["stack"] = stack
-    if image:
-        settings["image"] = image
-    return job_settings(studio, "generate", settings)
+    if "mask" in files:
+        settings.setdefault("denoise", 1.0)
+    return job_settings(studio, "generate", settings | dict(files))
 
 
 def form_values(form: Mapping[str, Any]) -> dict[str, Any]:
