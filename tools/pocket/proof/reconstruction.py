@@ -79,7 +79,7 @@ def reconstruct(base: Base, x: Tensor) -> Tensor:
     return torch.cat([base.decode(base.encode(chunk)[0]) for chunk in x.split(32)])
 
 
-def optimized(base: Base, x: Tensor, steps: int) -> Tensor:
+def best_reconstruction(base: Base, x: Tensor, steps: int) -> Tensor:
     """Pictures `[n, 3, h, w]` as the decoder shows them at best: latents sought by gradient from the encoder's."""
     latents = base.encode(x)[0].detach().requires_grad_()
     descent = torch.optim.Adam([latents], lr=0.03)
@@ -103,7 +103,7 @@ def main(options: argparse.Namespace) -> None:
         y = reconstruct(base, x)
         value = decibels(y, x)
         if options.optimize:
-            best = {**best, name: decibels(optimized(base, x[:OPTIMIZED], options.optimize), x[:OPTIMIZED])}
+            best = {**best, name: decibels(best_reconstruction(base, x[:OPTIMIZED], options.optimize), x[:OPTIMIZED])}
         words, met = (f">= {goal:g}", value >= goal) if goal else ("", None)
         tables["PSNR of encode and decode, mean of each group"].append(
             Figure(name, None, value, best.get(name), words, met, "dB")
