@@ -267,14 +267,16 @@ def write_state(run: ActiveRun, due: bool) -> Iterator[Event]:
 def between_steps(run: ActiveRun) -> Iterator[Event]:
     """What is due where the run stands."""
     if run.between:
-        yield from make_what_is_due(run)
+        with run.opt.averaged():
+            yield from make_what_is_due(run)
         run.between = False
 
 
 def end_of_run(run: ActiveRun) -> Iterator[Event]:
     """The end of a run that has taken its last step."""
     if not run.steps_left:
-        yield from finish(run)
+        with run.opt.averaged():
+            yield from finish(run)
         plan, seconds = run.plan, time.perf_counter() - run.began
         run.ended = True
         path = plan.run.relative(plan.run.adapter)
@@ -290,11 +292,14 @@ def obey(run: ActiveRun) -> Iterator[Event]:
 def obey_word(run: ActiveRun, word: str) -> Iterator[Event]:
     """What one word asks for."""
     if word == "sample":
-        yield from sample_images(run, run.done)
+        with run.opt.averaged():
+            yield from sample_images(run, run.done)
     elif word == "save":
         run.write_state(due=True)
         run.plan.run.put_state()
-        yield save_checkpoint(run)
+        with run.opt.averaged():
+            saved = save_checkpoint(run)
+        yield saved
     elif word == "stop":
         run.write_last_state()
         run.plan.run.put_state()
