@@ -120,6 +120,13 @@ class Optim(Part):
     beta2: float = Field(0.99, ge=0, lt=1, description="AdamW's second momentum")
     clip: float = Field(1.0, ge=0, description="largest gradient norm; 0 turns clipping off")
     accumulate: int = Field(1, ge=1, description="micro-batches summed into one optimizer step")
+    scale_weight_norms: float = Field(
+        0.0,
+        ge=0,
+        exclude_if=is_off,
+        description="largest norm of a layer's update, which is scaled back to it after each step, as kohya's option of that "
+        "name does; 0 turns it off",
+    )
     ema: float = Field(
         0.0,
         ge=0,

@@ -96,6 +96,8 @@ def check_rule(optim: Any) -> None:
     if not rule.scheduled and optim.schedule != "constant":
         what = f"--schedule {optim.schedule} and --optimizer {name} exclude each other: it averages instead"
         raise RecipeError(what, "leave the schedule out, or say constant")
+    if rule.average and optim.scale_weight_norms:
+        raise RecipeError(f"--scale-weight-norms scales what --optimizer {name} does not go on from", "leave it out")
     if rule.average and optim.ema:
         raise RecipeError(f"--ema averages what --optimizer {name} averages by itself", "leave it out")
     if rule.average and not optim.beta1:

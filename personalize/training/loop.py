@@ -317,12 +317,20 @@ def take_step(run: ActiveRun, numbers: Sequence[float], norm: Tensor, clock: flo
     run.done += 1
     run.between = True
     cause = "" if good else undo_step(run, losses)
-    if good:
-        run.opt.step(run.done - 1, norm)
+    bounded = update(run, norm) if good else 0
     seconds = (time.perf_counter() - clock) / sharing
-    yield run.plan.run.record(step_event(run, losses, size, seconds, cause))
+    yield run.plan.run.record(step_event(run, losses, size, seconds, cause, bounded))
     if slower := run.pace.slower(seconds):
         yield run.plan.run.record(Warned(run.done, slowdown_message(run, slower)))
+
+
+def update(run: ActiveRun, norm: Tensor) -> int:
+    """Let the optimizer take the step that was counted already; how many layers became too large and were scaled back."""
+    run.opt.step(run.done - 1, norm)
+    most = run.plan.recipe.optim.scale_weight_norms
+    bounded = run.tunable.bound(most) if most else 0
+    run.opt.follow(run.done - 1)
+    return bounded
 
 
 def give_up(run: ActiveRun) -> Iterator[Event]:

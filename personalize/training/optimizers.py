@@ -103,11 +103,14 @@ class Optimizer:
         for group in self.rule.param_groups:
             group["lr"] = self.lr(group["part"], done, group.get("start", 0)) * group.get("faster", 1.0) * group.get("scale", 1.0)
         self.rule.step()
-        if self.ema:
-            self.ema.follow(done)
         self.skip()
         if self.scale:
             self.scale.grow()
+
+    def follow(self, done: int) -> None:
+        """Let the average follow the step after `done` steps, if there is one."""
+        if self.ema:
+            self.ema.follow(done)
 
     def skip(self) -> None:
         """Drop the gradients without an update."""
