@@ -5,7 +5,7 @@ A built-in row and one from another package come in by the same door: "module:at
 Packages declare theirs as entry points of the group `personalize.TABLE`:
 
     [project.entry-points."personalize.optimizers"]
-    lion = "my_package.lion:LION"
+    sophia = "my_package.sophia:SOPHIA"
 """
 
 from __future__ import annotations

@@ -267,7 +267,7 @@ def write_state(run: ActiveRun, due: bool) -> Iterator[Event]:
 def between_steps(run: ActiveRun) -> Iterator[Event]:
     """What is due where the run stands."""
     if run.between:
-        with run.opt.averaged():
+        with run.opt.holding_average():
             yield from make_what_is_due(run)
         run.between = False
 
@@ -275,7 +275,7 @@ def between_steps(run: ActiveRun) -> Iterator[Event]:
 def end_of_run(run: ActiveRun) -> Iterator[Event]:
     """The end of a run that has taken its last step."""
     if not run.steps_left:
-        with run.opt.averaged():
+        with run.opt.holding_average():
             yield from finish(run)
         plan, seconds = run.plan, time.perf_counter() - run.began
         run.ended = True
@@ -292,12 +292,12 @@ def obey(run: ActiveRun) -> Iterator[Event]:
 def obey_word(run: ActiveRun, word: str) -> Iterator[Event]:
     """What one word asks for."""
     if word == "sample":
-        with run.opt.averaged():
+        with run.opt.holding_average():
             yield from sample_images(run, run.done)
     elif word == "save":
         run.write_state(due=True)
         run.plan.run.put_state()
-        with run.opt.averaged():
+        with run.opt.holding_average():
             saved = save_checkpoint(run)
         yield saved
     elif word == "stop":

@@ -170,7 +170,7 @@ def probe_run(run: ActiveRun) -> None:
 
     def sample_and_save() -> None:
         requests = list(plan.sample_requests(steps=1).values())[:8]
-        with run.opt.averaged():
+        with run.opt.holding_average():
             for _ in draw_images(plan.base, requests) if requests else ():
                 pass
             try:

@@ -79,7 +79,7 @@ class Optimizer:
         self.rule: torch.optim.Optimizer = self.row(made, optim)
         self.ema = Average(self.parameters, optim.ema) if optim.ema else None
         self._at_start = dict(group_values(self.rule))
-        self._apart: dict[str, Tensor] = {}  # inside `averaged`: the parameters as they are trained
+        self._apart: dict[str, Tensor] = {}  # inside `holding_average`: the parameters as they are trained
 
     def share(self, losses: Tensor, of: int = 0) -> Tensor:
         """The mean of `losses` [b], to go back from: a scalar, scaled; over `accumulate` of them the gradients average.
@@ -182,7 +182,7 @@ class Optimizer:
 
     @contextlib.contextmanager
     @torch.no_grad()
-    def averaged(self) -> Iterator[None]:
+    def holding_average(self) -> Iterator[None]:
         """Inside, parameters are what is drawn with, chosen and saved: their average, where there is one; `state` is the same."""
         average = self.average()
         if not average or self._apart:
@@ -252,13 +252,13 @@ def named_values(name: str, held: Mapping[str, Any]) -> Iterator[tuple[str, Tens
     """What an optimizer holds of a parameter, as named tensors; what is None is left out."""
     for key, value in held.items():
         if value is not None:
-            yield named(f"{name}.{key}", value), as_tensor(value)
+            yield state_name(f"{name}.{key}", value), as_tensor(value)
 
 
 def group_values(rule: torch.optim.Optimizer) -> Iterator[tuple[str, Any]]:
     """Numbers and tensors that an optimizer holds of a whole group, some of which it changes, by name; rates are the loop's."""
     for group in rule.param_groups:
-        yield from ((named(group_name(group, key), group[key]), group[key]) for key in group_keys(group))
+        yield from ((state_name(group_name(group, key), group[key]), group[key]) for key in group_keys(group))
 
 
 def group_keys(group: Mapping[str, Any]) -> list[str]:
@@ -282,7 +282,7 @@ def values_of_group(group: Mapping[str, Any], values: Mapping[str, Any]) -> dict
     return found
 
 
-def named(name: str, value: Any) -> str:
+def state_name(name: str, value: Any) -> str:
     """The name of a tensor, or of a plain number, in the state."""
     return name if isinstance(value, Tensor) else name + NUMBER
 

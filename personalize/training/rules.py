@@ -38,7 +38,7 @@ def prodigy(groups: Groups, optim: Optim) -> Optimizer:
     for diffusion models. Each group finds its own rate: the package's has one for all, and would pass over theirs."""
     from pytorch_optimizer import Prodigy
 
-    class ByGroup(Prodigy):  # type: ignore[misc]
+    class ByGroup(Prodigy):
         def step(self, closure: Any = None) -> None:
             every = self.param_groups
             try:
@@ -58,7 +58,7 @@ def adafactor(groups: Groups, optim: Optim) -> Optimizer:
     from transformers.optimization import Adafactor
 
     decay = optim.weight_decay
-    made: Optimizer = Adafactor(groups, lr=0.0, scale_parameter=False, relative_step=False, weight_decay=decay)  # type: ignore[no-untyped-call]
+    made: Optimizer = Adafactor(groups, lr=0.0, scale_parameter=False, relative_step=False, weight_decay=decay)
     return made
 
 
@@ -79,7 +79,7 @@ def schedule_free(groups: Groups, optim: Optim) -> Optimizer:
 
 
 def schedule_free_average(parameter: Tensor, state: Mapping[str, Any], group: Mapping[str, Any]) -> Tensor:
-    """x of y = beta1 x + (1 - beta1) z (section 2, eq. 1): what is drawn with and saved."""
+    """x of y = beta1 x + (1 - beta1) z: what is drawn with and saved."""
     return parameter.lerp(state["z"], 1 - 1 / group["betas"][0]) if "z" in state else parameter.clone()
 
 

@@ -18,7 +18,7 @@ Update = tuple[Tensor, list[Tensor], float]  # the norm of dW, tensors, and the 
 def bound_norms(layers: Iterable[AdapterLayer], number: int, most: float) -> int:
     """Bring each layer's dW, of adapter `number`, down to a Frobenius norm of `most`; how many were above it.
 
-    Max norm regularization (Srivastava et al. 2014, section 5.1) as kohya's --scale_weight_norms has it: the tensors of a LoRA
+    Max norm regularization (Srivastava et al. 2014) as kohya's --scale_weight_norms has it: the tensors of a LoRA
     share the factor between them. Waits for the device once.
     """
     updates = [update for layer in layers for update in updates_of(layer, number)]

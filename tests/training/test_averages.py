@@ -116,7 +116,7 @@ def test_what_is_saved_is_the_average_and_what_goes_on_is_not(make: Make, tmp_pa
         opt = Optimizer(attached.parameters(), recipe.optim, recipe.steps, rates=plan.rates)
         opt.load(state.tensors)
         trained = attached.snapshot()
-        with opt.averaged():
+        with opt.holding_average():
             average = attached.snapshot()
     assert distance(adapter_of(recipe), average) < 1e-6 < 1e-2 < distance(adapter_of(recipe), trained)
     by_hand = {name: opt.average()[name] for name in opt.parameters}

@@ -101,7 +101,7 @@ def make_optimizer(name: str, rates: dict[str, Rate] | None = None, **settings: 
 
 def distance(optimizer: Optimizer) -> float:
     """Mean squared distance from 0.5, of what would be saved."""
-    with optimizer.averaged(), torch.no_grad():
+    with optimizer.holding_average(), torch.no_grad():
         return float(torch.cat([(p - 0.5).flatten() for p in optimizer.parameters.values()]).square().mean())
 
 
@@ -159,10 +159,10 @@ def test_every_optimizer_goes_back_to_its_beginning(name: str) -> None:
 def test_what_is_averaged_is_drawn_with_and_nothing_else_changes(name: str) -> None:
     optimizer = run(make_optimizer(name), 5)
     trained, state = values(optimizer), optimizer.state()
-    with optimizer.averaged():
+    with optimizer.holding_average():
         assert same(values(optimizer), trained) is (rule_of(name).average is None)
         assert same(optimizer.state(), state)
-        with optimizer.averaged():  # a second time: the same
+        with optimizer.holding_average():  # a second time: the same
             assert same(optimizer.state(), state)
     assert same(optimizer.state(), state) and same(values(optimizer), trained)
 
