@@ -5,7 +5,7 @@ A built-in row and one from another package come in by the same door: "module:at
 Packages declare theirs as entry points of the group `personalize.TABLE`:
 
     [project.entry-points."personalize.optimizers"]
-    lion = "my_package.lion:LION"
+    sophia = "my_package.sophia:SOPHIA"
 """
 
 from __future__ import annotations
@@ -46,7 +46,15 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "images": "personalize.training.objectives.prior:ClassImages",
         "output": "personalize.training.objectives.prior:ClassOutput",
     },
-    "optimizers": {"adamw": "personalize.training.optimizers:adamw"},
+    "optimizers": {
+        "adamw": "personalize.training.rules:ADAMW",
+        "adamw8bit": "personalize.training.rules:ADAMW_8BIT",
+        "prodigy": "personalize.training.rules:PRODIGY",
+        "adafactor": "personalize.training.rules:ADAFACTOR",
+        "lion": "personalize.training.rules:LION",
+        "schedulefree": "personalize.training.rules:SCHEDULE_FREE",
+        "came": "personalize.training.rules:CAME",
+    },
     "backends": {"local": "personalize.backends.local:LOCAL"},
     "captioners": {  # in the order in which a folder is asked for its kind
         "pocket": "personalize.captioning.pocket:POCKET",
@@ -115,7 +123,7 @@ class Table(Mapping[str, Any]):
 def table(name: str) -> Table:
     """A table by its name: kinds, families, objectives, optimizers, backends, captioners or jobs.
 
-    >>> sorted(table("optimizers"))[:1]
-    ['adamw']
+    >>> list(table("optimizers"))[:2]
+    ['adamw', 'adamw8bit']
     """
     return Table(name)

@@ -88,6 +88,9 @@ def check_kind(adapter: AdapterSpec, optim: Part, dialect: str) -> None:
         if getattr(part, field) != type(part).model_fields[field].default and field not in rows[name].settings:
             others = ", ".join(other for other, row in rows.items() if field in row.settings)
             raise RecipeError(f"--{field.replace('_', '-')} is nothing that --kind {name} has", f"it is a setting of {others}")
+    if getattr(optim, "scale_weight_norms", 0) and not rows[name].linear_in:
+        others = ", ".join(other for other, row in rows.items() if row.linear_in)
+        raise RecipeError(f"--scale-weight-norms scales an update, which --kind {name} has no tensors for", f"{others} have")
     if dialect != "kohya" and name != "lora":
         raise RecipeError(f"--dialect {dialect} holds LoRA only, not --kind {name}", "leave it out: kohya holds every kind")
     if adapter.dropout and name in (FULL, "norms"):

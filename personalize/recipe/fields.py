@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,6 +17,7 @@ from .by_layer import read_scales, read_thaws
 from .one_of import OneOf
 from .part import AtCommas, equals, is_off
 from .part import Part as Part
+from .rule import RATE, check_rule, remarks_on_rates, with_usual
 from .samplers import AUTO, SAMPLERS, sampler_name
 
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
@@ -78,10 +79,11 @@ class Optim(Part):
 
     optimizer: Annotated[str, OneOf("optimizers")] = Field(
         "adamw",
-        exclude_if=lambda name: name == "adamw",
-        description="optimizer: AdamW (Loshchilov & Hutter 2017), or one that was added",
+        exclude_if=equals("adamw"),
+        description="optimizer: AdamW, the same with moments in 8 bits, Prodigy (finds the rate: --lr 1), Adafactor, Lion, "
+        "schedule-free AdamW, CAME, or one that was added; a preset's rates are converted to it",
     )
-    lr: float = Field(1e-3, ge=0, description="learning rate of the UNet adapter; 0 leaves the UNet alone")
+    lr: float = Field(RATE, ge=0, description="learning rate of the UNet adapter, usual for AdamW; 0 leaves the UNet alone")
     lora_plus: float = Field(
         1.0,
         gt=0,
@@ -118,6 +120,26 @@ class Optim(Part):
     beta2: float = Field(0.99, ge=0, lt=1, description="AdamW's second momentum")
     clip: float = Field(1.0, ge=0, description="largest gradient norm; 0 turns clipping off")
     accumulate: int = Field(1, ge=1, description="micro-batches summed into one optimizer step")
+    scale_weight_norms: float = Field(
+        0.0,
+        ge=0,
+        exclude_if=is_off,
+        description="largest norm of a layer's update, which is scaled back to it after each step, as kohya's option of that "
+        "name does; 0 turns it off",
+    )
+    ema: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        exclude_if=is_off,
+        description="decay of an average of the weights, such as 0.99, which is what is drawn, chosen and saved; it begins "
+        "faster, with (1 + n) / (10 + n) after n steps; 0 turns it off",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _usual(cls, values: Any) -> Any:
+        return with_usual(values) if isinstance(values, Mapping) else values
 
     @field_validator("lr_scale")
     @classmethod
@@ -282,6 +304,7 @@ class Recipe(Part):
         if not self.optim.lr and self.optim.text_encoder_share < 1:
             raise RecipeError("with --lr 0 nothing is left to train after --text-encoder-share", "leave that out")
         check_kind(self.adapter, self.optim, self.dialect)
+        check_rule(self.optim)
         if self.adapter.kind == FULL and self.fitting.quantize not in ("auto", "none"):
             raise RecipeError(f"--quantize {self.fitting.quantize} rounds the weights that --kind full trains", "leave it out")
         if self.data.regularization is not None and self.objective.prior != "images":
@@ -306,10 +329,11 @@ class Recipe(Part):
     @property
     def remarks(self) -> list[str]:
         """What is allowed, and most likely not meant."""
-        if self.optim.warmup < self.steps or not self.optim.warmup:
-            return []
-        what = f"--warmup {self.optim.warmup} is as long as the run or longer ({self.steps} steps), so that --lr is never reached"
-        return [f"{what}: --warmup {self.steps // 10}"]
+        told, warmup = remarks_on_rates(self.optim), self.optim.warmup
+        if warmup >= self.steps:
+            what = f"--warmup {warmup} is as long as the run or longer ({self.steps} steps), so that --lr is never reached"
+            told.append(f"{what}: --warmup {self.steps // 10}")
+        return told
 
     @property
     def is_layered(self) -> bool:

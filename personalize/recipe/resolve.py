@@ -15,6 +15,7 @@ from ..pictures.galleries import count_pictures
 from ..text import parse_toml
 from .fields import WITHOUT_CLASS, Recipe
 from .lines import expand, with_our_placeholders
+from .rule import convert_rates
 from .settings import flat, flatten, record, settings
 
 PROMPTS = ("sample_prompts", "prior_prompts")  # lists whose lines may be in a file
@@ -122,7 +123,9 @@ def _build(layers: list[tuple[str, Mapping[str, Any]]]) -> Recipe:
     values: dict[str, Any] = {}
     origins: dict[str, str] = {}
     for origin, layer in layers:
-        for key, value in flat(layer, origin).items():
+        own = flat(layer, origin)
+        values = convert_rates(values, own["optimizer"]) if "optimizer" in own else values
+        for key, value in own.items():
             values[key], origins[key] = value, origin
             if key in PROMPTS and isinstance(value, list | tuple) and all(isinstance(prompt, str) for prompt in value):
                 values[key] = [with_our_placeholders(prompt) for prompt in expand(list(value))]

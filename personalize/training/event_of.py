@@ -66,8 +66,8 @@ def image_record(example: Example, dataset: Dataset) -> dict[str, str]:
     return {"path": str(example.path), "caption": example.caption, "sha256": example.sha256, "trigger": trigger}
 
 
-def step_event(run: ActiveRun, losses: list[float], norm: float, seconds: float, cause: str) -> Step:
-    """The event of a step; `losses` are those of all its images."""
+def step_event(run: ActiveRun, losses: list[float], norm: float, seconds: float, cause: str, bounded: int = 0) -> Step:
+    """The event of a step; `losses` are those of all its images, `bounded` the layers that it made too large."""
     recipe, opt, done = run.plan.recipe, run.opt, run.done
     micros = range((done - 1) * recipe.optim.accumulate, done * recipe.optim.accumulate)
     times = [t for micro in micros for t in timesteps_of(run.plan, micro)]
@@ -82,6 +82,7 @@ def step_event(run: ActiveRun, losses: list[float], norm: float, seconds: float,
         losses=losses,
         skipped=bool(cause),
         cause=cause,
+        bounded=bounded,
     )
 
 

@@ -61,6 +61,7 @@ class Step:
     losses: list[float] = field(default_factory=list)
     skipped: bool = False
     cause: str = ""
+    bounded: int = 0  # layers whose update was scaled back to --scale-weight-norms
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,12 +243,14 @@ NEEDED: dict[str, tuple[str, ...]] = {
 }
 # Of those, null stands for a number that is not finite.
 NULLABLE = {"fit", "validation", "drift", "contrast", "score", "value", "low", "high"}
+NEWER = ("bounded",)
 NOTES: dict[str, dict[str, type]] = {"error": {"message": str}}  # the record of a run's end that is no event
 
 
 def event_record(event: Event) -> dict[str, Any]:
-    """An event as strict JSON: its kind under "event", numbers that are not finite as null."""
-    return {"event": type(event).__name__.lower()} | {key: _plain(value) for key, value in asdict(event).items()}
+    """An event as strict JSON: its kind under "event", numbers that are not finite as null; what is newer, only where it is."""
+    values = {key: value for key, value in asdict(event).items() if value or key not in NEWER}
+    return {"event": type(event).__name__.lower()} | {key: _plain(value) for key, value in values.items()}
 
 
 def parse(record: Any) -> Event | None:

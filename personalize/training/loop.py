@@ -267,14 +267,16 @@ def write_state(run: ActiveRun, due: bool) -> Iterator[Event]:
 def between_steps(run: ActiveRun) -> Iterator[Event]:
     """What is due where the run stands."""
     if run.between:
-        yield from make_what_is_due(run)
+        with run.opt.holding_average():
+            yield from make_what_is_due(run)
         run.between = False
 
 
 def end_of_run(run: ActiveRun) -> Iterator[Event]:
     """The end of a run that has taken its last step."""
     if not run.steps_left:
-        yield from finish(run)
+        with run.opt.holding_average():
+            yield from finish(run)
         plan, seconds = run.plan, time.perf_counter() - run.began
         run.ended = True
         path = plan.run.relative(plan.run.adapter)
@@ -290,11 +292,14 @@ def obey(run: ActiveRun) -> Iterator[Event]:
 def obey_word(run: ActiveRun, word: str) -> Iterator[Event]:
     """What one word asks for."""
     if word == "sample":
-        yield from sample_images(run, run.done)
+        with run.opt.holding_average():
+            yield from sample_images(run, run.done)
     elif word == "save":
         run.write_state(due=True)
         run.plan.run.put_state()
-        yield save_checkpoint(run)
+        with run.opt.holding_average():
+            saved = save_checkpoint(run)
+        yield saved
     elif word == "stop":
         run.write_last_state()
         run.plan.run.put_state()
@@ -312,12 +317,20 @@ def take_step(run: ActiveRun, numbers: Sequence[float], norm: Tensor, clock: flo
     run.done += 1
     run.between = True
     cause = "" if good else undo_step(run, losses)
-    if good:
-        run.opt.step(run.done - 1, norm)
+    bounded = update(run, norm) if good else 0
     seconds = (time.perf_counter() - clock) / sharing
-    yield run.plan.run.record(step_event(run, losses, size, seconds, cause))
+    yield run.plan.run.record(step_event(run, losses, size, seconds, cause, bounded))
     if slower := run.pace.slower(seconds):
         yield run.plan.run.record(Warned(run.done, slowdown_message(run, slower)))
+
+
+def update(run: ActiveRun, norm: Tensor) -> int:
+    """Let the optimizer take the step that was counted already; how many layers became too large and were scaled back."""
+    run.opt.step(run.done - 1, norm)
+    most = run.plan.recipe.optim.scale_weight_norms
+    bounded = run.tunable.bound(most) if most else 0
+    run.opt.follow(run.done - 1)
+    return bounded
 
 
 def give_up(run: ActiveRun) -> Iterator[Event]:

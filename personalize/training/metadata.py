@@ -100,6 +100,7 @@ def kohya_keys(recipe: Recipe, base: Base, dataset: Dataset, name: str, step: in
         "ss_lr_scheduler": optim.schedule,
         "ss_lr_warmup_steps": optim.warmup,
         "ss_max_grad_norm": optim.clip,
+        **({"ss_scale_weight_norms": optim.scale_weight_norms} if optim.scale_weight_norms else {}),
         "ss_min_snr_gamma": recipe.objective.min_snr or None,
         "ss_prior_loss_weight": recipe.objective.prior_weight,
         "ss_noise_offset": None,

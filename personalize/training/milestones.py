@@ -170,12 +170,13 @@ def probe_run(run: ActiveRun) -> None:
 
     def sample_and_save() -> None:
         requests = list(plan.sample_requests(steps=1).values())[:8]
-        for _ in draw_images(plan.base, requests) if requests else ():
-            pass
-        try:
-            run.tunable.save(path, plan.recipe.dialect)
-        finally:
-            path.unlink(missing_ok=True)
+        with run.opt.holding_average():
+            for _ in draw_images(plan.base, requests) if requests else ():
+                pass
+            try:
+                run.tunable.save(path, plan.recipe.dialect)
+            finally:
+                path.unlink(missing_ok=True)
 
     probe_until_it_fits(run, lambda: islice(training_batches(plan, run.data, 0), min(epoch, LARGEST_AMONG)), sample_and_save)
     run.rewind()

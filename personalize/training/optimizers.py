@@ -1,11 +1,12 @@
 """Optimizers on what learns: rates by part and layer, their schedule, clipping, and a state of named tensors.
 
-An optimizer is a row of `registry.table("optimizers")`: a function from parameter groups and the recipe's settings to a
-torch.optim.Optimizer. Learning rates are set before each step.
+An optimizer is a row of `registry.table("optimizers")` (rules.py): a function from parameter groups and the recipe's settings to
+a torch.optim.Optimizer. Learning rates are set before each step.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -14,10 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import registry
 from ..adapters.kinds.kind import DORA
+from ..errors import RecipeError
 from ..recipe.fields import Optim
+from ..recipe.rule import Groups, rule_of
 from ..tuning.rates import EVEN, Rate
+from .averages import Average
 
 GROWTH = 200  # steps without overflow after which float16's loss scale doubles; torch's own 2000 is longer than most runs here
 SCALE = "loss scale"  # its name in the state
@@ -49,14 +52,6 @@ class Scale:
         self.value, self.good = max(1.0, self.value / 2), 0
 
 
-Groups = list[dict[str, Any]]  # torch's parameter groups
-
-
-def adamw(groups: Groups, optim: Optim) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov & Hutter 2017)."""
-    return torch.optim.AdamW(groups, betas=(optim.beta1, optim.beta2), weight_decay=optim.weight_decay, fused=True)
-
-
 class Optimizer:
     """The recipe's optimizer with a schedule, gradient clipping and accumulation; its state is plain named tensors.
 
@@ -80,8 +75,11 @@ class Optimizer:
         self.peak_lr = {part: optim.text_encoder_lr if is_text else optim.lr for part, is_text in text.items()}
         self.steps = {part: optim.text_encoder_steps(steps) if is_text else steps for part, is_text in text.items()}
         made = [one for part, group in groups.items() for one in parameter_groups(part, group, optim, rates)]
-        self.rule: torch.optim.Optimizer = registry.table("optimizers")[optim.optimizer](made, optim)
-        self._at_start = dict(group_numbers(self.rule))
+        self.row = rule_of(optim.optimizer)
+        self.rule: torch.optim.Optimizer = self.row(made, optim)
+        self.ema = Average(self.parameters, optim.ema) if optim.ema else None
+        self._at_start = dict(group_values(self.rule))
+        self._apart: dict[str, Tensor] = {}  # inside `holding_average`: the parameters as they are trained
 
     def share(self, losses: Tensor, of: int = 0) -> Tensor:
         """The mean of `losses` [b], to go back from: a scalar, scaled; over `accumulate` of them the gradients average.
@@ -108,6 +106,11 @@ class Optimizer:
         self.skip()
         if self.scale:
             self.scale.grow()
+
+    def follow(self, done: int) -> None:
+        """Let the average follow the step after `done` steps, if there is one."""
+        if self.ema:
+            self.ema.follow(done)
 
     def skip(self) -> None:
         """Drop the gradients without an update."""
@@ -140,10 +143,11 @@ class Optimizer:
 
     def state(self) -> dict[str, Tensor]:
         """Parameters and what the optimizer holds of them, on the CPU: name -> parameter, name + '.exp_avg' -> moment, ..."""
-        tensors = {name: p.detach() for name, p in self.parameters.items()}
+        tensors = {name: self._apart.get(name, p.detach()) for name, p in self.parameters.items()}
         for name, p in self.parameters.items():
             tensors |= dict(named_values(name, self.rule.state.get(p, {})))
-        tensors |= {key: as_tensor(value) for key, value in group_numbers(self.rule) if self._at_start.get(key) != value}
+        tensors |= {key: as_tensor(value) for key, value in group_values(self.rule) if self._has_changed(key, value)}
+        tensors |= self.ema.state() if self.ema else {}
         if self.scale:
             tensors[SCALE] = torch.tensor([self.scale.value, self.scale.good], dtype=torch.float64)
         return {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
@@ -164,11 +168,60 @@ class Optimizer:
                 }
         for group in self.rule.param_groups:
             for key in group_keys(group):
-                name = group_name(group, key)
-                group[key] = value_of(name, tensors) if name in tensors else self._at_start[name]
+                del group[key]
+            group |= values_of_group(group, self._at_start) | values_of_group(group, tensors)
+        if self.ema:
+            self.ema.load(tensors)
         if self.scale and SCALE in tensors:
             value, good = tensors[SCALE].tolist()
             self.scale = Scale(value, int(good))
+
+    def _has_changed(self, key: str, value: Any) -> bool:
+        """Whether a group's value is not what it was at the beginning; tensors come later, and change in place."""
+        return isinstance(value, Tensor) or self._at_start.get(key) != value
+
+    @contextlib.contextmanager
+    @torch.no_grad()
+    def holding_average(self) -> Iterator[None]:
+        """Inside, parameters are what is drawn with, chosen and saved: their average, where there is one; `state` is the same."""
+        average = self.average()
+        if not average or self._apart:
+            yield
+            return
+        self._apart = {name: self.parameters[name].detach().clone() for name in average}
+        for name, value in average.items():
+            self.parameters[name].copy_(value)
+        try:
+            yield
+        finally:
+            for name, value in self._apart.items():
+                self.parameters[name].copy_(value)
+            self._apart = {}
+
+    def average(self) -> dict[str, Tensor]:
+        """The average of each parameter that has one, by name."""
+        if self.ema:
+            return self.ema.values
+        if not self.row.average:
+            return {}
+        groups = {p: group for group in self.rule.param_groups for p in group["params"]}
+        held = self.rule.state
+        return {name: self.row.average(p, held.get(p, {}), groups[p]) for name, p in self.parameters.items()}
+
+
+def check_optimizer(optim: Optim, device: torch.device) -> None:
+    """Raise RecipeError where an optimizer's package is missing, or does not work on a device: it takes a step there."""
+    name, row = optim.optimizer, rule_of(optim.optimizer)
+    row.check_installed(name)
+    if not row.package:
+        return
+    parameter = nn.Parameter(torch.zeros(64, 64, device=device))
+    parameter.grad = torch.ones_like(parameter)
+    try:
+        row([{"params": [parameter], "part": "unet"}], optim).step()
+    except (ImportError, OSError, RuntimeError) as error:
+        why = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise RecipeError(f"--optimizer {name} does not work on {device}: {why}", "--optimizer adamw does") from error
 
 
 def parameter_groups(part: str, named: Mapping[str, nn.Parameter], optim: Optim, rates: Mapping[str, Rate]) -> Groups:
@@ -198,36 +251,53 @@ def kind_of_group(role: str, optim: Optim) -> tuple[str, dict[str, Any]]:
 def named_values(name: str, held: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
     """What an optimizer holds of a parameter, as named tensors; what is None is left out."""
     for key, value in held.items():
-        if isinstance(value, Tensor):
-            yield f"{name}.{key}", value
-        elif value is not None:
-            yield f"{name}.{key}{NUMBER}", as_tensor(value)
+        if value is not None:
+            yield state_name(f"{name}.{key}", value), as_tensor(value)
 
 
-def group_numbers(rule: torch.optim.Optimizer) -> Iterator[tuple[str, float]]:
-    """Plain numbers that an optimizer holds of a whole group, some of which it changes, by name; rates are the loop's."""
+def group_values(rule: torch.optim.Optimizer) -> Iterator[tuple[str, Any]]:
+    """Numbers and tensors that an optimizer holds of a whole group, some of which it changes, by name; rates are the loop's."""
     for group in rule.param_groups:
-        yield from ((group_name(group, key), group[key]) for key in group_keys(group))
+        yield from ((state_name(group_name(group, key), group[key]), group[key]) for key in group_keys(group))
 
 
 def group_keys(group: Mapping[str, Any]) -> list[str]:
-    """The keys of a group's plain numbers."""
-    return [key for key, value in group.items() if key not in ("lr", "start") and isinstance(value, int | float)]
+    """The keys of a group's numbers and tensors."""
+    return [key for key, value in group.items() if key not in ("lr", "start") and isinstance(value, int | float | Tensor)]
 
 
 def group_name(group: Mapping[str, Any], key: str) -> str:
-    """What a group's number is called in the state."""
-    return f"group {group.get('called', group['part'])} {key}{NUMBER}"
+    """What a group's value is called in the state."""
+    return f"group {group.get('called', group['part'])} {key}"
 
 
-def as_tensor(value: float) -> Tensor:
+def values_of_group(group: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """A group's own of named values, by their keys; tensors as copies on its device."""
+    begins, device, found = group_name(group, ""), group["params"][0].device, dict[str, Any]()
+    for name in values:
+        key = name.removeprefix(begins).removesuffix(NUMBER)
+        if name.startswith(begins) and " " not in key:  # another group's name may begin alike
+            value = value_of(name, values)
+            found[key] = value.to(device, copy=True) if isinstance(value, Tensor) else value
+    return found
+
+
+def state_name(name: str, value: Any) -> str:
+    """The name of a tensor, or of a plain number, in the state."""
+    return name if isinstance(value, Tensor) else name + NUMBER
+
+
+def as_tensor(value: float | Tensor) -> Tensor:
     """A number as a tensor that keeps it exactly: int64, bool or float64."""
+    if isinstance(value, Tensor):
+        return value.detach()
     return torch.tensor(value, dtype=torch.float64 if isinstance(value, float) else None)
 
 
-def value_of(key: str, tensors: Mapping[str, Tensor]) -> Any:
+def value_of(key: str, tensors: Mapping[str, Any]) -> Any:
     """A tensor, or the plain number that it stands for."""
-    return tensors[key].item() if key.endswith(NUMBER) else tensors[key]
+    value = tensors[key]
+    return value.item() if key.endswith(NUMBER) and isinstance(value, Tensor) else value
 
 
 def factor(optim: Optim, done: int, steps: int) -> float:

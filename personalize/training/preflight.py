@@ -42,7 +42,9 @@ from ..tuning.rates import Rate, rates_of
 from ..tuning.targets import fresh as fresh_deltas
 from .changes import changes_since, identity
 from .events import Finished
+from .memory.moments import states_held
 from .objectives.objective import needs_of
+from .optimizers import check_optimizer
 from .rundir import Run, State
 from .sample_names import sample_name
 
@@ -188,6 +190,7 @@ def check(
     if state and before:
         recipe = holding_back(recipe, still_held(recipe, whole, state))
     device = torch.device(device_of(recipe.device))
+    check_optimizer(recipe.optim, device)
     precision = precision_of(recipe.fitting, device)
     base = base or Base.of(recipe, "cpu", dtype_of(precision))
     schedulers.make_sampler(base, recipe.sampling.sample_steps, recipe.sampling.sampler)
@@ -346,7 +349,7 @@ def rehearse(plan: RunPlan) -> None:
     size, free = path.stat().st_size, shutil.disk_usage(plan.run.folder).free
     path.unlink()
     saves = 2 + (plan.recipe.steps // plan.recipe.checkpoint_every if plan.recipe.checkpoint_every else 0)
-    need = size * (saves + 6) + MARGIN  # the state is three adapters, and a new one is written before the old one goes
+    need = size * (saves + 2 * (1 + states_held(plan.recipe.optim))) + MARGIN  # a new state is written beside the old one
     if plan.recipe.adapter.kind == FULL:
         need += 2 * size_of(plan.base.path)  # the model, beside an earlier one
     if free < need:

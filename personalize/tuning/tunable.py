@@ -13,6 +13,7 @@ from torch import nn
 from ..adapters.adapter import Adapter
 from ..adapters.kinds.kind import DOWN, UP
 from ..models.model import Base
+from .bounded import bound_norms
 from .layers import ActiveRows, AdapterLayer, cast_once
 from .specs import deltas_of, values_of
 
@@ -61,6 +62,10 @@ class Tunable(Protocol):
 
     def leaves(self) -> list[nn.Parameter]:
         """What backward passes compute gradients of: of this one, and of others that share a pass with it."""
+        ...
+
+    def bound(self, most: float) -> int:
+        """Bring each layer's update down to a norm of `most`; how many were above it."""
         ...
 
     def put(self, saved: Adapter) -> None:
@@ -132,6 +137,10 @@ class LayerAdapter:
     def leaves(self) -> list[nn.Parameter]:
         """The parameters of these layers, those of all adapters that share them."""
         return [factor.weight for layer in self.layers.values() for factor in layer.factors.values()]
+
+    def bound(self, most: float) -> int:
+        """Bring each layer's update down to a Frobenius norm of `most`; how many were above it."""
+        return bound_norms(self.layers.values(), self.number, most)
 
     @torch.no_grad()
     def put(self, saved: Adapter) -> None:

@@ -496,7 +496,7 @@ CHANGES: dict[str, tuple[Any, dict[str, Any]]] = {
     "freeze": (["down_blocks"], {}), "lr_scale": (["up_blocks=2"], {}), "lr_decay": (0.5, {}), "unfreeze": ("gradual", {}),
     "lr": (2e-3, {}), "text_encoder_lr": (1e-3, {}), "schedule": ("constant", {"warmup": 0}), "warmup": (1, {}),
     "weight_decay": (0.5, {}), "beta1": (0.5, {}), "beta2": (0.9, {}), "clip": (0.01, {}), "accumulate": (2, {}),
-    "optimizer": ("sgd", {}),
+    "optimizer": ("sgd", {}), "ema": (0.9, {}), "scale_weight_norms": (1e-3, {}),
     "precision": ("bfloat16", {}), "quantize": ("nf4", {}),
     "prediction": ("epsilon", {}), "zero_snr": ("no", {}), "clip_skip": (2, {}),
     "holdout": ("1", {}),

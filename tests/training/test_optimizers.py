@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from personalize import registry
 from personalize.errors import RecipeError
 from personalize.recipe.fields import Optim
 from personalize.recipe.resolve import from_json, resolve, to_json, to_toml
@@ -159,77 +156,10 @@ def test_skipping_changes_nothing() -> None:
     assert all(p.grad is None for p in optimizer.parameters.values())
 
 
-# ---------------------------------------------------------------- every row of the table
-
-
-class Counting(torch.optim.Optimizer):
-    """Moves by the learning rate over a count; holds a plain int of each parameter, and a float of each group, as some do."""
-
-    def __init__(self, params: Any) -> None:
-        super().__init__(params, {"lr": 0.0, "size": 1.0})
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
-        for group in self.param_groups:
-            group["size"] *= 0.5
-            for p in group["params"]:
-                held = self.state[p]
-                held["count"] = held.get("count", 0) + 1
-                p -= group["lr"] * group["size"] * p.grad / held["count"]
-
-
-ADDED: dict[str, Any] = {
-    "momentum": lambda groups, optim: torch.optim.SGD(groups, lr=0.0, momentum=0.9, weight_decay=optim.weight_decay),
-    "plain": lambda groups, optim: torch.optim.SGD(groups, lr=0.0),
-    "counting": lambda groups, optim: Counting(groups),
-}
-ROWS = [*registry.table("optimizers"), *ADDED]
-
-
-@pytest.fixture(autouse=True)
-def added() -> Iterator[None]:
-    """Rows as another package adds them."""
-    for name, row in ADDED.items():
-        registry.table("optimizers").add(name, row)
-    yield
-    for name in ADDED:
-        registry.table("optimizers").remove(name)
-
-
-@pytest.mark.parametrize("name", ROWS)
-def test_every_optimizer_goes_on_from_named_tensors_to_the_bit(name: str) -> None:
-    unbroken = run(5, optimizer=name, schedule="cosine", weight_decay=0.1)
-    state = load(save(run(2, optimizer=name, schedule="cosine", weight_decay=0.1).state()))
-    second = Optimizer(groups(), unbroken.optim, 10)
-    second.load(state)
-    assert state.keys() == second.state().keys()
-    run(3, start=second, done=2)
-    assert torch.equal(values(second), values(unbroken)) and not torch.equal(values(unbroken), values(run(0)))
-    one, other = second.state(), unbroken.state()
-    assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
-
-
-@pytest.mark.parametrize("name", ROWS)
-def test_every_optimizer_goes_back_to_its_beginning(name: str) -> None:
-    optimizer = run(0, optimizer=name)
-    before = optimizer.state()
-    run(2, start=optimizer)
-    optimizer.load(before)
-    assert optimizer.state().keys() == before.keys()
-    assert torch.equal(values(run(2, start=optimizer)), values(run(2, optimizer=name)))
-
-
-@pytest.mark.parametrize("name", ROWS)
-def test_every_optimizer_follows_each_parts_rate(name: str) -> None:
-    before = values(run(0))
-    still = values(run(1, optimizer=name, text_encoder_lr=0.0))
-    assert torch.equal(still[3:], before[3:]) and not torch.equal(still[:3], before[:3])
-
-
 def test_an_optimizer_that_there_is_not_is_refused_and_the_default_is_not_written(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match=r"--optimizer must be one of adamw.*not 'adamv'.*adamw"):
+    with pytest.raises(RecipeError, match=r"--optimizer must be one of adamw, adamw8bit, prodigy, .*not 'adamv'.*adamw"):
         resolve(flags={"folder": tmp_path, "optimizer": "adamv"})
-    plain, other = resolve(flags={"folder": tmp_path}), resolve(flags={"folder": tmp_path, "optimizer": "momentum"})
+    plain, other = resolve(flags={"folder": tmp_path}), resolve(flags={"folder": tmp_path, "optimizer": "adafactor"})
     assert "optimizer" not in flatten(plain) and "optimizer =" not in to_toml(plain)
-    assert flatten(other)["optimizer"] == "momentum" and 'optimizer = "momentum"' in to_toml(other)
+    assert flatten(other)["optimizer"] == "adafactor" and 'optimizer = "adafactor"' in to_toml(other)
     assert from_json(to_json(other)).optim == other.optim and from_json(to_json(plain)).optim == plain.optim

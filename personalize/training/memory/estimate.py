@@ -27,6 +27,7 @@ from ...models.model import Base, quiet
 from ...models.offload import offload, offload_of
 from ...models.precision import dtype_of
 from ...recipe.fields import Recipe
+from ...recipe.rule import ADAMW, rule_of
 from ...tuning.attach import Attached, attach
 from ..objectives.objective import Inputs, make_objective, needs_of
 from ..optimizers import Optimizer
@@ -34,6 +35,7 @@ from ..step import Learner, gradients
 from .apply import apply_plan
 from .ladder import ComputePlan, pieces
 from .meter import Count, bytes_of, counting, tensors_of
+from .moments import bytes_held
 
 DRAWN = 8  # pictures drawn at once, where memory is no matter
 
@@ -70,7 +72,7 @@ class Estimate:
     """Bytes of tensors, at the worst moment of a step and of a sample."""
 
     weights: int  # on the device while it learns
-    adapter: int  # parameters, gradients and moments
+    adapter: int  # parameters, gradients and what the optimizer holds
     activations: int  # at most, in a step
     sampling: int  # everything, at most, while a picture is drawn
 
@@ -82,6 +84,7 @@ class Estimate:
 def estimate(configs: Configs, load: Workload, fit: ComputePlan, parts: tuple[str, ...]) -> Estimate:
     """What a run will take. A few seconds the first time, for a true base; then it is remembered on disk."""
     asked = load.recipe.model_dump(mode="json", include={"adapter", "objective", "batch_size"})  # no rate changes a shape
+    asked |= {"optimizer": load.recipe.optim.optimizer, "averaged": bool(load.recipe.optim.ema)}
     shapes = [load.height, load.width, load.windows, load.drawn, load.prompts]
     configured = json.loads(json.dumps(asdict(configs), default=str))
     name = store.key(kind="estimate", configs=configured, asked=asked, shapes=shapes, fit=fit.record(), parts=parts, code=_code())
@@ -104,6 +107,9 @@ def _estimate(configs: Configs, load: Workload, fit: ComputePlan, parts: tuple[s
     with quiet():
         base = ghost(configs, fit)
         attached = attach(base, load.recipe.adapter, parts=parts)
+    shapes = [tuple(p.shape) for group in attached.parameters().values() for p in group.values()]
+    has_average = bool(load.recipe.optim.ema or rule_of(load.recipe.optim.optimizer).average)
+    held_of_them = bytes_held(load.recipe.optim, shapes)  # by real steps
     with FakeTensorMode(), torch.random.fork_rng(devices=[]):
         models = [base.denoiser, base.vae, *(text.model for text in base.texts)]
         base.device = torch.device("cpu")  # of shapes: kernels are chosen by device
@@ -112,19 +118,22 @@ def _estimate(configs: Configs, load: Workload, fit: ComputePlan, parts: tuple[s
             offload(base.denoiser, base.device)
         elif fit.joined:
             join_projections(base.denoiser)
-        opt = Optimizer(attached.parameters(), load.recipe.optim, load.recipe.steps, scaled=fit.precision == "float16")
+        optim = load.recipe.optim.model_copy(update={"optimizer": ADAMW, "ema": 0.0})  # which takes no step here
+        opt = Optimizer(attached.parameters(), optim, load.recipe.steps, scaled=fit.precision == "float16")
         learned = list(opt.parameters.values())
-        moments = [torch.zeros_like(p) for p in learned for _ in range(2)]
+        moments = [torch.empty(held_of_them, dtype=torch.uint8)]
         leaving = [model for model in models[1:] if fit.lean and not any(p.requires_grad for p in model.parameters())]
         sizes = [bytes_of(tensors_of([model])) for model in leaving]
         if held := offload_of(base.denoiser):
             sizes.append(bytes_of(held.host))
         with counting(tensors_of(models), moments) as count:
-            adapter = 4 * bytes_of(learned)  # parameters, gradients, two moments
-            weights = count.now - sum(sizes) - 3 * bytes_of(learned)
+            adapter = 2 * bytes_of(learned) + bytes_of(moments)  # parameters and gradients, and what the optimizer holds of them
+            weights = count.now - sum(sizes) - bytes_of(learned) - bytes_of(moments)
             learn(base, load, fit, attached, opt, largest(base, load, parts))
             step = count.peak - sum(sizes)
             opt.skip()
+            averaged = [torch.zeros_like(p) for p in learned] if has_average else []  # what is trained is kept aside meanwhile
+            count.add(averaged)
             with attached.cast_once():
                 sampling = draw(base, load, fit, count, sum(sizes))
     return Estimate(weights, adapter, step - weights - adapter, sampling)
