@@ -39,6 +39,8 @@ def prodigy(groups: Groups, optim: Optim) -> Optimizer:
     from pytorch_optimizer import Prodigy
 
     class ByGroup(Prodigy):
+        param_groups: Groups
+
         def step(self, closure: Any = None) -> None:
             every = self.param_groups
             try:
