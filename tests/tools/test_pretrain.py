@@ -25,7 +25,8 @@ from personalize.families.noise import VP
 from personalize.models.clip import Clip
 from personalize.models.model import Base
 from tools.pocket import WEIGHTS, clip, pool, pretrain
-from tools.pocket.diffusion import DENSITIES, Teaching
+from tools.pocket.autoencoder import LATENT
+from tools.pocket.diffusion import DENSITIES, AttentionInFloats, Teaching, read_other_latents
 from tools.pocket.pool import shuffled_batches, write_rows
 from tools.pocket.proof import settings
 from tools.pocket.proof.__main__ import parser
@@ -161,6 +162,42 @@ def test_whoever_predicts_the_truth_has_no_loss(teaching: Teaching) -> None:
     fine = signal.flatten() > 0.1  # where there is a signal to be seen
     assert torch.allclose(found[fine], v[fine], atol=1e-3)
     assert teaching.loss(lambda x, t, cond: SimpleNamespace(sample=x * 0), schedule, x0, torch.zeros(6, 4, 8), generator) > 0.05
+
+
+def test_attention_is_in_floats_and_all_else_as_autocast_says() -> None:
+    q, k, v = torch.randn(3, 1, 2, 5, 8, generator=torch.Generator().manual_seed(0)).unbind()
+    true = F.scaled_dot_product_attention(q, k, v)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = F.scaled_dot_product_attention(q, k, v)
+        with AttentionInFloats():
+            found, product = F.scaled_dot_product_attention(q, k, v), q @ k.mT
+    assert torch.equal(found, true) and rounded.dtype == product.dtype == torch.bfloat16
+
+
+def test_a_trained_unet_keeps_its_body_under_other_latents() -> None:
+    teaching = Teaching(width=(16, 32))
+    before = teaching.build(8, channels=4)
+    after = read_other_latents(before)
+    assert after.config.in_channels == after.config.out_channels == LATENT
+    new = after.state_dict()
+    ends = {name for name, t in before.state_dict().items() if not (new[name].shape == t.shape and torch.equal(new[name], t))}
+    assert ends == {"conv_in.weight", "conv_in.bias", "conv_out.weight", "conv_out.bias"}
+
+
+def test_what_is_seen_weighs_more() -> None:
+    teaching, schedule = Teaching(), VP.of(Teaching().scheduler().config)
+    x0, shows = torch.randn(6, 4, 8, 8, generator=torch.Generator().manual_seed(1)), torch.tensor([4.0, 0, 0, 0])[:, None, None]
+
+    def loss(channel: int) -> float:
+        def guess(x: Tensor, t: Tensor, cond: Tensor) -> SimpleNamespace:
+            eps = (x - schedule.signal(t) * x0) / schedule.noise(t)
+            wrong = schedule.target(x0, eps, t)
+            wrong[:, channel] += 1
+            return SimpleNamespace(sample=wrong)
+
+        return float(teaching.loss(guess, schedule, x0, torch.zeros(6, 4, 8), torch.Generator().manual_seed(0), shows))
+
+    assert loss(0) == pytest.approx(1, rel=1e-3) and loss(1) < 1e-5
 
 
 def test_densities_stay_in_the_schedule_and_prefer_what_they_say() -> None:
