@@ -52,6 +52,16 @@ class Noise(Protocol):
     def clean(self, predicted: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """x_0 [b, c, h, w] as a prediction tells it."""
 
+    @property
+    def density(self) -> str:
+        """How `draw_t` draws: uniform or logit-normal."""
+
+    def snr(self, t: Tensor) -> Tensor:
+        """Signal-to-noise ratio [b] at timesteps [b]: of the powers of x_0 and eps in x_t."""
+
+    def in_eps(self, t: Tensor) -> Tensor:
+        """The squared error in eps [b] that a squared error of 1 in the prediction stands for."""
+
     def weight(self, t: Tensor, gamma: float) -> Tensor:
         """Weights [b] of squared errors in the prediction. With a gamma, min(SNR, gamma) on the error in x_0 that it stands for
         (min-SNR, Hang et al. 2023, arXiv 2303.09556, section 3.4), as far as it is finite; at 0 as the family was trained."""
@@ -73,6 +83,7 @@ class VP:
 
     alphas_cumprod: Tensor  # [T], signal^2; its last entry is 0 with zero-terminal SNR (Lin et al. 2023, arXiv 2305.08891)
     prediction: str = "epsilon"  # or v_prediction, or sample
+    density: ClassVar[str] = "uniform"
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> VP:
@@ -119,9 +130,16 @@ class VP:
         signal = self.alphas_cumprod.to(t.device)[t]
         return signal / (1 - signal)
 
+    def in_eps(self, t: Tensor) -> Tensor:
+        """v stands for an error in eps by the share of the signal, x_0 by the signal-to-noise ratio."""
+        snr = self.snr(t)
+        if self.prediction == "epsilon":
+            return snr.new_ones(snr.shape)
+        return self.alphas_cumprod.to(t.device)[t] if self.prediction == "v_prediction" else snr
+
     def draw_t(self, b: int, generator: torch.Generator) -> Tensor:
         """Uniform (Kingma et al. 2021, appendix I.1)."""
-        return (_spread(b, generator) * self.steps).long()
+        return (spread_evenly(b, generator) * self.steps).long()
 
     def add(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         return self.signal(t) * x0 + self.noise(t) * eps
@@ -171,6 +189,7 @@ class Flow:
     sigmas: Tensor  # [T], ascending to 1
     times: Tensor  # [T], what the network is told
     prediction: ClassVar[str] = "flow"
+    density: ClassVar[str] = "logit-normal"
     samplers: ClassVar[Mapping[str, str]] = {"EulerDiscrete": "FlowMatchEulerDiscrete", "HeunDiscrete": "FlowMatchHeunDiscrete"}
 
     @classmethod
@@ -198,11 +217,20 @@ class Flow:
         """sigma [b, 1, 1, 1] at timesteps `t` [b]."""
         return self.sigmas.to(t.device)[t][:, None, None, None]
 
+    def snr(self, t: Tensor) -> Tensor:
+        """((1 - sigma) / sigma)^2 [b] at timesteps [b]."""
+        sigma = self.sigmas.to(t.device)[t]
+        return ((1 - sigma) / sigma).square()
+
+    def in_eps(self, t: Tensor) -> Tensor:
+        """eps = x_t + (1 - sigma) times the flow."""
+        return (1 - self.sigmas.to(t.device)[t]).square()
+
     def draw_t(self, b: int, generator: torch.Generator) -> Tensor:
         """Logit-normal, before the shift: the logistic function of standard normal numbers."""
         import torch
 
-        normal = torch.special.ndtri(_spread(b, generator).double())
+        normal = torch.special.ndtri(spread_evenly(b, generator).double())
         return (normal.sigmoid() * self.steps).long().clamp(max=self.steps - 1)
 
     def add(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
@@ -232,7 +260,7 @@ class Flow:
         return {flow: plain for plain, flow in self.samplers.items()}.get(kind, kind)
 
 
-def _spread(b: int, generator: torch.Generator) -> Tensor:
+def spread_evenly(b: int, generator: torch.Generator) -> Tensor:
     """[b] numbers in [0, 1), each uniform, and together spread evenly."""
     import torch
 

@@ -14,6 +14,8 @@ from ..errors import RecipeError
 from .adapter import FULL, check_kind
 from .adapter import AdapterSpec as AdapterSpec
 from .by_layer import read_scales, read_thaws
+from .objective import Objective as Objective
+from .objective import check_objective
 from .one_of import OneOf
 from .part import AtCommas, equals, is_off
 from .part import Part as Part
@@ -53,25 +55,6 @@ class Data(Part):
     def varies(self) -> bool:
         """Whether the same picture's caption differs from step to step, but for being dropped."""
         return self.caption_shuffle or self.tag_dropout > 0
-
-
-class Objective(Part):
-    """What a batch's loss is."""
-
-    min_snr: float = Field(5.0, ge=0, description="min-SNR gamma (Hang et al. 2023, eq. 4); 0 turns it off")
-    mask_outside: float = Field(0.1, ge=0, le=1, description="weight of what a picture's mask leaves out")
-    prior: Annotated[str, OneOf("objectives")] = Field(
-        "none",
-        description="keep what has no trigger as it is: with class images by the base (Ruiz et al. 2022), or with the base's "
-        "own output on each caption without the trigger",
-    )
-    prior_weight: float = Field(1.0, ge=0, description="weight of the prior-preservation loss")
-    prior_share: float = Field(1.0, gt=0, le=1, description="rows of the prior in a step, per picture of yours")
-    prior_images: int = Field(24, ge=1, description="number of class images")
-    prior_prompts: tuple[str, ...] = Field(
-        ("a {class}",),
-        description="prompts of the class images, in turn; prior 'output' holds them too, so that other styles can be named",
-    )
 
 
 class Optim(Part):
@@ -305,6 +288,7 @@ class Recipe(Part):
             raise RecipeError("with --lr 0 nothing is left to train after --text-encoder-share", "leave that out")
         check_kind(self.adapter, self.optim, self.dialect)
         check_rule(self.optim)
+        check_objective(self.objective)
         if self.adapter.kind == FULL and self.fitting.quantize not in ("auto", "none"):
             raise RecipeError(f"--quantize {self.fitting.quantize} rounds the weights that --kind full trains", "leave it out")
         if self.data.regularization is not None and self.objective.prior != "images":

@@ -14,7 +14,7 @@ from .events import Failed, Started, Step
 from .inputs import rng_of
 from .memory.apply import obstacle_to_compiling
 from .metadata import versions
-from .objectives.denoise import timesteps
+from .objectives.draws import timesteps
 from .preflight import RunPlan
 from .run import ActiveRun
 
@@ -88,5 +88,6 @@ def step_event(run: ActiveRun, losses: list[float], norm: float, seconds: float,
 
 def timesteps_of(plan: RunPlan, micro: int) -> list[int]:
     """Those of a micro-step's images."""
-    drawn: list[int] = timesteps(plan.recipe.batch_size, plan.base.noise, rng_of(plan.recipe, micro)).tolist()
+    recipe = plan.recipe
+    drawn: list[int] = timesteps(recipe.batch_size, plan.base.noise, rng_of(recipe, micro), recipe.objective).tolist()
     return drawn

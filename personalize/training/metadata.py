@@ -103,7 +103,7 @@ def kohya_keys(recipe: Recipe, base: Base, dataset: Dataset, name: str, step: in
         **({"ss_scale_weight_norms": optim.scale_weight_norms} if optim.scale_weight_norms else {}),
         "ss_min_snr_gamma": recipe.objective.min_snr or None,
         "ss_prior_loss_weight": recipe.objective.prior_weight,
-        "ss_noise_offset": None,
+        "ss_noise_offset": recipe.objective.noise_offset or None,
         "ss_seed": recipe.seed,
         "ss_session_id": int(hashlib.sha256(to_json(recipe).encode()).hexdigest()[:8], 16),
         "ss_training_comment": f"made with personalize {versions()['personalize']}",

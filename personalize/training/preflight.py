@@ -43,6 +43,7 @@ from ..tuning.targets import fresh as fresh_deltas
 from .changes import changes_since, identity
 from .events import Finished
 from .memory.moments import states_held
+from .objectives.draws import check_timesteps
 from .objectives.objective import needs_of
 from .optimizers import check_optimizer
 from .rundir import Run, State
@@ -193,6 +194,7 @@ def check(
     check_optimizer(recipe.optim, device)
     precision = precision_of(recipe.fitting, device)
     base = base or Base.of(recipe, "cpu", dtype_of(precision))
+    check_timesteps(recipe.objective, base.noise)
     schedulers.make_sampler(base, recipe.sampling.sample_steps, recipe.sampling.sampler)
     schedulers.latent_shape(base, recipe.data.resolution or None)
     dataset, held = split(without_cut_masks(recipe.data.folder, whole, grid_of(base, recipe), base.factor), recipe)

@@ -20,7 +20,8 @@ from personalize.families.noise import VP, Noise
 from personalize.families.pocket import POCKET
 from personalize.models.model import Base
 from personalize.recipe.fields import Objective
-from personalize.training.objectives.denoise import add_noise, share_of, timesteps
+from personalize.training.objectives.denoise import add_noise, share_of
+from personalize.training.objectives.draws import timesteps
 from personalize.training.objectives.objective import Denoise, Inputs, Off, Rng, answer, make_objective, needs_of
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -43,6 +44,11 @@ def rng(seed: int = 0, step: int = 0) -> Rng:
 def inputs(b: int = 4, std: float = 0.0) -> Inputs:
     mean = torch.randn(b, 16, 8, 8, generator=torch.Generator().manual_seed(7))
     return Inputs(mean, torch.full_like(mean, std), said(0.0, b))
+
+
+def weighed(gamma: float) -> Objective:
+    """Weighted by min-SNR; what a mask leaves out does not count."""
+    return Objective(min_snr=gamma, mask_outside=0.0)
 
 
 def build(settings: Objective, schedule: Noise, off: Off = contextlib.nullcontext) -> Callable[..., Tensor]:
@@ -68,7 +74,7 @@ def zero(latents: Tensor, t: Tensor, cond: Cond) -> Tensor:
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_noising_and_targets_are_those_of_diffusers(prediction: str, zero_snr: bool) -> None:
     theirs, ours = scheduler(prediction, zero_snr), schedule_of(prediction, zero_snr)
-    x = add_noise(inputs(), ours, 0.0, rng())
+    x = add_noise(inputs(), ours, weighed(0.0), rng())
     x0 = inputs().mean
     eps = torch.randn(x0.shape, generator=rng()("noise"))
     assert torch.allclose(x.latents, theirs.add_noise(x0, eps, x.t), atol=1e-6)
@@ -82,7 +88,7 @@ def test_a_perfect_network_has_no_loss_at_any_timestep(prediction: str, gamma: f
     schedule, given = schedule_of(prediction), inputs()
 
     def perfect(latents: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        return add_noise(given, schedule, 0.0, rng()).target
+        return add_noise(given, schedule, weighed(0.0), rng()).target
 
     assert torch.equal(build(Objective(min_snr=gamma), schedule)(perfect, given, rng()), torch.zeros(4))
 
@@ -120,13 +126,13 @@ def test_one_loss_per_picture_in_fp32() -> None:
     given, schedule = inputs(5), schedule_of("v_prediction")
     losses = build(Objective(), schedule)(lambda x, t, c: zero(x, t, c).bfloat16(), given, rng())
     assert losses.shape == (5,) and losses.dtype == torch.float32
-    x = add_noise(given, schedule, 5.0, rng())
+    x = add_noise(given, schedule, weighed(5.0), rng())
     assert torch.allclose(losses, x.weight * x.target.square().flatten(1).mean(1))
 
 
 def test_timesteps_are_uniform_and_spread_over_the_schedule() -> None:
     schedule = schedule_of("epsilon")
-    drawn = torch.stack([timesteps(4, schedule, rng(step=i)) for i in range(500)])
+    drawn = torch.stack([timesteps(4, schedule, rng(step=i), Objective()) for i in range(500)])
     assert drawn.min() >= 0 and drawn.max() <= 999
     for column in (drawn[:, 0], drawn[:, 3], drawn.flatten()):
         assert abs(column.float().mean() - 499.5) < 40
@@ -147,7 +153,7 @@ def test_every_draw_depends_on_seed_step_and_purpose_only() -> None:
 def test_latents_are_drawn_afresh_from_the_posterior() -> None:
     schedule = VP(torch.ones(1000) - 1e-7, "sample")  # hardly any noise: x_t is x_0
     given = inputs(2, std=0.5)
-    drawn = torch.stack([add_noise(given, schedule, 0.0, rng(step=i)).target for i in range(200)])
+    drawn = torch.stack([add_noise(given, schedule, weighed(0.0), rng(step=i)).target for i in range(200)])
     assert torch.allclose(drawn.mean(0), given.mean, atol=0.25)
     assert abs(drawn.std(0).mean() - 0.5) < 0.02
 
@@ -171,7 +177,7 @@ def test_class_images_add_their_own_loss() -> None:
     assert alone.shape == (3,)
     assert (with_one > alone).all()
     assert torch.allclose(with_two - alone, 2 * (with_one - alone), atol=1e-5)
-    x = add_noise(both, schedule, 5.0, rng())
+    x = add_noise(both, schedule, weighed(5.0), rng())
     assert torch.equal(x.t[:2], x.t[3:])
     each = x.weight * x.target.square().flatten(1).mean(1)
     assert torch.allclose(alone, each[:3]) and torch.allclose(with_one - alone, each[3:].mean().expand(3))
@@ -269,7 +275,7 @@ def masked(outside: float, prior: str = "none", b: int = 3, **more: Any) -> tupl
 @pytest.mark.parametrize("outside", [0.0, 0.1, 1.0])
 def test_a_masked_loss_is_the_weighted_mean_over_the_area(outside: float) -> None:
     given, weight, loss = masked(outside)
-    x = add_noise(given, schedule_of("epsilon"), 0.0, rng())
+    x = add_noise(given, schedule_of("epsilon"), weighed(0.0), rng())
     each = x.target.square().mean(dim=1, keepdim=True)
     assert torch.allclose(loss(zero, given, rng()), (weight * each).sum((1, 2, 3)) / weight.sum((1, 2, 3)))
 
@@ -296,7 +302,7 @@ def test_priors_are_not_masked() -> None:
     given, _, loss = masked(0.0, "images", prior_weight=1.0)
     plain = inputs(5)
     both = replace(plain, mask=given.mask, class_images=2)
-    x = add_noise(replace(plain, class_images=2), schedule_of("epsilon"), 0.0, rng())
+    x = add_noise(replace(plain, class_images=2), schedule_of("epsilon"), weighed(0.0), rng())
     prior = x.target[3:].square().mean()
     own = masked(0.0)[2](zero, replace(plain, mask=torch.cat([given.mask, torch.ones(2, 1, 8, 8)])), rng())[:3]
     assert torch.allclose(loss(zero, both, rng()), own + prior)

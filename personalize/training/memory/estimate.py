@@ -141,7 +141,8 @@ def _estimate(configs: Configs, load: Workload, fit: ComputePlan, parts: tuple[s
 
 def learn(base: Base, load: Workload, fit: ComputePlan, attached: Attached, opt: Optimizer, inputs: Inputs) -> Tensor:
     """Forward and backward of one step; the losses and the gradient's norm."""
-    objective = make_objective(load.recipe.objective, base.noise)
+    plain = load.recipe.objective.model_copy(update={"pyramid_noise": 0.0})  # whose random shapes nothing fake can draw
+    objective = make_objective(plain, base.noise)
     learner = Learner(attached, objective, opt, pieces(fit, load.recipe.batch_size))
     generator = torch.Generator().manual_seed(0)
     return gradients([learner], [[(inputs, lambda _: generator, lambda _: 0)]])[0]

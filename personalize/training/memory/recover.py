@@ -19,7 +19,7 @@ from ...models.model import Base
 from ...text import readable
 from ...tuning.tunable import Tunable
 from ..events import SteppedDown
-from ..objectives.denoise import timesteps
+from ..objectives.draws import timesteps
 from ..objectives.objective import Inputs
 from ..run import ActiveRun, peak_bytes
 from ..step import gradients
@@ -146,7 +146,7 @@ def cause_of_failure(run: ActiveRun, losses: Sequence[float]) -> str:
     plan, rows = run.plan, list[str]()
     for pictures, rng in run.seen:
         names = [plan.dataset.examples[i].path.name for i in pictures.tolist()]
-        times = timesteps(len(names), plan.base.noise, rng).tolist()
+        times = timesteps(len(names), plan.base.noise, rng, plan.recipe.objective).tolist()
         rows += [f"{name} at timestep {t}" for name, t in zip(names, times, strict=True)]
     if bad := [row for row, loss in zip(rows, losses, strict=True) if not math.isfinite(loss)]:
         return f"the loss of {', '.join(bad[:3])} was not finite"

@@ -1,12 +1,12 @@
 """Denoising: predict what was added to noisy latents, at random timesteps.
 
-Paper symbols: x_0 clean latents, eps noise, x_t noisy latents. What the network predicts, the noise schedule and the weight of
-a timestep are the base's own (families/noise.py); nothing here is chosen by a flag that the base could contradict.
+Paper symbols: x_0 clean latents, eps noise, x_t noisy latents. What the network predicts and the noise schedule are the base's
+own (families/noise.py); which noise and timesteps are drawn, and how they weigh, are the recipe's (draws.py, weights.py).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import ClassVar
 
 import torch
@@ -15,7 +15,9 @@ from torch import Tensor
 from ...families.cond import Cond
 from ...families.noise import Noise
 from ...recipe.fields import Objective as Settings
+from .draws import draw_input_noise, draw_noise, normal, timesteps
 from .objective import Ask, Asking, Inputs, Needs, Rng
+from .weights import bends, powers, weights
 
 
 @dataclass(frozen=True)
@@ -27,18 +29,21 @@ class Noised:
     target: Tensor  # [b, c, h, w]
     weight: Tensor  # [b]
     mask: Tensor | None = None  # [b, 1, h, w], weights of places; None: all alike
+    bend: Tensor | None = None  # [b], from which error on the loss grows evenly; None: it is squared
 
     def __len__(self) -> int:
         return len(self.t)
 
     def __getitem__(self, rows: slice) -> Noised:
-        mask = None if self.mask is None else self.mask[rows]
-        return Noised(self.latents[rows], self.t[rows], self.target[rows], self.weight[rows], mask)
+        return Noised(**{name: getattr(self, name)[rows] for name in self._there()})
 
     def join(self, other: Noised) -> Noised:
         """The rows of both."""
-        names = ("latents", "t", "target", "weight", *(["mask"] if self.mask is not None else []))
-        return Noised(**{name: torch.cat([getattr(self, name), getattr(other, name)]) for name in names})
+        return Noised(**{name: torch.cat([getattr(self, name), getattr(other, name)]) for name in self._there()})
+
+    def _there(self) -> list[str]:
+        """The names of what is not None."""
+        return [one.name for one in fields(self) if getattr(self, one.name) is not None]
 
 
 @dataclass(frozen=True)
@@ -102,23 +107,25 @@ class Denoising:
 
     def add_noise(self, inputs: Inputs, rng: Rng) -> Noised:
         """Every row of a batch, class images too, with its noise."""
-        return add_noise(inputs, self.noise, self.settings.min_snr, rng, self.settings.mask_outside)
+        return add_noise(inputs, self.noise, self.settings, rng)
 
     def loss(self, rows: NoisyRows) -> Asking:
         return errors((yield Ask(rows.x.latents, rows.x.t, rows.cond)), rows.x)
 
 
-def add_noise(inputs: Inputs, noise: Noise, gamma: float, rng: Rng, outside: float = 0.0) -> Noised:
+def add_noise(inputs: Inputs, noise: Noise, settings: Settings, rng: Rng) -> Noised:
     """Draw x_0 from its posterior, timesteps and noise; class images take the timesteps of the first images.
 
-    What a mask leaves out weighs `outside`; class images have none.
+    Class images have no mask.
     """
     x0 = inputs.mean + inputs.std * normal(inputs.mean, rng("posterior"))
-    eps = normal(inputs.mean, rng("noise"))
-    t = timesteps(len(x0) - inputs.class_images, noise, rng).to(x0.device)
+    eps = draw_noise(inputs.mean, settings, rng)
+    t = timesteps(len(x0) - inputs.class_images, noise, rng, settings).to(x0.device)
     t = torch.cat([t, t[: inputs.class_images]])
+    outside, weight = settings.mask_outside, weights(noise, t, settings)
     mask = None if inputs.mask is None else extend_mask(inputs.mask + outside * (1 - inputs.mask), inputs.class_images)
-    return Noised(noise.add(x0, eps, t), noise.time(t), noise.target(x0, eps, t), noise.weight(t, gamma), mask)
+    x_t = noise.add(x0, draw_input_noise(eps, settings, rng), t)
+    return Noised(x_t, noise.time(t), noise.target(x0, eps, t), weight, mask, bends(noise, t, settings))
 
 
 def extend_mask(mask: Tensor | None, rows: int) -> Tensor | None:
@@ -126,19 +133,12 @@ def extend_mask(mask: Tensor | None, rows: int) -> Tensor | None:
     return None if mask is None else torch.cat([mask, torch.ones_like(mask[:1]).expand(rows, -1, -1, -1)])
 
 
-def timesteps(b: int, noise: Noise, rng: Rng) -> Tensor:
-    """[b] timesteps, as the base's noise draws them."""
-    return noise.draw_t(b, rng("timesteps"))
-
-
 def errors(predicted: Tensor, x: Noised) -> Tensor:
-    """Weighted mean squared error of each image [b], in fp32; over its mask, so that small ones count as much as large ones."""
-    squared = (predicted.float() - x.target.float()).square()
+    """Weighted mean squared error of each image [b], in fp32; over its mask, so that small ones count as much as large ones.
+
+    With a bend, the errors' pseudo-Huber loss in place of their squares.
+    """
+    squared = powers(predicted.float() - x.target.float(), x.bend)
     if x.mask is None:
         return x.weight * squared.mean(dim=(1, 2, 3))
     return x.weight * (squared.mean(dim=1, keepdim=True) * x.mask).sum(dim=(1, 2, 3)) / x.mask.sum(dim=(1, 2, 3))
-
-
-def normal(like: Tensor, generator: torch.Generator) -> Tensor:
-    """Standard normal noise of a tensor's shape, drawn on the CPU so that it is the same on every device."""
-    return torch.randn(like.shape, generator=generator).to(like.device)
