@@ -33,7 +33,8 @@ What each program makes of the file that `train --kind` writes, by its own rules
 `python -m tools.kinds > docs/kinds.md`, which writes a file of each kind with every layer of attention, feed-forward and
 convolutions in the family's true shapes, text encoders among them; `personalize doctor FILE` says the same of any file. "-": it
 has no such base. OFT's alpha is 0 in these files: no rotation is limited. `full` is left out: its file is as large as the model,
-and holds `diff`, which A1111, ComfyUI and Forge read ([adapters.md](adapters.md#which-program-loads-what)), beside norms.
+and holds `diff`, which A1111, ComfyUI and Forge read ([adapters.md](adapters.md#which-program-loads-what)), beside norms. So is
+`embedding`, which changes no layer: all four read its vectors ([adapters.md](adapters.md#words)).
 """
 KINDS = [name for name in kinds.trainable() if name != "full"]
 

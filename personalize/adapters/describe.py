@@ -16,6 +16,7 @@ from ..formats.header import Entry, Header, open_file, read_header, read_scalar
 from . import dialects
 from .dialects import TEXTUAL_INVERSION
 from .kinds import ALPHA, INTEGERS, NUMBERS
+from .words import families_of_vectors, vectors_in
 
 T = TypeVar("T")
 HEAVY = 1 << 14  # bytes of metadata that nobody minds
@@ -46,6 +47,11 @@ class Description:
     weight_bytes: int = 0
 
     @property
+    def is_learned(self) -> bool:
+        """Whether it is an adapter, or a textual inversion."""
+        return bool(self.dialect) or self.kind == TEXTUAL_INVERSION
+
+    @property
     def heaviest(self) -> tuple[str, int, int] | None:
         """The largest entry of the metadata with its bytes, and those of all metadata, where they outweigh the tensors."""
         sizes = {key: len(key.encode()) + len(value.encode("utf-8", "replace")) for key, value in self.metadata.items()}
@@ -65,12 +71,17 @@ def describe(path: str | Path) -> Description:
     path = dialects.file_of(Path(path).expanduser())
     header = read_header(path)
     reading = dialects.read_keys(header)
-    weights = weights_in(header, reading)
+    weights, families = weights_in(header, reading), candidates(reading.shapes, reading.metadata)
+    words = {word: _count_vectors(header, keys) for word, keys in reading.words.items()}
+    if reading.kind == TEXTUAL_INVERSION:
+        keys = vectors_in(header.tensors)
+        weights, families = [header.tensors[key] for key in keys.values()], families_of_vectors(header.tensors, header.metadata)
+        words = {path.stem: _count_vectors(header, keys)}
     return Description(
         path=path,
         dialect=reading.dialect,
         kind=reading.kind,
-        family=names_of(candidates(reading.shapes, reading.metadata)),
+        family=names_of(families),
         parts=_count(map(part_of, reading.slots)),
         ranks=_count(rank for slot in reading.slots.values() if (rank := dialects.rank(header, slot))),
         alphas=_count(read_alphas(header, reading).values()),
@@ -83,7 +94,7 @@ def describe(path: str | Path) -> Description:
         thumbnail=header.metadata.get("modelspec.thumbnail", ""),
         metadata=header.metadata,
         unmatched=() if reading.kind == TEXTUAL_INVERSION else reading.unmatched,
-        words={word: _count_vectors(header, keys) for word, keys in reading.words.items()},
+        words=words,
         weight_bytes=sum(entry.end - entry.start for entry in header.tensors.values()),
     )
 

@@ -17,6 +17,8 @@ from ..formats.header import Entry, open_file, read_header, short
 from ..formats.tensors import TORCH, read_tensor, write_tensors
 from ..formats.writer import with_ending
 from ..io import atomic
+from .adapter import Adapter
+from .dialects import file_of
 from .words import vectors_in, words_in
 
 _WRITTEN = {"text_encoder": "clip_l", "text_encoder_2": "clip_g", "text_encoder_3": "t5"}  # where there are several
@@ -96,6 +98,12 @@ class Embedding:
             raise AdapterError(f"the word {short(word)!r} is no textual inversion", f"it holds {', '.join(vectors)}")
         return cls({part: vectors[key].reshape(-1, vectors[key].shape[-1]) for part, key in own.items()})
 
+    def inside(self) -> dict[str, Tensor]:
+        """Its vectors by the keys that they have inside an adapter: those that A1111, ComfyUI and OneTrainer read there."""
+        if self.vectors.keys() == {"text_encoder"}:
+            return {"string_to_param.*": self.vectors["text_encoder"]}
+        return {_WRITTEN[part]: value for part, value in self.vectors.items()}
+
     def save(self, path: str | Path, dtype: str = "fp32") -> Path:
         """Write it as UIs read it; returns the path, which always ends in .safetensors."""
         path = with_ending(path)
@@ -114,3 +122,28 @@ def vectors_of(words: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Mapping[s
         with contextlib.suppress(AdapterError):  # vectors of an encoder's output: told when the file was read
             found[word] = Embedding.of_word(word, vectors).vectors
     return found
+
+
+def load_learned(path: str | Path, word: str = "") -> Adapter:
+    """An adapter, or a textual inversion as an adapter that brings one word, by its file's name, and changes no layer.
+
+    The word is `word`, if one is given.
+
+    Raises what `Adapter.load` raises, and `Embedding.load`.
+    """
+    header = read_header(file_of(Path(path).expanduser()))
+    if not vectors_in(header.tensors):
+        return Adapter.load(path)
+    embedding = Embedding.load(path)
+    return Adapter({}, embedding.metadata, {word or Path(path).stem: embedding.inside()})
+
+
+def save_learned(adapter: Adapter, path: Path, dialect: str, metadata: Mapping[str, str], dtype: str = "fp32") -> Path:
+    """Write an adapter; one that changes no layer and brings one word, as a textual inversion. Returns the path.
+
+    Raises OutputError where the disk refuses, AdapterError for what the dialect or dtype cannot hold.
+    """
+    if adapter.deltas or len(adapter.words) != 1:
+        return adapter.save(path, dialect, metadata, dtype)
+    ((word, vectors),) = adapter.words.items()
+    return Embedding(Embedding.of_word(word, vectors).vectors, {**adapter.metadata, **metadata}).save(path, dtype)

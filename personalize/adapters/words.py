@@ -13,7 +13,8 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from ..families.names import FAMILIES
+from ..families.family import Family
+from ..families.names import FAMILIES, says
 from ..formats.header import Entry
 from . import kinds
 
@@ -41,6 +42,13 @@ def vectors_in(tensors: Mapping[str, Entry]) -> dict[str, str]:
     parts = {key: part or _WIDTHS.get((own[key].shape or (0,))[-1], "text_encoder") for key, part in known.items()}
     whole = known.keys() == own.keys() and len(set(parts.values())) == len(parts)
     return {part: key for key, part in parts.items()} if whole else {}
+
+
+def families_of_vectors(tensors: Mapping[str, Entry], metadata: Mapping[str, str]) -> tuple[Family, ...]:
+    """Every family whose text encoders are as wide as the vectors of a textual inversion; of several, what its file says."""
+    widths = {part: (tensors[key].shape or (0,))[-1] for part, key in vectors_in(tensors).items()}
+    fit = tuple(family for family in FAMILIES if widths and {row.part: row.width for row in family.texts} == widths)
+    return tuple(family for family in fit if says(metadata, family)) or fit
 
 
 def _may_be_a_word(key: str, entry: Entry) -> bool:

@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 
 from ..adapters.adapter import Adapter
+from ..adapters.embedding import load_learned
 from ..data.folder import read_folder
 from ..errors import DataError, RecipeError, TrainingError, check_type
 from ..recipe.fields import Recipe
@@ -64,8 +65,8 @@ class Run:
         return [path for path in dict.fromkeys(paths) if path.is_file()]
 
     def load(self) -> Adapter:
-        """The adapter as a value."""
-        return Adapter.load(self.adapter)
+        """The adapter as a value; of an embedding, one that brings its word and changes no layer."""
+        return load_learned(self.adapter)
 
     def __repr__(self) -> str:
         return f"Run({str(self.folder)!r})"

@@ -176,14 +176,17 @@ def value_range(values: Iterable[int]) -> str:
 @dialect
 @dtype
 def convert(file: tuple[Path, Weighting], output: Path, kind: str | None, rank: int | None, base: Path | None, **how: Any) -> int:
-    """Write an adapter in another dialect, dtype or kind.
+    """Write an adapter in another dialect, dtype or kind, or a textual inversion as image UIs read it.
 
     What the target cannot hold is an error that names it; what precision is lost is printed.
     """
+    from ..adapters.describe import TEXTUAL_INVERSION, describe
     from ..adapters.lazy import storage_of
     from ..adapters.ops.convert import convert as to_kind
 
     output = output_path(output, file[0])
+    if describe(file[0]).kind == TEXTUAL_INVERSION:
+        return convert_words(file[0], output, how["dtype"], how["strip_metadata"])
     (adapter,) = without_base(open_adapters([file], how["allow_unmatched"]), base)
     made, report = to_kind(as_told(adapter, how["family"], how["strip_metadata"]), kind, rank)
     if how["words"]:
@@ -221,6 +224,19 @@ def resize(file: tuple[Path, Weighting], output: Path, base: Path | None, **opti
     saved = cut.save_with_report(output, options["dialect"], dtype=kept)
     print_table(Report(tuple(lines.values())))
     print_written(saved, len(cut.deltas))
+    return 0
+
+
+def convert_words(path: Path, output: Path, dtype: str | None, strip_metadata: bool) -> int:
+    """Write a textual inversion of any spelling as UIs read it: `emb_params`, or `clip_l` and `clip_g`."""
+    from ..adapters.describe import describe
+    from ..adapters.embedding import Embedding
+
+    word = Embedding.load(path)
+    word = replace(word, metadata={}) if strip_metadata else word
+    saved = word.save(output, dtype or describe(path).dtype or "fp32")
+    echo(f"{saved}  {word.tokens} vectors: a prompt calls it {saved.stem}")
+    answer(path=saved, vectors=word.tokens)
     return 0
 
 

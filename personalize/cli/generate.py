@@ -26,11 +26,13 @@ REQUEST = ("negative", "steps", "guidance", "sampler", "size", "denoise")  # opt
               help="more prompts, one per line; # begins a comment; behind each may stand what is its own, as kohya's trainer "
                    "writes it: --w 96 --h 64 --d SEED --s STEPS --l GUIDANCE --n NEGATIVE --ss SAMPLER")  # fmt: skip
 @click.option("--adapter", "-a", "stack", type=NamedAdapter(), multiple=True, metavar="[NAME=]FILE[:STRENGTH]",
-              help="adapter and its strength, can be repeated: A.safetensors:0.8; UNet and text encoder apart: "
+              help="adapter or textual inversion, and its strength, can be repeated: A.safetensors:0.8; UNet and text encoder "
+                   "apart: "
                    "A.safetensors:0.8:0.5 (A1111 writes them the other way round) or A.safetensors:unet=0.8:te=0.5; "
                    "by block: A.safetensors:0.8:lbw=OUTD; by step: A.safetensors:0@0,1@0.5 "
                    "or A.safetensors:1:start=5:stop=10")  # fmt: skip
 @click.option("--lora-dir", type=PATH, metavar="FOLDER", help="adapters that prompts may name: <lora:NAME:0.8>")
+@click.option("--embedding-dir", type=PATH, metavar="FOLDER", help="textual inversions, which prompts call by their files' names")
 @click.option("--negative", "-n", default="", help="what should not be there")
 @click.option(
     "--seeds", "--seed", "-s", "seeds", multiple=True, help="seed of each picture, e.g. 0,1,2; can be repeated [default: 0]"
@@ -110,7 +112,8 @@ def order_of(
     if not wanted:
         raise RecipeError("what should be drawn?", 'personalize generate "a cat", or --prompts FILE')
     base = {name: value for name in BASE if (value := options.pop(name)) is not None}
-    library, image = Library(folder=options.pop("lora_dir")), InitImage.open(options.pop("image"), options.pop("mask"))
+    library = Library(folder=options.pop("lora_dir"), embeddings=options.pop("embedding_dir"))
+    image = InitImage.open(options.pop("image"), options.pop("mask"))
     settings = {name: options.pop(name) for name in REQUEST} | {"image": image}
     request, own_seeds = Request.parse("", adapters=library.add(options.pop("stack")), **settings), seed_list(seeds, count)
     whole = len(wanted) * len(own_seeds) * prod(len(axis.values) for axis in options["axes"])

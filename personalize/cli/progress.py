@@ -120,7 +120,8 @@ class RunView(View):
             case Saved():
                 self.print(f"saved    {self.folder / event.path}")
             case Derived():
-                self.print(f"saved    {self.folder / event.path}  ({event.what}; {event.error:.2%} of the update lost)")
+                lost = f"; {event.error:.2%} of the update lost" if event.error else ""
+                self.print(f"saved    {self.folder / event.path}  ({event.what}{lost})")
             case Fold():
                 best = f"best on it after step {event.step}, validation {error_change(event.validation)}"
                 self.print(f"left out {', '.join(event.pictures)} ({event.number} of {event.of}): {best}")

@@ -96,7 +96,7 @@ def on_demand(base: Base, dataset: Dataset, recipe: Recipe, keep: int | None = 2
     captions = [example.caption for example in examples]
     ways = [variants(caption) for caption in captions]
     distinct = list(dict.fromkeys(itertools.chain(*ways)))
-    anew = recipe.optim.text_encoder_lr or recipe.data.varies
+    anew = recipe.reading_steps or recipe.data.varies
     cond = None if anew else embed_captions(base, [*distinct, ""], windows or base.windows(distinct, weighted=True), warnings)
     masks = [_mask(base, example, shape) for example, shape in zip(examples, shapes, strict=True)]
     return Latents(

@@ -24,7 +24,7 @@ from .clip import Clip
 from .emphasis import pieces
 from .family import Family, LatentFormat, Layer, Read, TextRow
 from .noise import Flow
-from .words import Words, speaking, tokenize
+from .words import Words, everywhere, speaking, spell, tokenize
 
 if TYPE_CHECKING:
     import torch
@@ -290,6 +290,7 @@ class T5Reader:
     layer: int = 1
     window: int = LENGTH
     words: Words = field(default_factory=dict)  # that stand for vectors, and not for the tokenizer's tokens
+    emphasis: float = 1.0  # which it does not read, as it reads no weights
 
     def windows(self, prompt: str, weighted: bool = False, shuffled: bool = False) -> int:
         """It reads a prompt at once."""
@@ -302,6 +303,10 @@ class T5Reader:
 
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+
+    def vectors_of(self, text: str, count: int) -> Any:
+        """So many vectors [count, width] that say what a text says, as far as so many can: see `spell`."""
+        return spell(self.model, self._ids(text), count)
 
     def embed(self, prompts: Sequence[list[list[tuple[int, float]]]], windows: int) -> Read:
         """Prompts in chunks => hidden states [b, LENGTH, d]."""
@@ -318,7 +323,8 @@ class T5Reader:
         import torch
 
         if run:
-            return self.model(torch.zeros(rows, LENGTH, dtype=torch.long))[0], None
+            with everywhere(self.model, self.words):
+                return self.model(torch.zeros(rows, LENGTH, dtype=torch.long))[0], None
         return torch.zeros(rows, LENGTH, self.model.config.d_model, dtype=dtype), None
 
 

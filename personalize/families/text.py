@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .emphasis import pieces
-from .words import Words, speaking, tokenize
+from .words import Words, everywhere, speaking, spell, tokenize
 
 BACKTRACK = 20  # tokens that a window may leave unused to end behind a comma, as in AUTOMATIC1111
 
@@ -28,6 +28,7 @@ class TextEncoder:
     layer: int = 1  # counted from the last; 2 is what UIs call clip skip 2
     normed: bool = True  # SDXL takes a layer as it is, SD 1 and 2 through the final norm
     words: Words = field(default_factory=dict)  # that stand for vectors, and not for the tokenizer's tokens
+    emphasis: float = 1.0  # of these words, in prompts whose weights are read: (word:emphasis)
 
     @property
     def window(self) -> int:
@@ -63,6 +64,10 @@ class TextEncoder:
         pooled = None if projected is None else projected.reshape(len(prompts), windows, -1)[:, 0]
         return states.reshape(len(prompts), -1, states.shape[-1]), pooled
 
+    def vectors_of(self, text: str, count: int) -> Tensor:
+        """So many vectors [count, width] that say what a text says, as far as so many can: see `spell`."""
+        return spell(self.model, self._ids(text), count)
+
     def blank(self, rows: int, windows: int, dtype: torch.dtype, run: bool) -> tuple[Tensor, Tensor | None]:
         """The shapes of what so many prompts would give, in zeros; what the model itself gives for zeros, if it is to `run`."""
         config = self.model.config
@@ -70,7 +75,8 @@ class TextEncoder:
         if not run:
             return torch.zeros(rows, self.window * windows, config.hidden_size, dtype=dtype), pooled
         ids = torch.zeros(rows * windows, self.window, dtype=torch.long)
-        states = self.model(ids, output_hidden_states=True).hidden_states[-1]
+        with everywhere(self.model, self.words):
+            states = self.model(ids, output_hidden_states=True).hidden_states[-1]
         return states.reshape(rows, self.window * windows, -1), pooled
 
     def _final_norm(self, states: Tensor) -> Tensor:
@@ -85,7 +91,8 @@ class TextEncoder:
             if weight is None:
                 tokens.append([])
             else:
-                tokens[-1] += [(token, weight) for token in tokenize(text, self.words, self._ids)]
+                own = weight * self.emphasis if weighted else weight
+                tokens[-1] += [(token, own if token < 0 else weight) for token in tokenize(text, self.words, self._ids)]
         return [chunk for run in tokens for chunk in self._split(run)]
 
     def _ids(self, text: str) -> list[int]:

@@ -14,6 +14,7 @@ from PIL import Image
 
 from ..adapters.adapter import Adapter
 from ..adapters.embedding import vectors_of
+from ..adapters.strengths.grammar import WHOLE
 from ..data.captions import fill_caption, missing_trigger
 from ..errors import AdapterError, OutputError, RecipeError
 from ..families.notation import choose_by_seed, unescape
@@ -164,7 +165,7 @@ def check_adapters(adapters: Mapping[str, Adapter], requests: Sequence[Request])
     for name, adapter in adapters.items():
         own = [request for request in requests if name in dict(request.adapters)]
         weightings = [weighting for request in own for use, weighting in request.adapters if use == name]
-        for shape in {str(weighting.shape): weighting.shape for weighting in weightings}.values():
+        for shape in {} if not adapter.deltas else {str(weighting.shape): weighting.shape for weighting in weightings}.values():
             try:
                 shape.of(adapter.deltas, adapter.model)
             except AdapterError as error:
@@ -175,6 +176,8 @@ def check_adapters(adapters: Mapping[str, Adapter], requests: Sequence[Request])
             bare = any(word.lower() in request.prompt.lower() for word in words for request in own)
             why = ": brackets without a backslash are emphasis" if bare else ""
             yield f"{name} listens to '{trigger}', which no prompt says{why}"
+        if not adapter.deltas and any(str(weighting) != str(WHOLE) for weighting in weightings):
+            yield f"{name} is a word, which counts as much as the prompt says: ({name}:0.8)"
         if unsaid := [word for word in vectors_of(adapter.words) if not is_said(word, own)]:
             listed = ", ".join(f"'{short(word)}'" for word in unsaid[:SOME]) + " and others" * (len(unsaid) > SOME)
             yield f"{name} brings {listed}, which no prompt says"

@@ -13,9 +13,11 @@ from typing import NamedTuple
 from ..adapters.adapter import Adapter
 from ..adapters.describe import describe
 from ..adapters.dialects import file_of
-from ..adapters.embedding import vectors_of
+from ..adapters.embedding import load_learned, vectors_of
 from ..adapters.strengths.grammar import WHOLE, Weighting
 from ..errors import AdapterError, RecipeError
+from ..families.notation import unescape
+from ..families.words import words_pattern
 from ..formats.header import short
 from ..io import weights_hash
 from ..text import quote
@@ -54,11 +56,16 @@ class Library:
     adapters: Mapping[str, Adapter] = field(default_factory=dict)  # in memory
     files: dict[str, Path] = field(default_factory=dict)
     folder: Path | None = None  # whose .safetensors files, at any depth, are there by their names
+    embeddings: Path | None = None  # a folder of textual inversions, which prompts call by their words
     _loaded: dict[str, Entry] = field(default_factory=dict, repr=False)  # the last one used stands last
 
     def __post_init__(self) -> None:
         if self.folder and not self.folder.is_dir():
             raise RecipeError(f"there is no folder {self.folder}", "--lora-dir is the folder with the adapters")
+        if self.embeddings and not self.embeddings.is_dir():
+            raise RecipeError(
+                f"there is no folder {self.embeddings}", "--embedding-dir is the folder with the textual inversions"
+            )
 
     def add(self, stack: Sequence[Named]) -> tuple[Use, ...]:
         """Put files into the library; their names, and how much of each. Raises RecipeError for a name that is given twice."""
@@ -95,10 +102,25 @@ class Library:
         return found
 
     def resolve(self, request: Request) -> Request:
-        """The request with its adapters under the names that they have here. Raises RecipeError."""
-        if not request.adapters:
-            return request
-        return replace(request, adapters=tuple(Use(self.find(name), weighting) for name, weighting in request.adapters))
+        """The request with its adapters under the names that they have here, and the textual inversions that it says.
+
+        Raises RecipeError.
+        """
+        uses = tuple(Use(self.find(name), weighting) for name, weighting in request.adapters)
+        said = [Use(name, WHOLE) for name in self.words_in(request.prompt, request.negative) if name not in dict(uses)]
+        return replace(request, adapters=(*uses, *said)) if uses or said else request
+
+    def words_in(self, *texts: str) -> list[str]:
+        """The textual inversions of the folder that these texts name, which are files of the library from now on."""
+        found = files_in(self.embeddings) if self.embeddings else {}
+        free = {name for name, paths in found.items() if name not in self.adapters and self.files.get(name) in (None, paths[0])}
+        if not free:
+            return []
+        names = {name.lower(): name for name in free}
+        matches = (match[0].lower() for text in texts for match in words_pattern(names).finditer(unescape(text)))
+        said = [names[word] for word in dict.fromkeys(matches)]
+        self.files |= {name: found[name][0] for name in said}
+        return said
 
     def load(self, names: Iterable[str]) -> dict[str, Adapter]:
         """The adapters of these names, each read from its file unless it is in memory. Raises AdapterError."""
@@ -116,7 +138,7 @@ class Library:
         path, entry = self.files[name], self._loaded.pop(name, None)
         state = file_state(path)
         if entry is None or (entry.path, entry.state) != (path, state):
-            entry = Entry(path, state, Adapter.load(path))
+            entry = Entry(path, state, load_learned(path, name))
             if lost := entry.adapter.words.keys() - vectors_of(entry.adapter.words).keys():
                 what = f"{path} brings the word {short(min(lost))!r} in vectors that are not read here"
                 warnings.warn(f"{what}: it is drawn as it is spelled", stacklevel=2)
@@ -125,10 +147,7 @@ class Library:
 
     def _inside(self) -> dict[str, list[Path]]:
         """The folder's files by name."""
-        found: dict[str, list[Path]] = {}
-        for path in sorted(self.folder.rglob("*.safetensors")) if self.folder else ():
-            found.setdefault(tag_name(path.stem), []).append(path)
-        return found
+        return files_in(self.folder) if self.folder else {}
 
     def _aliases(self, inside: Mapping[str, Sequence[Path]]) -> dict[str, str]:
         """What the files say they are called => their names."""
@@ -137,6 +156,14 @@ class Library:
             with contextlib.suppress(AdapterError):  # not an adapter: no prompt can mean it
                 aliases[tag_name(describe(paths[0]).metadata.get("ss_output_name", name))] = name
         return aliases
+
+
+def files_in(folder: Path) -> dict[str, list[Path]]:
+    """The adapters and textual inversions of a folder, at any depth, by the names that prompts have for them."""
+    found: dict[str, list[Path]] = {}
+    for path in sorted(folder.rglob("*.safetensors")):
+        found.setdefault(tag_name(path.stem), []).append(path)
+    return found
 
 
 def file_state(path: Path) -> tuple[int, int] | None:

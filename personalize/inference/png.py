@@ -44,12 +44,17 @@ def infotext(request: Request, version: str) -> str:
     }
     if request.image and request.denoise is not None:
         settings["Denoising strength"] = f"{request.denoise:g}"
-    names = dict.fromkeys(use.name for use in request.adapters)
-    if hashes := ", ".join(f"{name}: {request.hashes[name][:12]}" for name in names if request.hashes.get(name)):
-        settings["Lora hashes"] = f'"{hashes}"'
+    names, tagged = (
+        dict.fromkeys(use.name for use in request.adapters),
+        [u for u in request.adapters if u.name not in request.words],
+    )
+    for what, some in (("Lora", names.keys() - set(request.words)), ("TI", set(request.words))):
+        listed = [f"{name}: {request.hashes[name][:12]}" for name in names if name in some and request.hashes.get(name)]
+        if listed:
+            settings[f"{what} hashes"] = '"{}"'.format(", ".join(listed))
     settings["Version"] = f"personalize {version}"
     line = ", ".join(f"{key}: {value}" for key, value in settings.items())
-    return f"{with_tags(request.prompt, request.adapters)}{negative}\n{line}"
+    return f"{with_tags(request.prompt, tagged)}{negative}\n{line}"
 
 
 def parse_infotext(text: str) -> Request:

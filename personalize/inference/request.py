@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,7 +54,7 @@ class InitImage:
 class Request:
     """One image to draw. Everything that decides it is here; the same request gives the same image.
 
-    `prompt` is what the text encoder reads: tags such as `<lora:rex:0.8>` are `parse`'s. The last three fields say what it was
+    `prompt` is what the text encoder reads: tags such as `<lora:rex:0.8>` are `parse`'s. The last four fields say what it was
     drawn with: a session fills them in, together with the size and the sampler's true name.
 
     >>> request = Request.parse("a <lora:rex:0.8> dog", seed=7, sampler="dpmpp_2m")
@@ -75,6 +75,7 @@ class Request:
     model: str = ""
     precision: str = "float32"
     hashes: Mapping[str, str] = field(default_factory=dict)  # adapter's name => sha256 of its weights
+    words: tuple[str, ...] = ()  # those of the adapters that are textual inversions: words of the prompt, without tags
 
     def __post_init__(self) -> None:
         if self.image and not 0 <= (self.denoise or 0) <= 1:
@@ -99,8 +100,14 @@ class Request:
         own = self.adapters, self.negative, self.steps, self.guidance, self.sampler
         return *own, self.denoise, self.size, self.image
 
-    def complete(self, base: Base, size: tuple[int, int] | None = None, hashes: Mapping[str, str] | None = None) -> Request:
-        """The request with its size, the sampler's name as UIs write it, and the base, precision and hashes filled in."""
+    def complete(
+        self,
+        base: Base,
+        size: tuple[int, int] | None = None,
+        hashes: Mapping[str, str] | None = None,
+        words: Sequence[str] = (),
+    ) -> Request:
+        """The request with its size, the sampler's name as UIs write it, and the base, precision, hashes and words filled in."""
         return replace(
             self,
             size=size or self.size,
@@ -109,6 +116,7 @@ class Request:
             model=base.name,
             precision=str(base.dtype).removeprefix("torch."),
             hashes=hashes or {},
+            words=tuple(words),
         )
 
     def record(self) -> dict[str, Any]:
@@ -138,6 +146,7 @@ class Request:
         used = record.get("adapters", ())
         known["adapters"] = tuple(Use(one["name"], read(one["strength"].split(":"))) for one in used)
         known["hashes"] = {one["name"]: one["sha256"] for one in used if one["sha256"]}
+        known.pop("words", None)
         known["image"] = InitImage(None, name) if (name := record.get("image")) else None
         known["size"] = tuple(record["size"]) if record.get("size") else None
         return cls(**known)

@@ -44,13 +44,14 @@ def draw_batch(
 ) -> Steps:
     """Draw requests that differ in prompt and seed only: yields (steps done, steps in all), returns pixels [b, 3, h, w].
 
-    The adapters of `stack` are attached for as long as it takes, and their words known, those of the first that brings them;
-    without any, what is attached to the base counts. Those of `stacks` are ready. However it ends, also by `close()`, the base
-    is as it was.
+    The adapters of `stack` are attached for as long as it takes, and their words known, those of the first that brings them; one
+    that changes no layer brings words alone. Without any, what is attached to the base counts. Those of `stacks` are ready.
+    However it ends, also by `close()`, the base is as it was.
     """
     words = {word: vectors for adapter, _ in reversed(stack) for word, vectors in vectors_of(adapter.words).items()}
-    on = (stacks or Stacks(base, most=0)).use(stack) if stack else contextlib.nullcontext()
-    with on, base.knowing(words), eval_mode(base):
+    layered = [pair for pair in stack if pair[0].deltas]
+    on = (stacks or Stacks(base, most=0)).use(layered) if layered else contextlib.nullcontext()
+    with on, base.knowing(words) if words else contextlib.nullcontext(), eval_mode(base):
         latents = yield from denoise_steps(base, requests, start)
         return base.decode(latents)
 

@@ -124,8 +124,10 @@ class Session:
         if not pixels.isfinite().all():
             yield Notice(not_finite(self.base))
         own = {use.name: hashes[use.name] for use in uses}
+        words = [use.name for use in uses if not adapters[use.name].deltas]
         for (number, request), image in zip(batch, to_images(pixels), strict=True):
-            yield Picture(number, request.complete(self.base, image.size, own), start.paste(image) if start else image)
+            whole = start.paste(image) if start else image
+            yield Picture(number, request.complete(self.base, image.size, own, words), whole)
 
     def _progress(self, steps: Steps, numbers: tuple[int, ...]) -> Generator[Event, None, Tensor]:
         """Go on step by step until the pixels are there. Raises _Stop as soon as drawing was cancelled."""

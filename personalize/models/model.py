@@ -228,10 +228,10 @@ class Base:
             self._send_away()
 
     def _send_away(self) -> None:
-        """Encoders that nobody uses leave the device, where memory is short; those that learn stay."""
-        for model in (self.vae, *(text.model for text in self.texts)) if self.lean else ():
-            there = next(model.parameters()).device.type
-            if there != "cpu" and not self._busy[id(model)] and not any(p.requires_grad for p in model.parameters()):
+        """Encoders that nobody uses leave the device, where memory is short; those that learn, or read words that do, stay."""
+        for model, words in [(self.vae, {}), *((text.model, text.words) for text in self.texts)] if self.lean else ():
+            stays = self._busy[id(model)] or any(one.requires_grad for one in (*words.values(), *model.parameters()))
+            if next(model.parameters()).device.type != "cpu" and not stays:
                 model.to("cpu")
 
     @functools.cached_property
@@ -281,8 +281,8 @@ class Base:
         return self.family.combine(self.family, states)
 
     @contextlib.contextmanager
-    def knowing(self, words: Mapping[str, Mapping[str, Tensor]]) -> Iterator[None]:
-        """Inside, words in prompts stand for vectors: word => text encoder => its vectors [tokens, width].
+    def knowing(self, words: Mapping[str, Mapping[str, Tensor]], emphasis: float = 1.0) -> Iterator[None]:
+        """Inside, words stand for vectors: word => text encoder => [tokens, width], times `emphasis` where weights are read.
 
         A text encoder without vectors reads a word as it is spelled. Raises FamilyMismatchError for vectors of another width.
         """
@@ -294,7 +294,7 @@ class Base:
                 if vectors.shape[1] != width:
                     what = f"the word {short(word)!r} has vectors of {vectors.shape[1]} numbers for the {text.part}"
                     raise FamilyMismatchError(what, f"{self.name} reads {width}: it was made for another base")
-            made.append(replace(text, words=own))
+            made.append(replace(text, words=own, emphasis=emphasis))
         self.texts = tuple(made)
         try:
             yield

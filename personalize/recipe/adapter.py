@@ -12,11 +12,16 @@ from .one_of import OneOf
 from .part import AtCommas, Part, equals, is_off
 
 FULL = "full"  # the kind that is the model's own weights
+EMBEDDING = "embedding"  # the kind that changes no weights: vectors for the trigger
+
+# Of [optim], what is about an adapter's layers.
+OF_LAYERS = ("lr", "text_encoder_lr", "text_encoder_share", "lora_plus", "lr_scale", "lr_decay", "unfreeze", "pivot",
+             "scale_weight_norms")  # fmt: skip
 
 
 def trainable() -> tuple[str, ...]:
     """What `--kind` can be."""
-    return tuple(trainable_rows())
+    return (*trainable_rows(), EMBEDDING)
 
 
 def _layers_of(fields: dict[str, Any]) -> tuple[str, ...]:
@@ -30,8 +35,8 @@ class AdapterSpec(Part):
     kind: Annotated[str, OneOf("kinds", trainable)] = Field(
         "lora",
         description="what is learned: LoRA (Hu et al. 2021), DoRA (Liu et al. 2024), LoHa and LoKr (Yeh et al. 2023), "
-        "OFT (Qiu et al. 2023), (IA)^3 (Liu et al. 2022), norms: weights and biases of all normalization layers, or full: the "
-        "model's own weights",
+        "OFT (Qiu et al. 2023), (IA)^3 (Liu et al. 2022), norms: weights and biases of all normalization layers, full: the "
+        "model's own weights, or embedding: vectors for the trigger alone (textual inversion, Gal et al. 2022)",
     )
     rank: int = Field(
         8, ge=1, le=1024, description="rank of the UNet update; of OFT, the size of a block; IA3, norms and full have none"
@@ -78,11 +83,25 @@ class AdapterSpec(Part):
         default_factory=_layers_of,
         description="text-encoder layers: attention, feedforward, all, or a path glob (default: as for the UNet)",
     )
+    vectors: int = Field(
+        default_factory=lambda fields: int(fields.get("kind") == EMBEDDING),
+        ge=0,
+        le=64,
+        exclude_if=is_off,
+        description="vectors that the trigger stands for and that are learned, beside the adapter too; "
+        "0: it is read as it is spelled (default: 0; of embedding: 1)",
+    )
+    init_word: str = Field(
+        "", exclude_if=is_off, description="word that the trigger's vectors begin as (default: the class; of a style: style)"
+    )
 
 
 def check_kind(adapter: AdapterSpec, optim: Part, dialect: str) -> None:
     """Raise RecipeError for settings that an adapter's kind does not have."""
+    check_words(adapter, optim)
     name, rows = adapter.kind, trainable_rows()
+    if name == EMBEDDING:
+        return check_embedding(adapter, optim, dialect)
     for field in dict.fromkeys(field for row in rows.values() for field in row.settings):
         part = adapter if field in AdapterSpec.model_fields else optim
         if getattr(part, field) != type(part).model_fields[field].default and field not in rows[name].settings:
@@ -97,3 +116,34 @@ def check_kind(adapter: AdapterSpec, optim: Part, dialect: str) -> None:
         raise RecipeError(f"--dropout drops inputs of an adapter, and --kind {name} has none", "leave it out")
     if adapter.rslora and adapter.lokr_full:
         raise RecipeError("--rslora and --lokr-full exclude each other", "two whole matrices have no scale: leave one out")
+
+
+def check_words(adapter: AdapterSpec, optim: Part) -> None:
+    """Raise RecipeError for settings of the trigger's vectors that make no sense."""
+    if not adapter.vectors:
+        if adapter.kind == EMBEDDING:
+            raise RecipeError("--vectors 0 leaves --kind embedding nothing to learn", "--vectors 1")
+        for part, field in ((adapter, "init_word"), *((optim, name) for name in ("embedding_lr", "embedding_share", "pivot"))):
+            if getattr(part, field) != type(part).model_fields[field].default:
+                what = f"--{field.replace('_', '-')} is about vectors of the trigger, and none are learned"
+                raise RecipeError(what, "--vectors 1 learns one beside the adapter")
+    share, pivot, unfreeze = (getattr(optim, field) for field in ("embedding_share", "pivot", "unfreeze"))
+    if pivot and unfreeze:
+        raise RecipeError("--pivot and --unfreeze exclude each other", "both say when layers begin to learn")
+    if share < pivot:
+        raise RecipeError(f"nothing would learn between --embedding-share {share:g} and --pivot {pivot:g}", "let them meet")
+
+
+def check_embedding(adapter: AdapterSpec, optim: Part, dialect: str) -> None:
+    """Raise RecipeError for settings of an adapter's layers, which `--kind embedding` does not have."""
+    plain = AdapterSpec(kind=EMBEDDING, vectors=adapter.vectors, init_word=adapter.init_word)
+    odd = [field for field in AdapterSpec.model_fields if getattr(adapter, field) != getattr(plain, field)]
+    odd += [field for field in OF_LAYERS if getattr(optim, field) != type(optim).model_fields[field].default]
+    if odd:
+        what = f"--{odd[0].replace('_', '-')} is about layers, and --kind embedding changes none"
+        other = "--embedding-lr is its rate" if odd[0] == "lr" else f"--kind lora --vectors {adapter.vectors} learns both"
+        raise RecipeError(what, f"leave it out: {other}")
+    if optim.embedding_share < 1:  # type: ignore[attr-defined]
+        raise RecipeError("with --kind embedding nothing is left to train after --embedding-share", "leave that out")
+    if dialect != "kohya":
+        raise RecipeError(f"--dialect {dialect} is about adapters", "leave it out: every program reads the same embedding")

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from ..errors import RecipeError
-from .adapter import FULL, check_kind
+from .adapter import EMBEDDING, FULL, check_kind
 from .adapter import AdapterSpec as AdapterSpec
 from .by_layer import read_scales, read_thaws
 from .objective import Objective as Objective
@@ -95,6 +95,24 @@ class Optim(Part):
     text_encoder_lr: float = Field(0.0, ge=0, description="learning rate of the text-encoder adapter; 0 leaves it alone")
     text_encoder_share: float = Field(
         1.0, gt=0, le=1, description="share of the steps in which the text encoder learns, before it stays as it is"
+    )
+    embedding_lr: float = Field(
+        5e-3, gt=0, exclude_if=equals(5e-3), description="learning rate of the trigger's vectors, where such are learned"
+    )
+    embedding_share: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        exclude_if=equals(1.0),
+        description="share of the steps in which the trigger's vectors learn, before they stay as they are",
+    )
+    pivot: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        exclude_if=is_off,
+        description="share of the steps in which the trigger's vectors learn alone, before the adapter begins: pivotal tuning; "
+        "0: both from the first step",
     )
     schedule: Literal["constant", "linear", "cosine"] = Field("cosine", description="shape of the learning rate after warm-up")
     warmup: int = Field(10, ge=0, description="steps of linear warm-up")
@@ -289,6 +307,13 @@ class Recipe(Part):
         check_kind(self.adapter, self.optim, self.dialect)
         check_rule(self.optim)
         check_objective(self.objective)
+        if self.adapter.kind == EMBEDDING and self.objective.prior != "none":
+            what = f"--prior {self.objective.prior} keeps what has no trigger as it is, and --kind embedding changes nothing else"
+            raise RecipeError(what, "leave it out")
+        if self.adapter.vectors and not self.optim.lr:
+            raise RecipeError(
+                "--vectors with --lr 0 learns no adapter's layers of the UNet", "--kind embedding learns the word alone"
+            )
         if self.adapter.kind == FULL and self.fitting.quantize not in ("auto", "none"):
             raise RecipeError(f"--quantize {self.fitting.quantize} rounds the weights that --kind full trains", "leave it out")
         if self.data.regularization is not None and self.objective.prior != "images":
@@ -322,7 +347,14 @@ class Recipe(Part):
     @property
     def is_layered(self) -> bool:
         """Whether layers learn differently, or some that would learn do not."""
-        return bool(self.optim.lr_scale or self.optim.unfreeze or self.optim.lr_decay != 1 or self.adapter.freeze)
+        timed = self.optim.unfreeze or self.optim.pivot
+        return bool(self.optim.lr_scale or timed or self.optim.lr_decay != 1 or self.adapter.freeze)
+
+    @property
+    def reading_steps(self) -> int:
+        """In how many of the run's steps captions are read anew, as what reads them learns: text encoder, or trigger."""
+        words = math.ceil(self.optim.embedding_share * self.steps) if self.adapter.vectors else 0
+        return max(words, self.optim.text_encoder_steps(self.steps))
 
     @property
     def prior_rows(self) -> int:

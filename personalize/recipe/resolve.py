@@ -13,11 +13,13 @@ from pydantic import ValidationError
 from ..errors import RecipeError, nearest
 from ..pictures.galleries import count_pictures
 from ..text import parse_toml
+from .adapter import EMBEDDING, OF_LAYERS, AdapterSpec
 from .fields import WITHOUT_CLASS, Recipe
 from .lines import expand, with_our_placeholders
 from .rule import convert_rates
 from .settings import flat, flatten, record, settings
 
+OF_ADAPTERS = {*AdapterSpec.model_fields, *OF_LAYERS, "prior", "dialect"} - {"kind", "vectors", "init_word"}
 PROMPTS = ("sample_prompts", "prior_prompts")  # lists whose lines may be in a file
 
 
@@ -122,8 +124,11 @@ def _build(layers: list[tuple[str, Mapping[str, Any]]]) -> Recipe:
     """Merge layers of flat settings, later ones win, and validate the result once."""
     values: dict[str, Any] = {}
     origins: dict[str, str] = {}
+    kinds = [layer["kind"] for _, layer in layers if "kind" in layer]
     for origin, layer in layers:
         own = flat(layer, origin)
+        if origin and EMBEDDING in kinds[-1:] and own.get("kind") != EMBEDDING:  # what presets say of adapters
+            own = {key: value for key, value in own.items() if key not in OF_ADAPTERS}
         values = convert_rates(values, own["optimizer"]) if "optimizer" in own else values
         for key, value in own.items():
             values[key], origins[key] = value, origin

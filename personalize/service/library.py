@@ -111,7 +111,7 @@ class Library:
                 found = describe(aside / name)
             except AdapterError as error:
                 raise type(error)(error.what.replace(f"{aside}/", ""), error.hint) from None
-            if found.kind == "unknown" or not found.dialect:
+            if found.kind == "unknown" or not found.is_learned:
                 raise AdapterError(
                     f"{plain(name, 80)} holds no adapter", "send a LoRA or another kind that `personalize show` knows"
                 )
@@ -172,7 +172,7 @@ class Library:
                 found = describe(path)
             except AdapterError:
                 found = None
-            known = state, found if found and found.dialect else None
+            known = state, found if found and found.is_learned else None
             with self._lock:
                 self._read[path] = known
         return Adapter(id_of(self.workspace, path), path, known[1], status.st_mtime) if known[1] else None

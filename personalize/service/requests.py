@@ -27,7 +27,7 @@ Schema = dict[str, Any]
 
 # What names a place to write, or a file that names others: jobs write where the workspace has room for them
 LEFT_OUT = {
-    "origin", "dry_run", "replay", "listed", "lora_dir", "sheet_path", "html_path", "words", "picture", "output",
+    "origin", "dry_run", "replay", "listed", "lora_dir", "embedding_dir", "sheet_path", "html_path", "words", "picture", "output",
     "queue", "workspace",
 }  # fmt: skip
 NEEDED = ("files", "folder", "prompts")  # which a command may get in another way

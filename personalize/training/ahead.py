@@ -16,14 +16,14 @@ from .run import ActiveRun
 class Ahead(contextlib.ExitStack):
     """Lets a second process answer a run's questions to the base alone, until it is closed or the `with` block ends.
 
-    For a run alone, whose batches go through the base whole, and whose text encoder does not learn: embedding would take longer
-    than is gained. Answers are the same to the bit: the copy asks the same base about the same rows.
+    For a run alone, whose batches go through the base whole, and whose captions are read once: embedding would take longer than
+    is gained. Answers are the same to the bit: the copy asks the same base about the same rows.
     """
 
     def begin(self, run: ActiveRun) -> None:
         """Have the answers of the steps from where the run stands, if it has none yet, computed from now on."""
         learner, recipe = run.learner, run.plan.recipe
-        asks = learner.objective.needs.base_first and learner.pieces == 1 and not recipe.optim.text_encoder_steps(recipe.steps)
+        asks = learner.objective.needs.base_first and learner.pieces == 1 and not recipe.reading_steps
         if learner.kept is None and asks and processes(run.plan.base) > 1:
             copy = self.enter_context(Copy(lambda here: send_answers(here, run)))
             kind = run.plan.base.dtype

@@ -1,4 +1,5 @@
-"""What a run of whole weights leaves beside its adapter: the model itself, in the base's layout, and the LoRA nearest to it."""
+"""What a run leaves beside its adapter: of whole weights, the model in its base's layout, and the LoRA nearest to it; of words
+that learn beside an adapter, an embedding of each."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..adapters.adapter import Adapter
+from ..adapters.embedding import Embedding
 from ..adapters.ops.bake import bake
 from ..adapters.ops.resize import resize
 from ..io import disk_error
@@ -23,6 +25,14 @@ def write_companions(plan: RunPlan, step: int) -> Iterator[Event]:
     small, report = resize(adapter, "rank", rank)
     lora = small.save(run.folder / f"{run.name}-lora.safetensors", plan.recipe.dialect)
     yield run.record(Derived(step, run.relative(lora), f"LoRA of rank {rank}", report.error))
+
+
+def write_words(plan: RunPlan, step: int) -> Iterator[Event]:
+    """Write each word that the adapter brings as an embedding of its own, by the name that UIs know it by. Raises OutputError."""
+    adapter, run = Adapter.load(plan.run.adapter), plan.run
+    for path, word in Embedding.from_words(adapter.words, run.folder / "embeddings"):
+        count = f"{word.tokens} vector{'s' * (word.tokens > 1)}"
+        yield run.record(Derived(step, run.relative(word.save(path)), f"the word {path.stem} alone, {count}", 0.0))
 
 
 def write_model(base: Path, adapter: Adapter, path: Path) -> tuple[Path, float]:

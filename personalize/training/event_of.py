@@ -8,6 +8,7 @@ from typing import Any
 
 from ..data.dataset import Dataset, Example
 from ..errors import PersonalizeError
+from ..recipe.adapter import EMBEDDING
 from ..recipe.settings import flatten
 from ..tuning.rates import EVEN, groups_of
 from .events import Failed, Started, Step
@@ -83,6 +84,7 @@ def step_event(run: ActiveRun, losses: list[float], norm: float, seconds: float,
         skipped=bool(cause),
         cause=cause,
         bounded=bounded,
+        embedding_lr=opt.lr(EMBEDDING, done - 1),
     )
 
 

@@ -62,6 +62,7 @@ class Step:
     skipped: bool = False
     cause: str = ""
     bounded: int = 0  # layers whose update was scaled back to --scale-weight-norms
+    embedding_lr: float = 0.0  # of the trigger's vectors
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,7 +244,7 @@ NEEDED: dict[str, tuple[str, ...]] = {
 }
 # Of those, null stands for a number that is not finite.
 NULLABLE = {"fit", "validation", "drift", "contrast", "score", "value", "low", "high"}
-NEWER = ("bounded",)
+NEWER = ("bounded", "embedding_lr")
 NOTES: dict[str, dict[str, type]] = {"error": {"message": str}}  # the record of a run's end that is no event
 
 

@@ -84,7 +84,7 @@ def train_companies(
 def company_of(number: int, recipe: Recipe) -> str:
     """What members of one fleet have in common. Dropout draws for a whole batch, and folds are runs before the run: alone."""
     learned = bool(recipe.optim.lr), bool(recipe.optim.text_encoder_lr)
-    shape = recipe.adapter.model_dump(exclude={"alpha"}), learned, recipe.fitting.model_dump(), recipe.device
+    shape = recipe.adapter.model_dump(exclude={"alpha", "init_word"}), learned, recipe.fitting.model_dump(), recipe.device
     alone = number if recipe.adapter.dropout or recipe.choosing.leave_one_out else None
     return repr((recipe.base, recipe.prediction, recipe.zero_snr, recipe.clip_skip, recipe.vae, shape, alone))
 

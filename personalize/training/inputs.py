@@ -77,8 +77,8 @@ Read = Callable[[Sequence[str], int], Cond]  # captions, micro-step -> their con
 
 
 def reader(plan: RunPlan) -> Read:
-    """How the adapter reads captions at a micro-step: anew while the text encoder learns, and else each once, as far as kept."""
-    learning = plan.recipe.optim.text_encoder_steps(plan.recipe.steps) * plan.recipe.optim.accumulate
+    """How the adapter reads captions at a micro-step: anew while what reads them learns, and else each once, as far as kept."""
+    learning = plan.recipe.reading_steps * plan.recipe.optim.accumulate
 
     @functools.lru_cache(maxsize=256)
     @torch.no_grad()

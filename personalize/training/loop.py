@@ -166,7 +166,8 @@ def train_plans(
             except policy.contained as error:
                 yield i, failed_event(plan, 0, error)
         starts = [plans[i].start for i in data]
-        fleet = stack.enter_context(Fleet(plans[first].base, starts, plans[first].recipe.adapter.dropout))
+        words = [plans[i].words for i in data]
+        fleet = stack.enter_context(Fleet(plans[first].base, starts, plans[first].recipe.adapter.dropout, words))
         runs = []
         commit = Commit(plans[first].run.commit) if len(data) > 1 else None
         for member, i in zip(fleet.members, data, strict=True):

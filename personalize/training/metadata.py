@@ -24,6 +24,7 @@ from ..data.dataset import Dataset
 from ..data.latents import grid_of
 from ..families.notation import escape
 from ..models.model import Base
+from ..recipe.adapter import EMBEDDING
 from ..recipe.fields import AdapterSpec, Optim, Recipe
 from ..recipe.resolve import to_json
 from ..version import __version__
@@ -93,7 +94,7 @@ def kohya_keys(recipe: Recipe, base: Base, dataset: Dataset, name: str, step: in
         "ss_max_train_steps": recipe.steps,
         "ss_total_batch_size": recipe.batch_size * optim.accumulate,
         "ss_gradient_accumulation_steps": optim.accumulate,
-        "ss_learning_rate": optim.lr,
+        "ss_learning_rate": optim.embedding_lr if spec.kind == EMBEDDING else optim.lr,
         "ss_unet_lr": optim.lr,
         "ss_text_encoder_lr": optim.text_encoder_lr,
         "ss_optimizer": ADAMW.format(optim=optim) if optim.optimizer == "adamw" else optim.optimizer,
@@ -116,12 +117,16 @@ ALGORITHMS = {"dora": "locon", "oft": "diag-oft"}  # LyCORIS' words for kinds, w
 
 def title_of(kind: str) -> str:
     """What people call a kind that `--kind` names."""
+    if kind == EMBEDDING:
+        return "textual inversion"
     row = trainable()[kind]
     return row.trained_as or row.title
 
 
 def network_keys(spec: AdapterSpec, optim: Optim) -> dict[str, Any]:
     """The module and the arguments with which kohya's trainer, or LyCORIS in it, makes such an adapter."""
+    if spec.kind == EMBEDDING:
+        return {"ss_num_vectors_per_token": spec.vectors, "ss_init_word": spec.init_word}
     kind, row = spec.kind, trainable()[spec.kind]
     alpha = f"{spec.alpha:g}" if row.has_alpha else "0"
     rank = 0 if row.rank is no_rank else spec.oft_block or spec.rank
@@ -205,9 +210,12 @@ def modelspec_keys(recipe: Recipe, base: Base, dataset: Dataset, name: str, samp
     """ModelSpec 1.0.1 (https://github.com/Stability-AI/ModelSpec)."""
     side = recipe.data.resolution or base.resolution
     words, title = trigger_phrases(dataset), title_of(recipe.adapter.kind)
+    architecture = base.family.architecture_of(base.noise)
+    if recipe.adapter.kind == EMBEDDING:
+        architecture = f"{architecture.removesuffix('/lora')}/textual-inversion"
     keys = {
         "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.architecture": base.family.architecture_of(base.noise),
+        "modelspec.architecture": architecture,
         "modelspec.implementation": "diffusers",
         "modelspec.title": name,
         "modelspec.description": f"{title} of {' and '.join(words)}, from {len(dataset.examples)} pictures",

@@ -11,6 +11,7 @@ from pathlib import Path
 from PIL import Image
 
 from ..adapters.contract import PrecisionError
+from ..adapters.embedding import save_learned
 from ..errors import TrainingError
 from ..inference.pipeline import draw_images
 from ..inference.png import save_picture
@@ -18,9 +19,9 @@ from ..inference.request import Request
 from ..inference.sheet import enlarge
 from ..io import atomic, write_text
 from ..models.processes import share
-from ..recipe.adapter import FULL
+from ..recipe.adapter import EMBEDDING, FULL
 from ..tuning.tunable import Tunable
-from .companions import write_companions
+from .companions import write_companions, write_words
 from .events import Chosen, Event, Sample, Saved, Sweep, Warned
 from .inputs import training_batches
 from .limits import find_strange_classes, show_reconstruction
@@ -89,18 +90,20 @@ def save_checkpoint(run: ActiveRun) -> Event:
 def save_adapter(run: ActiveRun, step: int, path: Path) -> Saved:
     """Write what is attached, an adapter of `step` steps, with the image of that step or the last one before it."""
     plan, adapter = run.plan, run.tunable.snapshot()
-    if not all(delta.finite() for delta in adapter.deltas.values()):
-        raise TrainingError(f"the adapter is not finite after {step} steps; nothing was overwritten", "try a lower --lr")
+    vectors = [one for own in adapter.words.values() for one in own.values()]
+    if not all(delta.finite() for delta in adapter.deltas.values()) or not all(bool(one.isfinite().all()) for one in vectors):
+        rates = "a lower --lr" + " or --embedding-lr" * bool(vectors)
+        raise TrainingError(f"the adapter is not finite after {step} steps; nothing was overwritten", f"try {rates}")
     peak = peak_bytes(plan.base.device) if plan.base.device.type == "cuda" else None
     memory = run.compute, run.facts()["estimate"], plan.regularization, peak
     about = describe_run(plan.recipe, plan.base, plan.dataset, plan.run.name, step, first_sample(plan, step), *memory)
     past = {"personalize.init": plan.init, "personalize.changes": plan.history}
     about |= {name: json.dumps(value, ensure_ascii=False) for name, value in past.items() if value}
     try:
-        adapter.save(path, plan.recipe.dialect, about, plan.recipe.save_precision)
+        save_learned(adapter, path, plan.recipe.dialect, about, plan.recipe.save_precision)
     except PrecisionError as error:  # learned too little for it yet; what was trained must not be lost
         warnings.warn(f"{error.what}: kept as fp32 instead", stacklevel=2)
-        adapter.save(path, plan.recipe.dialect, about)
+        save_learned(adapter, path, plan.recipe.dialect, about)
     return Saved(step, plan.run.relative(path))
 
 
@@ -133,6 +136,8 @@ def finish(run: ActiveRun) -> Iterator[Event]:
     yield plan.run.record(save_adapter(run, step, plan.run.adapter))
     if plan.recipe.adapter.kind == FULL:
         yield from write_companions(plan, step)
+    if plan.words and plan.recipe.adapter.kind != EMBEDDING:
+        yield from write_words(plan, step)
 
 
 def sweep_strengths(plan: RunPlan, tunable: Tunable, step: int) -> Iterator[Event]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 
 from ..adapters.adapter import Adapter
 from ..adapters.delta import Delta
+from ..adapters.embedding import Embedding, load_learned, save_learned
 from ..data.batches import generator
 from ..data.cache import fingerprint
 from ..data.captions import fill, remove_triggers, safe_trigger
@@ -40,6 +41,7 @@ from ..text import plain
 from ..tuning.continued import start_from
 from ..tuning.rates import Rate, rates_of
 from ..tuning.targets import fresh as fresh_deltas
+from ..tuning.textual_inversion import Vectors, continue_words
 from .changes import changes_since, identity
 from .events import Finished
 from .memory.moments import states_held
@@ -48,6 +50,7 @@ from .objectives.objective import needs_of
 from .optimizers import check_optimizer
 from .rundir import Run, State
 from .sample_names import sample_name
+from .wording import begin_words
 
 # Settings that change nothing about the training itself: a run may go on with other ones.
 HARMLESS = {"preset", "output", "name", "dialect", "save_precision", "checkpoint_every", "folder", "regularization", "device"}
@@ -72,6 +75,7 @@ class RunPlan:
     state: State | None  # None: start at the beginning
     finished: Finished | None  # not None: there is nothing to do
     start: Mapping[str, Delta]  # the adapter before its first step
+    words: Vectors = field(default_factory=dict)  # that are learned, before the first step: word => text encoder => vectors
     init: Mapping[str, Any] | None = None  # which adapter that is, where it is one
     regularization: Dataset | None = None  # class images that somebody brought
     changes: tuple[str, ...] = ()  # since the run was here last, what it was asked for
@@ -86,7 +90,8 @@ class RunPlan:
     def windows(self) -> int:
         """Windows of the text encoder that every caption is brought to, so that they fit into one batch."""
         written = [way for example in (*self.dataset.examples, *self.held) for way in variants(example.caption)]
-        return self.base.windows([*written, *self.class_captions], weighted=True, shuffled=self.recipe.data.varies)
+        with self.base.knowing(self.words):
+            return self.base.windows([*written, *self.class_captions], weighted=True, shuffled=self.recipe.data.varies)
 
     @functools.cached_property
     def rates(self) -> dict[str, Rate]:
@@ -207,10 +212,10 @@ def check(
     about |= {"held": [example.sha256 for example in held]} if held or before else {}
     if before:
         about["settings"]["holdout"] = before  # the same pictures, whatever they are called now
-    start = fresh_deltas(base, recipe.adapter, parts(recipe, base), recipe.seed)
+    start, words = fresh_deltas(base, recipe.adapter, parts(recipe, base), recipe.seed), begin_words(recipe, base, dataset)
     init: dict[str, Any] | None = state.about.get("init") if state else None  # the state holds what was made of it
     if recipe.init and not state:
-        init, start = begin_with(recipe.init, base, start)
+        init, start, words = begin_with(recipe.init, base, start, words)
     about |= {"init": init} if init else {}
     history: list[dict[str, Any]] = state.more.get("changes", []) if state else []
     changes = changes_since(state, about, recipe, run, names_of(recipe, dataset)) if state else []
@@ -220,9 +225,8 @@ def check(
     finished = run.finished_event() if same else None
     if state and changes and not finished:
         history = [*history, {"after": state.done, "what": changes}]
-    plan = RunPlan(
-        recipe, base, device, dataset, held, run, about, state, finished, start, init, brought, tuple(changes), tuple(history)
-    )
+    told = init, brought, tuple(changes), tuple(history)
+    plan = RunPlan(recipe, base, device, dataset, held, run, about, state, finished, start, words, *told)
     _ = plan.rates  # patterns that name no layer are told now
     for _, options in plan.lines:
         schedulers.latent_shape(base, options.get("size"))
@@ -231,12 +235,15 @@ def check(
     return plan
 
 
-def begin_with(path: Path, base: Base, start: Mapping[str, Delta]) -> tuple[dict[str, Any], dict[str, Delta]]:
+def begin_with(
+    path: Path, base: Base, start: Mapping[str, Delta], words: Vectors
+) -> tuple[dict[str, Any], dict[str, Delta], Vectors]:
     """What an adapter file is, for the run's files, and a start that does what it does. Raises AdapterError."""
-    adapter = Adapter.load(path)
+    adapter = load_learned(path)
     said = adapter.metadata.get
     facts = {"file": path.name, "sha256": weights_hash(path), "steps": said("personalize.step") or said("ss_steps")}
-    return {name: value for name, value in facts.items() if value}, start_from(base, adapter, start, str(path))
+    begun = start_from(base, adapter, start, str(path)), continue_words(words, adapter, str(path))
+    return {name: value for name, value in facts.items() if value}, *begun
 
 
 def class_folder(recipe: Recipe) -> Dataset | None:
@@ -347,7 +354,9 @@ def rehearse(plan: RunPlan) -> None:
     """Save the adapter as it will be, still empty, read it back and remove it: targets, dialect, output and disk are sound."""
     plan.run.make()
     path = plan.run.folder / ".rehearsal.safetensors"
-    Adapter(plan.start, claims(plan.base.family)).save(path, plan.recipe.dialect, dtype=plan.recipe.save_precision)
+    words = {word: Embedding(vectors).inside() for word, vectors in plan.words.items()}
+    adapter = Adapter(plan.start, claims(plan.base.family), words)
+    save_learned(adapter, path, plan.recipe.dialect, {}, plan.recipe.save_precision)
     size, free = path.stat().st_size, shutil.disk_usage(plan.run.folder).free
     path.unlink()
     saves = 2 + (plan.recipe.steps // plan.recipe.checkpoint_every if plan.recipe.checkpoint_every else 0)

@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..adapters.adapter import Adapter
+from ..adapters.embedding import load_learned
 from ..data.batches import generator
 from ..data.captions import remove_triggers
 from ..data.latents import Latents
@@ -254,7 +254,7 @@ def choose(plan: RunPlan, trained: Latents, held: Latents | None, tunable: Tunab
 def put(tunable: Tunable, file: Path | None) -> None:
     """Attach a checkpoint; None is what is attached already."""
     if file:
-        tunable.put(Adapter.load(file))
+        tunable.put(load_learned(file))
 
 
 def judge_checkpoints(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from torch import nn
 
@@ -13,6 +14,7 @@ from .attach import REGISTERED
 from .layers import ActiveRows, AdapterLayer, cast_once
 from .placement import check_free, put_layers, restore_layers
 from .specs import make_layers
+from .textual_inversion import Vectors, words_beside
 from .tunable import LayerAdapter
 
 
@@ -20,15 +22,19 @@ class Fleet:
     """The adapters of one run or many on their base, until the end of the `with` block; the base's weights never change.
 
     `starts` are their values by module path, of the same modules, kinds and shapes for all. `members` are Tunables: outside of
-    `LayerAdapter.computing` rows are nobody's, unless there is one member alone.
+    `LayerAdapter.computing` rows are nobody's, unless there is one member alone. `words`, where given, are vectors that each
+    learns beside its layers, of words of its own.
     """
 
-    def __init__(self, base: Base, starts: Sequence[Mapping[str, Delta]], dropout: float = 0.0) -> None:
+    def __init__(
+        self, base: Base, starts: Sequence[Mapping[str, Delta]], dropout: float = 0.0, words: Sequence[Vectors] = ()
+    ) -> None:
         check_free(base)
         self.base, self.active = base, ActiveRows(*([0] if len(starts) == 1 else []))
         self.layers = make_layers(base, starts, self.active, dropout)
         kind = LayerAdapter if len(starts) == 1 else Member
-        self.members = [kind(base, self.layers, self.active, number) for number in range(len(starts))]
+        plain = [kind(base, self.layers, self.active, number) for number in range(len(starts))]
+        self.members: Sequence[Any] = words_beside(plain, words) if any(words) else plain
 
     def __enter__(self) -> Fleet:
         put_layers(self.base, self.layers)

@@ -38,18 +38,21 @@ def rates_of(family: Family, start: Iterable[str], optim: Optim, steps: int) -> 
     Raises RecipeError for a pattern that names none of them, and where nothing would learn at first.
     """
     paths = dict.fromkeys(path.removesuffix(BIAS) for path in start)
-    scales, starts = dict.fromkeys(paths, 1.0), starts_of(family, paths, optim.unfreeze, steps)
+    scales, starts = dict.fromkeys(paths, 1.0), starts_of(family, paths, optim, steps)
     for pattern, scale in read_scales(optim.lr_scale):
         scales |= dict.fromkeys(layers_named(family, paths, pattern, "--lr-scale"), scale)
     if optim.lr_decay != 1:
         scales = {path: scales[path] * optim.lr_decay**depth for path, depth in depths(family, paths).items()}
-    if paths and (first := min(starts.values())):
+    if paths and not optim.pivot and (first := min(starts.values())):
         raise RecipeError(f"--unfreeze: nothing would learn in the first {first} steps", "begin with 1.0:up_blocks")
     return {path: Rate(starts[path], scales[path]) for path in paths}
 
 
-def starts_of(family: Family, paths: Collection[str], unfreeze: str, steps: int) -> dict[str, int]:
+def starts_of(family: Family, paths: Collection[str], optim: Optim, steps: int) -> dict[str, int]:
     """How many steps are done when a layer begins to learn; what no pattern names learns in all of them."""
+    unfreeze = optim.unfreeze
+    if optim.pivot:  # the trigger's vectors learn before them
+        return dict.fromkeys(paths, round(optim.pivot * steps))
     if unfreeze == GRADUAL:
         deep = depths(family, paths)
         order = {part: sorted({deep[path] for path in paths if part_of(path) == part}) for part in map(part_of, paths)}

@@ -22,6 +22,7 @@ from ..families.family import Family
 from ..families.names import canonical, part_of
 from ..models.model import Base
 from ..models.skeleton import Skeleton
+from ..recipe.adapter import EMBEDDING
 from ..recipe.fields import AdapterSpec
 from .dense import BIAS, NORMS
 
@@ -33,6 +34,8 @@ def fresh(base: Base | Skeleton, spec: AdapterSpec, parts: Sequence[str], seed: 
 
     Text encoders keep the denoiser's alpha-to-rank ratio. Raises RecipeError for a target that matches nothing.
     """
+    if spec.kind == EMBEDDING:
+        return {}  # vectors of words are no layer's
     kind, generator = kinds.trainable()[spec.kind], torch.Generator().manual_seed(seed)
     deltas: dict[str, Delta] = {}
     for part in parts:

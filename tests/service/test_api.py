@@ -171,7 +171,7 @@ def test_every_text_that_names_something_is_known_to_be_one() -> None:
     harmless = {
         "class", "trigger", "caption", "caption_prefix", "name", "memory", "sampler", "negative", "seeds", "axes", "targets",
         "parts", "text_targets", "holdout", "method", "dialect", "dtype", "family", "size", "output", "precision", "device",
-        "backend", "revision", "prefix", "without", "prompt", "freeze", "lr_scale", "unfreeze",
+        "backend", "revision", "prefix", "without", "prompt", "freeze", "lr_scale", "unfreeze", "init_word",
     }  # fmt: skip
     for kind in table("jobs"):
         for name, schema in job_schema(kind)["properties"].items():

@@ -502,6 +502,8 @@ CHANGES: dict[str, tuple[Any, dict[str, Any]]] = {
     "noise_offset": (0.1, {}), "pyramid_noise": (0.3, {}), "input_perturbation": (0.1, {}), "density": ("cubic", {}),
     "logit_mean": (1.0, {"density": "logit-normal"}), "logit_std": (2.0, {"density": "logit-normal"}),
     "min_timestep": (500, {}), "max_timestep": (500, {}),
+    "vectors": (2, {}), "init_word": ("dog", {"vectors": 1}), "embedding_lr": (1e-2, {"vectors": 1}),
+    "embedding_share": (0.5, {"vectors": 1}), "pivot": (0.5, {"vectors": 1}),
     "precision": ("bfloat16", {}), "quantize": ("nf4", {}),
     "prediction": ("epsilon", {}), "zero_snr": ("no", {}), "clip_skip": (2, {}),
     "holdout": ("1", {}),
@@ -594,6 +596,7 @@ def weights_of() -> Callable[[Recipe], dict[str, torch.Tensor]]:
             assert recipe.output
             adapter = Adapter.load(next(recipe.output.glob("*.safetensors")))
             known[key] = {path: delta.delta() for path, delta in adapter.deltas.items()}
+            known[key] |= {f"{word} {at}": one for word, own in adapter.words.items() for at, one in own.items()}
         return known[key]
 
     return weights

@@ -14,10 +14,11 @@ from ...families.names import family_of
 from ...findings import LEVELS, Finding, worst_first
 from ...formats.header import read_header
 from .. import dialects
-from ..describe import Description, describe
+from ..describe import TEXTUAL_INVERSION, Description, describe
 from ..ops.report import Line, Report
 from .findings import CHECKS
 from .measures import SHARE, Exam, Module, Weights, block_norms, block_of, measure, read_updates
+from .vectors import vector_findings
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,9 @@ def examine(path: str | Path, weights: Weights | None = None) -> Checkup:
     """
     about = describe(path)
     header = read_header(about.path)
+    if about.kind == TEXTUAL_INVERSION:
+        faults = worst_first(vector_findings(about, set(header.tensors)))
+        return Checkup(about, about.trigger, (), None, tuple(faults))
     reading = dialects.read_keys(header)
     family = family_of(reading.shapes, reading.metadata)
     modules: list[Module] = []

@@ -32,7 +32,8 @@ NAMED = 3  # layers or keys that a finding names
 def table(checkups: Sequence[Checkup], collision: Collision | None = None, predictions: Sequence[Prediction] = ()) -> str:
     """Each file, the strengths by block, each pair by block, block weights that help, and what a merge would lose."""
     lines = [line for place, checkup in enumerate(checkups) for line in (*_file(letter(place), checkup), "")]
-    lines += [*_strengths(checkups, collision), ""]
+    if any(checkup.modules for checkup in checkups):
+        lines += [*_strengths(checkups, collision), ""]
     for pair in collision.pairs if collision else ():
         lines += [*_pair(collision, pair), ""]  # type: ignore[arg-type]
     if collision and len(checkups) > 1:
@@ -52,7 +53,10 @@ def _file(name: str, checkup: Checkup) -> Iterator[str]:
 
 def _rows(checkup: Checkup) -> Iterator[tuple[str, str]]:
     about = checkup.about
-    yield "what", f"{about.kind} for {about.family}, {about.dialect or 'no known'} names, {about.dtype}"
+    names = f"{about.dialect or 'no known'} names"
+    if about.words and not about.dialect:
+        names = ", ".join(f"{word}: {count} vector{'s' * (count > 1)}" for word, count in about.words.items())
+    yield "what", f"{about.kind} for {about.family}, {names}, {about.dtype}"
     yield "trigger", checkup.trigger
     yield "parts", ", ".join(f"{part} ({count} layers)" for part, count in about.parts.items())
     yield "rank", counts(about.ranks, "{:g} in {} layers", 4)
@@ -61,7 +65,7 @@ def _rows(checkup: Checkup) -> Iterator[tuple[str, str]]:
     if effective:
         holds = f"; rank {checkup.needed} holds 99 % of it" if checkup.needed is not None else ""
         yield "in use", f"effective rank {median(effective):.1f} in the median layer{holds}"
-    yield "strength", f"||dW|| = {significant(checkup.norm)}"
+    yield "strength", f"||dW|| = {significant(checkup.norm)}" if checkup.modules or about.dialect else ""
     yield "health", _health(checkup)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from ...errors import RecipeError
+from ...recipe.adapter import EMBEDDING
 from ...recipe.resolve import from_json
 from ...recipe.settings import flatten
 from ...text import command_line, plain, quote, readable
@@ -16,7 +17,8 @@ if TYPE_CHECKING:
     from ...adapters.describe import Description
 
 SHOWN = 2000  # letters of a line: commands in it stay whole
-RECIPE_SETTINGS = ("base", "steps", "batch_size", "lr", "text_encoder_lr", "seed")  # of the recipe: what one asks first
+# Of the recipe: what one asks first.
+RECIPE_SETTINGS = ("base", "steps", "batch_size", "vectors", "init_word", "lr", "text_encoder_lr", "embedding_lr", "seed")
 
 
 def as_text(found: Description) -> str:
@@ -64,7 +66,9 @@ def _origin(found: Description) -> Iterator[tuple[str, str]]:
     except RecipeError as error:  # somebody else's recipe, or another version's: still a file worth showing
         yield "recipe", str(error)
         return
-    yield "recipe", ", ".join(f"{name} {values[name]}" for name in RECIPE_SETTINGS)
+    unused = ("lr", "text_encoder_lr") if values["kind"] == EMBEDDING else ()
+    shown = [name for name in RECIPE_SETTINGS if name in values and name not in unused]
+    yield "recipe", ", ".join(f"{name} {values[name]}" for name in shown)
     yield "repeat", command_line("personalize", "train", "FOLDER", "--from", found.path)
 
 

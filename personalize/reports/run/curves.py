@@ -15,6 +15,7 @@ def panels(steps: Sequence[Record]) -> list[Panel]:
     raw = series(steps, "loss")
     drawn = [("loss", [("smooth", "smoothed", smooth(detrended_loss(steps)))], raw)] if len(raw) > 1 else []
     rates = [("unet", "UNet", series(steps, "lr")), ("text", "text encoder", series(steps, "text_encoder_lr"))]
+    rates.append(("words", "trigger", series(steps, "embedding_lr")))
     moving = [(kind, label, thin(points)) for kind, label, points in rates if any(value for _, value in points)]
     drawn += [("learning rate", moving, [])] if moving and len(moving[0][2]) > 1 else []
     norms = series(steps, "grad_norm")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from ...adapters.hosts import HOSTS
 from ...families.names import ROWS
 from ...families.notation import plain_text, settle
+from ...recipe.adapter import EMBEDDING
 from ...recipe.settings import settings
 from ...text import command_line, transfer_command
 from .read import Run, number
@@ -31,7 +33,7 @@ def programs(run: Run, prompt: str) -> list[Program]:
     if not run.adapter:
         return []
     untried = _family(run) and not any(_family(run) in host.families for host in HOSTS)  # what UIs make of it is not known
-    return [_here(run, prompt), _diffusers(run, prompt), *([] if untried else [_a1111(run, prompt), _comfyui(run)])]
+    return [_here(run, prompt), _diffusers(run, prompt), *([] if untried else [_a1111(run, prompt), _comfyui(run, prompt)])]
 
 
 def strength(run: Run) -> float:
@@ -42,7 +44,20 @@ def strength(run: Run) -> float:
 
 def generate_command(run: Run, prompt: str) -> str:
     """The command that draws with this adapter."""
+    if is_embedding(run):
+        return command_line("personalize", "generate", with_emphasis(run, prompt), "--adapter", _relative_path(_file(run)))
     return command_line("personalize", "generate", prompt, "--adapter", f"{_relative_path(_file(run))}:{strength(run):g}")
+
+
+def is_embedding(run: Run) -> bool:
+    """Whether the run learned a word alone."""
+    return run.recipe.get("kind") == EMBEDDING
+
+
+def with_emphasis(run: Run, prompt: str) -> str:
+    """A prompt in which the word counts as much as is recommended."""
+    weight = strength(run)
+    return prompt if weight == 1 else re.sub(rf"(?<!\w){re.escape(run.trigger)}(?!\w)", f"({run.trigger}:{weight:g})", prompt)
 
 
 def finish_command(run: Run) -> str:
@@ -74,8 +89,15 @@ def _diffusers(run: Run, prompt: str) -> Program:
         f"base = {_folder_of_base(run)}",
         f"adapter = {str(_relative_path(_file(run)))!r}",
         f"pipe = {pipeline}.{reader}(base)",
-        f"pipe.load_lora_weights(adapter, adapter_name={name!r})",
-        f"pipe.set_adapters({name!r}, {strength(run):g})",
+        *(_load_words(run) if is_embedding(run) else []),
+        *(
+            []
+            if is_embedding(run)
+            else [
+                f"pipe.load_lora_weights(adapter, adapter_name={name!r})",
+                f"pipe.set_adapters({name!r}, {strength(run):g})",
+            ]
+        ),
         "image = pipe(",
         f"    {plain_text(settle(prompt))!r},",  # which reads every letter as it is
         f"    num_inference_steps={int(number(run.recipe.get('sample_steps')) or 20)},",
@@ -87,14 +109,36 @@ def _diffusers(run: Run, prompt: str) -> Program:
     return Program("diffusers", (("pip install diffusers peft transformers", "\n".join(lines)),))
 
 
+def _load_words(run: Run) -> list[str]:
+    """How diffusers reads the word: where a base has two text encoders, for each its own vectors."""
+    if len(ROWS.get(_family(run), ROWS["sd1"]).texts) < 2:
+        return [f"pipe.load_textual_inversion(adapter, token={run.trigger!r})"]
+    load = "pipe.load_textual_inversion(words[{key!r}], token={word!r}, text_encoder=pipe.{part}, tokenizer=pipe.{reader})"
+    pairs = (("clip_l", "text_encoder", "tokenizer"), ("clip_g", "text_encoder_2", "tokenizer_2"))
+    calls = [load.format(key=key, word=run.trigger, part=part, reader=reader) for key, part, reader in pairs]
+    return ["from safetensors.torch import load_file", "words = load_file(adapter)", *calls]
+
+
 def _a1111(run: Run, prompt: str) -> Program:
+    if is_embedding(run):
+        folder = "stable-diffusion-webui/embeddings/"
+        parts = ((f"Put it into {folder}", _copy(run, folder)), ("Type this as the prompt", with_emphasis(run, prompt)))
+        return Program("A1111 and Forge", parts, _remark(run))
     folder = "stable-diffusion-webui/models/Lora/"
     tag = f"<lora:{_file(run).stem}:{strength(run):g}> {prompt}"
     parts = ((f"Put it into {folder}", _copy(run, folder)), ("Type this as the prompt", tag))
     return Program("A1111 and Forge", (*_conversion(run), *parts), _remark(run))
 
 
-def _comfyui(run: Run) -> Program:
+def _comfyui(run: Run, prompt: str) -> Program:
+    if is_embedding(run):
+        folder, text = (
+            "ComfyUI/models/embeddings/",
+            with_emphasis(run, prompt).replace(run.trigger, f"embedding:{_file(run).stem}"),
+        )
+        return Program(
+            "ComfyUI", ((f"Put it into {folder}", _copy(run, folder)), ("Type this as the prompt", text)), _remark(run)
+        )
     folder, weight = "ComfyUI/models/loras/", round(strength(run), 4)
     node = f"""{{"class_type": "LoraLoader", "inputs": {{
   "lora_name": {json.dumps(_file(run).name, ensure_ascii=False)},

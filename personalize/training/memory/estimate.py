@@ -29,6 +29,8 @@ from ...models.precision import dtype_of
 from ...recipe.fields import Recipe
 from ...recipe.rule import ADAMW, rule_of
 from ...tuning.attach import Attached, attach
+from ...tuning.textual_inversion import WordsLearned
+from ...tuning.tunable import Tunable
 from ..objectives.objective import Inputs, make_objective, needs_of
 from ..optimizers import Optimizer
 from ..step import Learner, gradients
@@ -108,6 +110,7 @@ def _estimate(configs: Configs, load: Workload, fit: ComputePlan, parts: tuple[s
         base = ghost(configs, fit)
         attached = attach(base, load.recipe.adapter, parts=parts)
     shapes = [tuple(p.shape) for group in attached.parameters().values() for p in group.values()]
+    shapes += [tuple(one.shape) for one in vectors_of(base, load.recipe.adapter.vectors).values()]
     has_average = bool(load.recipe.optim.ema or rule_of(load.recipe.optim.optimizer).average)
     held_of_them = bytes_held(load.recipe.optim, shapes)  # by real steps
     with FakeTensorMode(), torch.random.fork_rng(devices=[]):
@@ -118,32 +121,47 @@ def _estimate(configs: Configs, load: Workload, fit: ComputePlan, parts: tuple[s
             offload(base.denoiser, base.device)
         elif fit.joined:
             join_projections(base.denoiser)
+        learner = with_words(attached, load.recipe.adapter.vectors)
         optim = load.recipe.optim.model_copy(update={"optimizer": ADAMW, "ema": 0.0})  # which takes no step here
-        opt = Optimizer(attached.parameters(), optim, load.recipe.steps, scaled=fit.precision == "float16")
+        opt = Optimizer(learner.parameters(), optim, load.recipe.steps, scaled=fit.precision == "float16")
         learned = list(opt.parameters.values())
         moments = [torch.empty(held_of_them, dtype=torch.uint8)]
-        leaving = [model for model in models[1:] if fit.lean and not any(p.requires_grad for p in model.parameters())]
+        stay = {id(text.model) for text in base.texts if learner is not attached or text.part in parts}
+        leaving = [model for model in models[1:] if fit.lean and id(model) not in stay]
         sizes = [bytes_of(tensors_of([model])) for model in leaving]
         if held := offload_of(base.denoiser):
             sizes.append(bytes_of(held.host))
         with counting(tensors_of(models), moments) as count:
             adapter = 2 * bytes_of(learned) + bytes_of(moments)  # parameters and gradients, and what the optimizer holds of them
             weights = count.now - sum(sizes) - bytes_of(learned) - bytes_of(moments)
-            learn(base, load, fit, attached, opt, largest(base, load, parts))
+            with learner.computing():
+                learn(base, load, fit, learner, opt, largest(base, load, parts))
             step = count.peak - sum(sizes)
             opt.skip()
             averaged = [torch.zeros_like(p) for p in learned] if has_average else []  # what is trained is kept aside meanwhile
             count.add(averaged)
-            with attached.cast_once():
+            with learner.cast_once():
                 sampling = draw(base, load, fit, count, sum(sizes))
     return Estimate(weights, adapter, step - weights - adapter, sampling)
 
 
-def learn(base: Base, load: Workload, fit: ComputePlan, attached: Attached, opt: Optimizer, inputs: Inputs) -> Tensor:
+def with_words(attached: Attached, count: int) -> Tunable:
+    """What learns: the adapter's layers, and beside them so many vectors in each text encoder."""
+    vectors = vectors_of(attached.base, count)
+    return WordsLearned(attached, {"word": vectors}, []) if vectors else attached
+
+
+def vectors_of(base: Base, count: int) -> dict[str, Tensor]:
+    """So many vectors for each text encoder, if any."""
+    widths = {text.part: int(text.model.get_input_embeddings().weight.shape[1]) for text in base.texts}
+    return {part: torch.zeros(count, width) for part, width in widths.items()} if count else {}
+
+
+def learn(base: Base, load: Workload, fit: ComputePlan, tunable: Tunable, opt: Optimizer, inputs: Inputs) -> Tensor:
     """Forward and backward of one step; the losses and the gradient's norm."""
     plain = load.recipe.objective.model_copy(update={"pyramid_noise": 0.0})  # whose random shapes nothing fake can draw
     objective = make_objective(plain, base.noise)
-    learner = Learner(attached, objective, opt, pieces(fit, load.recipe.batch_size))
+    learner = Learner(tunable, objective, opt, pieces(fit, load.recipe.batch_size))
     generator = torch.Generator().manual_seed(0)
     return gradients([learner], [[(inputs, lambda _: generator, lambda _: 0)]])[0]
 
@@ -154,7 +172,8 @@ def largest(base: Base, load: Workload, parts: tuple[str, ...]) -> Inputs:
     needs, k = needs_of(recipe.objective), recipe.prior_rows
     images, output = k * needs.class_images, k * needs.class_captions
     latents = torch.zeros(b + images, base.channels, load.height, load.width)
-    held = [cond_of(base, load, parts, output) for _ in range(2)] if output else [None, None]
+    with base.knowing({}):  # what has no trigger
+        held = [cond_of(base, load, parts, output) for _ in range(2)] if output else [None, None]
     return Inputs(latents, latents, cond_of(base, load, parts, b + images), images, *held)
 
 
@@ -174,8 +193,8 @@ def draw(base: Base, load: Workload, fit: ComputePlan, count: Count, away: int) 
 
 
 def cond_of(base: Base, load: Workload, parts: tuple[str, ...], rows: int) -> Cond:
-    """Conditioning of so many captions: what text encoders that learn make of them, else only its shape."""
-    learning = any(text.part in parts for text in base.texts)
+    """Conditioning of so many captions: what text encoders that learn, or read words that do, make of them, else its shape."""
+    learning = any(text.part in parts or text.words for text in base.texts)
     read = [text.blank(rows, load.windows, base.dtype, learning) for text in base.texts]
     return base.family.combine(base.family, read)
 

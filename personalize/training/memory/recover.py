@@ -16,6 +16,7 @@ import torch
 
 from ...data.batches import generator
 from ...models.model import Base
+from ...recipe.adapter import EMBEDDING
 from ...text import readable
 from ...tuning.tunable import Tunable
 from ..events import SteppedDown
@@ -158,12 +159,13 @@ def cause_of_failure(run: ActiveRun, losses: Sequence[float]) -> str:
 def failure_message(run: ActiveRun) -> tuple[str, str]:
     """What to say when too many steps failed, and what to try."""
     steps, recipe = ", ".join(map(str, run.failed)), run.plan.recipe
-    lr = max(recipe.optim.lr, recipe.optim.text_encoder_lr)
+    words, lr = recipe.adapter.kind == EMBEDDING, max(recipe.optim.lr, recipe.optim.text_encoder_lr)
+    flag, lr = ("--embedding-lr", recipe.optim.embedding_lr) if words else ("--lr", lr)
     other = " or --precision bfloat16 or float32" if run.compute.precision == "float16" else ""
     return (
-        f"steps {steps} were not finite (the last: {run.cause}; computed in {run.compute.precision} at --lr {lr:g}), "
+        f"steps {steps} were not finite (the last: {run.cause}; computed in {run.compute.precision} at {flag} {lr:g}), "
         "so the run stopped; checkpoints before them are good",
-        f"try a --lr below {lr:g}{other}, with --fresh",
+        f"try a {flag} below {lr:g}{other}, with --fresh",
     )
 
 

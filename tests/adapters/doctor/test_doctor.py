@@ -179,10 +179,6 @@ def test_alphas(file: Path, tmp_path: Path) -> None:
 def test_unmatched_keys_and_strange_widths(file: Path, tmp_path: Path) -> None:
     found = examine(rewritten(file, lambda tensors: tensors.update({"lora_unet_nonsense.lora_up.weight": torch.ones(2, 2)})))
     assert codes(found)["unmatched"] == "error" and not found.loads
-    save_file({"emb_params": torch.ones(2, 768)}, tmp_path / "words.safetensors")
-    found = examine(tmp_path / "words.safetensors")
-    assert [finding.hint for finding in found.findings] == ["it is a textual inversion"] and checkup.table([found])
-    assert heatmap.heat_map([found])
     odd = Adapter({MID: LowRank(torch.ones(5, 1), torch.ones(1, 7), 1)}).save(tmp_path / "b", "diffusers")
     found = examine(odd)
     assert codes(found)["family-unknown"] == "warning" and list(found.blocks) == ["unet"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from personalize.adapters.adapter import Adapter
+from personalize.adapters.embedding import vectors_of
 from personalize.models.clip import Clip
 from personalize.tuning.attach import attach
 
@@ -37,7 +39,8 @@ class Drawn:
 def draw(artist: Artist, task: Task, adapter: Adapter) -> Drawn:
     """All pictures of a task. The base alone draws first: its pictures are kept for the next adapter."""
     base, unrelated_base = artist.draw_base(task.plain, f"{task.name}, base"), artist.draw_base(task.unrelated)
-    with attach(artist.base, adapter):
+    layers = attach(artist.base, adapter) if adapter.deltas else contextlib.nullcontext()
+    with layers, artist.base.knowing(vectors_of(adapter.words)):
         called = artist.draw(task.called, task.name)
         leaked, unrelated = artist.draw(task.plain), artist.draw(task.unrelated)
     side = artist.base.resolution

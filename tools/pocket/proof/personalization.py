@@ -12,7 +12,7 @@ from typing import Any
 
 from PIL import Image
 
-from personalize.adapters.adapter import Adapter
+from personalize.adapters.embedding import load_learned
 from personalize.inference.sheet import contact_sheet
 from personalize.io import write_text
 from personalize.models.clip import Clip
@@ -91,7 +91,7 @@ def prove_task(task: Task, options: argparse.Namespace, judge: Judge, clip: Clip
     recipe = recipe_of(task, options, folder)
     task.write(folder / "pictures", artist.base.resolution, not options.no_captions)
     about = train_recipe(recipe, options.fresh) | {"steps": recipe.steps, "machine": before.get("machine") or machine()}
-    drawn = draw(artist, task, Adapter.load(Path(about["adapter"])))
+    drawn = draw(artist, task, load_learned(Path(about["adapter"])))
     row(task, drawn, artist.base.resolution).save(folder / "row.png")
     record = {"name": task.name, "kind": task.kind, "trigger": task.trigger, "key": key} | about
     record |= measure(judge, clip, task, drawn)
