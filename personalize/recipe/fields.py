@@ -19,7 +19,7 @@ from .objective import check_objective
 from .one_of import OneOf
 from .part import AtCommas, equals, is_off
 from .part import Part as Part
-from .rule import RATE, check_rule, remarks_on_rates, with_usual
+from .rule import RATE, WORDS_RATE, check_rule, remarks_on_rates, with_usual
 from .samplers import AUTO, SAMPLERS, sampler_name
 
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
@@ -97,7 +97,10 @@ class Optim(Part):
         1.0, gt=0, le=1, description="share of the steps in which the text encoder learns, before it stays as it is"
     )
     embedding_lr: float = Field(
-        5e-3, gt=0, exclude_if=equals(5e-3), description="learning rate of the trigger's vectors, where such are learned"
+        WORDS_RATE,
+        gt=0,
+        exclude_if=equals(WORDS_RATE),
+        description="learning rate of the trigger's vectors, where such are learned, as for AdamW: others convert it",
     )
     embedding_share: float = Field(
         1.0,

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 Groups = list[dict[str, Any]]  # torch's parameter groups
 ADAMW = "adamw"
 RATE = 1e-3  # AdamW's, where nothing is said
+WORDS_RATE = 5e-3  # the same of vectors for words
 BETAS = ("beta1", "beta2")
 SMALL_SHARE = 0.1  # of a rate that is a factor of what the optimizer finds; below it hardly anything is learned
 
@@ -44,6 +45,10 @@ class Rule:
     def usual(self) -> float:
         """The learning rate where nothing is said."""
         return 1.0 if self.finds_rate else RATE * self.rate
+
+    def words_rate(self, rate: float) -> float:
+        """The learning rate of vectors for which AdamW's would be `rate`; of one that finds it, a share of what it finds."""
+        return rate / WORDS_RATE if self.finds_rate else rate * self.rate
 
     def check_installed(self, name: str) -> None:
         """Raise RecipeError where its package is missing."""

@@ -74,11 +74,11 @@ class Optimizer:
         self.parameters = {name: p for group in groups.values() for name, p in group.items()}
         text = {part: part.startswith("text_encoder") for part in groups}
         self.peak_lr = {part: optim.text_encoder_lr if is_text else optim.lr for part, is_text in text.items()}
-        self.peak_lr |= {EMBEDDING: optim.embedding_lr}
         self.steps = {part: optim.text_encoder_steps(steps) if is_text else steps for part, is_text in text.items()}
         self.steps |= {EMBEDDING: math.ceil(optim.embedding_share * steps)} if EMBEDDING in groups else {}
         made = [one for part, group in groups.items() for one in parameter_groups(part, group, optim, rates)]
         self.row = rule_of(optim.optimizer)
+        self.peak_lr |= {EMBEDDING: self.row.words_rate(optim.embedding_lr)}
         self.rule: torch.optim.Optimizer = self.row(made, optim)
         self.ema = Average(self.parameters, optim.ema) if optim.ema else None
         self._at_start = dict(group_values(self.rule))

@@ -286,3 +286,10 @@ def test_what_does_not_work_on_a_device_is_told_in_a_line(monkeypatch: pytest.Mo
     monkeypatch.setattr(registry.table("optimizers")["lion"].__class__, "__call__", lambda row, groups, optim: Broken())
     with pytest.raises(RecipeError, match=r"^--optimizer lion does not work on cpu: no kernel for this device \(--opt"):
         check_optimizer(Optim(optimizer="lion"), torch.device("cpu"))
+
+
+@pytest.mark.parametrize("name, rate", [("adamw", 5e-3), ("lion", 5e-3 * rule_of("lion").rate), ("prodigy", 1.0)])
+def test_a_words_rate_is_converted_too(name: str, rate: float) -> None:
+    optim = Optim(optimizer=name, warmup=0, schedule="constant")
+    held = Optimizer({"embedding": {"zwx": nn.Parameter(torch.zeros(2, 8))}}, optim, 4)
+    assert held.lr("embedding", 1) == pytest.approx(rate)
