@@ -52,7 +52,8 @@ def _saturate(c: RGB, by: float) -> RGB:
     return tuple(int(min(255, max(0, grey + (x - grey) * by))) for x in c)
 
 
-def _duotone(image: Image.Image, low: RGB, high: RGB) -> np.ndarray:
+def duotone(image: Image.Image, low: RGB, high: RGB) -> np.ndarray:
+    """A picture in the tones between two colours, `[h, w, 3]`."""
     t = np.asarray(image.convert("L"), np.float32)[..., None] / 255
     return np.array(low, np.float32) + np.subtract(high, low, dtype=np.float32) * t
 
@@ -78,7 +79,7 @@ def _blueprint(image: Image.Image, rng: np.random.Generator) -> Image.Image:
     y, x = mesh(size)
     near = np.minimum(np.abs((x + 4) % 8 - 4), np.abs((y + 4) % 8 - 4))
     lines = np.clip(1 - near / 0.75, 0, 1)[..., None] * 26
-    return clip_pixels(_duotone(image, (14, 56, 150), (250, 253, 255)) + lines)
+    return clip_pixels(duotone(image, (14, 56, 150), (250, 253, 255)) + lines)
 
 
 def _glow(image: Image.Image, rng: np.random.Generator) -> Image.Image:
@@ -122,7 +123,7 @@ def _carve(image: Image.Image, rng: np.random.Generator) -> Image.Image:
 
 
 def _sepia(image: Image.Image, rng: np.random.Generator) -> Image.Image:
-    return clip_pixels(_duotone(image, (66, 34, 20), (244, 220, 174)))
+    return clip_pixels(duotone(image, (66, 34, 20), (244, 220, 174)))
 
 
 def _block(c: RGB) -> RGB:

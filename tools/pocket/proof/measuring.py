@@ -16,11 +16,12 @@ from personalize.models.clip import Clip
 from personalize.tuning.attach import attach
 
 from ..judge import Judge, agreement
+from ..marks import Eyes
 from .drawing import Artist, Pictures, obedience, renders
 from .figures import Figure, gap_closed, share
 from .tasks import Task
 
-GAP, FALL, LEAK, SECONDS = 0.80, 0.05, 0.05, 90.0  # the goals
+GAP, FALL, LEAK, SECONDS, DETAILS = 0.80, 0.05, 0.05, 90.0, 0.80  # the goals
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,14 @@ def measure(judge: Judge, clip: Clip | None, task: Task, drawn: Drawn) -> dict[s
 def is_it(judge: Judge, task: Task, pictures: Pictures) -> float:
     """The share of pictures that the judge takes for the task's subject or style."""
     return agreement(judge.verdict(pictures), task.head, [task.name] * len(pictures))
+
+
+def details(eyes: Eyes, task: Task, drawn: Drawn) -> dict[str, Any]:
+    """The share of its marks that a subject or style shows, by the base, with the adapter, and on true renders; mark by mark."""
+    seen = {name: eyes.share_by_mark(task.name, getattr(drawn, name)) for name in ("base", "called", "true")}
+    shares = {mark: {name: found[mark] for name, found in seen.items()} for mark in seen["true"]}
+    means = {name: mean(found.values()) for name, found in seen.items()}
+    return {"floor": means["base"], "value": means["called"], "ceiling": means["true"], "by_mark": shares}
 
 
 HEADS = ("object", "colour", "background", "style")
@@ -123,9 +132,13 @@ def mean_figures(kind: str, rows: Sequence[Mapping[str, Any]]) -> list[Figure]:
     floor, value, ceiling = (over("identity", key) for key in ("floor", "value", "ceiling"))
     gap, fall = gap_closed(floor, value, ceiling), over("fidelity", "base") - over("fidelity", "value")
     leak, seconds = over("leak", "value"), max(row["seconds"] for row in rows)
+    bare, seen, true = (over("details", key) for key in ("floor", "value", "ceiling"))
+    kept = share(seen, true)
     identity = "identity" if kind == "subject" else "style on new objects"
     figures = [
         Figure(identity, floor, value, ceiling, f"closes {100 * gap:.0f} % of the gap; >= {100 * GAP:.0f} %", gap >= GAP),
+        Figure("its marks seen", bare, seen, true,
+               f"{100 * kept:.0f} % of true renders; >= {100 * DETAILS:.0f} %", kept >= DETAILS),
         Figure("prompt fidelity (of ceiling)", over("fidelity", "base"), over("fidelity", "value"), 1.0,
                f"falls {100 * fall:.1f} points; <= {100 * FALL:.0f}", fall <= FALL),
         Figure("leak without the trigger", over("leak", "base"), leak, None, f"<= {100 * LEAK:.0f} %", leak <= LEAK),

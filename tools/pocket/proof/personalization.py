@@ -25,10 +25,11 @@ from personalize.training.loop import train
 from personalize.training.rundir import Run
 
 from ..judge import Judge
+from ..marks import Eyes
 from ..world import render
 from .drawing import Artist
 from .figures import machine, markdown, publish, show_table
-from .measuring import Drawn, draw, measure, summary
+from .measuring import Drawn, details, draw, measure, summary
 from .tasks import Task, tasks
 
 SILENT = {"sample_every": 0, "sample_seeds": (), "checkpoint_every": 0, "choose": "none"}  # training alone
@@ -79,11 +80,13 @@ def train_recipe(recipe: Recipe, fresh: bool) -> dict[str, Any]:
     return {"adapter": str(recipe.output / finished.path), "seconds": finished.seconds, "step_seconds": steps}
 
 
-def prove_task(task: Task, options: argparse.Namespace, judge: Judge, clip: Clip | None, artist: Artist) -> dict[str, Any]:
+def prove_task(
+    task: Task, options: argparse.Namespace, judge: Judge, eyes: Eyes, clip: Clip | None, artist: Artist
+) -> dict[str, Any]:
     """The finished record of a task: read, or trained and measured now."""
     folder = place_of(task, options, artist)
     file = folder / "figures.json"
-    key = [judge.identity, options.pictures, options.seed, artist.how]
+    key = [judge.identity, eyes.identity, options.pictures, options.seed, artist.how]
     before = json.loads(file.read_text()) if file.is_file() else {}
     if before.get("key") == key and not options.fresh:
         print(f"{task.name}: already measured, {brief(before)}")
@@ -94,7 +97,7 @@ def prove_task(task: Task, options: argparse.Namespace, judge: Judge, clip: Clip
     drawn = draw(artist, task, load_learned(Path(about["adapter"])))
     row(task, drawn, artist.base.resolution).save(folder / "row.png")
     record = {"name": task.name, "kind": task.kind, "trigger": task.trigger, "key": key} | about
-    record |= measure(judge, clip, task, drawn)
+    record |= measure(judge, clip, task, drawn) | {"details": details(eyes, task, drawn)}
     write_text(file, json.dumps(record, indent=1) + "\n")
     print(f"{task.name}: {brief(record)}", flush=True)
     return record
@@ -132,13 +135,20 @@ def stack_rows(files: Sequence[Path], to: Path) -> None:
     sheet.save(to)
 
 
-HEADS = ("task", "identity floor", "value", "ceiling", "fidelity base", "value", "leak", "unrelated changed", "seconds")
+HEADS = (
+    *("task", "identity floor", "value", "ceiling", "marks seen", "on true renders"),
+    *("fidelity base", "value", "leak", "unrelated changed", "seconds"),
+)
 
 
 def cells(record: Mapping[str, Any]) -> tuple[str, ...]:
     """A task's row in the table of tasks."""
     identity, fidelity = record["identity"], record["fidelity"]
-    shares = (*(identity[key] for key in ("floor", "value", "ceiling")), fidelity["base"], fidelity["value"])
+    shares = (
+        *(identity[key] for key in ("floor", "value", "ceiling")),
+        *(record["details"][key] for key in ("value", "ceiling")),
+    )
+    shares += (fidelity["base"], fidelity["value"])
     shares += (record["leak"]["value"], record["drift"]["changed"])
     return record["name"], *(f"{100 * x:.0f} %" for x in shares), f"{record['seconds']:.0f}"
 
@@ -150,8 +160,8 @@ def main(options: argparse.Namespace) -> None:
         recipe_of(task, options, options.work)  # a wrong setting shows before the first hour
     judge, base = Judge.load(), Base.load(options.base)
     artist = Artist(base, options.work / "base-pictures", options)
-    clip = Clip.of(base.path)
-    records = [prove_task(task, options, judge, clip, artist) for task in chosen]
+    clip, eyes = Clip.of(base.path), Eyes.load()
+    records = [prove_task(task, options, judge, eyes, clip, artist) for task in chosen]
     stack_rows([place_of(task, options, artist) / "row.png" for task in chosen], options.to / f"{options.name}.png")
     show_table("Tasks", HEADS, rows := [cells(record) for record in records])
     about = {
