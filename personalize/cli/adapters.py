@@ -185,9 +185,12 @@ def convert(file: tuple[Path, Weighting], output: Path, kind: str | None, rank: 
     from ..adapters.ops.convert import convert as to_kind
 
     output = output_path(output, file[0])
-    if describe(file[0]).kind == TEXTUAL_INVERSION:
+    try:
+        (adapter,) = without_base(open_adapters([file], how["allow_unmatched"]), base)
+    except AdapterError:
+        if describe(file[0]).kind != TEXTUAL_INVERSION:
+            raise
         return convert_words(file[0], output, how["dtype"], how["strip_metadata"])
-    (adapter,) = without_base(open_adapters([file], how["allow_unmatched"]), base)
     made, report = to_kind(as_told(adapter, how["family"], how["strip_metadata"]), kind, rank)
     if how["words"]:
         made = take_words_out(made, how["words"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -116,7 +117,8 @@ def test_beside_an_adapter(base: Base, folder: Path, tmp_path: Path) -> None:
         wanted = latents(base, "a zwx", {"zwx": word(base).vectors})
     from personalize.inference.sampling import to_images
 
-    assert to_images(base.decode(wanted))[0].tobytes() == both.tobytes()
+    levels = [np.asarray(image, int) for image in (to_images(base.decode(wanted))[0], both)]
+    assert np.abs(levels[0] - levels[1]).max() <= 1  # sums are rounded otherwise in a batch
     assert parameters(path).startswith("a zwx <lora:rex:0.5>\n")
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from servers import Service, pictures, zipped
 
+from personalize import registry
 from personalize.cli import run
 from personalize.recipe.settings import settings
 from personalize.service.errors import Refusal
@@ -21,7 +22,7 @@ def test_every_setting_of_a_recipe_is_in_the_form() -> None:
     fields = {one.name: one for _, some in forms.sections({}, {}, ("folder",)) for one in some}
     assert fields.keys() == settings().keys() & job_schema("train")["properties"].keys() - {"folder"}
     assert fields["rank"].shown == "8" and fields["rank"].most == 1024 and "rank of the UNet" in fields["rank"].help
-    assert fields["optimizer"].choices == ("adamw",) and fields["flip"].choices == ("true", "false")
+    assert fields["optimizer"].choices == tuple(registry.table("optimizers")) and fields["flip"].choices == ("true", "false")
 
 
 @pytest.mark.parametrize(
