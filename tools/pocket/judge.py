@@ -31,6 +31,7 @@ from torch.nn import functional as F
 from .art_canvas import Pen, shades
 from .art_objects import DRAWINGS
 from .art_styles import COLOURLESS
+from .autoencoder import pixels
 from .pool import shuffled_batches
 from .running import Plan, run
 from .world import BACKGROUNDS, COLOURS, OBJECTS, PLACES, SIZES, STYLES, SUBJECTS, UNSEEN_STYLES, Scene, render, scenes
@@ -253,12 +254,8 @@ def _settle(judge: Judge, pictures: np.ndarray) -> None:
         norm.momentum = None  # a plain average
     judge.train()
     for step, i in enumerate(islice(shuffled_batches(len(pictures), min(256, len(pictures)), 5, 0), 16)):
-        judge(disturb(_pixels(pictures[i]), torch.zeros(len(i), len(HEADS)), torch.Generator().manual_seed(step))[0])
+        judge(disturb(pixels(pictures[i]), torch.zeros(len(i), len(HEADS)), torch.Generator().manual_seed(step))[0])
     judge.eval()
-
-
-def _pixels(pictures: np.ndarray) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def train(pictures: np.ndarray, labels: Tensor, plan: Plan, work: Path) -> Judge:
@@ -268,7 +265,7 @@ def train(pictures: np.ndarray, labels: Tensor, plan: Plan, work: Path) -> Judge
 
     def batches(start: int) -> Iterator[tuple[Tensor, Tensor]]:
         for step, i in enumerate(shuffled_batches(len(pictures), plan.batch, 4, start), start):
-            yield disturb(_pixels(pictures[i]), labels[i], torch.Generator().manual_seed(step))
+            yield disturb(pixels(pictures[i]), labels[i], torch.Generator().manual_seed(step))
 
     def loss_of(batch: Any, step: int) -> Tensor:
         return loss_of_labels(judge(batch[0].to(memory_format=torch.channels_last)), batch[1])  # bf16 is slow on most CPUs
@@ -291,10 +288,10 @@ def accuracies(judge: Judge, pixels: Tensor, labels: Tensor) -> dict[str, float]
 def examine(judge: Judge, count: int = 2000, seed: int = 9) -> dict[str, dict[str, float]]:
     """Accuracies on renders it has not seen (the ceiling), on softened ones, and on noise (the floor)."""
     pictures, labels = draw_labelled(count, seed)
-    x, generator = _pixels(pictures), torch.Generator().manual_seed(seed)
+    x, generator = pixels(pictures), torch.Generator().manual_seed(seed)
     noise = torch.rand(x.shape, generator=generator) * 2 - 1
     rows = {"renders": x, "softened": soften(x, generator), "noise": noise}
-    return {name: accuracies(judge, pixels, labels) for name, pixels in rows.items()}
+    return {name: accuracies(judge, x, labels) for name, x in rows.items()}
 
 
 def save(judge: Judge, folder: Path, about: Mapping[str, object]) -> None:

@@ -28,6 +28,7 @@ from torch.nn import functional as F
 from .art_canvas import Coat
 from .art_styles import UNSEEN, Style, clip_pixels, duotone
 from .art_subjects import Subject
+from .autoencoder import pixels
 from .judge import WIDTHS, bend, soften, to_pixels
 from .pool import shuffled_batches
 from .running import Plan, run
@@ -216,10 +217,6 @@ def names() -> list[str]:
 # ------------------------------------------------------------------ training
 
 
-def _pixels(pictures: np.ndarray) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
-
-
 def disturb(x: Tensor, generator: torch.Generator) -> Tensor:
     """Pictures as a generator might draw them: bent a little, softened."""
     return soften(bend(x, 0.9 * torch.rand(len(x), generator=generator), generator), generator)
@@ -232,7 +229,7 @@ def train(pictures: np.ndarray, labels: Tensor, plan: Plan, work: Path) -> Eyes:
 
     def batches(start: int) -> Iterator[tuple[Tensor, Tensor]]:
         for step, i in enumerate(shuffled_batches(len(pictures), plan.batch, 4, start), start):
-            yield disturb(_pixels(pictures[i]), torch.Generator().manual_seed(step)), labels[i]
+            yield disturb(pixels(pictures[i]), torch.Generator().manual_seed(step)), labels[i]
 
     def loss_of(batch: tuple[Tensor, Tensor], step: int) -> Tensor:
         told = batch[1] >= 0
@@ -259,9 +256,9 @@ def accuracies(eyes: Eyes, x: Tensor, labels: Tensor) -> dict[str, float]:
 def examine(eyes: Eyes, count: int = 3000, seed: int = 9) -> dict[str, dict[str, float]]:
     """Accuracies on pictures they have not seen, and on softened ones."""
     pictures, labels = draw_labelled(count, seed)
-    x = _pixels(pictures)
+    x = pixels(pictures)
     rows = {"renders": x, "softened": disturb(x, torch.Generator().manual_seed(seed))}
-    return {name: accuracies(eyes, pixels, labels) for name, pixels in rows.items()}
+    return {name: accuracies(eyes, x, labels) for name, x in rows.items()}
 
 
 def save(eyes: Eyes, folder: Path, about: Mapping[str, object]) -> None:

@@ -27,7 +27,7 @@ from . import WEIGHTS, autoencoder, clip, diffusion
 from .autoencoder import save_picture
 from .diffusion import DENSITIES, Teaching
 from .pool import INDIVIDUALS, LOOKS, build_pool, build_tokenizer, draw_textures, open_pool, write_rows
-from .running import Plan, join_team, team
+from .running import Plan, team, work_in_team
 from .world import BACKGROUNDS, COLOURS, OBJECTS, STYLES
 
 GRID = (
@@ -237,14 +237,7 @@ def train_together(options: argparse.Namespace, train: Callable[[argparse.Namesp
     if options.processes == 1:
         return train(options)
     with TemporaryDirectory() as meeting:
-        torch.multiprocessing.spawn(train_in_team, (options, train, Path(meeting) / "team"), options.processes)
-
-
-def train_in_team(rank: int, options: argparse.Namespace, train: Callable[[argparse.Namespace], None], meeting: Path) -> None:
-    """One of the processes that train a part together."""
-    join_team(rank, options.processes, meeting)
-    train(options)
-    torch.distributed.destroy_process_group()
+        torch.multiprocessing.spawn(work_in_team, (options.processes, Path(meeting) / "team", train, options), options.processes)
 
 
 def train_unet(options: argparse.Namespace) -> None:

@@ -127,6 +127,13 @@ def join_team(rank: int, count: int, meeting: Path) -> None:
     distributed.init_process_group("gloo", f"file://{meeting.resolve()}", rank=rank, world_size=count)
 
 
+def work_in_team(rank: int, count: int, meeting: Path, work: Callable[[Item], None], item: Item) -> None:
+    """What one of `count` processes that `torch.multiprocessing.spawn` starts does: meet the others, work, and part."""
+    join_team(rank, count, meeting)
+    work(item)
+    distributed.destroy_process_group()
+
+
 def average_gradients(model: nn.Module) -> None:
     """Give every process the mean of all gradients, in one message."""
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
