@@ -84,7 +84,8 @@ bench-svd: $(READY)
 # in WORK/base; `python -m tools.pocket.proof base --base WORK/base` judges it.
 WORK ?= runs/pretrain$(if $(TINY),-tiny)
 SIDE ?= 128
-PRETRAIN = $(if $(TINY),--device cpu --pool 130 --no-muon --textures 40 --vae-steps 1 --clip-steps 1 --unet-steps 1 --unet-batch 16,\
+PRETRAIN = $(if $(TINY),--device cpu --pool 130 --no-muon --textures 40 --vae-steps 1 --decoder-steps 2 --clip-steps 1 --unet-steps 1 \
+	--unet-batch 16,\
 	--device cuda --compile --pool 150000 --clip-steps 1200 --unet-steps 6000 --unet-batch 256)
 
 pretrain-gpu: $(READY)

@@ -120,3 +120,23 @@ def test_the_decoder_alone_learns_and_a_kill_changes_nothing(
     learned = {name for name in whole if not torch.equal(whole[name], before[name])}
     assert learned and all(name.startswith(("decoder.", "post_quant_conv.")) for name in learned)
     assert (tmp_path / "whole/sample-000004.png").is_file()
+
+
+def test_the_decoder_learns_from_pictures_that_a_unet_drew_and_from_textures_as_they_are(
+    vae: AutoencoderKL, tmp_path: Path
+) -> None:
+    plan, asked = Plan(6, batch=5, lr=1e-5, warmup=1, muon=False), []
+
+    def trained(folder: str, redraw: autoencoder.Redraw | None) -> dict[str, Tensor]:
+        fresh = AutoencoderKL.from_config(vae.config)
+        fresh.load_state_dict(vae.state_dict())
+        pools = (PICTURES[:12], PICTURES[12:])
+        return autoencoder.train(tmp_path / folder, fresh, pools, plan, "cpu", False, redraw).state_dict()
+
+    def redraw(latents: Tensor, generator: torch.Generator) -> Tensor:
+        asked.append(latents.shape)
+        return latents + torch.randn(latents.shape, generator=generator)
+
+    plain, drawn = trained("plain", None), trained("drawn", redraw)
+    assert asked == [(3, 88, 8, 8)] * 2  # steps 1 and 3 of six; the sixth has another shape
+    assert any(not torch.equal(plain[name], drawn[name]) for name in plain)

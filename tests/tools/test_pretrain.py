@@ -24,8 +24,9 @@ from transformers import CLIPTokenizer
 from personalize.families.noise import VP
 from personalize.models.clip import Clip
 from personalize.models.model import Base
-from tools.pocket import WEIGHTS, clip, pool, pretrain
+from tools.pocket import WEIGHTS, clip, diffusion, pool, pretrain
 from tools.pocket.autoencoder import LATENT
+from tools.pocket.card import card
 from tools.pocket.diffusion import DENSITIES, AttentionInFloats, Teaching, read_other_latents
 from tools.pocket.pool import shuffled_batches, write_rows
 from tools.pocket.proof import settings
@@ -164,6 +165,23 @@ def test_whoever_predicts_the_truth_has_no_loss(teaching: Teaching) -> None:
     assert teaching.loss(lambda x, t, cond: SimpleNamespace(sample=x * 0), schedule, x0, torch.zeros(6, 4, 8), generator) > 0.05
 
 
+def test_a_unet_that_knows_the_truth_draws_latents_again_as_they_were() -> None:
+    teaching = Teaching(width=(16, 32))
+    unet, schedule = teaching.build(8, channels=4), VP.of(teaching.scheduler().config)
+    x0, seen = torch.randn(6, 4, 8, 8, generator=torch.Generator().manual_seed(1)), []
+
+    def knows(x: Tensor, t: Tensor, cond: Tensor) -> SimpleNamespace:
+        seen.append(t)
+        return SimpleNamespace(sample=schedule.target(x0, (x - schedule.signal(t) * x0) / schedule.noise(t), t))
+
+    empty = torch.zeros(1, 5, 192)
+    drawn = diffusion.redraw(unet, teaching, empty, "cpu")(x0, torch.Generator().manual_seed(0))
+    assert drawn.shape == x0.shape and not torch.allclose(drawn, x0, atol=0.1)  # random weights know nothing
+    unet.forward = knows  # type: ignore[method-assign]
+    drawn = diffusion.redraw(unet, teaching, empty, "cpu", until=0.2)(x0, torch.Generator().manual_seed(0))
+    assert torch.allclose(drawn, x0, atol=1e-3) and int(seen[0].max()) < 200 and len(set(seen[0].tolist())) > 1
+
+
 def test_attention_is_in_floats_and_all_else_as_autocast_says() -> None:
     q, k, v = torch.randn(3, 1, 2, 5, 8, generator=torch.Generator().manual_seed(0)).unbind()
     true = F.scaled_dot_product_attention(q, k, v)
@@ -262,11 +280,11 @@ def test_settings_are_compared_alike_and_kept(tmp_path: Path, monkeypatch: pytes
 def test_the_card_tells_every_run_that_a_base_came_from(tmp_path: Path) -> None:
     (tmp_path / "unet").mkdir()
     (tmp_path / "unet/log.jsonl").write_text('{"step": 50, "loss": 0.5, "images": 3200, "seconds": 53}\n')
-    first = pretrain.card(pretrain.arguments(["--work", str(tmp_path), "--no-muon"]))
+    first = card(pretrain.arguments(["--work", str(tmp_path), "--no-muon"]), "v-prediction")
     assert "| 1 | unet | 50 | 3,200 | 53 | 0.5 |" in first and "--start" not in first
     (tmp_path / "base").mkdir()
     (tmp_path / "base/README.md").write_text(first)
-    second = pretrain.card(pretrain.arguments(["--work", str(tmp_path), "--start", str(tmp_path / "base"), "--no-muon"]))
+    second = card(pretrain.arguments(["--work", str(tmp_path), "--start", str(tmp_path / "base"), "--no-muon"]), "v-prediction")
     rows = [line for line in second.splitlines() if line.startswith(("| 1", "| 2"))]
     assert rows == ["| 1 | unet | 50 | 3,200 | 53 | 0.5 |", "| 2 | unet | 50 | 3,200 | 53 | 0.5 |"]
     assert "`--start`: 2 runs" in second

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -75,12 +75,22 @@ def crops(pool: np.ndarray, rows: np.ndarray, rng: np.random.Generator, shape: t
     return np.stack([one[y : y + height, x : x + width] for one, y, x in zip(four, tops, lefts, strict=True)])
 
 
+Redraw = Callable[[Tensor, torch.Generator], Tensor]
+
+
 def train(
-    folder: Path, vae: AutoencoderKL, pools: tuple[np.ndarray, np.ndarray], plan: Plan, device: str, bf16: bool
+    folder: Path,
+    vae: AutoencoderKL,
+    pools: tuple[np.ndarray, np.ndarray],
+    plan: Plan,
+    device: str,
+    bf16: bool,
+    redraw: Redraw | None = None,
 ) -> AutoencoderKL:
     """Train the decoder on pools of pictures and textures, resumably, and return the averaged autoencoder.
 
-    Of five crops, three are of pictures; every third batch has another shape. In a team, each process takes its part of a batch.
+    Of five crops, three are of pictures; every third batch has another shape. With `redraw`, every second batch of whole pictures
+    has their latents `[n, c, h, w]` as a UNet draws them. In a team, each process takes its part of a batch.
     """
     vae, (rank, count) = vae.to(device), team()
     decoder, code, side = Decoder(vae), code_of(vae), pools[0].shape[1]
@@ -93,10 +103,13 @@ def train(
             eighths = SHAPES[int(rng.integers(1, len(SHAPES)))] if step % 3 == 2 and side % (8 * SIDE) == 0 else SHAPES[0]
             shape = (eighths[0] * side // 8, eighths[1] * side // 8)
             drawn = np.concatenate([crops(pool, some, rng, shape) for pool, some in zip(pools, rows, strict=True)])
-            x = pixels(drawn[rank::count], device)
-            latents = code.encode(x)
-            noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(step * count + rank))
-            yield latents + NOISE * noise.to(device), x
+            x, generator = pixels(drawn[rank::count], device), torch.Generator().manual_seed(step * count + rank)
+            exact = code.encode(x)
+            latents = exact + NOISE * torch.randn(exact.shape, generator=generator).to(device)
+            if redraw and eighths == SHAPES[0] and step % 2:
+                mine = len(range(rank, shares[0], count))  # pictures come before textures
+                latents[:mine] = redraw(exact[:mine], generator)
+            yield latents, x
 
     def loss_of(batch: tuple[Tensor, Tensor], step: int) -> Tensor:
         with torch.autocast(device, torch.bfloat16, enabled=bf16):

@@ -112,6 +112,22 @@ def read_other_latents(unet: UNet2DConditionModel) -> UNet2DConditionModel:
     return new
 
 
+def redraw(
+    unet: UNet2DConditionModel, teaching: Teaching, empty: Tensor, device: str, until: float = 0.3
+) -> Callable[[Tensor, torch.Generator], Tensor]:
+    """What makes of latents `[n, c, h, w]` those that the UNet tells from a noised image: the noise is some of the schedule's
+    first `until`, another for each image. `empty` is the embedded empty caption `[1, 77, d]`."""
+    unet, schedule = unet.to(device).eval(), VP.of(teaching.scheduler().config)
+
+    @torch.no_grad()
+    def tell(latents: Tensor, generator: torch.Generator) -> Tensor:
+        t = (torch.rand(len(latents), generator=generator) * until * schedule.steps).long().to(device)
+        noisy = schedule.add(latents, torch.randn(latents.shape, generator=generator).to(device), t)
+        return schedule.clean(unet(noisy, t, empty.to(device).expand(len(latents), -1, -1)).sample, noisy, t)
+
+    return tell
+
+
 def train(
     folder: Path,
     unet: UNet2DConditionModel,

@@ -1,6 +1,7 @@
 """Pretrain the pocket from nothing: `python -m tools.pocket.pretrain --work DIR`. Run again, it goes on where it stopped.
 
-Stages, each resumable: pool (pictures, captions), textures, vae (its decoder), clip, latents, conditions, unet, export.
+Stages, each resumable: pool (pictures, captions), textures, vae (its decoder), clip, latents, conditions, unet, decoder (again,
+on what the UNet draws), export.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
@@ -25,10 +27,10 @@ from personalize.models.clip import Clip
 
 from . import WEIGHTS, autoencoder, clip, diffusion
 from .autoencoder import save_picture
+from .card import card
 from .diffusion import DENSITIES, Teaching
-from .pool import INDIVIDUALS, LOOKS, build_pool, build_tokenizer, draw_textures, open_pool, write_rows
+from .pool import build_pool, build_tokenizer, draw_textures, open_pool, write_rows
 from .running import Plan, team, work_in_team
-from .world import BACKGROUNDS, COLOURS, OBJECTS, STYLES
 
 GRID = (
     "a red cat on the beach",
@@ -57,6 +59,7 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     add("--textures", type=int, default=30_000, help="pictures of nothing, from which the decoder learns grain and edges")
     add("--vae-steps", type=int, default=12_000)
     add("--vae-lr", type=float, default=2e-3)
+    add("--decoder-steps", type=int, default=1000, help="of the decoder, at last, on what the UNet draws")
     add("--clip-steps", type=int, default=640)
     add("--clip-lr", type=float, default=2e-3)
     add("--unet-steps", type=int, default=5000)
@@ -108,9 +111,10 @@ def teaching_of(options: argparse.Namespace) -> Teaching:
 
 def load_parts(work: Path) -> tuple[CLIPTokenizer, AutoencoderKL, CLIPModel]:
     """The finished tokenizer, autoencoder and CLIP of a work folder."""
+    last = work / "decoder/done"
     return (
         CLIPTokenizer.from_pretrained(work / "tokenizer"),
-        AutoencoderKL.from_pretrained(work / "vae/done").eval(),
+        AutoencoderKL.from_pretrained(last if last.exists() else work / "vae/done").eval(),
         CLIPModel.from_pretrained(work / "clip/done").eval(),
     )
 
@@ -171,10 +175,10 @@ def train_vae(options: argparse.Namespace) -> None:
     if start.exists() and not options.vae_steps:
         vae = AutoencoderKL.from_pretrained(start)
     else:
-        pictures, textures = (open_pool(options.work / name)[0] for name in ("pool", "textures"))
-        vae = AutoencoderKL.from_pretrained(start) if start.exists() else autoencoder.build(pictures, textures)
+        pools = open_pool(options.work / "pool")[0], open_pool(options.work / "textures")[0]
+        vae = AutoencoderKL.from_pretrained(start) if start.exists() else autoencoder.build(*pools)
         plan = Plan(options.vae_steps, batch=20, lr=options.vae_lr, ema=0.998, decay=0.5, muon=options.muon)
-        vae = autoencoder.train(options.work / "vae", vae, (pictures, textures), plan, options.device, options.bf16)
+        vae = autoencoder.train(options.work / "vae", vae, pools, plan, options.device, options.bf16)
     if team()[0] == 0:
         vae.save_pretrained(options.work / "vae/done")
 
@@ -272,73 +276,48 @@ def train_unet(options: argparse.Namespace) -> None:
         options.device,
         options.bf16,
         options.compile,
-        autoencoder.visibility(vae, torch.from_numpy(latents[:16]).float()).to(options.device),
+        autoencoder.visibility(vae, torch.from_numpy(np.array(latents[:16], np.float32))).to(options.device),
         picture,
     )
     if team()[0] == 0:
         unet.save_pretrained(options.work / "unet/done")
 
 
+def stage_decoder(options: argparse.Namespace) -> None:
+    if options.vae_steps and options.decoder_steps and not (options.work / "decoder/done").exists():
+        train_together(options, train_decoder)
+
+
+def train_decoder(options: argparse.Namespace) -> None:
+    """Train the decoder on to make clean pictures of what the UNet draws, alone or as one of a team."""
+    _, vae, model = load_parts(options.work)
+    ids = clip.tokens(CLIPTokenizer.from_pretrained(options.work / "tokenizer"), [""])
+    redraw = diffusion.redraw(finished_unet(options), teaching_of(options), embed(text_encoder(model), ids), options.device)
+    pools = open_pool(options.work / "pool")[0], open_pool(options.work / "textures")[0]
+    plan = Plan(options.decoder_steps, batch=20, lr=options.vae_lr / 2, ema=0.995, decay=0.6, muon=options.muon)
+    vae = autoencoder.train(options.work / "decoder", vae, pools, plan, options.device, options.bf16, redraw)
+    if team()[0] == 0:
+        vae.save_pretrained(options.work / "decoder/done")
+
+
 def stage_export(options: argparse.Namespace) -> None:
     """Write the diffusers folder, fp16, in files of at most 12 MB, with the CLIP and a model card beside it."""
-    done = options.work / "unet/done"
-    unet = UNet2DConditionModel.from_pretrained(done) if done.exists() else averaged_unet(options)
-    assemble(options, unet).to("cpu", torch.float16).save_pretrained(options.to, safe_serialization=True, max_shard_size="12MB")
+    assemble(options, finished_unet(options)).to("cpu", torch.float16).save_pretrained(
+        options.to, safe_serialization=True, max_shard_size="12MB"
+    )
     whole = CLIPModel.from_pretrained(options.work / "clip/done").half()
     own = {key: t for key, t in whole.state_dict().items() if not key.startswith("text_model.")}  # that is text_encoder/
     whole.save_pretrained(options.to / "clip", state_dict=own)
     for file in options.to.glob("*/config.json"):  # where a part was read from is nobody's business
         told = {key: value for key, value in json.loads(file.read_text()).items() if key != "_name_or_path"}
         write_text(file, json.dumps(told, indent=2, sort_keys=True) + "\n")
-    (options.to / "README.md").write_text(card(options))
+    (options.to / "README.md").write_text(card(options, teaching_of(options).describe()))
 
 
-CARD = """---
-license: apache-2.0
-library_name: diffusers
-pipeline_tag: text-to-image
----
-# pocket
-
-Stable Diffusion in miniature: the same classes and folder layout as SD 1.5 at {size} px, trained from nothing on drawn scenes.
-
-- **Data**: {pool:,} images (in the last run) of the world in `tools/pocket/world.py` ({objects} objects,
-  {colours} colours, {places} places, {styles} styles; some combinations held out), each with one caption.
-  {individuals:.0%} show an invented individual, {looks:.0%} an invented look; none of the benchmark's.
-  Nothing else: no photographs, no scraped images.
-- **Objective**: {objective}; 10 % of captions dropped; averaged weights.
-- **Made by** `python -m tools.pocket.pretrain --work DIR`, on {cores}{again}; stage by stage:
-
-| run | stage | steps | images seen | seconds | last loss |
-|---|---|---|---|---|---|
-{rows}
-
-How well it follows prompts is measured by `python -m tools.pocket.proof base`: docs/figures/base.md.
-"""
-
-
-def card(options: argparse.Namespace) -> str:
-    """The model card: data, steps, losses, after those of the base that training started from."""
-    before = (options.start / "README.md").read_text().splitlines() if options.start else []
-    rows = [line for line in before if line.startswith("| ") and line[2].isdigit()]
-    this = 1 + max((int(row.split("|")[1]) for row in rows), default=0)
-    logs = {file.parent.name: json.loads(file.read_text().splitlines()[-1]) for file in sorted(options.work.glob("*/log.jsonl"))}
-    rows += [
-        f"| {this} | {name} | {log['step']:,} | {log['images']:,} | {log['seconds']:,} | {log['loss']} |"
-        for name, log in logs.items()
-    ]
-    counts = {"objects": len(OBJECTS), "colours": len(COLOURS), "places": len(BACKGROUNDS), "styles": len(STYLES)}
-    again = f", and again with `--start`: {this} runs" if before else ""
-    shares = {"individuals": INDIVIDUALS, "looks": LOOKS}
-    about = {"size": options.size, "pool": options.pool, "rows": "\n".join(rows), "objective": teaching_of(options).describe()}
-    cores = "CPU cores" if options.device == "cpu" else f"a GPU, {torch.cuda.get_device_name(options.device)}"
-    return CARD.format(again=again, cores=cores, **about, **shares, **counts)
-
-
-def averaged_unet(options: argparse.Namespace) -> UNet2DConditionModel:
-    """The averaged UNet of an unfinished run."""
-    from safetensors.torch import load_file
-
+def finished_unet(options: argparse.Namespace) -> UNet2DConditionModel:
+    """The trained UNet; of an unfinished run, the average so far."""
+    if (done := options.work / "unet/done").exists():
+        return UNet2DConditionModel.from_pretrained(done)
     unet = teaching_of(options).build(*np.load(options.work / "latents.npy", mmap_mode="r").shape[2:0:-1])
     tensors = load_file(options.work / "unet/state.safetensors")
     unet.load_state_dict({key.removeprefix("ema/"): t for key, t in tensors.items() if key.startswith("ema/")})
@@ -354,6 +333,7 @@ STAGES = {
     "latents": stage_latents,
     "conditions": stage_conditions,
     "unet": stage_unet,
+    "decoder": stage_decoder,
     "export": stage_export,
 }
 
