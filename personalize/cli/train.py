@@ -170,6 +170,7 @@ def print_recipe(recipe: Recipe) -> int:
     """The recipe as TOML, and the pictures with their captions as comments: stdout is a preset that repeats the run."""
     from ..data.folder import read_folder
     from ..recipe.resolve import to_toml
+    from ..recipe.rule import rule_of
     from ..recipe.settings import flatten
 
     dataset = read_folder(recipe.data)
@@ -184,8 +185,9 @@ def print_recipe(recipe: Recipe) -> int:
     for line in lines:
         echo(line if unicode else in_ascii(line))
     answer(recipe=flatten(recipe), pictures=[{"path": one.path, "caption": one.caption} for one in dataset.examples])
-    for warning in (*recipe.remarks, *dataset.warnings):
-        print_warning(warning)
+    missing = rule_of(recipe.optim.optimizer).missing_package(recipe.optim.optimizer)  # it would end the run
+    for warning in (*recipe.remarks, *dataset.warnings, *filter(None, [missing])):
+        print_warning(str(warning))
     return 0
 
 

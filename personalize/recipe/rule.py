@@ -50,10 +50,11 @@ class Rule:
         """The learning rate of vectors for which AdamW's would be `rate`; of one that finds it, a share of what it finds."""
         return rate / WORDS_RATE if self.finds_rate else rate * self.rate
 
-    def check_installed(self, name: str) -> None:
-        """Raise RecipeError where its package is missing."""
-        if self.package and find_spec(self.package) is None:
-            raise RecipeError(f"--optimizer {name} needs the package {self.package}", f"pip install 'personalize[{self.extra}]'")
+    def missing_package(self, name: str) -> RecipeError | None:
+        """Where its package is missing: what to say of that."""
+        if not self.package or find_spec(self.package) is not None:
+            return None
+        return RecipeError(f"--optimizer {name} needs the package {self.package}", f"pip install 'personalize[{self.extra}]'")
 
 
 def rule_of(name: str) -> Rule:

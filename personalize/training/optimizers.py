@@ -215,7 +215,8 @@ class Optimizer:
 def check_optimizer(optim: Optim, device: torch.device) -> None:
     """Raise RecipeError where an optimizer's package is missing, or does not work on a device: it takes a step there."""
     name, row = optim.optimizer, rule_of(optim.optimizer)
-    row.check_installed(name)
+    if missing := row.missing_package(name):
+        raise missing
     if not row.package:
         return
     parameter = nn.Parameter(torch.zeros(64, 64, device=device))

@@ -31,6 +31,7 @@ from personalize.errors import AdapterError, RecipeError
 from personalize.inference.png import read_record as read_parameters
 from personalize.models.model import Base
 from personalize.recipe.fields import Recipe
+from personalize.recipe.rule import rule_of
 from personalize.training.events import Chosen, Fold
 
 pytestmark = pytest.mark.usefixtures("short_exam")
@@ -105,6 +106,18 @@ def test_dry_run_prints_a_preset_and_touches_nothing(
     assert again.replace("mine.toml", "pocket-subject") == out
     assert tomllib.loads(out)["data"]["flip"] is False
     assert [path.name for path in tmp_path.iterdir()] == ["mine.toml"]
+
+
+def test_dry_run_says_which_package_the_run_would_miss(
+    pictures: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["train", str(pictures), "--dry-run", "--class", "cat", "--optimizer", "prodigy"]
+    monkeypatch.setitem(sys.modules, rule_of("prodigy").package, None)
+    assert run(command) == 0
+    said = capsys.readouterr()
+    assert 'optimizer = "prodigy"' in said.out and "needs the package" in said.err and "pip install 'personalize[" in said.err
+    assert run([*command[:-1], "adamw"]) == 0
+    assert "needs the package" not in capsys.readouterr().err
 
 
 def type_command(arguments: list[str], pipe: Connection) -> None:

@@ -41,7 +41,8 @@ def _rows(found: Description) -> Iterator[tuple[str, str]]:
     yield "parts", ", ".join(f"{part} ({count} layers)" for part, count in found.parts.items())
     yield "rank", counts(found.ranks, "{:g} ({} layers)", 6)
     yield "alpha", counts(found.alphas, "{:g} ({} layers)", 6)
-    yield "size", f"{found.parameters:,} parameters in {found.tensors} tensors" if found.tensors else "nothing inside"
+    tensors = f"{found.tensors} tensor{'s' * (found.tensors > 1)}"
+    yield "size", f"{found.parameters:,} parameters in {tensors}" if found.tensors else "nothing inside"
     if heavy := found.heaviest:
         key, size, total = heavy
         hint = f"leave it out: personalize convert {quote(found.path)} --strip-metadata -o NAME.safetensors"
