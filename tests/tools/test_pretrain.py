@@ -381,3 +381,4 @@ def test_the_gpu_s_command_makes_a_base_of_128_pixels_in_calls_that_end(tmp_path
     subprocess.run(words, capture_output=True, text=True, check=True)
     base = Base.load(str(tmp_path / "base"))
     assert base.resolution == 128 and base.unet.config.sample_size == 16
+    assert read_about(tmp_path / "decoder/state.safetensors")["step"] == 2  # of --decoder-steps 2

@@ -59,7 +59,7 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     add("--textures", type=int, default=30_000, help="pictures of nothing, from which the decoder learns grain and edges")
     add("--vae-steps", type=int, default=12_000)
     add("--vae-lr", type=float, default=2e-3)
-    add("--decoder-steps", type=int, default=1000, help="of the decoder, at last, on what the UNet draws")
+    add("--decoder-steps", type=int, default=1000, help="of the decoder, on what the UNet draws; none with --vae-steps 0")
     add("--clip-steps", type=int, default=640)
     add("--clip-lr", type=float, default=2e-3)
     add("--unet-steps", type=int, default=5000)
@@ -290,9 +290,9 @@ def stage_decoder(options: argparse.Namespace) -> None:
 
 def train_decoder(options: argparse.Namespace) -> None:
     """Train the decoder on to make clean pictures of what the UNet draws, alone or as one of a team."""
-    _, vae, model = load_parts(options.work)
-    ids = clip.tokens(CLIPTokenizer.from_pretrained(options.work / "tokenizer"), [""])
-    redraw = diffusion.redraw(finished_unet(options), teaching_of(options), embed(text_encoder(model), ids), options.device)
+    tokenizer, vae, model = load_parts(options.work)
+    empty = embed(text_encoder(model), clip.tokens(tokenizer, [""]))
+    redraw = diffusion.redraw(finished_unet(options), teaching_of(options), empty, options.device)
     pools = open_pool(options.work / "pool")[0], open_pool(options.work / "textures")[0]
     plan = Plan(options.decoder_steps, batch=20, lr=options.vae_lr / 2, ema=0.995, decay=0.6, muon=options.muon)
     vae = autoencoder.train(options.work / "decoder", vae, pools, plan, options.device, options.bf16, redraw)
