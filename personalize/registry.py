@@ -1,5 +1,5 @@
-"""Tables of what varies, name => row: adapter kinds, model families, objectives, optimizers, backends, captioners, kinds of
-jobs.
+"""Tables of what varies, name => row: adapter kinds, model families, objectives, optimizers, trackers, backends, captioners,
+kinds of jobs.
 
 A built-in row and one from another package come in by the same door: "module:attribute", imported when it is first used.
 Packages declare theirs as entry points of the group `personalize.TABLE`:
@@ -54,6 +54,10 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "lion": "personalize.training.rules:LION",
         "schedulefree": "personalize.training.rules:SCHEDULE_FREE",
         "came": "personalize.training.rules:CAME",
+    },
+    "trackers": {
+        "tensorboard": "personalize.training.trackers:TENSORBOARD",
+        "wandb": "personalize.training.trackers:WANDB",
     },
     "backends": {"local": "personalize.backends.local:LOCAL"},
     "captioners": {  # in the order in which a folder is asked for its kind
@@ -121,7 +125,7 @@ class Table(Mapping[str, Any]):
 
 @functools.cache
 def table(name: str) -> Table:
-    """A table by its name: kinds, families, objectives, optimizers, backends, captioners or jobs.
+    """A table by its name: kinds, families, objectives, optimizers, trackers, backends, captioners or jobs.
 
     >>> list(table("optimizers"))[:2]
     ['adamw', 'adamw8bit']

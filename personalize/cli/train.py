@@ -185,8 +185,10 @@ def print_recipe(recipe: Recipe) -> int:
     for line in lines:
         echo(line if unicode else in_ascii(line))
     answer(recipe=flatten(recipe), pictures=[{"path": one.path, "caption": one.caption} for one in dataset.examples])
-    missing = rule_of(recipe.optim.optimizer).missing_package(recipe.optim.optimizer)  # it would end the run
-    for warning in (*recipe.remarks, *dataset.warnings, *filter(None, [missing])):
+    rows = {recipe.optim.optimizer: rule_of(recipe.optim.optimizer)}
+    rows |= {name: table("trackers")[name] for name in recipe.trackers}
+    missing = [row.missing_package(name) for name, row in rows.items()]  # each would end the run
+    for warning in (*recipe.remarks, *dataset.warnings, *filter(None, missing)):
         print_warning(str(warning))
     return 0
 

@@ -53,7 +53,7 @@ class Setting:
 
     @property
     def choices(self) -> tuple[str, ...]:
-        tables = [note.choices for note in self.info.metadata if isinstance(note, OneOf)]
+        tables = [note.choices for note in _notes(self.info) if isinstance(note, OneOf)]
         return tables[0] if tables else get_args(self.type) if get_origin(self.type) is Literal else ()
 
     @property
@@ -72,9 +72,15 @@ class Setting:
         return " and ".join(filter(None, (low, high)))
 
 
+def _notes(info: FieldInfo) -> list[Any]:
+    """What the type of a field, or of each item of a list, is annotated with."""
+    items = [note for item in get_args(info.annotation) if get_origin(item) is Annotated for note in get_args(item)[1:]]
+    return [*info.metadata, *items]
+
+
 def _limits(info: FieldInfo) -> dict[str, float]:
     """Bounds of a number, or of each number in a list, by name: ge, gt, le, lt."""
-    items = [note for item in get_args(info.annotation) if get_origin(item) is Annotated for note in get_args(item)[1].metadata]
+    items = [bound for note in _notes(info) if isinstance(note, FieldInfo) for bound in note.metadata]
     return {
         name: getattr(bound, name)
         for bound in (*info.metadata, *items)

@@ -48,6 +48,7 @@ from .preflight import RunPlan, check, names_of, recipe_text, with_defaults
 from .run import ActiveRun, peak_bytes, put_states, start_run
 from .rundir import Commit, Run
 from .step import gradients, in_order
+from .trackers import track
 
 Numbered = tuple[int, Event]  # number of the recipe, and an event of its run
 
@@ -177,7 +178,8 @@ def train_plans(
             runs.append(run)
         try:
             halves, ahead = stack.enter_context(Halves(plans[first].base, runs)), stack.enter_context(Ahead())
-            yield from run_group(Group(runs, policy, halves, ahead, at_once(memory[first], len(runs))))
+            events = run_group(Group(runs, policy, halves, ahead, at_once(memory[first], len(runs))))
+            yield from track(events, {run.number: (run.plan.run, run.plan.recipe, run.done) for run in runs})
         except (KeyboardInterrupt, GeneratorExit):
             left = [run for run in runs if not run.ended]
             for run in left:
@@ -193,7 +195,7 @@ def train_plans(
             raise
 
 
-def run_group(group: Group) -> Iterator[Numbered]:
+def run_group(group: Group) -> Generator[Numbered, None, None]:
     """From where the runs stand to their ends."""
     for run in group.runs:
         if group.policy.probe:

@@ -50,11 +50,12 @@ from .objectives.objective import needs_of
 from .optimizers import check_optimizer
 from .rundir import Run, State
 from .sample_names import sample_name
+from .trackers import check_trackers
 from .wording import begin_words
 
 # Settings that change nothing about the training itself: a run may go on with other ones.
 HARMLESS = {"preset", "output", "name", "dialect", "save_precision", "checkpoint_every", "folder", "regularization", "device"}
-HARMLESS |= {"choose", "leave_one_out"}
+HARMLESS |= {"choose", "leave_one_out", "trackers"}
 # How a run fits into memory rounds its results, no more; precision and what is quantized are compared as they came out.
 HARMLESS |= {"precision", "quantize", "memory", "checkpointing", "free_encoders", "tile_vae", "micro_batch", "compile", "offload"}
 SAMPLING = {"sample_every", "sample_prompts", "sample_seeds", "sample_steps", "guidance", "sampler"}
@@ -197,6 +198,7 @@ def check(
         recipe = holding_back(recipe, still_held(recipe, whole, state))
     device = torch.device(device_of(recipe.device))
     check_optimizer(recipe.optim, device)
+    check_trackers(recipe.trackers)
     precision = precision_of(recipe.fitting, device)
     base = base or Base.of(recipe, "cpu", dtype_of(precision))
     check_timesteps(recipe.objective, base.noise)

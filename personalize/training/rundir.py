@@ -9,6 +9,7 @@ samples/000200-a-rex-dog-s0-x0.50.png   pictures of the finished adapter by stre
 control, .lock                    a word to the run that goes on (control.py), and who that is
 checkpoints/.commit               there for a moment while the states of several runs take their places: see Commit
 class_images/                     drawn by the base, for prior preservation
+tensorboard/, wandb/              what trackers keep
 recipe.toml, events.jsonl, report.html
 """
 
@@ -37,7 +38,18 @@ from .control import take_words
 from .events import Event, Finished, event_record, parse, read_events
 from .sample_names import drawing_of
 
-OURS = ("checkpoints", "samples", "class_images", "folds", "events.jsonl", "recipe.toml", "metrics.json", "report.html")
+OURS = (
+    "checkpoints",
+    "samples",
+    "class_images",
+    "folds",
+    "events.jsonl",
+    "recipe.toml",
+    "metrics.json",
+    "report.html",
+    "tensorboard",
+    "wandb",
+)
 
 
 @dataclass(frozen=True)

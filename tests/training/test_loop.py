@@ -547,6 +547,7 @@ ELSEWHERE = {
     "compile",
     "offload",
     "init",
+    "trackers",  # test_trackers.py
 }  # tested above or below, in test_choose.py, test_fit.py and test_changes.py, or with one value
 
 
