@@ -12,10 +12,13 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from tools.pocket import autoencoder, diffusion
 
-LATENT = 16  # channels; fewer than pocket's, since nobody looks at what is drawn
+LATENT = 16  # channels of the base that ships; what `tools/pocket` makes now has other ones, and a level more
 POCKET_UNET = diffusion.CONFIG | {
     "sample_size": 8,
     "block_out_channels": (96, 192),
+    "down_block_types": ("CrossAttnDownBlock2D",) * 2,
+    "up_block_types": ("CrossAttnUpBlock2D",) * 2,
+    "attention_head_dim": (4, 8),
     "in_channels": LATENT,
     "out_channels": LATENT,
 }
@@ -29,6 +32,8 @@ NARROW = {  # of one level; a fraction of the work
 POCKET_VAE = autoencoder.CONFIG | {
     "sample_size": 64,
     "block_out_channels": (16, 32, 32, 32),
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
     "scaling_factor": 0.8,
     "latent_channels": LATENT,
 }

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from tools.pocket import autoencoder
 from tools.pocket.art_textures import draw_texture
-from tools.pocket.blocks import BlockCode, code_of, principal, write_encoder
+from tools.pocket.blocks import PIXELS, BlockCode, code_of, principal, write_encoder
 from tools.pocket.running import Plan
 
 PICTURES = np.stack([draw_texture(np.random.default_rng(seed), 64) for seed in range(24)])
-SMALL = autoencoder.CONFIG | {"latent_channels": 24, "block_out_channels": (16, 48, 48, 64)}  # 3 of 8 channels a group
+SMALL = autoencoder.CONFIG | {"latent_channels": 24, "block_out_channels": (16, 32, 64)}  # 3 of 8 channels a group
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def mean_of(vae: AutoencoderKL, x: Tensor) -> Tensor:
 def test_the_encoder_is_the_code_at_any_shape_and_stored_in_halves(vae: AutoencoderKL, shape: tuple[int, int]) -> None:
     x, code = torch.rand(3, 3, *shape, generator=torch.Generator().manual_seed(0)) * 2 - 1, code_of(vae)
     latents = code.encode(x)
-    assert latents.shape == (3, autoencoder.LATENT, shape[0] // 8, shape[1] // 8)
+    assert latents.shape == (3, autoencoder.LATENT, shape[0] // 4, shape[1] // 4)
     assert float((mean_of(vae, x) - latents).square().mean().sqrt()) < 3e-3 * float(latents.std())
     with torch.no_grad():
         assert torch.allclose(vae.encode(x).latent_dist.std, torch.tensor(autoencoder.POSTERIOR), rtol=1e-4)
@@ -44,16 +44,16 @@ def test_the_encoder_is_the_code_at_any_shape_and_stored_in_halves(vae: Autoenco
 
 def test_a_code_of_all_directions_loses_nothing_and_one_of_some_the_least() -> None:
     x = autoencoder.pixels(PICTURES)
-    whole = principal(x, 192)
+    whole = principal(x, PIXELS)
     assert torch.allclose(whole.decode(whole.encode(x)), x, atol=1e-3)
 
     def lost(code: BlockCode) -> float:
         return float((code.decode(code.encode(x)) - x).square().mean())
 
-    losses = [lost(principal(x, count)) for count in (8, 48, 88)]
+    losses = [lost(principal(x, count)) for count in (4, 12, 24)]
     assert losses == sorted(losses, reverse=True) and losses[-1] > 0
-    other = principal(autoencoder.pixels(255 - PICTURES[:, ::-1, ::2].repeat(2, 2)), 48)
-    assert lost(principal(x, 48)) < lost(other)
+    other = principal(autoencoder.pixels(255 - PICTURES[:, ::-1, ::2].repeat(2, 2)), 12)
+    assert lost(principal(x, 12)) < lost(other)
 
 
 def test_a_code_is_read_back_from_the_encoder_and_fits_or_is_refused() -> None:
@@ -71,9 +71,11 @@ def test_a_code_is_read_back_from_the_encoder_and_fits_or_is_refused() -> None:
 
 def test_latents_are_standard_and_told_apart_by_what_they_show(vae: AutoencoderKL) -> None:
     latents = code_of(vae).encode(autoencoder.pixels(PICTURES[:12]))
-    assert float(latents.mean((0, 2, 3)).abs().max()) < 1e-3 and torch.allclose(latents.std((0, 2, 3)), torch.ones(88), atol=1e-3)
+    assert float(latents.mean((0, 2, 3)).abs().max()) < 1e-3 and torch.allclose(
+        latents.std((0, 2, 3)), torch.ones(autoencoder.LATENT), atol=1e-3
+    )
     shows = autoencoder.visibility(vae, latents[:2])
-    assert shows.shape == (88, 1, 1) and float(shows.mean()) == pytest.approx(1)
+    assert shows.shape == (autoencoder.LATENT, 1, 1) and float(shows.mean()) == pytest.approx(1)
     blind = AutoencoderKL.from_config(vae.config)
     blind.load_state_dict(vae.state_dict())
     with torch.no_grad():
@@ -138,5 +140,5 @@ def test_the_decoder_learns_from_pictures_that_a_unet_drew_and_from_textures_as_
         return latents + torch.randn(latents.shape, generator=generator)
 
     plain, drawn = trained("plain", None), trained("drawn", redraw)
-    assert asked == [(3, 88, 8, 8)] * 2  # steps 1 and 3 of six; the sixth has another shape
+    assert asked == [(3, autoencoder.LATENT, 16, 16)] * 2  # steps 1 and 3 of six; the sixth has another shape
     assert any(not torch.equal(plain[name], drawn[name]) for name in plain)

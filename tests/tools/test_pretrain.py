@@ -17,6 +17,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPTokenizer
@@ -27,7 +28,7 @@ from personalize.models.model import Base
 from tools.pocket import WEIGHTS, clip, diffusion, pool, pretrain
 from tools.pocket.autoencoder import LATENT
 from tools.pocket.card import card
-from tools.pocket.diffusion import DENSITIES, AttentionInFloats, Teaching, read_other_latents
+from tools.pocket.diffusion import DENSITIES, AttentionInFloats, Teaching, deepen
 from tools.pocket.pool import shuffled_batches, write_rows
 from tools.pocket.proof import settings
 from tools.pocket.proof.__main__ import parser
@@ -166,7 +167,7 @@ def test_whoever_predicts_the_truth_has_no_loss(teaching: Teaching) -> None:
 
 
 def test_a_unet_that_knows_the_truth_draws_latents_again_as_they_were() -> None:
-    teaching = Teaching(width=(16, 32))
+    teaching = Teaching(width=(16, 32, 32))
     unet, schedule = teaching.build(8, channels=4), VP.of(teaching.scheduler().config)
     x0, seen = torch.randn(6, 4, 8, 8, generator=torch.Generator().manual_seed(1)), []
 
@@ -192,14 +193,28 @@ def test_attention_is_in_floats_and_all_else_as_autocast_says() -> None:
     assert torch.equal(found, true) and rounded.dtype == product.dtype == torch.bfloat16
 
 
-def test_a_trained_unet_keeps_its_body_under_other_latents() -> None:
-    teaching = Teaching(width=(16, 32))
-    before = teaching.build(8, channels=4)
-    after = read_other_latents(before)
-    assert after.config.in_channels == after.config.out_channels == LATENT
-    new = after.state_dict()
-    ends = {name for name, t in before.state_dict().items() if not (new[name].shape == t.shape and torch.equal(new[name], t))}
-    assert ends == {"conv_in.weight", "conv_in.bias", "conv_out.weight", "conv_out.bias"}
+def test_a_trained_unet_keeps_its_body_below_a_new_level() -> None:
+    torch.manual_seed(3)
+    two = diffusion.CONFIG | {name: diffusion.CONFIG[name][1:] for name in ("down_block_types", "attention_head_dim")}
+    two |= {"up_block_types": diffusion.CONFIG["up_block_types"][:2], "in_channels": 88, "out_channels": 88}
+    before = UNet2DConditionModel(sample_size=8, block_out_channels=(96, 192), **two)
+    after = deepen(before)
+    assert after.config.in_channels == LATENT and after.config.sample_size == 16
+    assert tuple(after.config.block_out_channels) == Teaching().width
+    old, new = before.state_dict(), after.state_dict()
+    kept = {name for name, t in old.items() if name in new and new[name].shape == t.shape and torch.equal(new[name], t)}
+    assert {name.split(".")[0] for name in kept} >= {"mid_block", "up_blocks"}
+    for name in ("down_blocks.0.attentions.0.proj_in.weight", "down_blocks.1.resnets.0.conv2.weight"):
+        head, number, *rest = name.split(".")
+        assert torch.equal(new[".".join([head, str(int(number) + 1), *rest])], old[name])
+    t = torch.arange(0, 1000, 7)
+
+    def told(unet: UNet2DConditionModel) -> Tensor:
+        block = unet.mid_block.resnets[0]
+        with torch.no_grad():
+            return block.time_emb_proj(block.nonlinearity(unet.time_embedding(unet.time_proj(t))))
+
+    assert float((told(after) - told(before)).square().mean()) < 0.3 * float(told(before).var(0).mean())
 
 
 def test_what_is_seen_weighs_more() -> None:
@@ -227,12 +242,12 @@ def test_densities_stay_in_the_schedule_and_prefer_what_they_say() -> None:
 
 
 def test_settings_reach_the_folder_of_the_base(tmp_path: Path) -> None:
-    words = ["--work", str(tmp_path), "--unet-prediction", "epsilon", "--no-unet-zero-snr", "--unet-width", "64", "128"]
+    words = ["--work", str(tmp_path), "--unet-prediction", "epsilon", "--no-unet-zero-snr", "--unet-width", "32", "64", "128"]
     teaching = pretrain.teaching_of(pretrain.arguments(words))
-    assert teaching == Teaching("epsilon", zero_snr=False, width=(64, 128)) and teaching.describe() == "epsilon prediction"
+    assert teaching == Teaching("epsilon", zero_snr=False, width=(32, 64, 128)) and teaching.describe() == "epsilon prediction"
     config = teaching.scheduler().config
     assert (config.prediction_type, config.rescale_betas_zero_snr) == ("epsilon", False)
-    assert tuple(teaching.build(8).config.block_out_channels) == (64, 128)
+    assert tuple(teaching.build(8).config.block_out_channels) == (32, 64, 128)
     shipped = json.loads((WEIGHTS / "scheduler/scheduler_config.json").read_text())
     ours = pretrain.teaching_of(pretrain.arguments(["--work", str(tmp_path)])).scheduler().config
     assert {key: ours[key] for key in ours if not key.startswith("_")} == {key: shipped[key] for key in shipped if key[0] != "_"}
@@ -252,7 +267,7 @@ def test_a_pool_has_as_many_pictures_as_were_asked_for(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_settings_are_compared_alike_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = ["epsilon, no zero SNR", "text encoder untrained", "narrower, 64 and 128"]
+    rows = ["epsilon, no zero SNR", "text encoder untrained", "narrower, 32 to 128"]
     words = ["--images", "16", "--batch", "8", "--pool", "24", "-n", "2", "--sampler-steps", "2", "--no-muon", "--size", "64"]
     options = parser().parse_args(
         ["settings", *words, "--only", *rows, "--work", str(tmp_path / "w"), "--to", str(tmp_path), "--name", "s"]
@@ -307,7 +322,7 @@ def test_a_text_encoder_that_is_not_trained_on_keeps_its_tokens(clip_steps: int,
 
 @pytest.mark.slow
 def test_parts_that_are_not_trained_on_stay_as_they_are_and_two_processes_train_one(tmp_path: Path) -> None:
-    kept = ("--vae-steps", "0", "--clip-steps", "0", "--unet-steps", "0")
+    kept = ("--vae-steps", "0", "--decoder-steps", "0", "--clip-steps", "0", "--unet-steps", "0")
     words = ["--start", str(WEIGHTS), "--pool", "40", "--workers", "1", "--no-muon", *kept]
     pretrain.run(pretrain.arguments(["--work", str(tmp_path), "--to", str(tmp_path / "base"), *words]))
     for file in WEIGHTS.rglob("*.safetensors"):

@@ -1,4 +1,4 @@
-"""The pocket's autoencoder: 8 times smaller each way, 88 channels. Its encoder is a linear code of blocks; its decoder learns."""
+"""The pocket's autoencoder: 4 times smaller each way, 24 channels. Its encoder is a linear code of blocks; its decoder learns."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from .blocks import SIDE, code_of, principal, standardise, write_encoder
 from .pool import shuffled_batches, write_rows
 from .running import Plan, run, team
 
-LATENT = 88  # channels
+LATENT = 24  # channels
 CONFIG = dict(
     in_channels=3,
     out_channels=3,
     latent_channels=LATENT,
-    block_out_channels=(16, 48, 96, 128),
-    down_block_types=("DownEncoderBlock2D",) * 4,
-    up_block_types=("UpDecoderBlock2D",) * 4,
+    block_out_channels=(32, 64, 96),
+    down_block_types=("DownEncoderBlock2D",) * 3,
+    up_block_types=("UpDecoderBlock2D",) * 3,
     layers_per_block=1,
     norm_num_groups=8,
     scaling_factor=1.0,
@@ -59,7 +59,7 @@ class Decoder(nn.Module):
         self.post_quant_conv, self.decoder = vae.post_quant_conv, vae.decoder
 
     def forward(self, latents: Tensor) -> Tensor:
-        """Latents `[n, 88, h/8, w/8]` to pictures `[n, 3, h, w]`."""
+        """Latents `[n, 24, h/4, w/4]` to pictures `[n, 3, h, w]`."""
         return self.decoder(self.post_quant_conv(latents))
 
 
@@ -150,7 +150,7 @@ def visibility(vae: AutoencoderKL, latents: Tensor) -> Tensor:
 
 @torch.no_grad()
 def encode_pool(vae: AutoencoderKL, pictures: np.ndarray, file: Path, device: str) -> None:
-    """The latents of every picture, fp16 `[n, 88, h/8, w/8]`, written once."""
+    """The latents of every picture, fp16 `[n, 24, h/4, w/4]`, written once."""
 
     def encode(rows: slice) -> np.ndarray:
         return vae.encode(pixels(pictures[rows], device)).latent_dist.mean.half().cpu().numpy()

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import DDIMScheduler, EulerAncestralDiscreteScheduler, SchedulerMixin, UNet2DConditionModel
+from diffusers.models.embeddings import get_timestep_embedding
 from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
@@ -24,11 +25,11 @@ from .running import Plan, run, team
 CONFIG = dict(
     in_channels=LATENT,
     out_channels=LATENT,
-    down_block_types=("CrossAttnDownBlock2D",) * 2,
-    up_block_types=("CrossAttnUpBlock2D",) * 2,
+    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
     layers_per_block=1,
     cross_attention_dim=192,
-    attention_head_dim=(4, 8),
+    attention_head_dim=(4, 4, 8),
     norm_num_groups=16,
 )
 SCHEDULE = dict(
@@ -56,7 +57,7 @@ class Teaching:
     zero_snr: bool = True  # epsilon cannot be learned where nothing but noise is left
     min_snr: float = 0.0
     density: str = "uniform"
-    width: tuple[int, ...] = (96, 192)
+    width: tuple[int, ...] = (48, 96, 192)
 
     def scheduler(self) -> SchedulerMixin:
         """That of the base's folder. Fresh noise at every step mends what an early one got wrong: fish get eyes."""
@@ -103,13 +104,55 @@ class AttentionInFloats(TorchFunctionMode):
 
 
 @torch.no_grad()
-def read_other_latents(unet: UNet2DConditionModel) -> UNet2DConditionModel:
-    """A trained UNet with new first and last convolutions, for latents of as many channels as CONFIG says; its body stays."""
-    torch.manual_seed(0)
-    new = UNet2DConditionModel.from_config({**unet.config, **CONFIG})
-    ends = ("conv_in.", "conv_out.")
-    new.load_state_dict({name: t for name, t in unet.state_dict().items() if not name.startswith(ends)}, strict=False)
+def deepen(old: UNet2DConditionModel) -> UNet2DConditionModel:
+    """A trained UNet's body as the inner levels of one with a level more, whose latents are twice as fine; its ends are new.
+
+    All levels of `old` have attention; the new one above them has none, and half as many channels as the next.
+    Timesteps are told by fewer numbers: what each block was told of them is fitted, by least squares over all timesteps.
+    """
+    inner = tuple(old.config.block_out_channels)
+    new = Teaching(width=(inner[0] // 2, *inner)).build(2 * old.config.sample_size)
+    before, after = old.state_dict(), new.state_dict()
+    for name, weight in before.items():
+        to = _one_level_down(name)
+        if to in after and "time_emb" not in name and not name.startswith(("conv_", "down_blocks.0.resnets.0.conv1")):
+            part = tuple(slice(0, min(pair)) for pair in zip(weight.shape, after[to].shape, strict=True))
+            after[to][part] = weight[part]  # the last layer reads fewer channels from above it
+    _spread_out(after)
+    told, heard = _told_of_time(before), _told_of_time(after)
+    ridge = 30 * torch.eye(heard.shape[1], dtype=heard.dtype)
+    for name in (name for name in before if name.endswith("time_emb_proj.weight")):
+        bias = name.removesuffix("weight") + "bias"
+        wanted = told[:, :-1] @ before[name].double().T + before[bias].double()
+        fitted = torch.linalg.solve(heard.T @ heard + ridge, heard.T @ wanted)
+        after[_one_level_down(name)].copy_(fitted[:-1].T)
+        after[_one_level_down(bias)].copy_(fitted[-1])
+    new.load_state_dict(after)
     return new
+
+
+def _one_level_down(name: str) -> str:
+    """Where a parameter lies with one more level above it; going up, levels are counted from below."""
+    head, _, rest = name.partition(".")
+    number, _, rest = rest.partition(".")
+    return f"{head}.{int(number) + 1}.{rest}" if head == "down_blocks" else name
+
+
+def _spread_out(weights: dict[str, Tensor]) -> None:
+    """Random weights of the timestep's embedding that tell timesteps apart better than the usual ones."""
+    generator = torch.Generator().manual_seed(1)
+    for name, deviation in (("linear_1", 0.4), ("linear_2", 0.25)):
+        weight = weights[f"time_embedding.{name}.weight"]
+        weight.copy_(torch.randn(weight.shape, generator=generator) * deviation)
+
+
+def _told_of_time(weights: dict[str, Tensor]) -> Tensor:
+    """What blocks are told of each timestep `[1000, d + 1]`: the embedding, and a 1 for the bias."""
+    first, second = (weights[f"time_embedding.linear_{n}.weight"].double() for n in (1, 2))
+    biases = [weights[f"time_embedding.linear_{n}.bias"].double() for n in (1, 2)]
+    waves = get_timestep_embedding(torch.arange(1000), first.shape[1], flip_sin_to_cos=True, downscale_freq_shift=0).double()
+    told = F.silu(F.silu(waves @ first.T + biases[0]) @ second.T + biases[1])
+    return torch.cat([told, torch.ones(len(told), 1, dtype=told.dtype)], 1)
 
 
 def redraw(

@@ -59,7 +59,7 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     add("--textures", type=int, default=30_000, help="pictures of nothing, from which the decoder learns grain and edges")
     add("--vae-steps", type=int, default=12_000)
     add("--vae-lr", type=float, default=2e-3)
-    add("--decoder-steps", type=int, default=1000, help="of the decoder, on what the UNet draws; none with --vae-steps 0")
+    add("--decoder-steps", type=int, default=1000, help="of the decoder, on what the UNet draws")
     add("--clip-steps", type=int, default=640)
     add("--clip-lr", type=float, default=2e-3)
     add("--unet-steps", type=int, default=5000)
@@ -72,7 +72,7 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add("--unet-min-snr", type=float, default=shipped.min_snr, help="min-SNR gamma; 0 counts all timesteps alike")
     add("--unet-density", default=shipped.density, choices=tuple(DENSITIES), help="how often each timestep is trained")
-    add("--unet-width", type=int, nargs=2, default=shipped.width, help="channels of both levels")
+    add("--unet-width", type=int, nargs=3, default=shipped.width, help="channels of its levels")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--compile", action="store_true", help="compile the UNet (needs a C++ compiler)")
     add("--muon", default=True, action=argparse.BooleanOptionalAction, help="it computes in bf16: not for a CPU without")
@@ -146,7 +146,7 @@ def stage_unpack(options: argparse.Namespace) -> None:
     assert whole, f"{options.start} has no clip folder"
     clip.carry_over(whole.model, old, tokenizer).save_pretrained(options.work / "clip/start")
     unet = UNet2DConditionModel.from_pretrained(options.start / "unet")
-    (unet if same else diffusion.read_other_latents(unet)).save_pretrained(options.work / "unet/start")
+    (unet if same else diffusion.deepen(unet)).save_pretrained(options.work / "unet/start")
 
 
 def stage_pool(options: argparse.Namespace) -> None:
@@ -160,7 +160,7 @@ def stage_pool(options: argparse.Namespace) -> None:
 
 
 def stage_textures(options: argparse.Namespace) -> None:
-    if options.vae_steps:
+    if options.vae_steps or options.decoder_steps:
         build_pool(options.work / "textures", options.textures, options.size, options.seed, options.workers, draw_textures)
 
 
@@ -284,7 +284,7 @@ def train_unet(options: argparse.Namespace) -> None:
 
 
 def stage_decoder(options: argparse.Namespace) -> None:
-    if options.vae_steps and options.decoder_steps and not (options.work / "decoder/done").exists():
+    if options.decoder_steps and not (options.work / "decoder/done").exists():
         train_together(options, train_decoder)
 
 

@@ -34,8 +34,8 @@ ROWS: dict[str, tuple[str, ...]] = {  # what is changed => options of pretrain
     "sample": ("--unet-prediction", "sample"),
     "min-SNR 5": ("--unet-min-snr", "5"),
     "logit-normal timesteps": ("--unet-density", "logit-normal"),
-    "narrower, 64 and 128": ("--unet-width", "64", "128"),
-    "wider, 128 and 256": ("--unet-width", "128", "256"),
+    "narrower, 32 to 128": ("--unet-width", "32", "64", "128"),
+    "wider, 64 to 256": ("--unet-width", "64", "128", "256"),
     "half the learning rate": ("--unet-lr", "1e-3"),
     "text encoder untrained": ("--clip-steps", "0"),
 }
@@ -77,7 +77,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def prepare_folder(options: argparse.Namespace) -> None:
     """The folder that all rows share: pictures, latents and conditions, by the parts of a finished base."""
     base, parts = locate(options.base), options.work / "shared"
-    kept = ("--start", str(base), "--vae-steps", "0", "--clip-steps", "0")
+    kept = ("--start", str(base), "--vae-steps", "0", "--decoder-steps", "0", "--clip-steps", "0")
     told = pretrain.arguments([*common(options, parts), *kept])
     pretrain.run(told, ("pool", "unpack", "vae", "clip", "latents", "conditions"))
 
