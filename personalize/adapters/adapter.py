@@ -35,7 +35,7 @@ from ..formats.header import short
 from ..formats.tensors import one_thread
 from ..formats.writer import with_ending
 from . import files
-from .contract import Saved, shared_metadata
+from .contract import BY_TIMESTEP, Saved, shared_metadata, without_order
 from .delta import Delta, Dense
 from .distance import relative_difference
 from .lazy import OnDemand, map_deltas, shapes_of
@@ -150,8 +150,9 @@ class Adapter:
         return self.with_deltas(map_deltas(self.deltas, plain))
 
     def with_deltas(self, deltas: Mapping[str, Delta]) -> Adapter:
-        """The same adapter with other updates; what it says and the words that it brings are carried along."""
-        return Adapter(deltas, self.metadata, self.words)
+        """The same adapter with other updates; what it says and the words that it brings are carried along, but for what is
+        true of its ranks in their order alone."""
+        return Adapter(deltas, without_order(self.metadata), self.words)
 
     def for_family(self, name: str) -> Adapter:
         """The same adapter, that says it is of this family. Raises AdapterError for one that lacks some of its layers."""
@@ -165,6 +166,16 @@ class Adapter:
     def strip_metadata(self) -> Adapter:
         """The same adapter without what its file says, but for its family."""
         return Adapter(self.deltas, {key: self.metadata[key] for key in ESSENTIAL if key in self.metadata}, self.words)
+
+    @property
+    def least_ranks(self) -> float:
+        """The share of its ranks in the denoiser that counts at every timestep, where others join as noise falls (T-LoRA); 1: all
+        always count."""
+        try:
+            share = float(self.metadata.get(BY_TIMESTEP, 1))
+        except ValueError:
+            return 1.0
+        return share if 0 < share < 1 else 1.0
 
     @property
     def family(self) -> str:

@@ -488,6 +488,7 @@ CHANGES: dict[str, tuple[Any, dict[str, Any]]] = {
     "rank": (3, {}), "alpha": (1.0, {}), "dropout": (0.5, {}), "targets": (["conv"], {}),
     "text_rank": (2, {"text_encoder_lr": 1e-3}), "text_targets": (["feedforward"], {"text_encoder_lr": 1e-3}),
     "text_encoder_share": (0.5, {"text_encoder_lr": 1e-3}),
+    "rank_by_timestep": (0.5, {"rank": 4}),
     "kind": ("loha", {}), "rslora": (True, {}), "lora_plus": (4.0, {}), "lokr_factor": (4, {"kind": "lokr"}),
     "lokr_full": (True, {"kind": "lokr"}), "biases": (True, {"kind": "norms"}),
     "min_snr": (1.0, {}), "prior": ("output", {}), "prior_weight": (3.0, {"prior": "output"}),
