@@ -147,12 +147,16 @@ class Adapter:
             except KeyError:
                 raise AdapterError(f"the base has no {path}", "name the base that the adapter was made for") from None
 
-        return self.with_deltas(map_deltas(self.deltas, plain))
+        return self._of(map_deltas(self.deltas, plain))
 
     def with_deltas(self, deltas: Mapping[str, Delta]) -> Adapter:
         """The same adapter with other updates; what it says and the words that it brings are carried along, but for what is
         true of its ranks in their order alone."""
         return Adapter(deltas, without_order(self.metadata), self.words)
+
+    def _of(self, deltas: Mapping[str, Delta]) -> Adapter:
+        """The same adapter with updates whose ranks are its own, in their order."""
+        return Adapter(deltas, self.metadata, self.words)
 
     def for_family(self, name: str) -> Adapter:
         """The same adapter, that says it is of this family. Raises AdapterError for one that lacks some of its layers."""
@@ -206,7 +210,7 @@ class Adapter:
         for name, weight in weights.items():
             _check_part(name)
             _check_weight(weight)
-        return self.with_deltas(map_deltas(self.deltas, lambda path, delta: delta * weights.get(part_of(path), 1.0)))
+        return self._of(map_deltas(self.deltas, lambda path, delta: delta * weights.get(part_of(path), 1.0)))
 
     def weighted(self, weighting: Weighting) -> Adapter:
         """As much of it as a weighting says, by part, block and pattern; updates at 0 are left out.
@@ -216,11 +220,11 @@ class Adapter:
         kept = {path: strength for path, strength in weighting.of(self.deltas, self.model).items() if strength}
         for strength in set(kept.values()):
             _check_weight(strength)
-        return self.with_deltas(map_deltas(self.deltas, lambda path, delta: _times(delta, kept[path]), kept))
+        return self._of(map_deltas(self.deltas, lambda path, delta: _times(delta, kept[path]), kept))
 
     def __mul__(self, weight: float) -> Adapter:
         _check_weight(weight)
-        return self.with_deltas(map_deltas(self.deltas, lambda _, delta: delta * weight))
+        return self._of(map_deltas(self.deltas, lambda _, delta: delta * weight))
 
     __rmul__ = __mul__
 

@@ -19,10 +19,10 @@ from personalize.adapters.kinds.lora import LORA, least_rank
 from personalize.adapters.ops.convert import convert
 from personalize.adapters.ops.merge import merge
 from personalize.adapters.ops.resize import resize
-from personalize.adapters.strengths.grammar import read
+from personalize.cli import run
 from personalize.errors import RecipeError
 from personalize.families.cond import Cond
-from personalize.inference.sampling import draw_batch, to_images
+from personalize.inference.pipeline import draw
 from personalize.models.model import Base
 from personalize.recipe.fields import AdapterSpec, Recipe
 from personalize.recipe.resolve import resolve
@@ -251,24 +251,22 @@ def apart(a: Image.Image, b: Image.Image) -> int:
     )
 
 
-def test_generate_draws_as_the_run_did_and_a_file_that_says_nothing_otherwise(make: Make) -> None:
+def test_generate_draws_as_the_run_did_and_a_file_that_says_nothing_otherwise(make: Make, tmp_path: Path) -> None:
+    """Also once it was brought to another dialect; a sampler's timesteps and guidance come on top."""
     recipe = trained(make, **SAMPLED, steps=6)
     assert recipe.output
     (path,) = recipe.output.glob("samples/*6-zwx-cat-s3.png")
-    adapter, plan = Adapter.load(file_of(recipe)), check(make(**TIMED, **SAMPLED, output=recipe.output.parent / "other"))
-    assert adapter.least_ranks == 0.25 and adapter.metadata[BY_TIMESTEP] == "0.25"
-    (request,) = plan.sample_requests().values()
-    plain = Adapter(adapter.deltas, {key: value for key, value in adapter.metadata.items() if key != BY_TIMESTEP})
-    drawn = {}
-    for name, one in (("timed", adapter), ("plain", plain)):
-        steps = draw_batch(plan.base, [request.complete(plan.base)], [(one, read(["1"]))])
-        try:
-            while True:
-                next(steps)
-        except StopIteration as end:
-            (drawn[name],) = to_images(end.value)
+    brought = tmp_path / "peft.safetensors"
+    assert run(["convert", str(file_of(recipe)), "--dialect", "peft", "-o", str(brought)]) == 0
+    own, other = Adapter.load(file_of(recipe)), Adapter.load(brought)
+    assert own.least_ranks == other.least_ranks == 0.25 and own.metadata[BY_TIMESTEP] == "0.25"
+    plain = Adapter(own.deltas, {key: value for key, value in own.metadata.items() if key != BY_TIMESTEP})
+    drawn = [
+        draw(Base.load(recipe.base), ["zwx cat <lora:it:1>"], [3], adapters={"it": one}, steps=4, guidance=2.0)[0]
+        for one in (own, other, plain)
+    ]
     sample = Image.open(path).convert("RGB")
-    assert apart(drawn["timed"], sample) <= 2 < apart(drawn["plain"], sample)
+    assert apart(drawn[0], sample) <= 2 and apart(drawn[1], sample) <= 2 < apart(drawn[2], sample)
 
 
 def test_in_a_stack_each_adapter_keeps_its_own_ranks(base: Base) -> None:
@@ -341,6 +339,8 @@ def test_what_mixes_ranks_says_nothing_of_their_order(base: Base) -> None:
         merge([adapter, adapter], [1.0, 0.5]),
     ]
     assert [(one.least_ranks, one.metadata["ss_steps"]) for one in made] == [(1.0, "3")] * 4
+    kept = [0.5 * adapter, adapter.part("unet"), adapter.scaled({"unet": 2.0})]
+    assert [one.least_ranks for one in kept] == [0.5] * 3
     for odd in ("", "nan", "2", "-1", "0", "x"):
         assert Adapter(adapter.deltas, {BY_TIMESTEP: odd}).least_ranks == 1.0
 
