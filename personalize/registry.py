@@ -45,6 +45,7 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "none": "personalize.training.objectives.denoise:Denoising",
         "images": "personalize.training.objectives.prior:ClassImages",
         "output": "personalize.training.objectives.prior:ClassOutput",
+        "dco": "personalize.training.objectives.dco:Consistency",
     },
     "optimizers": {
         "adamw": "personalize.training.rules:ADAMW",

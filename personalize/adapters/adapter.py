@@ -35,7 +35,7 @@ from ..formats.header import short
 from ..formats.tensors import one_thread
 from ..formats.writer import with_ending
 from . import files
-from .contract import Saved, shared_metadata
+from .contract import BY_TIMESTEP, Saved, shared_metadata, without_order
 from .delta import Delta, Dense
 from .distance import relative_difference
 from .lazy import OnDemand, map_deltas, shapes_of
@@ -147,10 +147,15 @@ class Adapter:
             except KeyError:
                 raise AdapterError(f"the base has no {path}", "name the base that the adapter was made for") from None
 
-        return self.with_deltas(map_deltas(self.deltas, plain))
+        return self._of(map_deltas(self.deltas, plain))
 
     def with_deltas(self, deltas: Mapping[str, Delta]) -> Adapter:
-        """The same adapter with other updates; what it says and the words that it brings are carried along."""
+        """The same adapter with other updates; what it says and the words that it brings are carried along, but for what is
+        true of its ranks in their order alone."""
+        return Adapter(deltas, without_order(self.metadata), self.words)
+
+    def _of(self, deltas: Mapping[str, Delta]) -> Adapter:
+        """The same adapter with updates whose ranks are its own, in their order."""
         return Adapter(deltas, self.metadata, self.words)
 
     def for_family(self, name: str) -> Adapter:
@@ -165,6 +170,16 @@ class Adapter:
     def strip_metadata(self) -> Adapter:
         """The same adapter without what its file says, but for its family."""
         return Adapter(self.deltas, {key: self.metadata[key] for key in ESSENTIAL if key in self.metadata}, self.words)
+
+    @property
+    def least_ranks(self) -> float:
+        """The share of its ranks in the denoiser that counts at every timestep, where others join as noise falls (T-LoRA); 1: all
+        always count."""
+        try:
+            share = float(self.metadata.get(BY_TIMESTEP, 1))
+        except ValueError:
+            return 1.0
+        return share if 0 < share < 1 else 1.0
 
     @property
     def family(self) -> str:
@@ -195,7 +210,7 @@ class Adapter:
         for name, weight in weights.items():
             _check_part(name)
             _check_weight(weight)
-        return self.with_deltas(map_deltas(self.deltas, lambda path, delta: delta * weights.get(part_of(path), 1.0)))
+        return self._of(map_deltas(self.deltas, lambda path, delta: delta * weights.get(part_of(path), 1.0)))
 
     def weighted(self, weighting: Weighting) -> Adapter:
         """As much of it as a weighting says, by part, block and pattern; updates at 0 are left out.
@@ -205,11 +220,11 @@ class Adapter:
         kept = {path: strength for path, strength in weighting.of(self.deltas, self.model).items() if strength}
         for strength in set(kept.values()):
             _check_weight(strength)
-        return self.with_deltas(map_deltas(self.deltas, lambda path, delta: _times(delta, kept[path]), kept))
+        return self._of(map_deltas(self.deltas, lambda path, delta: _times(delta, kept[path]), kept))
 
     def __mul__(self, weight: float) -> Adapter:
         _check_weight(weight)
-        return self.with_deltas(map_deltas(self.deltas, lambda _, delta: delta * weight))
+        return self._of(map_deltas(self.deltas, lambda _, delta: delta * weight))
 
     __rmul__ = __mul__
 

@@ -25,6 +25,7 @@ from . import dialects, hosts, kinds
 # Relative error of dW that a storage dtype may cause: a few of its rounding steps; more means it cannot hold the weights.
 TOLERANCE = {"fp32": 1e-6, "fp16": 2e-3, "bf16": 1.6e-2}
 BIAS = ".bias"  # behind a module's path: the update of its bias
+BY_TIMESTEP = "personalize.rank_by_timestep"  # metadata: the share of a LoRA's ranks that counts at every timestep (T-LoRA)
 
 Words = Mapping[str, Mapping[str, object]]  # word => key as in words.py => vectors
 
@@ -74,8 +75,13 @@ def identify(stat: os.stat_result) -> tuple[int, ...]:
 
 
 def shared_metadata(each: Iterable[Mapping[str, str]]) -> dict[str, str]:
-    """What all say alike, in order of the keys."""
-    return dict(sorted(set.intersection(*(set(one.items()) for one in each))))
+    """What all say alike, in order of the keys; nothing about ranks, which are others in a sum."""
+    return without_order(dict(sorted(set.intersection(*(set(one.items()) for one in each)))))
+
+
+def without_order(metadata: Mapping[str, str]) -> dict[str, str]:
+    """What a file says, without what is true of its ranks in their order alone."""
+    return {key: value for key, value in metadata.items() if key != BY_TIMESTEP}
 
 
 # ---------------------------------------------------------------- writing

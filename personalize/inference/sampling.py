@@ -87,7 +87,7 @@ def denoise_steps(base: Base, requests: Sequence[Request], start: InitLatents | 
     count = -(-len(timesteps) // order)
     with adapter_schedule(base) as turn, reading_text_once(base) as forget:
         for i, t in enumerate(timesteps):
-            if changed := turn(i // order, count):
+            if changed := turn(i // order, count, t):
                 forget()
             now = [at_step(text, i // order + 1, count) for text in (one.negative, *prompts)]
             if cond is None or now != said or any(part.startswith("text_encoder") for part in changed):
@@ -103,14 +103,15 @@ def denoise_steps(base: Base, requests: Sequence[Request], start: InitLatents | 
 
 
 @contextlib.contextmanager
-def adapter_schedule(base: Base) -> Iterator[Callable[[int, int], Iterable[str]]]:
-    """A function that brings the base's adapters to their strengths at step i of n and returns the parts that changed.
+def adapter_schedule(base: Base) -> Iterator[Callable[[int, int, Tensor], Iterable[str]]]:
+    """A function that brings the base's adapters to their strengths at step i of n, and their ranks to those of its timestep; it
+    returns the parts that changed.
 
     Afterwards they are at step 0 again.
     """
     attached = attached_to(base)
     try:
-        yield attached.turn if attached else lambda step, steps: ()
+        yield attached.turn if attached else lambda step, steps, time: ()
     finally:
         if attached:
             attached.turn(0, 1)

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from ..adapters.kinds import trainable as trainable_rows
+from ..adapters.kinds.lora import least_rank
 from ..errors import RecipeError
 from .one_of import OneOf
 from .part import AtCommas, Part, equals, is_off
@@ -62,6 +63,14 @@ class AdapterSpec(Part):
         exclude_if=is_off,
         description="scale by alpha / sqrt(rank), rank-stabilized (Kalajdzievski 2023): LoRA, DoRA, LoHa, LoKr",
     )
+    rank_by_timestep: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        exclude_if=is_off,
+        description="share of a LoRA's ranks in the UNet that learns where there is most noise, such as 0.5; the others join "
+        "as it falls: T-LoRA (Soboleva et al. 2025); 0: all learn at every timestep",
+    )
     lokr_factor: int = Field(
         8,
         ge=0,
@@ -110,6 +119,11 @@ def check_kind(adapter: AdapterSpec, optim: Part, dialect: str) -> None:
     if getattr(optim, "scale_weight_norms", 0) and not rows[name].linear_in:
         others = ", ".join(other for other, row in rows.items() if row.linear_in)
         raise RecipeError(f"--scale-weight-norms scales an update, which --kind {name} has no tensors for", f"{others} have")
+    if adapter.rank_by_timestep and not getattr(optim, "lr", 1):
+        raise RecipeError("--rank-by-timestep is about ranks in the UNet, and --lr 0 leaves it alone", "leave one of them out")
+    if adapter.rank_by_timestep and least_rank(adapter.rank, adapter.rank_by_timestep) == adapter.rank:
+        what = f"--rank-by-timestep {adapter.rank_by_timestep:g} of --rank {adapter.rank} is all of it at every timestep"
+        raise RecipeError(what, "a higher --rank, or a smaller share")
     if dialect != "kohya" and name != "lora":
         raise RecipeError(f"--dialect {dialect} holds LoRA only, not --kind {name}", "leave it out: kohya holds every kind")
     if adapter.dropout and name in (FULL, "norms"):

@@ -348,6 +348,8 @@ class Recipe(Part):
         if warmup >= self.steps:
             what = f"--warmup {warmup} is as long as the run or longer ({self.steps} steps), so that --lr is never reached"
             told.append(f"{what}: --warmup {self.steps // 10}")
+        if self.adapter.rank_by_timestep:
+            told.append("--rank-by-timestep: samples and `generate` go by it; other programs use all ranks at every timestep")
         return told
 
     @property

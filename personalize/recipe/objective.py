@@ -19,7 +19,14 @@ class Objective(Part):
     prior: Annotated[str, OneOf("objectives")] = Field(
         "none",
         description="keep what has no trigger as it is: with class images by the base (Ruiz et al. 2022), or with the base's "
-        "own output on each caption without the trigger",
+        "own output on each caption without the trigger; dco: learn images only as far as the base is worse at them (Lee et al. "
+        "2024)",
+    )
+    dco_beta: float = Field(
+        1000.0,
+        gt=0,
+        exclude_if=equals(1000.0),
+        description="how soon --prior dco has learned enough of an image: larger ones stay nearer to the base",
     )
     prior_weight: float = Field(1.0, ge=0, description="weight of the prior-preservation loss")
     prior_share: float = Field(1.0, gt=0, le=1, description="rows of the prior in a step, per picture of yours")
@@ -85,6 +92,7 @@ class Objective(Part):
 
 # Setting => the setting that it says more about, and the value of that with which it does.
 MORE = {
+    "dco_beta": ("prior", "dco"),
     "p2_gamma": ("weighting", "p2"),
     "logit_mean": ("density", "logit-normal"),
     "logit_std": ("density", "logit-normal"),

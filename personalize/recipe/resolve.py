@@ -19,7 +19,7 @@ from .lines import expand, with_our_placeholders
 from .rule import convert_rates
 from .settings import flat, flatten, record, settings
 
-OF_ADAPTERS = {*AdapterSpec.model_fields, *OF_LAYERS, "prior", "dialect"} - {"kind", "vectors", "init_word"}
+OF_ADAPTERS = {*AdapterSpec.model_fields, *OF_LAYERS, "prior", "dco_beta", "dialect"} - {"kind", "vectors", "init_word"}
 PROMPTS = ("sample_prompts", "prior_prompts")  # lists whose lines may be in a file
 
 

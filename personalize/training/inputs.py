@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ..data.batches import batch_at, batches, generator
+from ..data.captions import remove_triggers
 from ..data.folder import class_images
 from ..data.latents import Latents, embed_captions, encode_dataset, on_demand
 from ..families.cond import Cond
@@ -18,7 +20,7 @@ from ..inference.pipeline import draw_images
 from ..inference.png import save_picture
 from ..io import write_text
 from ..recipe.fields import Recipe
-from .objectives.objective import Inputs, Rng, needs_of
+from .objectives.objective import Inputs, Off, Rng, needs_of
 from .preflight import RunPlan, is_drawn
 from .step import Seeds
 
@@ -31,7 +33,7 @@ class TrainingData:
     prior: Latents | None  # class images, where the objective needs them; encoded when a step first wants them in its shape
     class_captions: list[str]  # those of the pictures without the trigger, then the class prompts
     class_cond: Cond | None  # distinct class captions as the base reads them, where the objective needs them
-    class_rows: Tensor  # [class captions], each one's row there
+    class_rows: Mapping[str, int]  # each one's row there
     held: Latents | None  # pictures that are not learned
 
 
@@ -46,20 +48,22 @@ def prepare_data(plan: RunPlan) -> TrainingData:
         prior = on_demand(plan.base, classes, recipe, windows=plan.windows)
     with plan.base.keeping():
         captions, latents = plan.class_captions, encode_dataset(plan.base, plan.dataset, recipe, plan.windows)
-        rows = {caption: row for row, caption in enumerate(dict.fromkeys(captions))}
-        if needs.class_captions:
+        read = [without_trigger(plan, one) for ways in latents.variants for one in ways] + [""] if needs.reference else captions
+        rows = {caption: row for row, caption in enumerate(dict.fromkeys(read))}
+        if needs.class_captions or needs.reference:
             class_cond = embed_captions(plan.base, list(rows), plan.windows, latents.warnings)
         held = encode_dataset(plan.base, replace(plan.dataset, examples=plan.held), recipe, plan.windows) if plan.held else None
-        return TrainingData(latents, prior, captions, class_cond, torch.tensor([rows[one] for one in captions]), held)
+        return TrainingData(latents, prior, captions, class_cond, rows, held)
 
 
-def training_batches(plan: RunPlan, data: TrainingData, start: int) -> Iterator[Inputs]:
-    """Endless batches from micro-step `start` on. Captions that are not read beforehand are embedded here."""
+def training_batches(plan: RunPlan, data: TrainingData, start: int, off: Off = contextlib.nullcontext) -> Iterator[Inputs]:
+    """Endless batches from micro-step `start` on. Captions that are not read beforehand are embedded here; inside `off`, where
+    the base alone is to read them."""
     recipe, base = plan.recipe, plan.base
     stream = batches(data.latents, batch_size=recipe.batch_size, seed=recipe.seed, data=recipe.data, start_step=start)
     whole = recipe.data.model_copy(update={"caption_shuffle": False, "tag_dropout": 0.0})  # class captions stay as they are
     prior = functools.partial(batch_at, batch_size=recipe.prior_rows, seed=recipe.seed, data=whole, purpose="class images")
-    read = reader(plan)
+    read, alone = reader(plan), reader_alone(plan, data, off)
     for micro, batch in enumerate(stream, start):
         both = [batch, prior(data.prior, micro, shape=batch.shape)] if data.prior else [batch]
         rows = [one.to(base.device) for one in both]
@@ -68,7 +72,9 @@ def training_batches(plan: RunPlan, data: TrainingData, start: int) -> Iterator[
         cond = cond.with_sizes(torch.cat([row.sizes for row in rows]))
         k = recipe.prior_rows if data.prior else 0
         inputs = Inputs(mean, std, cond, class_images=k, mask=rows[0].mask, pictures=batch.index)
-        if data.class_cond is not None:
+        if needs_of(recipe.objective).reference:
+            inputs = replace(inputs, class_cond_off=alone(batch.captions).with_sizes(cond.sizes))
+        elif data.class_cond is not None:
             inputs = with_class_captions(plan, data, inputs, batch.index[: recipe.prior_rows], micro, read)
         yield inputs
 
@@ -93,6 +99,28 @@ def reader(plan: RunPlan) -> Read:
     return read
 
 
+def reader_alone(plan: RunPlan, data: TrainingData, off: Off) -> Callable[[Sequence[str]], Cond]:
+    """How the base alone reads what captions say without the trigger; what was not read beforehand, once as well."""
+
+    @functools.lru_cache(maxsize=256)
+    @torch.no_grad()
+    def embed(said: str) -> Cond:
+        with off():
+            return plan.base.embed([said], windows=plan.windows, weighted=True)
+
+    def row(said: str) -> Cond:
+        if data.class_cond is None or said not in data.class_rows:
+            return embed(said)
+        return data.class_cond[[data.class_rows[said]]].to(plan.base.device)
+
+    return lambda captions: Cond.cat(row(without_trigger(plan, caption)) for caption in captions)
+
+
+def without_trigger(plan: RunPlan, caption: str) -> str:
+    """What a caption says without any trigger of the folder."""
+    return remove_triggers(plan.dataset.triggers, caption)[0]
+
+
 def with_class_captions(plan: RunPlan, data: TrainingData, inputs: Inputs, index: Tensor, micro: int, read: Read) -> Inputs:
     """The captions without the trigger of pictures `index` [k], as the adapter reads them now and as the base reads them.
 
@@ -104,7 +132,7 @@ def with_class_captions(plan: RunPlan, data: TrainingData, inputs: Inputs, index
         drawn = torch.randint(prompts, (len(index),), generator=rng_of(plan.recipe, micro)("class captions"))
         others = torch.arange(len(index)) % 2 == micro % 2
         index = torch.where(others, pictures + drawn, index.cpu())
-    off = data.class_cond[data.class_rows[index.cpu()]].to(plan.base.device)
+    off = data.class_cond[[data.class_rows[captions[i]] for i in index.tolist()]].to(plan.base.device)
     now = read([captions[i] for i in index.tolist()], micro) if plan.recipe.optim.text_encoder_lr else off
     sizes = None if inputs.cond.sizes is None else inputs.cond.sizes[: len(index)]
     return replace(inputs, class_cond=now.with_sizes(sizes), class_cond_off=off.with_sizes(sizes))

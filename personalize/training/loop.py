@@ -168,7 +168,8 @@ def train_plans(
                 yield i, failed_event(plan, 0, error)
         starts = [plans[i].start for i in data]
         words = [plans[i].words for i in data]
-        fleet = stack.enter_context(Fleet(plans[first].base, starts, plans[first].recipe.adapter.dropout, words))
+        spec = plans[first].recipe.adapter
+        fleet = stack.enter_context(Fleet(plans[first].base, starts, spec.dropout, words, spec.rank_by_timestep))
         runs = []
         commit = Commit(plans[first].run.commit) if len(data) > 1 else None
         for member, i in zip(fleet.members, data, strict=True):

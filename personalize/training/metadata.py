@@ -17,6 +17,7 @@ from typing import Any
 
 from PIL import Image
 
+from ..adapters.contract import BY_TIMESTEP
 from ..adapters.kinds import trainable
 from ..adapters.kinds.kind import no_rank
 from ..data.captions import tags
@@ -62,6 +63,7 @@ def describe_run(
         "ss_gradient_checkpointing": str(fit.checkpointing),
         "personalize.fit": json.dumps(fit.record() | memory, sort_keys=True),
         **modelspec_keys(recipe, base, dataset, name, sample),
+        **({BY_TIMESTEP: f"{recipe.adapter.rank_by_timestep:g}"} if recipe.adapter.rank_by_timestep else {}),
         "personalize.recipe": to_json(recipe),
         "personalize.step": str(step),
         "personalize.images": json.dumps([example.sha256 for example in dataset.examples]),

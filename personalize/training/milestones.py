@@ -183,5 +183,7 @@ def probe_run(run: ActiveRun) -> None:
             finally:
                 path.unlink(missing_ok=True)
 
-    probe_until_it_fits(run, lambda: islice(training_batches(plan, run.data, 0), min(epoch, LARGEST_AMONG)), sample_and_save)
+    probe_until_it_fits(
+        run, lambda: islice(training_batches(plan, run.data, 0, run.tunable.off), min(epoch, LARGEST_AMONG)), sample_and_save
+    )
     run.rewind()

@@ -67,7 +67,8 @@ class ActiveRun:
     def rewind(self) -> None:
         """Be ready for the step after those that are done."""
         self.learner.pieces = pieces(self.compute, self.plan.recipe.batch_size)
-        self.batches = training_batches(self.plan, self.data, self.done * self.plan.recipe.optim.accumulate)
+        start = self.done * self.plan.recipe.optim.accumulate
+        self.batches = training_batches(self.plan, self.data, start, self.tunable.off)
 
     def next_batches(self) -> Iterator[Batch]:
         """The batches of the next step, one micro-step after the other, as this run's adapter reads their captions."""

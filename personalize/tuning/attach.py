@@ -24,9 +24,10 @@ from ..errors import AdapterError, check_type
 from ..families.names import PARTS, native
 from ..models.model import Base
 from ..recipe.fields import AdapterSpec
+from .by_timestep import parts_by_timestep
 from .layers import ActiveRows, AdapterLayer
 from .placement import check_free, find_layer, put_layers, restore_layers
-from .scheduled import Moving, Vector, side_by_side
+from .scheduled import Mover, Moving, Vector, side_by_side
 from .specs import lora_of, make_layers
 from .targets import fresh
 from .tunable import LayerAdapter, of_base
@@ -85,9 +86,15 @@ class Attached(LayerAdapter):
         self._shift(1.0)
         return True
 
-    def turn(self, step: int, steps: int) -> set[str]:
-        """Bring every schedule to a step of 0 .. steps - 1; the parts in which anything changed. At first it is step 0 of 1."""
-        changed = self.moving.turn(step, steps, self.vectors) if self.moving.weightings else set()
+    def turn(self, step: int, steps: int, time: Tensor | float = 0.0) -> set[str]:
+        """Bring every schedule to a step of 0 .. steps - 1; the parts in which anything changed. At first it is step 0 of 1.
+
+        Ranks that go by the timestep count as at `time`, which the denoiser is told in that step; at 0 all of them do.
+        """
+        changed = parts_by_timestep(self.base, self.layers)
+        if self.moving.weightings:
+            now = float(time) if self.moving.timed else 0.0  # which may wait for the device
+            changed |= self.moving.turn(step, steps, self.vectors, now)
         if changed:
             self._shift(1.0)
         return changed
@@ -162,7 +169,7 @@ def attach(
     check_type(base, Base, "what is attached to", 'a loaded Base: p.attach(p.Base.load("pocket"), rex)', AdapterError)
     check_free(base)
     if isinstance(what, AdapterSpec):
-        return put_fresh(Attached(base), fresh(base, what, parts or [base.family.denoiser.part], seed), what.dropout)
+        return put_fresh(Attached(base), fresh(base, what, parts or [base.family.denoiser.part], seed), what)
     pairs = stack_of(what)
     check_fit(base, *(adapter for adapter, _ in pairs))
     deltas, moving = mix(base, pairs)
@@ -186,12 +193,17 @@ def stack_of(what: Adapter | Iterable[tuple[Adapter, Strengths]]) -> list[tuple[
 
 
 def mix(base: Base, pairs: Iterable[tuple[Adapter, Weighting]]) -> tuple[Mapping[str, Delta], Moving]:
-    """What a stack adds to the base: the exact sum of all whose strength stays, and each that moves, at 1, by itself."""
-    plain = [(without_base(base, adapter), weighting) for adapter, weighting in pairs]
-    fixed = [adapter.weighted(weighting).deltas for adapter, weighting in plain if not weighting.moves]
-    others = [(adapter.weighted(weighting.shape).deltas, weighting) for adapter, weighting in plain if weighting.moves]
+    """What a stack adds to the base: the exact sum of all whose strength and ranks stay, and each other one, at 1, by itself."""
+    fixed, others = list[Mapping[str, Delta]](), list[Mover]()
+    for adapter, weighting in pairs:
+        plain, least = without_base(base, adapter), adapter.least_ranks
+        if weighting.moves or least < 1:
+            others.append(Mover(plain.weighted(weighting.shape).deltas, weighting, least))
+        else:
+            fixed.append(plain.weighted(weighting).deltas)
     paths = dict.fromkeys(path for deltas in fixed for path in deltas)
-    return side_by_side({path: total([deltas[path] for deltas in fixed if path in deltas]) for path in paths}, others)
+    sums = {path: total([deltas[path] for deltas in fixed if path in deltas]) for path in paths}
+    return side_by_side(sums, others, base.noise.steps if others else 0)
 
 
 def total(deltas: Sequence[Delta]) -> Delta:
@@ -250,14 +262,14 @@ def vector(parameter: Tensor, delta: Delta) -> Vector:
     return Vector(parameter, parameter.detach().clone(), Dense(delta.delta()))
 
 
-def put_fresh(attached: Attached, deltas: Mapping[str, Delta], dropout: float) -> Attached:
+def put_fresh(attached: Attached, deltas: Mapping[str, Delta], spec: AdapterSpec) -> Attached:
     """Put deltas on a base's modules as layers of their own kinds, to be trained."""
     base = attached.base
     ordered = {path: deltas[path] for path in in_order_of_parts(base, deltas)}
     with contextlib.ExitStack() as undo:
         undo.callback(attached._remove)
         vars(base)[REGISTERED] = attached
-        attached.layers = make_layers(base, [ordered], attached.active, dropout)
+        attached.layers = make_layers(base, [ordered], attached.active, spec.dropout, spec.rank_by_timestep)
         put_layers(base, attached.layers)
         undo.pop_all()
     return attached

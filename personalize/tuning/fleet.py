@@ -6,11 +6,12 @@ import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..adapters.delta import Delta
 from ..models.model import Base
 from .attach import REGISTERED
+from .by_timestep import parts_by_timestep
 from .layers import ActiveRows, AdapterLayer, cast_once
 from .placement import check_free, put_layers, restore_layers
 from .specs import make_layers
@@ -23,15 +24,20 @@ class Fleet:
 
     `starts` are their values by module path, of the same modules, kinds and shapes for all. `members` are Tunables: outside of
     `LayerAdapter.computing` rows are nobody's, unless there is one member alone. `words`, where given, are vectors that each
-    learns beside its layers, of words of its own.
+    learns beside its layers, of words of its own. `ranks` is as for `make_layers`.
     """
 
     def __init__(
-        self, base: Base, starts: Sequence[Mapping[str, Delta]], dropout: float = 0.0, words: Sequence[Vectors] = ()
+        self,
+        base: Base,
+        starts: Sequence[Mapping[str, Delta]],
+        dropout: float = 0.0,
+        words: Sequence[Vectors] = (),
+        ranks: float = 0.0,
     ) -> None:
         check_free(base)
         self.base, self.active = base, ActiveRows(*([0] if len(starts) == 1 else []))
-        self.layers = make_layers(base, starts, self.active, dropout)
+        self.layers = make_layers(base, starts, self.active, dropout, ranks)
         kind = LayerAdapter if len(starts) == 1 else Member
         plain = [kind(base, self.layers, self.active, number) for number in range(len(starts))]
         self.members: Sequence[Any] = words_beside(plain, words) if any(words) else plain
@@ -45,9 +51,10 @@ class Fleet:
         restore_layers(self.base, self.layers)
         vars(self.base).pop(REGISTERED, None)
 
-    def turn(self, step: int, steps: int) -> set[str]:
-        """Strengths of adapters that are trained do not change from step to step."""
-        return set()
+    def turn(self, step: int, steps: int, time: Tensor | float = 0.0) -> set[str]:
+        """The parts of the base that differ from step to step: strengths of adapters that are trained do not; ranks follow the
+        denoiser's calls."""
+        return parts_by_timestep(self.base, self.layers)
 
     def cast_once(self) -> contextlib.AbstractContextManager[None]:
         """Inside, tensors are cast to the base's dtype once for all layers and passes; they must not change meanwhile."""

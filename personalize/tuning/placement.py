@@ -10,6 +10,7 @@ from torch import nn
 from ..errors import AdapterError
 from ..families.names import native
 from ..models.model import Base
+from .by_timestep import TimedLayer
 from .layers import AdapterLayer
 
 
@@ -32,6 +33,8 @@ def put_layers(base: Base, layers: Mapping[str, AdapterLayer]) -> None:
     for path, layer in layers.items():
         parent, leaf = place_of(base, path)
         setattr(parent, leaf, layer)
+        if isinstance(layer, TimedLayer):
+            layer.clock.start()
 
 
 def restore_layers(base: Base, paths: Iterable[str]) -> None:
@@ -41,6 +44,8 @@ def restore_layers(base: Base, paths: Iterable[str]) -> None:
         layer = parent.get_submodule(leaf)
         if isinstance(layer, AdapterLayer):
             setattr(parent, leaf, layer.base_layer)
+        if isinstance(layer, TimedLayer):
+            layer.clock.stop()
 
 
 def check_free(base: Base) -> None:

@@ -17,7 +17,9 @@ from ..adapters.delta import Decomposed, Delta, Dense, LowRank, as_low_rank
 from ..adapters.kinds.full import FULL, NORM
 from ..adapters.kinds.kind import ALPHA, DOWN, UP, Kind
 from ..adapters.kinds.lora import LORA
+from ..families.names import part_of
 from ..models.model import Base
+from .by_timestep import Clock, TimedLayer
 from .dense import BIAS, NORMS, DenseLayer, bias_role, weight_role
 from .layers import ActiveRows, AdapterLayer, Spec
 from .placement import find_layer
@@ -25,13 +27,25 @@ from .placement import find_layer
 Deltas = Mapping[str, Delta]  # by path
 
 
-def make_layers(base: Base, starts: Sequence[Deltas], active: ActiveRows, dropout: float = 0.0) -> dict[str, AdapterLayer]:
-    """A layer for each module that these adapters change, which are of one shape: path => layer, not in its place yet."""
+def make_layers(
+    base: Base, starts: Sequence[Deltas], active: ActiveRows, dropout: float = 0.0, ranks: float = 0.0
+) -> dict[str, AdapterLayer]:
+    """A layer for each module that these adapters change, which are of one shape: path => layer, not in its place yet.
+
+    `ranks`, where not 0, is the share of a LoRA's ranks in the denoiser that counts at every timestep (by_timestep.py).
+    """
     paths = dict.fromkeys(path.removesuffix(BIAS) for path in (starts[0] if starts else ()))
-    return {path: _make_layer(base, path, starts, active, dropout) for path in paths}
+    layers = {path: _make_layer(base, path, starts, active, dropout, ranks) for path in paths}
+    clock = Clock(base, ranks)
+    for layer in layers.values():
+        if isinstance(layer, TimedLayer):
+            layer.follow(clock)
+    return layers
 
 
-def _make_layer(base: Base, path: str, starts: Sequence[Deltas], active: ActiveRows, dropout: float) -> AdapterLayer:
+def _make_layer(
+    base: Base, path: str, starts: Sequence[Deltas], active: ActiveRows, dropout: float, ranks: float
+) -> AdapterLayer:
     own: Any = find_layer(base, path)
     first = starts[0].get(path)
     if path + BIAS in starts[0] or isinstance(own, NORMS) or isinstance(first, Dense):
@@ -39,9 +53,8 @@ def _make_layer(base: Base, path: str, starts: Sequence[Deltas], active: ActiveR
         return DenseLayer(own, kind, [dense_of(own, path, start) for start in starts], active, base.device)
     assert first is not None
     kind = kind_of(first)
-    return AdapterLayer(
-        own, kind, [spec_of(kind, start[path], own.weight.shape) for start in starts], active, base.device, dropout
-    )
+    row = TimedLayer if ranks and kind is LORA and part_of(path) == base.family.denoiser.part else AdapterLayer
+    return row(own, kind, [spec_of(kind, start[path], own.weight.shape) for start in starts], active, base.device, dropout)
 
 
 def kind_of(delta: Delta) -> Kind:

@@ -82,10 +82,13 @@ EVERYTHING = {
 MORE = {"text_encoder_lr": 1e-4, "dropout": 0.1, "accumulate": 2, "prior": "images"}
 
 
+DCO = {"prior": "dco", "steps": 2, "rank": 4, "rank_by_timestep": 0.5}
+
+
 HALF = {"prior": "output", "precision": "bfloat16", "steps": 2, "sample_seeds": (0,)}
 
 
-@pytest.mark.parametrize("flags", [{"prior": "output"}, MORE, HALF], ids=str)
+@pytest.mark.parametrize("flags", [{"prior": "output"}, DCO, MORE, HALF], ids=str)
 def test_one_process_and_two_leave_the_same(make: Make, tmp_path: Path, copies: list[Copy], flags: dict[str, Any]) -> None:
     two = make(**EVERYTHING | flags)
     assert two.output

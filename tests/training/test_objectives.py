@@ -324,6 +324,7 @@ def batch_for(name: str, b: int, seed: int = 7) -> Inputs:
     k = 2 if needs.class_images else 0
     mean = torch.randn(b + k, 16, 8, 8, generator=torch.Generator().manual_seed(seed))
     conds = {"class_cond": said(0.3), "class_cond_off": said(0.1)} if needs.class_captions else {}
+    conds |= {"class_cond_off": said(0.1, b)} if needs.reference else {}
     return Inputs(mean, torch.full_like(mean, 0.1), said(0.2, b + k), class_images=k, **conds)
 
 

@@ -97,6 +97,15 @@ def forward(layer: nn.Module, x: Tensor, out: Tensor, tensors: Tensors, scale: f
     return out + (change if scale == 1 else change * scale)
 
 
+def least_rank(rank: int, share: float) -> int:
+    """How many of the ranks count at every timestep where the others go by it: that share, and at least one.
+
+    >>> [least_rank(8, share) for share in (0.01, 0.5, 1)]
+    [1, 4, 8]
+    """
+    return max(1, round(share * rank))
+
+
 LORA = Kind(
     "LoRA",
     (UP, DOWN),
@@ -111,5 +120,5 @@ LORA = Kind(
     whole=(MID, DORA),
     start=start,
     forward=forward,
-    settings=("rslora", "lora_plus"),
+    settings=("rslora", "lora_plus", "rank_by_timestep"),
 )

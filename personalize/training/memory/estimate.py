@@ -173,8 +173,9 @@ def largest(base: Base, load: Workload, parts: tuple[str, ...]) -> Inputs:
     images, output = k * needs.class_images, k * needs.class_captions
     latents = torch.zeros(b + images, base.channels, load.height, load.width)
     with base.knowing({}):  # what has no trigger
-        held = [cond_of(base, load, parts, output) for _ in range(2)] if output else [None, None]
-    return Inputs(latents, latents, cond_of(base, load, parts, b + images), images, *held)
+        held, alone = [cond_of(base, load, parts, output) if output else None for _ in range(2)]
+        alone = cond_of(base, load, (), b) if needs.reference else alone
+    return Inputs(latents, latents, cond_of(base, load, parts, b + images), images, held, alone)
 
 
 @torch.no_grad()

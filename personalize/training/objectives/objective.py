@@ -30,6 +30,7 @@ class Needs:
 
     class_images: bool = False  # images of the class, drawn by the base or brought; they are rows of every batch
     class_captions: bool = False  # the captions without the trigger, as the adapter and as the base alone read them
+    reference: bool = False  # each image's caption without the trigger, as the base alone reads it
     base_first: bool = False  # its first question, and no later one, is to the base alone: that can be answered ahead of the step
 
 
@@ -42,7 +43,7 @@ class Inputs:
     cond: Cond  # b rows, or b + k with class images
     class_images: int = 0  # k, how many of the last rows are class images, for prior 'images'
     class_cond: Cond | None = None  # k rows, captions without the trigger for the first rows, for prior 'output'
-    class_cond_off: Cond | None = None  # the same without the adapter
+    class_cond_off: Cond | None = None  # the same without the adapter; for prior 'dco' b rows, of the captions that `cond` reads
     mask: Tensor | None = None  # [b, 1, h, w] in 0..1, 1 where an image is to be learned; None: everywhere
     pictures: Tensor | None = None  # [b] on the CPU, which examples they are
 

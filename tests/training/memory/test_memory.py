@@ -167,8 +167,8 @@ def step_of(job: Any, data: Any, n: int) -> tuple[dict[str, Tensor], Tensor]:
 
 @pytest.mark.parametrize("flags", [
     {}, {"prior": "images", "prior_images": 2}, {"prior": "output"}, {"prior": "output", "prior_share": 0.25},
-    {"text_encoder_lr": 1e-3, "prior": "output"},
-], ids=["none", "images", "output", "few", "text"])  # fmt: skip
+    {"text_encoder_lr": 1e-3, "prior": "output"}, {"prior": "dco", "dco_beta": 10.0},
+], ids=["none", "images", "output", "few", "text", "dco"])  # fmt: skip
 def test_pieces_have_the_gradient_of_the_whole(make: Make, flags: dict[str, Any]) -> None:
     job = check(make(batch_size=4, **flags))
     data = prepare_data(job)
