@@ -23,8 +23,9 @@ function render(place) {
 
 // As ComfyUI's own colours are, which may change at any time.
 function followTheme() {
-  const tell = () => { frame.dataset.theme = document.body.classList.contains("dark-theme") ? "dark" : "light"; };
-  new MutationObserver(tell).observe(document.body, { attributeFilter: ["class"] });
+  const places = [document.documentElement, document.body];  // of today's page, and of 2025's
+  const tell = () => { frame.dataset.theme = places.some((one) => one.classList.contains("dark-theme")) ? "dark" : "light"; };
+  for (const place of places) new MutationObserver(tell).observe(place, { attributeFilter: ["class"] });
   tell();
 }
 
