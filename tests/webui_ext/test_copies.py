@@ -22,6 +22,12 @@ def test_the_copies_are_equal() -> None:
     assert contents(PLUGINS / "comfyui" / "personalize_studio") == contents(SHARED), "run `make plugins`"
 
 
+def test_the_panel_follows_the_theme_as_the_studio_does() -> None:
+    studio = PLUGINS.parent / "personalize" / "service" / "page" / "static" / "theme.js"
+    assert (SHARED / "theme.js").read_bytes() == studio.read_bytes()
+    assert b'src="theme.js"' in (SHARED / "panel.html").read_bytes()
+
+
 @pytest.mark.parametrize("path", sorted(SHARED.glob("*.py")), ids=lambda path: path.name)
 def test_the_standard_library_is_enough(path: Path) -> None:
     tree = ast.parse(path.read_text(encoding="utf-8"), feature_version=(3, 10))

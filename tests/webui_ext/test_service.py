@@ -151,9 +151,29 @@ def test_somebody_elses_workspace(tmp_path: Path, python: str) -> None:
 
 
 def test_only_this_workspace_in_use_is_a_workspace_in_use(tmp_path: Path) -> None:
-    log = f"{tmp_path} is in use: by process 7"
-    assert "another program serves" in hint_for(log, tmp_path)
-    assert "the log says why" in hint_for("the camera is in use: by process 7", tmp_path)
+    given = settings(tmp_path, "")
+    assert "another program serves" in hint_for(f"{given.place} is in use: by process 7", given)
+    assert "the log says why" in hint_for("the camera is in use: by process 7", given)
+
+
+def test_a_python_without_personalize_is_told_what_to_install(tmp_path: Path) -> None:
+    """Not by its bare name, which no index knows: the wheel that lies beside the plugin, into the Python that was named."""
+    wheel = tmp_path / "personalize-0.2.0-py3-none-any.whl"
+    wheel.touch()
+    hint = hint_for("ImportError: No module named personalize", settings(tmp_path, "/usr/bin/python3"))
+    assert f"/usr/bin/python3 -m pip install '{wheel}[serve]'" in hint
+
+
+@pytest.mark.skipif(os.name == "nt", reason="other names there")
+def test_a_python_may_be_named_as_people_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its file, by its environment's folder, in quotes, or as a command; what is none of these is shown as it was meant."""
+    python = tmp_path / "my environment" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.symlink_to(sys.executable)
+    monkeypatch.setenv("PATH", str(python.parent))
+    for named in (str(python), str(python.parent.parent), f'"{python}"', "python"):
+        assert settings(tmp_path, named).interpreter == python, named
+    assert settings(tmp_path, str(tmp_path)).interpreter == tmp_path
 
 
 def test_a_lease_ends_with_its_holder(tmp_path: Path) -> None:

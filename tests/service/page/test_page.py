@@ -248,3 +248,27 @@ def test_every_room_fits_a_phone_and_is_walked_by_keys(page: Any, trained: str) 
         page.keyboard.press("Tab")
         assert page.evaluate("document.activeElement.className") == "skip"
         assert page.evaluate("document.querySelectorAll('[style], style, [onclick], script:not([src])').length") == 0
+
+
+def test_in_a_frame_it_is_as_dark_as_the_ui_around_it(page: Any) -> None:
+    """Whatever the system prefers, at once and when the UI's theme changes; by itself it goes by the system."""
+    page.emulate_media(color_scheme="light")
+    page.goto("/")
+    paper = "getComputedStyle(document.body).backgroundColor"
+    light = page.evaluate(paper)
+    around = "<!doctype html><title>a UI</title><iframe data-theme=dark src=/jobs></iframe>"
+    page.route("**/around", lambda route: route.fulfill(content_type="text/html", body=around))
+    page.goto("/around")
+    page.frame_locator("iframe").locator("h1").wait_for()
+    inside = page.frames[-1]
+    dark = inside.evaluate(paper)
+    assert dark != light
+    for system, theme, expected in (
+        ("light", "light", light),
+        ("dark", "light", light),
+        ("light", "dark", dark),
+        ("dark", "", dark),
+    ):
+        page.emulate_media(color_scheme=system)
+        page.evaluate("theme => { document.querySelector('iframe').dataset.theme = theme }", theme)
+        inside.wait_for_function(f"expected => {paper} === expected", arg=expected)

@@ -19,6 +19,7 @@
     // Shows a room of the studio; it starts where it does not run.
     function show(next = "") {
         const query = next ? `?next=${encodeURIComponent(next)}` : "";
+        frame().dataset.theme = document.body.classList.contains("dark") ? "dark" : "light";
         if (next || !frame().src) frame().src = `${ROOT}-/${query}`;
     }
 

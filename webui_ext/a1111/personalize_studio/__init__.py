@@ -8,7 +8,7 @@ service.py      the service: found, or started          lease.py        who need
 keep.py         the service's process, which ends when nobody holds a lease any more
 proxy.py        who may come in; requests passed on, as streams
 bridge.py       all of it as one function from request to answer, which a host calls for everything below its prefix
-panel.html, panel.js, panel.css   what is shown until the studio is there
+panel.html, panel.js, panel.css, theme.js   what is shown until the studio is there
 """
 
 from .bridge import Bridge

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -49,7 +50,7 @@ class Settings:
     def interpreter(self) -> Path:
         """The Python that runs the service, whether it is there or not."""
         if self.python:
-            return Path(self.python).expanduser().absolute()
+            return find_python(self.python)
         return self.environment / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 
     @property
@@ -61,6 +62,15 @@ class Settings:
         checkout = self.home.resolve().parent.parent
         is_ours = (checkout / "pyproject.toml").is_file() and (checkout / "personalize" / "version.py").is_file()
         return str(wheels[-1]) if wheels else str(checkout) if is_ours else ""
+
+
+def find_python(named: str) -> Path:
+    """The interpreter that somebody named: a file, an environment's folder, or a command of the PATH."""
+    named = named.strip("\"'")  # as paths are copied from Windows' Explorer
+    path = Path(named).expanduser().absolute()
+    inside = next((path / one for one in ("bin/python", "Scripts/python.exe", "python.exe") if (path / one).is_file()), path)
+    is_command = os.path.basename(named) == named and not path.exists()
+    return Path(shutil.which(named) or path) if is_command else inside
 
 
 def default_workspace(environ: Mapping[str, str] = os.environ) -> Path:

@@ -27,6 +27,7 @@ from .settings import Settings
 
 OWN = "/-/"
 FILES = {"": ("panel.html", "text/html; charset=utf-8"), "panel.js": ("panel.js", "text/javascript; charset=utf-8"),
+         "theme.js": ("theme.js", "text/javascript; charset=utf-8"),
          "panel.css": ("panel.css", "text/css; charset=utf-8")}  # fmt: skip
 POLICY = ("default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; base-uri 'none'; form-action 'none'; "
           "frame-ancestors 'self'")  # fmt: skip

@@ -175,7 +175,7 @@ class Service:
                 break
             time.sleep(PAUSE)
         tail = read_tail(self.log)
-        raise StartError("the studio did not start", hint_for(tail, self.settings.place), tail)
+        raise StartError("the studio did not start", hint_for(tail, self.settings), tail)
 
 
 def ask(upstream: Upstream, path: str) -> addinfourl:
@@ -219,11 +219,12 @@ def register(place: Path, folders: tuple[str, ...]) -> None:
         os.replace(temporary, path)
 
 
-# What the end of a log says ({place}: the workspace), and what helps
+# What the end of a log says, and what helps; {place}: the workspace, {source}: what would be installed
 HINTS = (
     (
         "No module named",
-        "this Python has no personalize with its service: pip install 'personalize[serve]' there, or make an environment",
+        "{python} has no personalize with its service: install it there with `{python} -m pip install '{source}[serve]'`, or name"
+        " none: then an environment is made",
     ),
     ("{place} is in use: ", "another program serves this workspace: end it, or name another workspace"),
     ("cannot listen", "another program listens on this port: set the port to 0"),
@@ -231,9 +232,14 @@ HINTS = (
 )
 
 
-def hint_for(log: str, place: Path) -> str:
-    """What to do about a service that did not start in a workspace."""
+def hint_for(log: str, settings: Settings) -> str:
+    """What to do about a service that did not start."""
+    facts = {
+        "place": settings.place,
+        "python": settings.interpreter,
+        "source": settings.source or "FOLDER OR WHEEL OF PERSONALIZE",
+    }
     return next(
-        (hint for words, hint in HINTS if words.replace("{place}", str(place)) in log),
+        (hint.format(**facts) for words, hint in HINTS if words.replace("{place}", str(settings.place)) in log),
         "the log says why; make the environment again if its packages are broken",
     )

@@ -13,11 +13,20 @@ function render(place) {
     frame = document.createElement("iframe");
     frame.id = "personalize_frame";
     frame.title = "personalize";
+    followTheme();
     frame.src = api.fileURL(`${ROOT}-/`);
     Object.assign(frame.style, { width: "100%", height: "100%", border: "0", display: "block" });
   }
   place.replaceChildren(frame);
   requestAnimationFrame(() => widen(place.closest(".p-splitterpanel")));  // it is in the page only then
+}
+
+// As ComfyUI's own colours are, which may change at any time.
+function followTheme() {
+  const places = [document.documentElement, document.body];  // of today's page, and of 2025's
+  const tell = () => { frame.dataset.theme = places.some((one) => one.classList.contains("dark-theme")) ? "dark" : "light"; };
+  for (const place of places) new MutationObserver(tell).observe(place, { attributeFilter: ["class"] });
+  tell();
 }
 
 // Where the panel is narrower than the studio can be read in; it can be dragged to any width afterwards.
