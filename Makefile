@@ -100,8 +100,9 @@ plugins: wheel
 	find webui_ext -name __pycache__ -type d -prune -exec rm -rf {} +
 	for one in a1111 comfyui; do rm -f webui_ext/$$one/personalize-*.whl; cp dist/personalize-*.whl webui_ext/$$one/; done
 
-wheel: $(READY)
-	$(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .
+wheel:
+	@test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
 
 venv: $(READY)
 
