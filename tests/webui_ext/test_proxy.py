@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 import random
@@ -15,7 +16,7 @@ import httpx
 import pytest
 from fastapi.routing import APIRoute
 from fronts import PREFIX, Front, apart, fronting, peak_memory, settings_for
-from personalize_studio.proxy import ROOMS, Refusal, Upstream, check
+from personalize_studio.proxy import ROOMS, Heard, Refusal, Upstream, check
 from servers import SHORT, Service, png, serving, wait
 
 from personalize.service import page
@@ -155,10 +156,24 @@ def test_events_come_as_they_happen(front: Front) -> None:
 
 def test_a_stream_ends_when_the_browser_goes(front: Front, idle: Service) -> None:
     live = idle.studio.live
-    before = live._listeners
+    wait(lambda: live._listeners, lambda count: count == 0)  # who listened before this test may still be on the way out
     with front.client.stream("GET", "/api/events", headers={"accept": "text/event-stream"}):
-        wait(lambda: live._listeners, lambda count: count == before + 1)
-    wait(lambda: live._listeners, lambda count: count == before)
+        wait(lambda: live._listeners, lambda count: count == 1)
+    wait(lambda: live._listeners, lambda count: count == 0)
+
+
+def test_what_came_before_a_connection_broke_is_heard() -> None:
+    """A service that refuses an upload answers and hangs up, while the upload is still being sent."""
+
+    async def read(broken: Exception) -> bytes:
+        reader = Heard()
+        reader.feed_data(b"HTTP/1.1 413")
+        reader.set_exception(broken)
+        return await reader.read(100) + await reader.read(100)
+
+    assert asyncio.run(read(BrokenPipeError("gone"))) == b"HTTP/1.1 413"
+    with pytest.raises(OSError, match="no route"):
+        asyncio.run(read(OSError("no route")))
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks at memory in /proc")

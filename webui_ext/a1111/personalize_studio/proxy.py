@@ -153,7 +153,7 @@ async def forward(
     has_body = "content-length" in headers or "transfer-encoding" in headers
     closing: list[asyncio.StreamWriter | asyncio.Task[None]] = []
     try:
-        reader, writer = await asyncio.wait_for(asyncio.open_connection(url.hostname, port, ssl=secure, limit=CHUNK), CONNECT)
+        reader, writer = await asyncio.wait_for(_connect(url.hostname or "", port, secure), CONNECT)
         closing.append(writer)
         chunked = has_body and "content-length" not in headers
         lines = [f"{method} {target} HTTP/1.1"]
@@ -169,6 +169,24 @@ async def forward(
         await close_all(closing)
         raise
     return Answer(status, answer_headers(found), _read_body(reader, method, status, dict(found)), closing)
+
+
+class Heard(asyncio.StreamReader):
+    """What came before a connection broke can still be read: a service that refuses an upload answers, and hangs up."""
+
+    def set_exception(self, exc: BaseException) -> None:
+        if isinstance(exc, ConnectionError):
+            self.feed_eof()
+        else:
+            super().set_exception(exc)  # type: ignore[arg-type]
+
+
+async def _connect(host: str, port: int, secure: ssl.SSLContext | None) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """As asyncio.open_connection does it, with such a reader."""
+    loop, reader = asyncio.get_running_loop(), Heard(limit=CHUNK)
+    protocol = asyncio.StreamReaderProtocol(reader)
+    transport, _ = await loop.create_connection(lambda: protocol, host, port, ssl=secure)
+    return reader, asyncio.StreamWriter(transport, protocol, reader, loop)
 
 
 async def close_all(closing: list[asyncio.StreamWriter | asyncio.Task[None]]) -> None:
