@@ -183,7 +183,7 @@ def test_steps_are_steps_where_the_sampler_asks_twice_for_each(base: Base, adapt
     heun = replace(base, scheduler_config={**base.scheduler_config, "_class_name": "HeunDiscreteScheduler"})
     turns: list[tuple[int, int]] = []
     with attach(heun, adapters["rex"]) as attached:
-        attached.turn = lambda step, steps, t: turns.append((step, steps)) or set()  # type: ignore[method-assign, func-returns-value]
+        attached.turn = lambda step, steps, t=0: turns.append((step, steps)) or set()  # type: ignore[method-assign, func-returns-value]
         latents(heun)
     assert turns == [*((step, STEPS) for step in (0, 0, 1, 1, 2, 2, 3)), (0, 1)]
 
