@@ -95,6 +95,7 @@ pretrain-gpu: $(READY)
 # The plugins of image UIs (webui_ext): what they share is written once, in a1111/personalize_studio. Each has its wheel beside it, so that its
 # folder can be copied alone.
 plugins: wheel
+	cp personalize/service/page/static/theme.js webui_ext/a1111/personalize_studio/
 	rm -rf webui_ext/comfyui/personalize_studio && mkdir -p webui_ext/comfyui
 	cp -R webui_ext/a1111/personalize_studio webui_ext/comfyui/personalize_studio
 	find webui_ext -name __pycache__ -type d -prune -exec rm -rf {} +

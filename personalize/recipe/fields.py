@@ -289,7 +289,7 @@ class Recipe(Part):
     )
     checkpoint_every: int = Field(50, ge=0, description="steps between checkpoints; 0 keeps only the last")
     trackers: Annotated[tuple[Annotated[str, OneOf("trackers")], ...], AtCommas] = Field(
-        (), exclude_if=is_off, description="programs that show the run's figures and pictures as it goes: tensorboard, wandb"
+        (), exclude_if=is_off, description="programs that show the run's figures and pictures as it goes"
     )
     device: Annotated[Literal["auto", "cpu", "cuda"], BeforeValidator(check_device)] = Field(
         "auto", description="where to train; not on an Apple GPU (mps) yet"

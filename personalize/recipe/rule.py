@@ -52,9 +52,14 @@ class Rule:
 
     def missing_package(self, name: str) -> RecipeError | None:
         """Where its package is missing: what to say of that."""
-        if not self.package or find_spec(self.package) is not None:
-            return None
-        return RecipeError(f"--optimizer {name} needs the package {self.package}", f"pip install 'personalize[{self.extra}]'")
+        return missing_package(f"--optimizer {name}", self.package, self.extra) if self.package else None
+
+
+def missing_package(what: str, package: str, extra: str) -> RecipeError | None:
+    """Where a package is missing that an extra of ours brings: what to say of that."""
+    if find_spec(package) is not None:
+        return None
+    return RecipeError(f"{what} needs the package {package}", f"pip install 'personalize[{extra}]'")
 
 
 def rule_of(name: str) -> Rule:

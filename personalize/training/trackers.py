@@ -13,12 +13,12 @@ import os
 import secrets
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from .. import registry
 from ..errors import RecipeError
+from ..recipe.rule import missing_package
 from ..recipe.settings import flatten
 from .events import Encoded, Event, Judged, Sample, Scored, Started, Step, Sweep, Warned
 from .rundir import Run
@@ -57,9 +57,7 @@ class Tracker:
 
     def missing_package(self, name: str) -> RecipeError | None:
         """Where its package is missing: what to say of that."""
-        if find_spec(self.package) is not None:
-            return None
-        return RecipeError(f"--trackers {name} needs the package {self.package}", f"pip install 'personalize[{self.extra}]'")
+        return missing_package(f"--trackers {name}", self.package, self.extra)
 
 
 def check_trackers(names: Iterable[str]) -> None:

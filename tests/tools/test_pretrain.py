@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPTokenizer
@@ -215,6 +216,15 @@ def test_a_trained_unet_keeps_its_body_below_a_new_level() -> None:
             return block.time_emb_proj(block.nonlinearity(unet.time_embedding(unet.time_proj(t))))
 
     assert float((told(after) - told(before)).square().mean()) < 0.3 * float(told(before).var(0).mean())
+
+
+def test_an_unfinished_unet_has_the_structure_that_it_started_with(tmp_path: Path) -> None:
+    begun = Teaching(width=(16, 32, 32)).build(8, channels=4)  # not what is built without a start
+    begun.save_pretrained(tmp_path / "unet/start")
+    averaged = {f"ema/{name}": t + 1 for name, t in begun.state_dict().items()}
+    save_file(averaged, tmp_path / "unet/state.safetensors")
+    found = pretrain.finished_unet(pretrain.arguments(["--work", str(tmp_path), "--start", str(WEIGHTS)])).state_dict()
+    assert all(torch.equal(found[name], averaged[f"ema/{name}"]) for name in found)
 
 
 def test_what_is_seen_weighs_more() -> None:

@@ -41,6 +41,11 @@ SCHEDULE = dict(
     steps_offset=1,  # what StableDiffusionPipeline expects; trailing spacing does not read it
 )
 DROPOUT = 0.1  # of captions, so that guidance has an unconditional prediction
+ENDS = (
+    "conv_",
+    "down_blocks.0.resnets.0.conv1.",
+    "down_blocks.0.resnets.0.norm1.",
+)  # what reads or writes a level's own channels
 
 
 DENSITIES: dict[str, Callable[[Tensor], Tensor]] = {  # uniform numbers in 0..1 => places in the schedule, 0..1
@@ -51,7 +56,7 @@ DENSITIES: dict[str, Callable[[Tensor], Tensor]] = {  # uniform numbers in 0..1 
 
 @dataclass(frozen=True)
 class Teaching:
-    """What the UNet is, what it predicts, and what counts; the defaults are those of the base that ships."""
+    """What the UNet is, what it predicts, and what counts; the defaults are those of the base that is made here."""
 
     prediction: str = "v_prediction"
     zero_snr: bool = True  # epsilon cannot be learned where nothing but noise is left
@@ -115,7 +120,7 @@ def deepen(old: UNet2DConditionModel) -> UNet2DConditionModel:
     before, after = old.state_dict(), new.state_dict()
     for name, weight in before.items():
         to = _one_level_down(name)
-        if to in after and "time_emb" not in name and not name.startswith(("conv_", "down_blocks.0.resnets.0.conv1")):
+        if to in after and "time_emb" not in name and not name.startswith(ENDS):
             part = tuple(slice(0, min(pair)) for pair in zip(weight.shape, after[to].shape, strict=True))
             after[to][part] = weight[part]  # the last layer reads fewer channels from above it
     _spread_out(after)

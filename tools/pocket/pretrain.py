@@ -264,10 +264,10 @@ def train_unet(options: argparse.Namespace) -> None:
         )
 
     plan = Plan(options.unet_steps, options.unet_batch, options.unet_lr, warmup=300, ema=0.9995, muon=options.muon)
-    teaching, start = teaching_of(options), options.work / "unet/start"
+    teaching = teaching_of(options)
     unet = diffusion.train(
         options.work / "unet",
-        UNet2DConditionModel.from_pretrained(start) if options.start else teaching.build(*latents.shape[2:0:-1]),
+        fresh_unet(options),
         teaching,
         latents,
         conditions,
@@ -314,11 +314,18 @@ def stage_export(options: argparse.Namespace) -> None:
     (options.to / "README.md").write_text(card(options, teaching_of(options).describe()))
 
 
+def fresh_unet(options: argparse.Namespace) -> UNet2DConditionModel:
+    """The UNet before its first step: that of --start, or one with random weights for the latents that there are."""
+    if options.start:
+        return UNet2DConditionModel.from_pretrained(options.work / "unet/start")
+    return teaching_of(options).build(*np.load(options.work / "latents.npy", mmap_mode="r").shape[2:0:-1])
+
+
 def finished_unet(options: argparse.Namespace) -> UNet2DConditionModel:
     """The trained UNet; of an unfinished run, the average so far."""
     if (done := options.work / "unet/done").exists():
         return UNet2DConditionModel.from_pretrained(done)
-    unet = teaching_of(options).build(*np.load(options.work / "latents.npy", mmap_mode="r").shape[2:0:-1])
+    unet = fresh_unet(options)
     tensors = load_file(options.work / "unet/state.safetensors")
     unet.load_state_dict({key.removeprefix("ema/"): t for key, t in tensors.items() if key.startswith("ema/")})
     return unet
