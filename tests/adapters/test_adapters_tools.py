@@ -14,6 +14,7 @@ from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
+from small import LATENT
 from test_adapters import make
 from torch import Tensor, nn
 
@@ -50,8 +51,8 @@ def mixed() -> Adapter:
 
 @torch.no_grad()
 def outputs(pipe: StableDiffusionPipeline) -> tuple[Tensor, Tensor]:
-    """What the UNet predicts [1, 16, 8, 8] and the text encoder says [1, 77, 192] on fixed inputs."""
-    latents = torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(0))
+    """What the UNet predicts [1, c, 8, 8] and the text encoder says [1, 77, 192] on fixed inputs."""
+    latents = torch.randn(1, *LATENT, generator=torch.Generator().manual_seed(0))
     words = pipe.text_encoder(torch.arange(77)[None])[0]
     return pipe.unet(latents, torch.tensor([500]), words).sample, words
 

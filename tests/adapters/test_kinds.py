@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from small import LATENT
 from torch import Tensor
 
 from personalize.adapters.adapter import Adapter, distance
@@ -260,7 +261,7 @@ def test_a_merge_predicts_what_the_live_stack_does(kind: str, pocket: Base) -> N
 
 
 def predicted(base: Base) -> Tensor:
-    latents = torch.randn(2, 16, 8, 8, generator=torch.Generator().manual_seed(3))
+    latents = torch.randn(2, *LATENT, generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
         return base.denoise(latents, torch.tensor([100, 700]), base.embed(["a red cat", "a house in the snow"]))
 

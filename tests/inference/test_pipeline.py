@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from small import LATENT
 from tiny import NARROW
 from torch import Tensor
 
@@ -313,7 +314,7 @@ def test_taking_off_twice_leaves_the_next_ones_alone(base: Base, adapters: dict[
 
 def predicted(base: Base) -> Tensor:
     with torch.no_grad():
-        x = torch.randn(2, 16, 8, 8, generator=torch.Generator().manual_seed(1))
+        x = torch.randn(2, *LATENT, generator=torch.Generator().manual_seed(1))
         return base.denoise(x, torch.tensor([3, 700]), base.embed(["zwx", "a cat"]))
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
+from small import LATENT
 from transformers import CLIPTextModel
 
 from personalize.errors import BaseModelError, HostileFileError
@@ -143,7 +144,7 @@ def test_a_folder_with_names_of_old_is_read_by_its_library(
 def test_verbs_have_their_shapes(base: Base) -> None:
     mean, std = base.encode(torch.rand(2, 3, 64, 64) * 2 - 1)
     cond = base.embed(["zwx", "a photo of zwx"])
-    assert mean.shape == std.shape == (2, 16, 8, 8)
+    assert mean.shape == std.shape == (2, *LATENT)
     assert cond.tokens.shape == (2, 77, 192) and cond.pooled is None
     assert base.denoise(mean, torch.tensor([0, 999]), cond).shape == mean.shape
     assert base.decode(mean).shape == (2, 3, 64, 64)

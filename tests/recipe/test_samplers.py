@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from slow import all_but, every
+from small import LATENT
 from torch import Tensor
 
 from personalize.adapters.adapter import Adapter
@@ -174,10 +175,10 @@ def test_every_sampler_begins_where_it_says(base: Base, name: str, denoise: floa
     """What the model is first shown is signal * x0 + noise * eps of the timestep it is told, and at the end x0 is found."""
     oracle = of(base, Oracle, **NOISE, prediction_type="epsilon")
     oracle.seen = []
-    start, steps = InitLatents(torch.full((1, 16, 8, 8), 0.5), denoise), 10
+    start, steps = InitLatents(torch.full((1, *LATENT), 0.5), denoise), 10
     found = sampling.denoise(oracle, [Request("a cat", 0, steps, 1, sampler=name)], start)
     first, t, _ = oracle.seen[0]
-    noise = torch.randn((1, 16, 8, 8), generator=torch.Generator().manual_seed(0))
+    noise = torch.randn((1, *LATENT), generator=torch.Generator().manual_seed(0))
     wanted = oracle.noise.signal(t.long()) * 0.5 + oracle.noise.noise(t.long()) * noise
     assert float((first - wanted).abs().max()) < 0.05, "the first timestep"
     assert abs(float(t) / 1000 - denoise) < 0.12 or "Karras" in name  # whose steps lie otherwise
@@ -191,7 +192,7 @@ def test_every_sampler_follows_strengths_that_change(base: Base, name: str, deno
     oracle = of(base, Oracle, **NOISE, prediction_type="epsilon")
     path = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
     fading = Adapter({path: LowRank(torch.ones(64, 1), torch.ones(1, 64), 1)})
-    start = None if denoise is None else InitLatents(torch.full((1, 16, 8, 8), 0.5), denoise)
+    start = None if denoise is None else InitLatents(torch.full((1, *LATENT), 0.5), denoise)
     oracle.seen = []
     with attach(oracle, [(fading, "1@0,0@1")]) as attached:
         (rows,) = attached.moving.rows.values()

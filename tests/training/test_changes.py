@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from small import LATENT
 
 from personalize.adapters.adapter import Adapter, distance
 from personalize.adapters.delta import LowRank
@@ -477,7 +478,7 @@ def test_one_member_alone_on_the_base_gives_what_it_gives_alone(narrow_base: Pat
         starts.append(fresh(base, AdapterSpec(rank=2, alpha=3.0, targets=("attention", "conv")), ["unet"], seed))
         for delta in starts[-1].values():
             delta.up.normal_(std=0.1)
-    x, t, cond = torch.randn(2, 16, 8, 8), torch.tensor([100, 900]), base.embed(["a", "b"])
+    x, t, cond = torch.randn(2, *LATENT), torch.tensor([100, 900]), base.embed(["a", "b"])
     with attach(base, Adapter(starts[1])), torch.no_grad():
         alone = base.denoise(x, t, cond)
     with Fleet(base, starts) as company, company.active.of(1), torch.no_grad():

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from small import LATENT
 
 from personalize.adapters.adapter import Adapter, distance
 from personalize.adapters.kinds.kind import DOWN
@@ -89,7 +90,7 @@ def test_rows_meet_their_own_factors_forward_and_backward(narrow_base: Path, b: 
     for start in starts:
         for delta in start.values():
             delta.up.normal_(std=0.1)
-    x, t, cond = torch.randn(n * b, 16, 8, 8), torch.arange(n * b) * 100, base.embed(["a", "b", "c"] * b)
+    x, t, cond = torch.randn(n * b, *LATENT), torch.arange(n * b) * 100, base.embed(["a", "b", "c"] * b)
     wanted, gradients = [], []
     for m, start in enumerate(starts):
         rows = slice(m * b, (m + 1) * b)
@@ -131,7 +132,7 @@ def test_in_other_dtypes_factors_are_cast_all_at_once(narrow_base: Path, dtype: 
     for start in starts:
         for delta in start.values():
             delta.up.normal_(std=0.1)
-    x, t, cond = torch.randn(2, 16, 8, 8, dtype=dtype), torch.tensor([200, 800]), base.embed(["a", "b"])
+    x, t, cond = torch.randn(2, *LATENT, dtype=dtype), torch.tensor([200, 800]), base.embed(["a", "b"])
     found = []
     with Fleet(base, starts) as company:
         for lower in (contextlib.nullcontext, company.cast_once):
@@ -154,7 +155,7 @@ def test_a_member_is_an_adapter_that_is_attached(narrow_base: Path) -> None:
     other = {path: delta.with_alpha(1.0) for path, delta in fresh(base, spec, ("unet", "text_encoder"), 7).items()}
     for delta in other.values():
         delta.up.normal_(std=0.1)
-    x, t = torch.randn(2, 16, 8, 8), torch.tensor([300, 700])
+    x, t = torch.randn(2, *LATENT), torch.tensor([300, 700])
 
     def seen() -> torch.Tensor:
         with torch.no_grad():
@@ -309,7 +310,7 @@ def test_what_each_member_takes_is_told_before_it_trains(make: Make, narrow_base
             ]
             held = [p for one in learners for p in one.opt.parameters.values()]
             moments = [torch.zeros_like(p) for p in held for _ in range(2)]
-            inputs = Inputs(torch.zeros(2, 16, 8, 8), torch.ones(2, 16, 8, 8), base.embed(["a", "b"]))
+            inputs = Inputs(torch.zeros(2, *LATENT), torch.ones(2, *LATENT), base.embed(["a", "b"]))
             with counting(tensors_of([base.denoiser, base.vae, *(text.model for text in base.texts)]), held, moments) as count:
                 gradients(learners, [[(inputs, lambda _: torch.Generator().manual_seed(0), lambda i: i)] for _ in learners])
                 peaks[size] = count.peak

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from small import LATENT
 
 from personalize.adapters.adapter import Adapter, distance
 from personalize.adapters.delta import LowRank
@@ -28,7 +29,7 @@ FULL = {"kind": "full", "steps": 1, "batch_size": 1, "warmup": 0, "checkpoint_ev
 
 @pytest.fixture
 def inputs() -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(1)), torch.tensor([300])
+    return torch.randn(1, *LATENT, generator=torch.Generator().manual_seed(1)), torch.tensor([300])
 
 
 def test_all_weights_and_biases_are_trained_and_tables_are_not(narrow_base: Path) -> None:

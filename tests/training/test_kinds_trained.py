@@ -19,6 +19,7 @@ import torch
 from children import start_child
 from safetensors import safe_open
 from slow import all_but
+from small import LATENT
 from torch import Tensor, nn
 
 from personalize.adapters import kinds
@@ -128,7 +129,7 @@ def test_what_was_trained_is_what_the_file_says(trained: Recipe) -> None:
     state, adapter = Run(trained.output, "zwx").load_state(), Adapter.load(file_of(trained))
     assert state
     base = Base.of(trained, "cpu")
-    x, t, cond = torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(1)), torch.tensor([300]), base.embed(["a zwx"])
+    x, t, cond = torch.randn(1, *LATENT, generator=torch.Generator().manual_seed(1)), torch.tensor([300]), base.embed(["a zwx"])
     with Fleet(base, [fresh(base, trained.adapter, ("unet", "text_encoder"), trained.seed)]) as fleet:
         opt = Optimizer(fleet.members[0].parameters(), trained.optim, 2)
         opt.load(state.tensors)
@@ -217,7 +218,7 @@ def test_rows_of_a_fleet_meet_their_own_tensors(narrow_base: Path, kind: str, dt
     start = fresh(base, AdapterSpec(kind=kind, rank=2, targets=ALL), ("unet",), 0)
     starts = [{path: moved(delta, seed) for path, delta in start.items()} for seed in (1, 2)]
     x, t, cond = (
-        torch.randn(2, 16, 8, 8, generator=torch.Generator().manual_seed(1)),
+        torch.randn(2, *LATENT, generator=torch.Generator().manual_seed(1)),
         torch.tensor([3, 700]),
         base.embed(["a", "b"]),
     )
@@ -251,7 +252,7 @@ def test_strength_dropout_and_bf16_count(narrow_base: Path, kind: str) -> None:
     base = Base.load(narrow_base)
     start = {path: moved(delta) for path, delta in fresh(base, AdapterSpec(kind=kind, rank=2, targets=ALL), ("unet",), 0).items()}
     whole = Adapter(start).resolve(lambda path: weight_named(base, path))
-    x, t, cond = torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(1)), torch.tensor([300]), base.embed(["a"])
+    x, t, cond = torch.randn(1, *LATENT, generator=torch.Generator().manual_seed(1)), torch.tensor([300]), base.embed(["a"])
     with torch.no_grad(), attach(base, whole * 0.5):
         wanted = base.denoise(x, t, cond)
     whole_layers = kind in ("norms", "full")
@@ -286,7 +287,7 @@ def test_the_estimate_is_what_a_step_of_the_kind_takes(narrow_base: Path, pictur
         with counting(tensors_of(models), moments) as count:
             assert told.weights + told.adapter // 4 * 3 == count.now
             cond = base.embed(["a"])
-            base.denoise(torch.zeros(1, 16, 8, 8), torch.tensor([3]), cond).square().mean().backward()
+            base.denoise(torch.zeros(1, *LATENT), torch.tensor([3]), cond).square().mean().backward()
             assert told.weights + told.adapter + told.activations == pytest.approx(count.peak, rel=0.02)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import bases
 import pytest
 import torch
+from small import LATENT
 from torch import Tensor
 
 from personalize.adapters.adapter import Adapter
@@ -134,7 +135,7 @@ def test_steps_are_those_of_diffusers_script(narrow_base: Path) -> None:
 @pytest.mark.parametrize("t5", [False, True])
 def test_every_text_encoder_learns_the_word(t5: bool, tmp_path: Path) -> None:
     base = Base.load(bases.sd3(tmp_path / "base", t5=t5))
-    latents = torch.randn(1, 16, 8, 8)
+    latents = torch.randn(1, *LATENT)
     with Fleet(base, [{}], words=[begin_words(base, WORDS, 3)]) as fleet, fleet.members[0].computing():
         base.denoise(latents, base.noise.time(torch.tensor([300])), base.embed(["a zwx"])).square().mean().backward()
         found = fleet.members[0].vectors["zwx"]

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from small import LATENT
 from torch import Tensor, nn
 
 from personalize.adapters.adapter import Adapter
@@ -34,7 +35,7 @@ def base(tiny_base: Path) -> Base:
 
 @pytest.fixture(scope="module")
 def latents() -> Tensor:
-    return torch.randn(2, 16, 8, 8, generator=torch.Generator().manual_seed(1))
+    return torch.randn(2, *LATENT, generator=torch.Generator().manual_seed(1))
 
 
 def predict(base: Base, latents: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners import lora
 from slow import all_but
+from small import LATENT
 from torch import Tensor, nn
 
 from personalize.adapters.adapter import Adapter
@@ -77,7 +78,7 @@ def learned(attached: Attached) -> dict[str, nn.Parameter]:
 
 def passed(attached: Attached) -> list[Tensor]:
     """A prediction, and all gradients that it leads to."""
-    base, latents = attached.base, torch.randn(2, 16, 8, 8, generator=torch.Generator().manual_seed(1))
+    base, latents = attached.base, torch.randn(2, *LATENT, generator=torch.Generator().manual_seed(1))
     with attached.cast_once(), attached.dropout(3):
         out = base.denoise(latents, torch.tensor([3, 700]), base.embed(["zwx", "a cat"]))
         out.float().square().mean().backward()
@@ -122,7 +123,7 @@ def by_peft(base: Base, adapter: Adapter, dropout: float, order: list[str]) -> I
 
 def passed_by_peft(base: Base, adapter: Adapter, dropout: float, order: list[str]) -> list[Tensor]:
     """What `passed` gives, by peft's layers."""
-    latents = torch.randn(2, 16, 8, 8, generator=torch.Generator().manual_seed(1))
+    latents = torch.randn(2, *LATENT, generator=torch.Generator().manual_seed(1))
     with by_peft(base, adapter, dropout, order) as layers, torch.random.fork_rng():
         torch.manual_seed(3)
         out = base.denoise(latents, torch.tensor([3, 700]), base.embed(["zwx", "a cat"]))
@@ -169,7 +170,7 @@ def test_factors_are_low_inside_only_and_as_they_are_then(base: Base) -> None:
 
 
 def test_what_is_put_swapped_scaled_or_off_counts_in_every_dtype(base: Base) -> None:
-    latents, cond = torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(1)), base.embed(["a cat"])
+    latents, cond = torch.randn(1, *LATENT, generator=torch.Generator().manual_seed(1)), base.embed(["a cat"])
 
     def predict(**flags: Any) -> Tensor:
         with torch.no_grad():
@@ -238,7 +239,7 @@ def plain_base(narrow_base: Path) -> Base:
 
 
 def predictions(base: Base) -> Tensor:
-    x, t = torch.randn(2, 16, 8, 8, generator=torch.Generator().manual_seed(1)), torch.tensor([300, 300])
+    x, t = torch.randn(2, *LATENT, generator=torch.Generator().manual_seed(1)), torch.tensor([300, 300])
     with torch.no_grad():
         return base.denoise(x, t, base.embed(["a cat", "a dog"]))
 
@@ -346,7 +347,7 @@ def test_a_kind_is_a_tunable_like_any_other(narrow_base: Path) -> None:
     torch.testing.assert_close(saved.deltas[path].delta(), loha_delta(loha(*own.weight.shape, 0), None, 1.0))
     put_layers(base, layers)
     try:
-        x, t, cond = torch.randn(1, 16, 8, 8), torch.tensor([300]), base.embed(["a cat"])
+        x, t, cond = torch.randn(1, *LATENT), torch.tensor([300]), base.embed(["a cat"])
         with torch.no_grad():
             one = base.denoise(x, t, cond)
             tunable.put(Adapter({path: saved.deltas[path] * 2.0}))

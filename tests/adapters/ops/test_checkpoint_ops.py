@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from slow import all_but
+from small import LATENT
 from test_adapters import low_rank, make
 from test_checkpoint import POCKET, ROWS, TO_Q, converted, hollow, parameters, pocket_file, single, small_rows, sparse, tiny
 from torch import Tensor
@@ -46,7 +47,7 @@ def values(weights: Weights) -> dict[str, Tensor]:
 
 def predict(base: Base) -> Tensor:
     draw = torch.Generator().manual_seed(5)
-    latents = torch.randn(2, 16, 8, 8, generator=draw)
+    latents = torch.randn(2, *LATENT, generator=draw)
     with torch.no_grad():
         return base.denoise(latents, torch.tensor([10, 700]), base.embed(["a photo of a dog", ""]))
 

@@ -16,6 +16,7 @@ import torch
 from diffusers.models.attention_processor import AttnProcessor2_0
 from hypothesis import given
 from hypothesis import strategies as st
+from small import LATENT
 from torch import Tensor, nn
 
 from personalize.adapters.adapter import Adapter
@@ -259,7 +260,7 @@ def test_the_adapter_stays_float32_in_a_half_base(narrow_base: Path) -> None:
     base = Base.load(narrow_base, dtype=torch.bfloat16)
     with attach(base, AdapterSpec(rank=2, targets=("attention", "conv"))) as attached:
         cond = base.embed(["a cat"])
-        out = base.denoise(torch.randn(1, 16, 8, 8), torch.tensor([3]), cond)
+        out = base.denoise(torch.randn(1, *LATENT), torch.tensor([3]), cond)
         out.float().square().mean().backward()
         learned = [p for group in attached.parameters().values() for p in group.values()]
         assert out.dtype == torch.bfloat16 and {p.dtype for p in learned} == {torch.float32}
@@ -269,7 +270,7 @@ def test_the_adapter_stays_float32_in_a_half_base(narrow_base: Path) -> None:
 def test_the_vae_is_never_float16(narrow_base: Path) -> None:
     base = Base.load(narrow_base, dtype=torch.float16)
     assert base.vae.dtype == torch.float32 and base.denoiser.dtype == torch.float16
-    assert base.decode(torch.randn(1, 16, 8, 8)).isfinite().all()
+    assert base.decode(torch.randn(1, *LATENT)).isfinite().all()
 
 
 @pytest.mark.parametrize(("wanted", "device", "bf16", "chosen"), [
@@ -355,7 +356,7 @@ def test_the_estimate_is_what_a_real_step_takes(tiny_base: Path, pictures: Path,
         offload(base.denoiser, CPU)
     away = bytes_of(held.host) if (held := offload_of(base.denoiser)) else 0
     told = estimate(Configs.of(base), Workload(recipe, 8, 8, drawn=2), fit, ("unet",))
-    zeros = torch.zeros(4, 16, 8, 8)
+    zeros = torch.zeros(4, *LATENT)
     inputs = Inputs(zeros, zeros, Cond(torch.zeros(4, 77, 192, dtype=base.dtype)))
     with attach(base, recipe.adapter) as attached:
         opt = Optimizer(attached.parameters(), recipe.optim, 4)
@@ -720,7 +721,7 @@ def test_encoders_come_and_go(narrow_base: Path) -> None:
 
 def test_a_picture_in_tiles_is_nearly_the_same(pocket: Base) -> None:
     plain = draw(pocket, ["a red cat"], [0], steps=4)[0]
-    latents = torch.randn(2, 16, 8, 8, generator=torch.Generator().manual_seed(0))
+    latents = torch.randn(2, *LATENT, generator=torch.Generator().manual_seed(0))
     pixels = torch.zeros(1, 3, 64, 64)
     encoded = pocket.encode(pixels)
     try:
