@@ -51,7 +51,7 @@ def mixed() -> Adapter:
 
 @torch.no_grad()
 def outputs(pipe: StableDiffusionPipeline) -> tuple[Tensor, Tensor]:
-    """What the UNet predicts [1, c, 8, 8] and the text encoder says [1, 77, 192] on fixed inputs."""
+    """What the UNet predicts [1, c, h, w] and the text encoder says [1, 77, 192] on fixed inputs."""
     latents = torch.randn(1, *LATENT, generator=torch.Generator().manual_seed(0))
     words = pipe.text_encoder(torch.arange(77)[None])[0]
     return pipe.unet(latents, torch.tensor([500]), words).sample, words
